@@ -1,0 +1,147 @@
+"""The one place that knows the file names of a run.
+
+Imported while Snakemake parses the workflow, so it depends on the standard library alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
+"""Per-slide stages in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class SlideLayout:
+    """Paths of one slide's results.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        ``{results}/slides/{slide}``.
+    """
+
+    root: Path
+
+    @property
+    def inspect(self) -> Path:
+        return self.root / "slide.json"
+
+    @property
+    def tissue(self) -> Path:
+        return self.root / "tissue.json"
+
+    @property
+    def tissue_geojson(self) -> Path:
+        return self.root / "tissue.geojson"
+
+    @property
+    def tissue_png(self) -> Path:
+        return self.root / "tissue.png"
+
+    @property
+    def tiles(self) -> Path:
+        return self.root / "tiles.json"
+
+    @property
+    def tiles_zarr(self) -> Path:
+        return self.root / "tiles.zarr"
+
+    @property
+    def stain(self) -> Path:
+        return self.root / "stain.json"
+
+    @property
+    def stain_png(self) -> Path:
+        return self.root / "stain.png"
+
+    @property
+    def maps(self) -> Path:
+        return self.root / "maps.json"
+
+    @property
+    def maps_zarr(self) -> Path:
+        return self.root / "maps.zarr"
+
+    @property
+    def instances(self) -> Path:
+        return self.root / "instances.json"
+
+    @property
+    def instances_parquet(self) -> Path:
+        return self.root / "instances.parquet"
+
+    @property
+    def measure(self) -> Path:
+        return self.root / "measure.json"
+
+    @property
+    def nuclei(self) -> Path:
+        return self.root / "nuclei.parquet"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export.json"
+
+    @property
+    def nuclei_geojson(self) -> Path:
+        return self.root / "nuclei.geojson.gz"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def overview(self) -> Path:
+        return self.root / "overview.png"
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths of one run.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+    """
+
+    results: Path
+
+    def slide(self, name: str) -> SlideLayout:
+        """Paths of the slide called `name`."""
+        return SlideLayout(self.results / "slides" / name)
+
+    def log(self, stage: str, slide: str) -> Path:
+        """Log file of one stage of one slide."""
+        return self.results / "logs" / stage / f"{slide}.log"
+
+    def benchmark(self, stage: str, slide: str) -> Path:
+        """Snakemake benchmark table of one stage of one slide."""
+        return self.results / "benchmarks" / stage / f"{slide}.tsv"
+
+    @property
+    def slide_table(self) -> Path:
+        """The slides of the run as they were resolved from the configuration (tsv)."""
+        return self.results / "slides.tsv"
+
+    @property
+    def cohort_tsv(self) -> Path:
+        return self.results / "cohort.tsv"
+
+    @property
+    def cohort_parquet(self) -> Path:
+        return self.results / "cohort.parquet"
+
+    @property
+    def failed(self) -> Path:
+        return self.results / "failed.tsv"
+
+    @property
+    def report(self) -> Path:
+        return self.results / "report.html"
+
+    @property
+    def manifest(self) -> Path:
+        return self.results / "manifest.json"

@@ -1,0 +1,182 @@
+"""Model packages: a folder with a card (``model.json``) and weights (``weights.safetensors``).
+
+The card carries what training fixed and inference must repeat: pixel size, stain reference, thresholds, classes; and
+what users must know: licence, training data, scores. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.kernels.instances import InstanceRules
+
+CARD = "model.json"
+WEIGHTS = "weights.safetensors"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class NucleusClass:
+    """A class of nuclei.
+
+    Parameters
+    ----------
+    name : str
+        Name, as exported.
+    color : (int, int, int)
+        RGB colour in overlays and in QuPath.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """The card of a model.
+
+    Parameters
+    ----------
+    name : str
+        Name of the model.
+    mpp : float
+        Pixel size in µm that the network works at.
+    patch, overlap : int
+        Side of the network's window and how far two windows overlap, in pixels.
+    network, network_args
+        Name in the registry and arguments.
+    heads : tuple of str
+        Heads in the order of the output channels.
+    classes : tuple of NucleusClass
+        Classes of nuclei; a model without a type head has one.
+    stain : dict
+        ``method`` and ``reference``.
+    thresholds : InstanceRules
+        How maps become instances.
+    licence, description : str
+        Licence of the weights, and a line about the model.
+    data : tuple of dict
+        Training data: name, licence, fields.
+    metrics : dict
+        Scores on unseen patients and how they were held out.
+    sha256 : str
+        Hash of the weights file.
+    """
+
+    name: str
+    mpp: float
+    patch: int
+    overlap: int
+    network: str
+    network_args: dict[str, Any]
+    heads: tuple[str, ...]
+    classes: tuple[NucleusClass, ...]
+    stain: dict[str, Any]
+    thresholds: InstanceRules
+    licence: str
+    description: str
+    data: tuple[dict[str, Any], ...]
+    metrics: dict[str, Any]
+    sha256: str
+    folder: Path = field(default=Path(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mpp) and 0.05 <= self.mpp <= 5):
+            raise ValueError(f"mpp must be within 0.05 and 5 µm, got {self.mpp}")
+        if not 0 < 2 * self.overlap <= self.patch:
+            raise ValueError(f"overlap must be within 1 and half the patch ({self.patch}), got {self.overlap}")
+        if not self.classes:
+            raise ValueError("a model needs at least one class")
+
+    @property
+    def weights(self) -> Path:
+        """The weights file."""
+        return self.folder / WEIGHTS
+
+    @property
+    def colors(self) -> list[dict[str, Any]]:
+        """Classes as plain JSON values."""
+        return [{"name": c.name, "color": list(c.color)} for c in self.classes]
+
+    @classmethod
+    def load(cls, folder: Path, verify: bool = False) -> ModelPackage:
+        """Read a package's card.
+
+        Parameters
+        ----------
+        folder : pathlib.Path
+            The package.
+        verify : bool
+            Check the hash of the weights.
+
+        Raises
+        ------
+        PipelineError
+            When the package is missing, incomplete or, with `verify`, its weights are not those of the card.
+        """
+        card = Path(folder) / CARD
+        try:
+            value = json.loads(card.read_text(encoding="utf-8"))
+            package = cls(
+                name=value["name"],
+                mpp=float(value["mpp"]),
+                patch=int(value["patch"]),
+                overlap=int(value["overlap"]),
+                network=value["network"]["name"],
+                network_args=value["network"]["args"],
+                heads=tuple(value["heads"]),
+                classes=tuple(NucleusClass(c["name"], (*map(int, c["color"]),)) for c in value["classes"]),  # type: ignore[arg-type]
+                stain=value["stain"],
+                thresholds=InstanceRules(**value["thresholds"]),
+                licence=value["licence"],
+                description=value["description"],
+                data=tuple(value["data"]),
+                metrics=value["metrics"],
+                sha256=value["sha256"],
+                folder=Path(folder),
+            )
+        except FileNotFoundError:
+            raise PipelineError(f"model {folder}: {CARD} is missing", "set model= to a folder under models/") from None
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise PipelineError(f"model {folder}: the card is damaged: {error}", "fetch the model again") from None
+        if not package.weights.is_file():
+            raise PipelineError(f"model {folder}: {WEIGHTS} is missing", "fetch the model again")
+        if verify and (found := sha256_of(package.weights)) != package.sha256:
+            raise PipelineError(
+                f"model {folder}: the weights' sha256 is {found[:12]}…, the card says {package.sha256[:12]}…",
+                "fetch the model again or pack it anew",
+            )
+        return package
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain JSON values."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "licence": self.licence,
+            "mpp": self.mpp,
+            "patch": self.patch,
+            "overlap": self.overlap,
+            "network": {"name": self.network, "args": self.network_args},
+            "heads": list(self.heads),
+            "classes": self.colors,
+            "thresholds": asdict(self.thresholds),
+            "metrics": self.metrics,
+            "data": list(self.data),
+            "sha256": self.sha256,
+            "stain": self.stain,
+        }

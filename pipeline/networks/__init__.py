@@ -1,0 +1,1 @@
+"""Network families and the registry that builds them by name."""

@@ -1,0 +1,87 @@
+"""Progress of long stages: a bar with rate and ETA on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S = 60.0
+"""Seconds between two progress lines where there is no terminal."""
+
+
+class Progress:
+    """Count work done and show it.
+
+    Parameters
+    ----------
+    total : float
+        Amount of work, in `unit`.
+    label : str
+        What is being done, e.g. ``"tiles"``.
+    unit : str
+        Unit of `total` and of the rate shown, e.g. ``"MP"``.
+    """
+
+    def __init__(self, total: float, label: str, unit: str) -> None:
+        self.total = total
+        self.label = label
+        self.unit = unit
+        self.done = 0.0
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                desc=label,
+                unit=unit,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc}: {percentage:3.0f}% |{bar}| {rate_fmt} ETA {remaining}",
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Work per second so far."""
+        return self.done / max(self.seconds, 1e-9)
+
+    def advance(self, amount: float) -> None:
+        """Add `amount` of finished work."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LOG_EVERY_S:
+            self._last_line = now
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            log.info(
+                "%s: %.0f %% (%.1f of %.1f %s, %.2f %s/s, %.0f s left)",
+                self.label,
+                100 * self.done / max(self.total, 1e-9),
+                self.done,
+                self.total,
+                self.unit,
+                self.rate,
+                self.unit,
+                left,
+            )

@@ -1,0 +1,1 @@
+"""Open any slide, check it, and read it on any grid."""

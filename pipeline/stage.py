@@ -1,0 +1,183 @@
+"""What every per-slide stage shares: whole outputs or none, failure as data, timing.
+
+A stage writes into staged paths beside the final ones; they are renamed together once the stage has finished. A
+slide whose data cannot be processed gets a manifest with ``"status": "failed"`` and, in place of each other output,
+a stub that says why (no reader takes it for a result), so that the later stages pass the failure on and the run as
+a whole goes on.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, SlideError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a slide could not be finished.
+
+    Parameters
+    ----------
+    stage : str
+        The stage that found out.
+    reason : str
+        One line.
+    hint : str
+        One line: what to do, may be empty.
+    """
+
+    stage: str
+    reason: str
+    hint: str = ""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the JSON manifest that a stage wrote.
+
+    Raises
+    ------
+    PipelineError
+        When the file is missing or no manifest.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"{path} is missing", "run the stage before this one first") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PipelineError(f"{path} is damaged: {error}", "delete it and run again") from None
+    if not isinstance(manifest, dict) or manifest.get("status") not in ("ok", "failed"):
+        raise PipelineError(f"{path} is no stage manifest", "delete it and run again")
+    return manifest
+
+
+def manifest_failure(manifest: Mapping[str, Any]) -> Failure | None:
+    """The failure a manifest tells of, or None when its stage went well."""
+    return Failure(**manifest["failure"]) if manifest["status"] == "failed" else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing happens when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process and its finished children, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(own, children) * unit / 1e6
+
+
+def _staged(path: Path) -> Path:
+    # The suffix stays last: writers choose the format by it.
+    return path.with_name(f".part-{os.getpid()}-{path.name}")
+
+
+def _write_stub(path: Path, text: str) -> None:
+    remove(path)
+    if path.suffix == ".zarr":
+        path.mkdir(parents=True)
+        path = path / "FAILED.txt"
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def run_stage(
+    stage: str,
+    slide: str,
+    *,
+    manifest: Path,
+    body: Callable[[dict[str, Path]], dict[str, Any]],
+    outputs: Mapping[str, Path] | None = None,
+    upstream: Sequence[Path] = (),
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Run one stage of one slide.
+
+    Parameters
+    ----------
+    stage : str
+        Name of the stage.
+    slide : str
+        Name of the slide.
+    manifest : pathlib.Path
+        The stage's JSON manifest, written last.
+    body : callable
+        Gets a dict of staged paths, one for each of `outputs`, writes them, and returns what the manifest shall hold.
+        Raises `SlideError` when the slide's data is at fault.
+    outputs : mapping of str to pathlib.Path
+        The other outputs by a name.
+    upstream : sequence of pathlib.Path
+        Manifests of earlier stages; when one tells of a failure, it is passed on and `body` is not run.
+    on_bad_slide : {"continue", "stop"}
+        Whether a bad slide is data or an error.
+
+    Returns
+    -------
+    dict
+        The manifest as written: ``stage``, ``slide``, ``status`` (``ok`` or ``failed``), ``failure``, ``seconds``,
+        ``peak_rss_mb``, and what `body` returned.
+
+    Raises
+    ------
+    SlideError
+        When the slide is bad and `on_bad_slide` is ``"stop"``.
+    """
+    outputs = dict(outputs or {})
+    start = time.monotonic()
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    staged = {name: _staged(path) for name, path in outputs.items()}
+    record: dict[str, Any] = {"stage": stage, "slide": slide, "status": "ok", "failure": None}
+    for path in (*outputs.values(), manifest):
+        for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
+            remove(leftover)  # of a killed run
+    failure = next((f for f in (manifest_failure(read_manifest(path)) for path in upstream) if f), None)
+    try:
+        if failure is None:
+            try:
+                for path in staged.values():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                record |= body(staged)
+            except SlideError as error:
+                if on_bad_slide == "stop":
+                    raise SlideError(f"slide {slide!r}, {stage}: {error.reason}", error.hint) from None
+                failure = Failure(stage, error.reason, error.hint)
+                log.warning("slide %r failed at %s: %s", slide, stage, error)
+        if failure is not None:
+            record |= {"status": "failed", "failure": asdict(failure)}
+        record |= {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
+        staged_manifest = _staged(manifest)
+        staged["manifest"] = staged_manifest
+        write_json(staged_manifest, record)
+        for name, path in outputs.items():
+            if failure is None:
+                remove(path)
+                staged[name].rename(path)
+            else:
+                _write_stub(path, f"slide {slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip())
+        staged_manifest.rename(manifest)
+    finally:
+        for path in staged.values():
+            remove(path)
+    return record

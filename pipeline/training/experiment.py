@@ -1,0 +1,401 @@
+"""One training experiment from data to model package.
+
+Steps: read the data, hold patients out, choose a stain reference, train, tune the thresholds on the validation
+fields, score the test fields once, train on with all fields, pack. Each step leaves its result in the experiment's
+folder and is not repeated by a later run, so a killed experiment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.kernels.instances import InstanceRules
+from pipeline.kernels.stain import (
+    StainFitError,
+    extract_macenko,
+    fit_reference,
+    fit_stains,
+    fit_transform,
+    tissue_pixels,
+)
+from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.stage import write_json
+from pipeline.training.data import Field, Split, load_fields, split_by_organ
+from pipeline.training.fit import (
+    Schedule,
+    fit,
+    predict_field,
+    resize_to_model,
+    score_maps,
+)
+from pipeline.training.samples import Augmentation, PreparedField, prepare_field
+
+log = logging.getLogger(__name__)
+
+TUNING_GRID = {
+    "nucleus": (96, 112, 128, 144, 160),
+    "marker": (90, 110, 130, 150, 170, 190),
+    "min_area": (12, 20, 30),
+}
+"""Thresholds tried on the validation fields (map values 0 to 255, pixels)."""
+
+SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The ``train:`` section of the configuration.
+
+    Parameters
+    ----------
+    name : str
+        Name of the model that comes out.
+    data : tuple of dict
+        Data sources: ``kind``, ``path``, optional ``mpp``, ``mpp_of``, ``weight`` (share of the samples) and
+        ``licence``.
+    mpp : float
+        The model's pixel size in µm.
+    network, network_args, heads
+        The network.
+    patch, overlap : int
+        The window that inference uses.
+    stain : str
+        Normalisation of the slides: ``none`` or ``macenko``. The network sees both versions in training.
+    holdout : str
+        Data set from which one patient an organ is held out for testing.
+    validation : int
+        Patients for validation.
+    seed : int
+        Seed of the split.
+    schedule : Schedule
+        Training with patients held out.
+    final_steps : int
+        Steps of training on with all fields; 0 packs the first network.
+    augmentation : Augmentation
+        Changes to the samples.
+    licence, description : str
+        For the card.
+    """
+
+    name: str
+    data: tuple[dict[str, Any], ...]
+    mpp: float = 0.5
+    network: str = "resunet"
+    network_args: dict[str, Any] = field(default_factory=dict)
+    heads: tuple[str, ...] = ("nucleus", "distance")
+    patch: int = 256
+    overlap: int = 64
+    stain: str = "macenko"
+    holdout: str = "monuseg"
+    validation: int = 4
+    seed: int = 42
+    schedule: Schedule = field(default_factory=Schedule)
+    final_steps: int = 1000
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    licence: str = "unknown"
+    description: str = ""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Experiment:
+        """Build an experiment from the configuration.
+
+        Raises
+        ------
+        PipelineError
+            When a key is unknown or a value does not fit.
+        """
+        value = dict(value)
+        try:
+            augmentation = dict(value.pop("augmentation", {}))
+            if "scale" in augmentation:
+                augmentation["scale"] = tuple(augmentation["scale"])
+            return cls(
+                data=tuple(value.pop("data")),
+                heads=tuple(value.pop("heads", ("nucleus", "distance"))),
+                schedule=Schedule(**value.pop("schedule", {})),
+                augmentation=Augmentation(**augmentation),
+                **value,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PipelineError(f"train: {error}", "compare the section with config.yaml") from None
+
+
+def choose_reference(fields: list[Field]) -> tuple[Field, dict[str, Any]]:
+    """The field whose stain is nearest to the middle of all, and its stain reference.
+
+    Parameters
+    ----------
+    fields : list of Field
+        Candidates.
+
+    Raises
+    ------
+    PipelineError
+        When no field's stain can be fitted.
+    """
+    candidates, features = [], []
+    for one in fields:
+        try:
+            stains = fit_stains(tissue_pixels(one.image), extract_macenko)
+        except StainFitError as error:
+            log.info("%s is no candidate for the stain reference: %s", one.name, error)
+            continue
+        candidates.append(one)
+        features.append(np.concatenate([np.ravel(stains["matrix"]), np.log(stains["max_concentrations"])]))
+    if not candidates:
+        raise PipelineError("no training field's stain can be fitted", "use stain: none")
+    table = np.array(features)
+    spread = table.std(axis=0) + 1e-6
+    chosen = candidates[int(np.argmin((((table - np.median(table, axis=0)) / spread) ** 2).sum(axis=1)))]
+    return chosen, fit_reference(chosen.image)
+
+
+def normalise(image: np.ndarray, method: str, reference: dict[str, Any]) -> np.ndarray | None:
+    """A field's image in the model's stain, or None when its own cannot be fitted."""
+    if method == "none":
+        return None
+    try:
+        transform, _ = fit_transform(tissue_pixels(image), method, reference)
+    except StainFitError:
+        return None
+    return transform.apply(image)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean (percentile method)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tune_rules(maps: list[np.ndarray], fields: list[Field]) -> tuple[InstanceRules, dict[str, float]]:
+    """Thresholds with the best mean of AJI and PQ, one at a time around the defaults.
+
+    Parameters
+    ----------
+    maps : list of numpy.ndarray
+        uint8 ``(C, H, W)`` maps of each field.
+    fields : list of Field
+        Validation fields.
+    """
+
+    def quality(rules: InstanceRules) -> float:
+        results = [score_maps(m, f, rules) for m, f in zip(maps, fields, strict=True)]
+        return float(np.mean([(r["aji"] + r["pq"]) / 2 for r in results]))
+
+    rules = InstanceRules()
+    best = quality(rules)
+    for _ in range(2):
+        for name, values in TUNING_GRID.items():
+            for value in values:
+                tried = replace(rules, **{name: value})
+                if tried != rules and (found := quality(tried)) > best:
+                    best, rules = found, tried
+    return rules, {"aji_pq_mean": best}
+
+
+def evaluate(
+    network: Any, fields: list[Field], experiment: Experiment, reference: dict[str, Any], rules: InstanceRules
+) -> dict[str, Any]:
+    """Scores of each field, their mean and its bootstrap interval."""
+    images: dict[str, Any] = {}
+    for one in fields:
+        version = normalise(one.image, experiment.stain, reference)
+        image = resize_to_model(one.image if version is None else version, one.mpp, experiment.mpp)
+        result = score_maps(predict_field(network, image), one, rules)
+        images[one.name] = {name: round(float(result[name]), 4) for name in SCORES} | {"organ": one.organ}
+        log.info("%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(result[k] for k in ("aji", "pq", "dice")))
+    mean = {name: round(float(np.mean([i[name] for i in images.values()])), 4) for name in SCORES}
+    interval = {
+        name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]))]
+        for name in ("aji", "pq", "dice")
+    }
+    return {"mean": mean, "interval_95": interval, "images": images}
+
+
+def _prepare(fields: list[Field], experiment: Experiment, reference: dict[str, Any]) -> list[PreparedField]:
+    prepared = []
+    for one in fields:
+        version = normalise(one.image, experiment.stain, reference)
+        prepared.append(prepare_field(one, experiment.mpp, () if version is None else (version,)))
+    return prepared
+
+
+def _weights(fields: list[Field], experiment: Experiment) -> np.ndarray:
+    share = {source["kind"]: float(source.get("weight", 1.0)) for source in experiment.data}
+    count = {kind: sum(f.source == kind for f in fields) for kind in share}
+    return np.array([share[f.source] / count[f.source] for f in fields])
+
+
+def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: str = "auto") -> dict[str, Any]:
+    """Run an experiment, or what is left of it.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to train.
+    work : pathlib.Path
+        Checkpoints, logs, split and scores.
+    out : pathlib.Path
+        The model package.
+    accelerator : str
+        ``auto``, ``cpu`` or ``gpu``.
+
+    Returns
+    -------
+    dict
+        The evaluation on the held-out patients.
+
+    Raises
+    ------
+    PipelineError
+        When data are missing or do not fit.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    fields = load_fields(list(experiment.data))
+    by_name = {f.name: f for f in fields}
+    if len(by_name) != len(fields):
+        raise PipelineError("two training fields have the same name", "rename one")
+    split = split_by_organ(fields, experiment.holdout, experiment.seed, experiment.validation)
+    write_json(work / "split.json", asdict(split))
+    train = [by_name[name] for name in split.train]
+    main = [f for f in train if f.source == experiment.holdout] or train
+    chosen, reference = choose_reference(main)
+    log.info("stain reference: %s", chosen.name)
+    common: dict[str, Any] = {
+        "network": experiment.network,
+        "network_args": experiment.network_args,
+        "heads": list(experiment.heads),
+        "mpp": experiment.mpp,
+        "augmentation": experiment.augmentation,
+        "accelerator": accelerator,
+    }
+    network = fit(
+        _prepare(train, experiment, reference),
+        _weights(train, experiment),
+        [by_name[name] for name in split.validation],
+        schedule=experiment.schedule,
+        folder=work / "heldout",
+        **common,
+    )
+    evaluation_file = work / "evaluation.json"
+    if evaluation_file.is_file():
+        evaluation = json.loads(evaluation_file.read_text(encoding="utf-8"))
+        rules = InstanceRules(**evaluation["rules"])
+    else:
+        evaluation, rules = _tune_and_test(network, experiment, split, by_name, reference)
+        write_json(evaluation_file, evaluation)
+    if experiment.final_steps:
+        network = fit(
+            _prepare(fields, experiment, reference),
+            _weights(fields, experiment),
+            [],
+            schedule=replace(
+                experiment.schedule,
+                steps=experiment.final_steps,
+                seed=experiment.schedule.seed + 1,
+                learning_rate=experiment.schedule.learning_rate / 4,  # the network has learned already
+            ),
+            folder=work / "final",
+            start_from=network.state_dict(),
+            **common,
+        )
+    pack(network, experiment, evaluation, rules, {"name": chosen.name, **reference}, fields, out)
+    return evaluation
+
+
+def _tune_and_test(
+    network: Any, experiment: Experiment, split: Split, by_name: dict[str, Field], reference: dict[str, Any]
+) -> tuple[dict[str, Any], InstanceRules]:
+    validation = [by_name[name] for name in split.validation]
+    test = [by_name[name] for name in split.test]
+    if not test:
+        raise PipelineError(f"no patients of {experiment.holdout!r} to hold out", "set train.holdout to a data source")
+    maps = []
+    for one in validation:
+        version = normalise(one.image, experiment.stain, reference)
+        maps.append(
+            predict_field(network, resize_to_model(one.image if version is None else version, one.mpp, experiment.mpp))
+        )
+    rules, tuned = tune_rules(maps, validation) if validation else (InstanceRules(), {})
+    log.info("thresholds: %s (%s)", rules, tuned)
+    evaluation = evaluate(network, test, experiment, reference, rules)
+    protocol = (
+        f"one {experiment.holdout} patient an organ held out (seed {split.seed}, {len(test)} fields); checkpoint and "
+        f"thresholds chosen on {len(validation)} other patients"
+    )
+    evaluation |= {"protocol": protocol, "rules": asdict(rules), "test": list(split.test)}
+    return evaluation, rules
+
+
+def pack(
+    network: Any,
+    experiment: Experiment,
+    evaluation: dict[str, Any],
+    rules: InstanceRules,
+    reference: dict[str, Any],
+    fields: list[Field],
+    out: Path,
+) -> ModelPackage:
+    """Write a model package.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The trained network.
+    experiment : Experiment
+        Where it comes from.
+    evaluation : dict
+        Scores on unseen patients.
+    rules : InstanceRules
+        Tuned thresholds.
+    reference : dict
+        Stain reference.
+    fields : list of Field
+        The training data.
+    out : pathlib.Path
+        Folder of the package.
+    """
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    staged = out / f".part-{WEIGHTS}"
+    save_file(state, staged)
+    package = ModelPackage(
+        name=experiment.name,
+        mpp=experiment.mpp,
+        patch=experiment.patch,
+        overlap=experiment.overlap,
+        network=experiment.network,
+        network_args=experiment.network_args,
+        heads=experiment.heads,
+        classes=(NucleusClass("Nucleus", (46, 160, 67)),),
+        stain={"method": experiment.stain, "reference": reference},
+        thresholds=rules,
+        licence=experiment.licence,
+        description=experiment.description,
+        data=tuple(
+            {
+                "name": source["kind"],
+                "licence": source.get("licence", "unknown"),
+                "fields": sum(f.source == source["kind"] for f in fields),
+            }
+            for source in experiment.data
+        ),
+        metrics={k: evaluation[k] for k in ("protocol", "mean", "interval_95", "images")},
+        sha256=sha256_of(staged),
+    )
+    staged.rename(out / WEIGHTS)
+    write_json(out / CARD, package.to_json())
+    log.info("packed %s (%.1f MB)", out, (out / WEIGHTS).stat().st_size / 1e6)
+    return package
+
