@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -133,5 +135,5 @@ def test_perfect(labels: np.ndarray) -> None:
 @given(LABELS, LABELS, st.lists(st.integers(0, 9), max_size=4))
 def test_bands_change_nothing(truth: np.ndarray, pred: np.ndarray, cuts: list[int]) -> None:
     rows = [0, *sorted(cuts), len(truth)]
-    bands = [(truth[a:b], pred[a:b]) for a, b in zip(rows, rows[1:], strict=False)]
+    bands = [(truth[a:b], pred[a:b]) for a, b in itertools.pairwise(rows)]
     assert score_overlaps(Overlaps.of_bands(bands)) == score(truth, pred)

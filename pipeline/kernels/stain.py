@@ -1,0 +1,522 @@
+"""Stain separation and normalisation of H&E colours.
+
+Conventions
+-----------
+Optical density is natural, ``OD = -ln((I + 1) / 256)`` for an 8-bit value ``I``: 255 is exactly 0, 0 is ``ln 256``, and
+nothing has to be excepted. The way back is ``I = 256 exp(-OD) - 1`` with OD clamped to 0..ln 256 and the result rounded
+to the nearest integer, ties to even. A pixel is tissue when the mean OD of its channels is at least `TISSUE_OD` and
+green is absorbed at least `INK_RATIO` times as much as red (it is no ink). Stain matrices hold one unit vector a row,
+hematoxylin first, then eosin: ``OD = concentrations @ matrix``. Lab is CIE L*a*b* of sRGB under D65, L in 0..100.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+MAX_OD = math.log(256)
+"""OD of the value 0."""
+
+TISSUE_OD = 0.15
+"""Mean OD of a pixel from which it counts as tissue."""
+
+INK_RATIO = 0.7
+"""OD of green over OD of red below which a pixel is blue or green ink: no mixture of hematoxylin and eosin is so."""
+
+MIN_PIXELS = 1000
+"""Tissue pixels below which no stain is fitted."""
+
+METHODS = ("none", "macenko", "vahadane", "reinhard", "histogram")
+"""Methods of normalisation."""
+
+OD_TABLE = np.log(256.0 / np.arange(1, 257)).astype(np.float32)
+"""OD of each 8-bit value, float32, shape ``(256,)``."""
+
+RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]) / np.linalg.norm(
+    [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], axis=1, keepdims=True
+)
+"""Hematoxylin and eosin of Ruifrok and Johnston, Anal. Quant. Cytol. Histol. 23, 2001; shape ``(2, 3)``."""
+
+MIN_STAIN_ANGLE = 10.0
+"""Degrees between hematoxylin and eosin below which a fit is refused."""
+
+MAX_OFF_ANGLE = (30.0, 46.0)
+"""Degrees between fitted hematoxylin and eosin and Ruifrok's above which a fit is refused.
+
+Eosin gets more room: with saffron (HES, common in France) real fields reach 44 degrees; DAB is at 47.
+"""
+
+MAX_SCALE = 5.0
+"""Largest factor, up or down, by which a stain's strength may be changed."""
+
+_BLOCK = 1 << 16  # pixels worked on at once: what fits the cache
+
+Extractor = Callable[[np.ndarray], np.ndarray]
+"""From RGB tissue pixels, uint8 ``(n, 3)``, to a stain matrix, float64 ``(2, 3)``."""
+
+
+class StainFitError(ValueError):
+    """The pixels at hand do not determine the two stains; the message is one line that says why."""
+
+
+def rgb_to_od(rgb: np.ndarray) -> np.ndarray:
+    """OD of 8-bit values, float32, of the same shape."""
+    return OD_TABLE[rgb]
+
+
+def od_to_rgb(od: np.ndarray) -> np.ndarray:
+    """8-bit values of OD, uint8, of the same shape."""
+    clamped = np.clip(np.asarray(od, np.float32), 0, np.float32(MAX_OD))
+    return np.rint(256 * np.exp(-clamped) - 1).astype(np.uint8)
+
+
+def tissue_mask(rgb: np.ndarray) -> np.ndarray:
+    """Which pixels of RGB ``(..., 3)`` are tissue by their colour alone (neither pale nor ink), bool ``(...)``."""
+    od = rgb_to_od(rgb)
+    return (od.sum(axis=-1) >= 3 * TISSUE_OD) & (od[..., 1] >= INK_RATIO * od[..., 0])
+
+
+def tissue_pixels(rgb: np.ndarray, limit: int = 500_000) -> np.ndarray:
+    """Tissue pixels of RGB uint8 ``(..., 3)`` as uint8 ``(n, 3)``; evenly thinned out to `limit`."""
+    flat = np.asarray(rgb).reshape(-1, 3)
+    pixels = flat[tissue_mask(flat)]
+    if len(pixels) > limit:
+        pixels = pixels[np.linspace(0, len(pixels) - 1, limit).astype(np.int64)]
+    return pixels
+
+
+def _unit_rows(matrix: np.ndarray) -> np.ndarray:
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+def angle(first: np.ndarray, second: np.ndarray) -> float:
+    """Angle between two vectors in degrees."""
+    cosine = float(first @ second) / float(np.linalg.norm(first) * np.linalg.norm(second))
+    return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+
+
+def extract_macenko(rgb: np.ndarray, percentile: float = 99.0) -> np.ndarray:
+    """Stain matrix by the extreme angles in the plane of largest variance of OD.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Tissue pixels, uint8, shape ``(n, 3)``.
+    percentile : float
+        Angular percentile that stands for one stain, ``100 - percentile`` for the other.
+
+    Returns
+    -------
+    numpy.ndarray
+        Unit rows, hematoxylin (the redder OD) first, float64, shape ``(2, 3)``. Whether it makes sense is for
+        `check_matrix` to say.
+
+    Raises
+    ------
+    StainFitError
+        When there are too few pixels or they span no plane.
+
+    References
+    ----------
+    Macenko et al., A method for normalizing histology slides for quantitative analysis, ISBI 2009. Tissue is told by
+    the mean OD here: the original drops pixels of low OD in any channel, which loses eosin.
+    """
+    _require_pixels(rgb)
+    od = rgb_to_od(rgb).astype(np.float64)
+    values, vectors = np.linalg.eigh(np.cov(od, rowvar=False))
+    if not values[1] > 1e-8:
+        raise StainFitError("all tissue pixels have one hue")
+    plane = vectors[:, [2, 1]]
+    if (od @ plane[:, 0]).mean() < 0:
+        plane[:, 0] *= -1
+    projected = od @ plane
+    phi = np.arctan2(projected[:, 1], projected[:, 0])
+    extremes = np.percentile(phi, [100 - percentile, percentile])
+    matrix = np.stack([np.cos(extremes), np.sin(extremes)], axis=1) @ plane.T
+    return _unit_rows(matrix[np.argsort(-matrix[:, 0], kind="stable")])
+
+
+def _require_pixels(rgb: np.ndarray) -> None:
+    if len(rgb) < MIN_PIXELS:
+        raise StainFitError(f"only {len(rgb)} tissue pixels, at least {MIN_PIXELS} are needed")
+
+
+def check_matrix(matrix: np.ndarray) -> None:
+    """Refuse a stain matrix that is not of hematoxylin and eosin.
+
+    Raises
+    ------
+    StainFitError
+        When it holds non-finite numbers, a vector points the wrong way (light instead of ink), the two are nearly
+        one (a single stain), or one is far from what it shall be (pen ink, another stain).
+    """
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.shape != (2, 3) or not np.isfinite(matrix).all() or not np.linalg.norm(matrix, axis=1).all():
+        raise StainFitError("the stain vectors are not finite")
+    for name, vector in zip(("hematoxylin", "eosin"), _unit_rows(matrix), strict=True):
+        if vector.min() < -0.2:
+            raise StainFitError(f"the {name} vector {_text(vector)} points the wrong way")
+    between = angle(matrix[0], matrix[1])
+    if between < MIN_STAIN_ANGLE:
+        raise StainFitError(f"hematoxylin and eosin are {between:.1f} degrees apart: one stain")
+    for name, vector, typical, limit in zip(("hematoxylin", "eosin"), matrix, RUIFROK, MAX_OFF_ANGLE, strict=True):
+        off = angle(vector, typical)
+        if off > limit:
+            raise StainFitError(f"the {name} vector {_text(vector)} is {off:.0f} degrees off: pen or another stain")
+
+
+def _text(vector: np.ndarray) -> str:
+    return "(" + ", ".join(f"{value:.2f}" for value in vector) + ")"
+
+
+def unmixing(matrix: np.ndarray) -> np.ndarray:
+    """Pseudo-inverse of a stain matrix, float64 ``(3, 2)``: ``concentrations = OD @ unmixing``."""
+    return np.linalg.pinv(np.asarray(matrix, np.float64))
+
+
+def concentrations(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Least-squares concentrations of both stains, float64, shape ``(..., 2)``."""
+    return rgb_to_od(rgb).astype(np.float64) @ unmixing(matrix)
+
+
+def max_concentrations(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """99th percentile of both concentrations over pixels ``(n, 3)``, float64 ``(2,)``."""
+    return np.percentile(concentrations(rgb, matrix), 99, axis=0)
+
+
+def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of sRGB uint8 ``(n, 3)`` under D65, float32 ``(n, 3)``."""
+    unit = rgb.reshape(1, -1, 3) * np.float32(1 / 255)
+    return cv2.cvtColor(unit, cv2.COLOR_RGB2LAB).reshape(-1, 3)
+
+
+def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
+    """The way back from `rgb_to_lab`, uint8 ``(n, 3)``; colours outside sRGB are clipped."""
+    unit = cv2.cvtColor(np.ascontiguousarray(lab, np.float32).reshape(1, -1, 3), cv2.COLOR_LAB2RGB)
+    return np.rint(np.clip(unit.reshape(-1, 3), 0, 1) * 255).astype(np.uint8)
+
+
+def cumulative(rgb: np.ndarray) -> np.ndarray:
+    """Cumulative distribution of each channel of RGB uint8 ``(n, 3)``, float64 ``(3, 256)``, last value 1."""
+    counts = np.stack([np.bincount(rgb[:, channel], minlength=256) for channel in range(3)])
+    return np.cumsum(counts, axis=1) / len(rgb)
+
+
+def matching_table(source: np.ndarray, target: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    """Look-up tables that give one channel-wise distribution the shape of another.
+
+    Parameters
+    ----------
+    source, target : numpy.ndarray
+        Cumulative distributions, shape ``(3, 256)``.
+    alpha : float
+        0 leaves the colours as they are, 1 takes the target's, in between a linear blend.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, shape ``(3, 256)``, never falling. Values are matched at the middle of their step of the source's
+        distribution. Outside its 0.5 and 99.5 percentiles the table runs straight to 0 and to 255, so that background
+        stays white and few extreme pixels bend nothing.
+
+    References
+    ----------
+    Gonzalez and Woods, Digital Image Processing, section 3.3 (histogram specification).
+    """
+    values = np.arange(256.0)
+    tables = np.empty((3, 256), np.uint8)
+    for channel in range(3):
+        before = np.r_[0.0, source[channel, :-1]]
+        middle = (before + source[channel]) / 2
+        steps = np.r_[0.0, target[channel, :-1]]
+        seen = np.flatnonzero(target[channel] > steps)
+        matched = np.interp(middle, (steps[seen] + target[channel, seen]) / 2, values[seen])
+        inner = (middle >= 0.005) & (middle <= 0.995)
+        inner &= source[channel] > before
+        known = np.flatnonzero(inner & (values > 0) & (values < 255))
+        table = np.interp(values, np.r_[0, known, 255], np.r_[0.0, matched[known], 255.0])
+        tables[channel] = np.rint(np.maximum.accumulate((1 - alpha) * values + alpha * table)).astype(np.uint8)
+    return tables
+
+
+_NEGATIVE_OD = np.repeat(-OD_TABLE.reshape(1, 256, 1), 3, axis=2)
+_FADE = np.full((1, 3), -1 / (3 * TISSUE_OD), np.float32)
+
+
+def _fade_in(rgb: np.ndarray, moved: np.ndarray, out: np.ndarray) -> None:
+    """Write ``rint(rgb + w (moved - rgb))``, ``w = min(1, mean OD / TISSUE_OD)``: white stays white."""
+    weight = np.minimum(cv2.transform(cv2.LUT(rgb, _NEGATIVE_OD), _FADE), 1).reshape(1, -1, 1)
+    moved -= rgb
+    np.multiply(moved, weight, out=moved)
+    moved += rgb
+    np.rint(moved, out=moved)
+    out[:] = moved.astype(np.uint8)
+
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+def _rows(value: Any) -> Rows:
+    return tuple(tuple(float(item) for item in row) for row in value)
+
+
+@dataclass(frozen=True)
+class StainTransform:
+    """A colour transform, the same for every pixel of a slide.
+
+    Parameters
+    ----------
+    method : {"none", "matrix", "reinhard", "lut"}
+        ``matrix``: ``OD' = OD @ matrix``. ``reinhard``: mean and spread of each Lab channel are moved from source to
+        target, ``Lab' = Lab * scale + offset`` with the numbers of `lab_affine`. ``lut``: one table of 256 values a
+        channel. The latter two are faded out towards white: with ``w = min(1, mean OD / TISSUE_OD)`` the result is
+        ``rint(rgb + w (moved - rgb))``, `moved` being clipped to 0..255 but not rounded.
+    matrix : tuple, optional
+        3 x 3.
+    source, target : tuple, optional
+        Means and standard deviations of L, a and b: 2 x 3 each.
+    lut : tuple, optional
+        3 x 256 integers in 0..255.
+    """
+
+    method: str = "none"
+    matrix: Rows | None = None
+    source: Rows | None = None
+    target: Rows | None = None
+    lut: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        needs = {"none": (), "matrix": ("matrix",), "reinhard": ("source", "target"), "lut": ("lut",)}
+        if self.method not in needs:
+            raise ValueError(f"no such stain transform: {self.method!r}")
+        shapes = {"matrix": (3, 3), "source": (2, 3), "target": (2, 3), "lut": (3, 256)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if (value is not None) != (name in needs[self.method]):
+                raise ValueError(f"a stain transform of method {self.method} has no fitting {name}")
+            if value is not None and (np.shape(value) != shape or not np.isfinite(value).all()):
+                raise ValueError(f"{name} of a stain transform must hold {shape} finite numbers")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StainTransform:
+        """The transform that `to_json` described."""
+        fields = dict(value)
+        lut = fields.pop("lut", None)
+        return cls(
+            method=fields.pop("method"),
+            lut=None if lut is None else tuple(tuple(int(item) for item in row) for row in lut),
+            **{name: _rows(rows) for name, rows in fields.items()},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The transform as plain JSON values, without what its method does not need."""
+        fields: dict[str, Any] = {"method": self.method}
+        for name in ("matrix", "source", "target", "lut"):
+            value = getattr(self, name)
+            if value is not None:
+                fields[name] = [list(row) for row in value]
+        return fields
+
+    def apply(self, rgb: np.ndarray) -> np.ndarray:
+        """Transform colours.
+
+        Parameters
+        ----------
+        rgb : numpy.ndarray
+            uint8, shape ``(..., 3)``.
+
+        Returns
+        -------
+        numpy.ndarray
+            A new array of the same shape and type.
+        """
+        if rgb.dtype != np.uint8 or rgb.shape[-1:] != (3,):
+            raise ValueError(f"expected uint8 (..., 3), got {rgb.dtype} {rgb.shape}")
+        if self.method == "none":
+            return rgb.copy()
+        flat = np.ascontiguousarray(rgb).reshape(1, -1, 3)
+        out = np.empty_like(flat)
+        kernel = {"matrix": self._apply_matrix, "reinhard": self._apply_reinhard, "lut": self._apply_lut}[self.method]
+        for start in range(0, flat.shape[1], _BLOCK):
+            kernel(flat[:, start : start + _BLOCK], out[:, start : start + _BLOCK])
+        return out.reshape(rgb.shape)
+
+    def _apply_matrix(self, rgb: np.ndarray, out: np.ndarray) -> None:
+        od = cv2.transform(cv2.LUT(rgb, _NEGATIVE_OD), np.asarray(self.matrix, np.float32).T)
+        np.clip(od, np.float32(-MAX_OD), 0, out=od)
+        out[:] = cv2.convertScaleAbs(cv2.exp(od), alpha=256, beta=-1)
+
+    def _apply_reinhard(self, rgb: np.ndarray, out: np.ndarray) -> None:
+        scale, offset = self.lab_affine()
+        lab = rgb_to_lab(rgb).reshape(1, -1, 3) * scale.astype(np.float32) + offset.astype(np.float32)
+        moved = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
+        np.clip(moved, 0, 1, out=moved)
+        np.multiply(moved, np.float32(255), out=moved)
+        _fade_in(rgb, moved, out)
+
+    def _apply_lut(self, rgb: np.ndarray, out: np.ndarray) -> None:
+        table = np.asarray(self.lut, np.uint8).T.reshape(1, 256, 3)
+        _fade_in(rgb, cv2.LUT(rgb, table).astype(np.float32), out)
+
+    def lab_affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and offset of each Lab channel of method ``reinhard``, float64 ``(3,)`` each."""
+        source, target = np.array(self.source), np.array(self.target)
+        scale = target[1] / source[1]
+        return scale, target[0] - source[0] * scale
+
+
+def _rounded(array: np.ndarray) -> list[Any]:
+    # Six decimals: far below one grey level, and the same in memory as when read back.
+    return np.round(np.asarray(array, np.float64), 6).tolist()
+
+
+def fit_stains(rgb: np.ndarray, extract: Extractor) -> dict[str, Any]:
+    """Stain matrix and strengths of tissue pixels.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Tissue pixels, uint8, shape ``(n, 3)``.
+    extract : callable
+        Finds the stain matrix.
+
+    Returns
+    -------
+    dict
+        ``matrix`` (2 x 3) and ``max_concentrations`` (2), rounded to six decimals.
+
+    Raises
+    ------
+    StainFitError
+        When the pixels do not determine two stains that look like hematoxylin and eosin.
+    """
+    _require_pixels(rgb)
+    try:
+        matrix = np.asarray(extract(rgb), np.float64)
+    except np.linalg.LinAlgError as error:
+        raise StainFitError(f"no stain vectors could be computed: {error}") from None
+    check_matrix(matrix)
+    strongest = max_concentrations(rgb, matrix)
+    if not (np.isfinite(strongest).all() and strongest.min() > 0.05):
+        raise StainFitError(f"a stain is absent: strengths {_text(strongest)}")
+    return {"matrix": _rounded(matrix), "max_concentrations": _rounded(strongest)}
+
+
+def fit_lab(rgb: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation of L, a and b over tissue pixels ``(n, 3)``."""
+    _require_pixels(rgb)
+    lab = rgb_to_lab(rgb).astype(np.float64)
+    mean, std = lab.mean(axis=0), lab.std(axis=0)
+    if not std.min() > 0.5:
+        raise StainFitError(f"tissue has no spread of colour: standard deviations {_text(std)} in Lab")
+    return {"mean": _rounded(mean), "std": _rounded(std)}
+
+
+def fit_histogram(rgb: np.ndarray) -> dict[str, Any]:
+    """Cumulative distribution of each channel over tissue pixels ``(n, 3)``."""
+    _require_pixels(rgb)
+    return {"cdf": _rounded(cumulative(rgb))}
+
+
+def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] | None = None) -> dict[str, Any]:
+    """What a model package says of its training data's stain, as the target of `fit_transform`.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Pixels or images of the reference, uint8, shape ``(..., 3)``; background is dropped here.
+    extractors : mapping of str to callable, optional
+        Stain matrix extraction by method; by default ``macenko`` by `extract_macenko` alone.
+
+    Returns
+    -------
+    dict
+        JSON values: for each extractor's name ``{"matrix": 2x3, "max_concentrations": [2]}``, ``reinhard``
+        ``{"mean": [3], "std": [3]}`` in Lab, ``histogram`` ``{"cdf": 3x256}`` of R, G and B.
+
+    Raises
+    ------
+    StainFitError
+        When the pixels do not look like H&E.
+    """
+    pixels = tissue_pixels(rgb)
+    extractors = {"macenko": extract_macenko} if extractors is None else extractors
+    reference: dict[str, Any] = {name: fit_stains(pixels, extract) for name, extract in extractors.items()}
+    return reference | {"reinhard": fit_lab(pixels), "histogram": fit_histogram(pixels)}
+
+
+def _require_scale(what: str, scale: np.ndarray) -> None:
+    largest = float(max(scale.max(), 1 / scale.min()))
+    if largest > MAX_SCALE:
+        raise StainFitError(f"{what} differs {largest:.1f}-fold from the model's")
+
+
+def fit_transform(
+    rgb: np.ndarray,
+    method: str,
+    reference: Mapping[str, Any],
+    extractors: Mapping[str, Extractor] | None = None,
+    alpha: float = 1.0,
+) -> tuple[StainTransform, dict[str, Any]]:
+    """Fit the transform of a slide towards a reference.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Tissue pixels of the slide, uint8, shape ``(n, 3)``.
+    method : str
+        One of `METHODS`.
+    reference : mapping
+        What `fit_reference` gave.
+    extractors : mapping of str to callable, optional
+        As for `fit_reference`.
+    alpha : float
+        Strength of method ``histogram``, 0..1.
+
+    Returns
+    -------
+    transform : StainTransform
+        The transform.
+    source : dict
+        The slide's own fit, of the same shape as the method's entry of `reference`.
+
+    Raises
+    ------
+    StainFitError
+        When the pixels do not allow it; the slide should be left as it is then.
+    KeyError
+        When `reference` has no entry for the method or there is no extractor for it.
+
+    References
+    ----------
+    Matrix methods: Macenko 2009; Vahadane et al., Structure-preserving color normalization and sparse stain separation
+    for histological images, IEEE TMI 35(8), 2016. The least-squares unmixing, the scaling of both strengths and the
+    mixing with the target's vectors are one 3 x 3 matrix on OD. ``reinhard``: Reinhard et al., Color transfer between
+    images, IEEE CG&A 21(5), 2001, in Lab.
+    """
+    if method == "none":
+        return StainTransform(), {}
+    target = reference[method]
+    if method == "reinhard":
+        source = fit_lab(rgb)
+        rows = {name: (fit["mean"], fit["std"]) for name, fit in (("source", source), ("target", target))}
+        ratio = np.divide(target["std"], source["std"])
+        if max(ratio.max(), 1 / ratio.min()) > MAX_SCALE:
+            raise StainFitError(
+                f"spread of colour differs {max(ratio.max(), 1 / ratio.min()):.1f}-fold from the model's"
+            )
+        return StainTransform("reinhard", source=_rows(rows["source"]), target=_rows(rows["target"])), source
+    if method == "histogram":
+        source = fit_histogram(rgb)
+        table = matching_table(np.array(source["cdf"]), np.array(target["cdf"]), alpha)
+        return StainTransform("lut", lut=tuple(tuple(row) for row in table.tolist())), source
+    source = fit_stains(rgb, ({"macenko": extract_macenko} if extractors is None else extractors)[method])
+    scale = np.divide(target["max_concentrations"], source["max_concentrations"])
+    _require_scale("stain strength", scale)
+    matrix = unmixing(np.array(source["matrix"])) @ np.diag(scale) @ np.array(target["matrix"])
+    return StainTransform("matrix", matrix=_rows(np.round(matrix, 8))), source
