@@ -1,0 +1,201 @@
+"""Stage ``inspect``: can the slide be read, how large is it, and how large is a pixel?"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import SlideError
+from pipeline.kernels.tissue import find_tissue
+from pipeline.slides.open import READERS, Slide, open_slide, resolve_mpp
+from pipeline.stage import run_stage
+
+log = logging.getLogger(__name__)
+
+_PROBES = 9
+_PROBE_SIDE = 256
+_LOOK_PIXELS = 16_000_000
+
+
+def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
+    """Level-0 corners of windows to try, spread over the tissue.
+
+    Parameters
+    ----------
+    slide : Slide
+        The slide.
+    mpp : float
+        µm per level-0 pixel.
+
+    Returns
+    -------
+    list of tuple of int
+        x and y; over the slide as a whole where no small level shows the tissue.
+    """
+    x0, y0, width, height = slide.bounds or (0, 0, slide.width, slide.height)
+    level = slide.levels[-1]
+    tissue = np.ones((3, 3), bool)
+    if level.width * level.height <= _LOOK_PIXELS:
+        try:
+            look = slide.read(
+                len(slide.levels) - 1,
+                int(x0 / level.scale_x),
+                int(y0 / level.scale_y),
+                max(1, int(width / level.scale_x)),
+                max(1, int(height / level.scale_y)),
+            )
+        except SlideError:
+            look = None
+        if look is not None:
+            step = max(1, min(round(8 / (mpp * level.scale_x)), min(look.shape[:2]) // 32))
+            found = find_tissue(np.ascontiguousarray(look[::step, ::step]), mpp * level.scale_x * step).mask
+            tissue = found if found.any() else tissue
+    rows, columns = np.nonzero(tissue)
+    # Evenly through the tissue in raster order, which meets every part of it.
+    chosen = np.unique(np.linspace(0, len(rows) - 1, _PROBES).round().astype(int))
+    places = []
+    for i in chosen:
+        x = x0 + (columns[i] + 0.5) / tissue.shape[1] * width - _PROBE_SIDE / 2
+        y = y0 + (rows[i] + 0.5) / tissue.shape[0] * height - _PROBE_SIDE / 2
+        places.append(
+            (
+                int(np.clip(x, 0, max(0, slide.width - _PROBE_SIDE))),
+                int(np.clip(y, 0, max(0, slide.height - _PROBE_SIDE))),
+            )
+        )
+    return places
+
+
+def probe(slide: Slide, mpp: float) -> dict[str, int]:
+    """Decode a few windows of tissue.
+
+    Returns
+    -------
+    dict
+        ``tried`` and ``failed``. Stage ``tiles`` decides over single tiles that cannot be read.
+
+    Raises
+    ------
+    SlideError
+        When more than half of them fail.
+    """
+    places = probe_places(slide, mpp)
+    failed: list[SlideError] = []
+    for x, y in places:
+        try:
+            slide.read(0, x, y, min(_PROBE_SIDE, slide.width - x), min(_PROBE_SIDE, slide.height - y))
+        except SlideError as error:
+            failed.append(error)
+    if 2 * len(failed) > len(places):
+        raise SlideError(
+            f"{len(failed)} of {len(places)} tiles tried cannot be decoded, the first: {failed[0].reason}",
+            "copy or export the slide again",
+        )
+    if failed:
+        log.warning("%s: %d of %d tiles tried cannot be decoded", slide.path.name, len(failed), len(places))
+    return {"tried": len(places), "failed": len(failed)}
+
+
+def reopen(info: Mapping[str, Any]) -> Slide:
+    """Open the slide that a ``slide.json`` tells of, with the reader that inspect chose.
+
+    Raises
+    ------
+    SlideError
+        When it cannot be read, or is no longer the file that was inspected.
+    """
+    path = Path(info["path"])
+    slide = open_slide(path, info["backend"])
+    if path.stat().st_size != info["bytes"] or (slide.width, slide.height) != (info["width"], info["height"]):
+        slide.close()
+        raise SlideError(f"{path} has changed since it was inspected", "delete the slide's results and run again")
+    return slide
+
+
+def run_inspect(
+    slide: str,
+    path: Path,
+    out: Path,
+    *,
+    mpp: float | None = None,
+    mpp_source: str = "table",
+    reader: str = "auto",
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Inspect a slide.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    path : pathlib.Path
+        Its file.
+    out : pathlib.Path
+        ``slide.json``.
+    mpp : float, optional
+        µm per level-0 pixel; goes before the file's own metadata.
+    mpp_source : {"table", "config"}
+        Where `mpp` comes from.
+    reader : {"auto", "openslide", "tiffslide", "image"}
+        See `pipeline.slides.open.open_slide`.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest.
+    """
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        with open_slide(path, reader) as handle:
+            (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
+            tiles = probe(handle, (mpp_x + mpp_y) / 2)
+            return {
+                "path": str(path.absolute()),
+                "backend": handle.backend,
+                "vendor": handle.vendor,
+                "width": handle.width,
+                "height": handle.height,
+                "levels": [asdict(level) for level in handle.levels],
+                "bounds": list(handle.bounds) if handle.bounds else None,
+                "mpp": [mpp_x, mpp_y],
+                "mpp_source": source,
+                "objective": handle.objective,
+                "quick_hash": handle.quick_hash,
+                "bytes": path.stat().st_size,
+                "tiles_tried": tiles,
+            }
+
+    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command line of the stage."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--path", required=True, type=Path, metavar="FILE", help="the slide's file")
+    parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, before the file's own")
+    parser.add_argument("--mpp-source", choices=("table", "config"), default="table", help="where --mpp comes from")
+    parser.add_argument("--reader", choices=READERS, default="auto", help="what reads the file (default: auto)")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--out", required=True, type=Path, metavar="SLIDE.JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage from the command line."""
+    run_inspect(
+        args.slide,
+        args.path,
+        args.out,
+        mpp=args.mpp,
+        mpp_source=args.mpp_source,
+        reader=args.reader,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0

@@ -1,0 +1,379 @@
+"""Stage ``tissue``: where on the slide there is tissue."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from pipeline.errors import PipelineError, SlideError
+from pipeline.grid import Grid
+from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
+from pipeline.slides.inspect import reopen
+from pipeline.slides.open import Slide
+from pipeline.slides.regions import best_level, read_region
+from pipeline.stage import read_manifest, run_stage
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+log = logging.getLogger(__name__)
+
+_BLOCK_PIXELS = 16_000_000
+_PNG_SIDE = 1600
+
+
+def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
+    """The whole slide on a coarse grid, read in aligned blocks.
+
+    Returns
+    -------
+    rgb : numpy.ndarray
+        uint8, shape (grid.height, grid.width, 3). Blocks that cannot be decoded are white.
+    unreadable : float
+        Share of blocks that could not be decoded.
+    """
+    level = slide.levels[best_level(slide.levels, grid)]
+    native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
+    side = max(32, int(math.sqrt(_BLOCK_PIXELS / max(native, 1e-9))) // 32 * 32)
+    rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
+    blocks = bad = 0
+    for y in range(0, grid.height, side):
+        for x in range(0, grid.width, side):
+            w, h = min(side, grid.width - x), min(side, grid.height - y)
+            blocks += 1
+            try:
+                rgb[y : y + h, x : x + w] = read_region(slide, grid, x, y, w, h)
+            except SlideError:
+                bad += _read_pieces(slide, grid, rgb, x, y, w, h)
+    return rgb, bad / blocks
+
+
+def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> float:
+    """A block in 8 by 8 pieces, some of which cannot be decoded; the share of those."""
+    step_x, step_y = max(1, -(-w // 8)), max(1, -(-h // 8))
+    pieces = bad = 0
+    for py in range(y, y + h, step_y):
+        for px in range(x, x + w, step_x):
+            pw, ph = min(step_x, x + w - px), min(step_y, y + h - py)
+            pieces += 1
+            try:
+                rgb[py : py + ph, px : px + pw] = read_region(slide, grid, px, py, pw, ph)
+            except SlideError:
+                bad += 1
+    return bad / pieces
+
+
+def polygons_of(mask: np.ndarray, scale_x: float, scale_y: float, width: float, height: float) -> list[BaseGeometry]:
+    """Outline a mask.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        bool, shape (h, w).
+    scale_x, scale_y : float
+        Level-0 pixels per pixel of the mask.
+    width, height : float
+        Size of level 0; polygons are cut there.
+
+    Returns
+    -------
+    list of shapely polygons
+        Valid, with holes, in level-0 pixels, ordered by their first corner from the top.
+    """
+    import shapely
+
+    # Three times the size, so that contours through pixel centres run within a sixth of a pixel of the true edge.
+    fine = cv2.resize(mask.astype(np.uint8), None, fx=3, fy=3, interpolation=cv2.INTER_NEAREST)
+    contours, hierarchy = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    holes: dict[int, list[np.ndarray]] = {}
+    shells: dict[int, np.ndarray] = {}
+    middle = np.array([fine.shape[1], fine.shape[0]], np.float64)
+    for i, contour in enumerate(contours):
+        # Contours run through the centres of border pixels: to the middle of the slide's edge, where they lie on it.
+        ring = contour[:, 0, :].astype(np.float64)
+        ring = np.where(ring == 0, 0, np.where(ring == middle - 1, middle, ring + 0.5)) / 3 * (scale_x, scale_y)
+        if len(ring) < 3:
+            continue
+        parent = int(hierarchy[0][i][3])
+        if parent < 0:
+            shells[i] = ring
+        else:
+            holes.setdefault(parent, []).append(ring)
+    polygons = [shapely.Polygon(ring, holes.get(i, [])) for i, ring in shells.items()]
+    if not polygons:
+        return []
+    tolerance = 0.4 * max(scale_x, scale_y)
+    simple = shapely.simplify(shapely.make_valid(np.array(polygons)), tolerance)
+    return clean(simple, shapely.box(0, 0, width, height))
+
+
+def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
+    """Valid, non-overlapping polygons inside a box, ordered from the top, of any polygonal geometries."""
+    import shapely
+
+    whole = shapely.union_all(shapely.make_valid(np.asarray(geometries, dtype=object)))
+    parts = shapely.get_parts(shapely.intersection(whole, box))
+    polygons = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+    return sorted(polygons, key=lambda p: (p.bounds[1], p.bounds[0], p.bounds[3], p.bounds[2]))
+
+
+def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
+    """Read a user's tissue mask.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        GeoJSON (``.gz`` too) in level-0 pixels: a FeatureCollection, a Feature or a geometry; polygons count.
+    box : shapely geometry
+        The slide; what lies outside is cut off.
+
+    Raises
+    ------
+    SlideError
+        When it is missing, no GeoJSON, or has no polygon on the slide.
+    """
+    import shapely
+    from shapely.geometry import shape
+
+    def bad(why: str) -> SlideError:
+        return SlideError(f"tissue mask {path}: {why}", "give GeoJSON polygons in level-0 pixels")
+
+    try:
+        data = path.read_bytes()
+        value = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except OSError as error:
+        raise bad(error.strerror or str(error)) from None
+    except (ValueError, EOFError, RecursionError) as error:
+        raise bad(f"no JSON ({error})") from None
+    geometries = []
+    try:
+        if isinstance(value, list):  # QuPath can export a bare list of features
+            features = value
+        else:
+            features = value["features"] if value.get("type") == "FeatureCollection" else [value]
+        for feature in features:
+            geometry = feature["geometry"] if feature.get("type") == "Feature" else feature
+            if geometry is not None:
+                geometries.append(shape(geometry))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        raise bad(f"no GeoJSON ({type(error).__name__}: {error})") from None
+    parts = [part for geometry in geometries for part in shapely.get_parts(geometry)]
+    nested = [inner for part in parts for inner in shapely.get_parts(part)]
+    polygons = [part for part in nested if part.geom_type == "Polygon"]
+    if any(not np.isfinite(shapely.get_coordinates(part)).all() for part in polygons):
+        raise bad("coordinates that are no numbers")
+    if geometries and not polygons:
+        raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
+    result = clean(polygons, box) if polygons else []
+    if polygons and not result:
+        raise bad("no polygon lies on the slide")
+    return result
+
+
+def read_tissue(path: Path) -> list[BaseGeometry]:
+    """Polygons (level-0 pixels) of a ``tissue.geojson``.
+
+    Raises
+    ------
+    PipelineError
+        When it is missing or damaged.
+    """
+    from shapely.geometry import shape
+
+    try:
+        features = json.loads(path.read_text(encoding="utf-8"))["features"]
+        return [shape(feature["geometry"]) for feature in features]
+    except FileNotFoundError:
+        raise PipelineError(f"{path} is missing", "run the stage `tissue` first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{path} is damaged: {error}", "delete it and run again") from None
+
+
+def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
+    from shapely.geometry import mapping
+
+    def rounded(value: Any) -> Any:
+        return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else round(float(value), 2)
+
+    features = []
+    for number, polygon in enumerate(polygons, 1):
+        geometry = mapping(polygon)
+        features.append(
+            {
+                "type": "Feature",
+                "properties": {
+                    "objectType": "annotation",
+                    "name": f"tissue {number}",
+                    "classification": {"name": "Tissue", "color": [0, 160, 60]},
+                },
+                "geometry": {"type": geometry["type"], "coordinates": rounded(geometry["coordinates"])},
+            }
+        )
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}) + "\n", encoding="utf-8")
+
+
+def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, scale_y: float) -> np.ndarray:
+    """The view with tissue outlined: at most 1600 pixels wide or high, uint8 (h, w, 3).
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        uint8, shape (h, w, 3).
+    polygons : list of shapely polygons
+        In level-0 pixels.
+    scale_x, scale_y : float
+        Level-0 pixels per pixel of the view.
+    """
+    longest = max(rgb.shape[:2])
+    factor = min(_PNG_SIDE / longest, 4.0) if longest < 400 else min(_PNG_SIDE / longest, 1.0)
+    size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
+    image = np.ascontiguousarray(
+        cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST)
+    )
+    to_image = np.array([size[0] / rgb.shape[1] / scale_x, size[1] / rgb.shape[0] / scale_y])
+    rings = [
+        np.round(np.asarray(ring.coords) * to_image * 16).astype(np.int32)
+        for polygon in polygons
+        for ring in (polygon.exterior, *polygon.interiors)  # type: ignore[attr-defined]
+    ]
+    cv2.polylines(image, rings, True, (0, 160, 60), 2, cv2.LINE_AA, 4)
+    return image
+
+
+def run_tissue(
+    slide: str,
+    inspect: Path,
+    out: Path,
+    geojson: Path,
+    png: Path,
+    *,
+    mask: Path | None = None,
+    mpp: float = 8.0,
+    min_area_um2: float = 10_000.0,
+    min_hole_um2: float = 5_000.0,
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Find the tissue of a slide, or take a user's mask.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    inspect : pathlib.Path
+        ``slide.json`` of the stage before.
+    out, geojson, png : pathlib.Path
+        The outputs: manifest, polygons (level-0 pixels), picture.
+    mask : pathlib.Path, optional
+        GeoJSON that replaces the tissue found.
+    mpp : float
+        µm per pixel to look at.
+    min_area_um2, min_hole_um2 : float
+        Smaller parts are dropped, smaller holes filled.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest.
+    """
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise PipelineError(f"mpp {mpp} of the tissue stage is not a size in µm", "give a positive number, say 8")
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        import shapely
+
+        info = read_manifest(inspect)
+        mpp_x, mpp_y = info["mpp"]
+        width, height = info["width"], info["height"]
+        bounds = info.get("bounds") or [0, 0, width, height]
+        box = shapely.box(bounds[0], bounds[1], bounds[0] + bounds[2], bounds[1] + bounds[3])
+        view_mpp = thumbnail_mpp(width * mpp_x, height * mpp_y, max(mpp_x, mpp_y), mpp)
+        grid = Grid.for_slide(width, height, mpp_x, mpp_y, view_mpp)
+        # Up, not down: the strip that does not fill a pixel may hold tissue too.
+        grid = Grid(
+            math.ceil(width / grid.scale_x - 1e-6), math.ceil(height / grid.scale_y - 1e-6), view_mpp,
+            grid.scale_x, grid.scale_y,
+        )  # fmt: skip
+        with reopen(info) as handle:
+            rgb, unreadable = read_view(handle, grid)
+        if unreadable == 1:
+            raise SlideError("no part of the slide decodes", "copy or export the slide again")
+        found: TissueMask | None = None
+        if mask is not None:
+            polygons = read_mask(mask, box)
+        else:
+            found = find_tissue(rgb, view_mpp, min_area_um2, min_hole_um2)
+            pieces = polygons_of(found.mask, grid.scale_x, grid.scale_y, width, height)
+            polygons = clean(pieces, box) if pieces else []
+        area_px = float(sum(polygon.area for polygon in polygons))
+        _write_tissue(staged["geojson"], polygons)
+        image = draw_outline(rgb, polygons, grid.scale_x, grid.scale_y)
+        cv2.imwrite(str(staged["png"]), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        if not polygons:
+            log.warning("slide %r has no tissue", slide)
+        payload: dict[str, Any] = {
+            "area_mm2": round(area_px * mpp_x * mpp_y / 1e6, 6),
+            "fraction": round(area_px / box.area, 6),
+            "parts": len(polygons),
+            "method": "mask" if found is None else "optical density",
+            "mpp": view_mpp,
+            "unreadable_share": round(unreadable, 6),
+        }
+        if found is not None:
+            payload |= {
+                "background": [round(value, 1) for value in found.background],
+                "background_found": found.background_found,
+                "threshold": round(found.threshold, 4),
+                "ink_fraction": round(float(found.ink.mean()), 6),
+            }
+        return payload
+
+    return run_stage(
+        "tissue",
+        slide,
+        manifest=out,
+        outputs={"geojson": geojson, "png": png},
+        upstream=[inspect],
+        body=body,
+        on_bad_slide=on_bad_slide,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command line of the stage."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
+    parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")
+    parser.add_argument("--mpp", type=float, default=8.0, help="µm per pixel to look at (default: 8)")
+    parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
+    parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
+    parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
+    parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage from the command line."""
+    run_tissue(
+        args.slide,
+        args.inspect,
+        args.out,
+        args.geojson,
+        args.png,
+        mask=args.mask,
+        mpp=args.mpp,
+        min_area_um2=args.min_area,
+        min_hole_um2=args.min_hole,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0
