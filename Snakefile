@@ -1,0 +1,30 @@
+# Whole-slide nucleus pipeline: snakemake --cores 8 --config slides=FOLDER results=FOLDER
+from snakemake.utils import min_version
+
+min_version("9.18")
+
+
+configfile: os.path.join(workflow.basedir, "config.yaml")
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/slide.smk"
+include: "workflow/rules/cohort.smk"
+include: "workflow/rules/train.smk"
+
+
+localrules:
+    all,
+    slide_table,
+    train,
+
+
+rule all:
+    default_target: True
+    input:
+        cohort_files(),
+        each_slide("nuclei_geojson"),
+        each_slide("overview"),

@@ -1,0 +1,140 @@
+"""Command line: ``python -m pipeline STAGE ...``. Each stage's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline import __version__
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Parameters
+    ----------
+    module : str
+        Module that holds it.
+    help : str
+        What it does, one line.
+    add_arguments, main : str
+        Names of its two functions.
+    """
+
+    module: str
+    help: str
+    add_arguments: str = "add_arguments"
+    main: str = "main"
+
+
+STAGES = {
+    "inspect": Command("pipeline.slides.inspect", "open a slide, find its pixel size, prove that its tissue decodes"),
+    "tissue": Command("pipeline.tissue", "outline the tissue of a slide"),
+    "tiles": Command("pipeline.tiles", "store the tissue's pixels at the model's pixel size"),
+    "stain": Command("pipeline.stain", "fit the slide's stain transform towards the model's reference"),
+    "infer": Command("pipeline.inference", "run the network: maps of nuclei"),
+    "instances": Command("pipeline.instances", "separate the nuclei: one polygon each"),
+    "measure": Command("pipeline.measure", "measure shape and stain of each nucleus"),
+    "export": Command("pipeline.export", "write the nuclei as GeoJSON for QuPath"),
+    "summary": Command("pipeline.summary", "metrics and overview picture of a slide"),
+    "cohort": Command("pipeline.cohort", "tables and report of all slides, and what failed"),
+}
+TOOLS = {
+    "slide-table": Command("pipeline.slide_table", "write the table of slides that a folder or table stands for"),
+    "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1"),
+    "train": Command("pipeline.training.command", "train a network and pack it as a model"),
+    "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
+    "demo-slides": Command(
+        "pipeline.demo", "write synthetic slides with known nuclei", "add_slides_arguments", "main_slides"
+    ),
+    "demo-table": Command("pipeline.demo", "print the table of a finished run", "add_table_arguments", "main_table"),
+}
+COMMANDS = {**STAGES, **TOOLS}
+
+
+def overview() -> str:
+    """The help text: every command with its line."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: python -m pipeline COMMAND ...",
+        "",
+        "Whole-slide nucleus pipeline. A run goes through Snakemake, which calls the stages:",
+        "  snakemake --cores 8 --config slides=FOLDER results=FOLDER",
+    ]
+    for title, commands in (("stages, in order:", STAGES), ("tools:", TOOLS)):
+        lines += ["", title, *(f"  {name:<{width}}  {command.help}" for name, command in commands.items())]
+    lines += ["", "python -m pipeline COMMAND --help shows a command's options; --version the version."]
+    return "\n".join(lines)
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    name : str
+        A key of `COMMANDS`.
+    arguments : sequence of str
+        What follows it on the command line.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    from pipeline import logs
+
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=f"{command.help}.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="more messages")
+    getattr(module, command.add_arguments)(parser)
+    args = parser.parse_args(arguments)
+    logs.configure(args.verbose)
+    status: int = getattr(module, command.main)(args)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns
+    -------
+    int
+        0: done; 1: the system refused something (disk full, no permission) or the command found something wrong;
+        2: a wrong setting, file or option; 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name in ("-V", "--version"):
+        print(f"nucleus-pipeline {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r} (python -m pipeline --help lists them)", file=sys.stderr)
+        return 2
+    try:
+        return run(name, arguments[1:])
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `... | head`.
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {name}: {where}{error.strerror}", file=sys.stderr)
+        return 1

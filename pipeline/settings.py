@@ -1,0 +1,138 @@
+"""Checks of a run's settings before anything runs: the configuration and the model package's files.
+
+Run while Snakemake parses the workflow: no heavy imports here.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+
+def _coerced(value: Any, schema: dict[str, Any]) -> Any:
+    """`value` with the schema's defaults, and with numbers and booleans that came as text from the command line.
+
+    ``snakemake --config 'tiles={tile: 512}'`` gives every nested value as text.
+    """
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        filled = {key: _coerced(item, known.get(key, {})) for key, item in value.items()}
+        for key, sub in known.items():
+            if key not in filled and "default" in sub:
+                filled[key] = _coerced(copy.deepcopy(sub["default"]), sub)
+        return filled
+    types = schema.get("type", [])
+    types = {types} if isinstance(types, str) else set(types)
+    if not types or not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and "string" not in types:
+        try:
+            return json.loads(value.strip().lower())
+        except ValueError:
+            return value
+    if isinstance(value, int) and types == {"string"}:
+        return str(value)  # a folder called 2024
+    return value
+
+
+def _lines(error: Any) -> Iterator[str]:
+    path = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema.get("properties", {}))
+        for key in sorted(set(error.instance) - set(known)):
+            name = f"{path}.{key}" if path else str(key)
+            close = difflib.get_close_matches(str(key), known, 1, 0.6)
+            if close:
+                yield f"unknown setting {name!r} (did you mean {f'{path}.' if path else ''}{close[0]}?)"
+            else:
+                yield f"unknown setting {name!r} (known: {', '.join(known)})"
+    elif error.validator == "required":
+        yield f"setting missing: {path or 'configuration'}: {error.message}"
+    elif error.validator == "type":
+        types = error.validator_value
+        wanted = types if isinstance(types, str) else " or ".join(types)
+        yield f"setting {path!r} must be {wanted}, got {error.instance!r}"
+    else:
+        yield f"setting {path!r}: {error.message}"
+
+
+def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The settings with defaults filled in.
+
+    Parameters
+    ----------
+    config : dict
+        The configuration as merged by Snakemake.
+    schema : dict
+        JSON schema (2020-12).
+
+    Raises
+    ------
+    PipelineError
+        For the first unknown key or wrong value; one line that names it.
+    """
+    from jsonschema import Draft202012Validator
+
+    filled: dict[str, Any] = _coerced(config, schema)
+    errors = sorted(
+        Draft202012Validator(schema).iter_errors(filled),
+        # Unknown keys first: a typo explains the rest.
+        key=lambda error: (error.validator != "additionalProperties", [str(part) for part in error.absolute_path]),
+    )
+    lines = [line for error in errors for line in _lines(error)]
+    if lines:
+        more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
+        raise PipelineError(lines[0] + more, "config.yaml lists the settings")
+    return filled
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """The card of a model package whose weights are the ones it was packed with.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds ``model.json`` and ``weights.safetensors``.
+
+    Raises
+    ------
+    PipelineError
+        When a file is missing, the card is damaged, or the weights do not match it; one line.
+    """
+    card_path, weights = folder / "model.json", folder / "weights.safetensors"
+    for path in (card_path, weights):
+        if not path.is_file():
+            raise PipelineError(
+                f"model {str(folder)!r}: {path.name} is missing", "give a model package: --config model=FOLDER"
+            )
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+        stated = str(card["sha256"])
+    except OSError as error:
+        raise PipelineError(f"model {str(folder)!r}: cannot read {card_path.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise PipelineError(f"model {str(folder)!r}: {card_path.name} is damaged", "get the package again") from None
+    try:
+        found = file_sha256(weights)
+    except OSError as error:
+        raise PipelineError(f"model {str(folder)!r}: cannot read {weights.name}: {error.strerror}") from None
+    if found != stated:
+        raise PipelineError(
+            f"model {str(folder)!r}: {weights.name} has sha256 {found[:12]}…, its card says {stated[:12]}…",
+            "the package is damaged or was changed: get it again",
+        )
+    assert isinstance(card, dict)
+    return card

@@ -1,0 +1,311 @@
+"""The slides of a run: what the setting ``slides`` (a folder or a table) stands for.
+
+Run while Snakemake parses the workflow, in the main process and again in cluster jobs: it looks at names alone, opens
+no slide, and depends on the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+SUFFIXES = (
+    ".ome.tiff",
+    ".ome.tif",
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".bif",
+    ".vms",
+    ".vmu",
+    ".svslide",
+    ".dcm",
+    ".png",
+    ".jpg",
+    ".jpeg",
+)
+"""File name endings of slides in a folder, without regard to case. The longest match is taken off the name."""
+
+OWN_COLUMNS = ("slide", "path", "mpp", "tissue", "truth")
+"""Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
+
+MAX_NAME_BYTES = 200
+"""Longest slide name: the name with a suffix has to be a file name."""
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """One slide of a run.
+
+    Parameters
+    ----------
+    name : str
+        Name of the slide and of its results folder.
+    path : pathlib.Path
+        Absolute path of the slide; it need not exist (a slide that is missing fails, the others go on).
+    mpp : float or None
+        Pixel size in µm that the table states.
+    tissue, truth : pathlib.Path or None
+        The user's own tissue mask (GeoJSON) and known nuclei (GeoJSON or label map).
+    extra : dict of str to str
+        The table's further columns.
+
+    Raises
+    ------
+    PipelineError
+        When the name cannot be a folder's name or `mpp` is not positive.
+    """
+
+    name: str
+    path: Path
+    mpp: float | None = None
+    tissue: Path | None = None
+    truth: Path | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = name_problem(self.name)
+        if problem:
+            raise PipelineError(f"slide {self.name!r} ({str(self.path)!r}): the name {problem}", "rename the slide")
+        if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise PipelineError(f"slide {self.name!r}: mpp must be a positive number, got {self.mpp}")
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is a file that may be read at `path`."""
+        return self.path.is_file() and os.access(self.path, os.R_OK)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain JSON values."""
+        return {
+            "slide": self.name,
+            "path": str(self.path),
+            "mpp": self.mpp,
+            "tissue": None if self.tissue is None else str(self.tissue),
+            "truth": None if self.truth is None else str(self.truth),
+            **self.extra,
+        }
+
+
+@dataclass(frozen=True)
+class SlideTable:
+    """The slides of a run in order.
+
+    Parameters
+    ----------
+    entries : dict of str to SlideEntry
+        The slides by name.
+    columns : tuple of str
+        Names of the further columns.
+    """
+
+    entries: dict[str, SlideEntry]
+    columns: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[SlideEntry]:
+        return iter(self.entries.values())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, name: str) -> SlideEntry:
+        return self.entries[name]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything the table says."""
+        text = json.dumps([list(self.columns), [entry.to_json() for entry in self]], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def name_problem(name: str) -> str | None:
+    """Say why `name` cannot name a slide, or return None when it can."""
+    if not name:
+        return "is empty"
+    if name in (".", ".."):
+        return "means a folder"
+    for character, what in (("/", "a slash"), ("\0", "a NUL"), ("\n", "a line break"), ("\r", "a line break")):
+        if character in name:
+            return f"holds {what}"
+    try:
+        size = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    if size > MAX_NAME_BYTES:
+        return f"is longer than {MAX_NAME_BYTES} bytes"
+    return None
+
+
+def stem(file_name: str) -> str | None:
+    """Slide name of a file, or None when its ending is no slide's.
+
+    >>> stem("a.b.OME.TIFF"), stem("readme.txt")
+    ('a.b', None)
+    """
+    lower = file_name.lower()
+    for suffix in SUFFIXES:
+        if lower.endswith(suffix) and len(file_name) > len(suffix):
+            return file_name[: -len(suffix)]
+    return None
+
+
+def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
+    other = entries.get(entry.name)
+    if other is not None:
+        raise PipelineError(
+            f"{where}: two slides are called {entry.name!r}: {str(other.path)!r} and {str(entry.path)!r}",
+            "rename one, or name them apart in a slide table",
+        )
+    entries[entry.name] = entry
+
+
+def from_folder(folder: Path) -> SlideTable:
+    """Slides of a folder, sorted by file name; hidden files and other endings are left out.
+
+    Raises
+    ------
+    PipelineError
+        When the folder cannot be listed, holds no slide, or two slides have one stem.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}") from None
+    entries: dict[str, SlideEntry] = {}
+    for name in names:
+        slide = None if name.startswith(".") else stem(name)
+        if slide is not None:
+            _add(entries, SlideEntry(slide, folder / name), f"slides folder {str(folder)!r}")
+    if not entries:
+        raise PipelineError(
+            f"slides: no slide in folder {str(folder)!r}", f"slides end in {' '.join(sorted(set(SUFFIXES)))}"
+        )
+    return SlideTable(entries)
+
+
+def from_table(table: Path) -> SlideTable:
+    """Slides of a table (``.csv`` with commas, anything else with tabs); paths are relative to the table.
+
+    Raises
+    ------
+    PipelineError
+        When the table cannot be read, lacks a column, or a row is wrong; it names the line.
+    """
+    where = f"slide table {str(table)!r}"
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter="," if table.suffix.lower() == ".csv" else "\t", strict=True)
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except OSError as error:
+        raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise PipelineError(f"{where} is not UTF-8 text", "slides is a folder, or a .tsv or .csv table") from None
+    except csv.Error as error:
+        raise PipelineError(f"{where} cannot be parsed: {error}") from None
+    if not rows:
+        raise PipelineError(f"{where} is empty", "its first line names the columns: slide, path, ...")
+    header = [cell.strip() for cell in rows[0][1]]
+    for column in ("slide", "path"):
+        if column not in header:
+            raise PipelineError(
+                f"{where} has no column {column!r}, only {', '.join(map(repr, header))}",
+                "columns are separated by tabs, or by commas in a .csv",
+            )
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice or "" in header:
+        raise PipelineError(f"{where}: " + (f"column {twice[0]!r} is there twice" if twice else "a column has no name"))
+
+    base = Path(os.path.abspath(table.parent))
+    entries: dict[str, SlideEntry] = {}
+    extra = tuple(column for column in header if column not in OWN_COLUMNS)
+    for line, cells in rows[1:]:
+        at = f"{where}, line {line}"
+        if len(cells) > len(header):
+            raise PipelineError(f"{at}: {len(cells)} cells, but {len(header)} columns")
+        row = dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
+        if not row["path"].strip():
+            raise PipelineError(f"{at}: no path")
+        try:
+            mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
+        except ValueError:
+            raise PipelineError(f"{at}: mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
+        paths = {
+            column: Path(os.path.abspath(base / row[column])) if row.get(column, "").strip() else None
+            for column in ("tissue", "truth")
+        }
+        try:
+            entry = SlideEntry(
+                row["slide"],
+                Path(os.path.abspath(base / row["path"])),
+                mpp,
+                **paths,
+                extra={column: row[column] for column in extra},
+            )
+        except PipelineError as error:
+            raise PipelineError(f"{at}: {error}") from None
+        _add(entries, entry, where)
+    if not entries:
+        raise PipelineError(f"{where} lists no slide")
+    return SlideTable(entries, extra)
+
+
+def resolve_slides(setting: str | Path) -> SlideTable:
+    """The slides that the setting ``slides`` stands for.
+
+    Parameters
+    ----------
+    setting : str or pathlib.Path
+        A folder, or a table; relative to the working directory.
+
+    Raises
+    ------
+    PipelineError
+        When there is none, or something is wrong with it; one line.
+    """
+    path = Path(os.path.abspath(Path(setting).expanduser()))
+    if path.is_dir():
+        return from_folder(path)
+    if not path.exists():
+        raise PipelineError(f"slides: {str(path)!r} does not exist", "give a folder or a table: --config slides=PATH")
+    return from_table(path)
+
+
+def write_table(table: SlideTable, out: Path) -> None:
+    """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = out.with_name(f".part-{os.getpid()}-{out.name}")
+    try:
+        with staged.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+            writer.writerow([*OWN_COLUMNS, *table.columns])
+            for entry in table:
+                row = entry.to_json()
+                writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
+        staged.rename(out)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m pipeline slide-table``."""
+    parser.add_argument("--slides", required=True, metavar="PATH", help="folder of slides, or slide table (tsv, csv)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="table to write (tsv)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the resolved slide table."""
+    write_table(resolve_slides(args.slides), args.out)
+    return 0

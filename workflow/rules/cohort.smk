@@ -1,0 +1,47 @@
+# The slides of the run, and all of them together.
+
+
+rule slide_table:
+    output:
+        table=whole(RUN.slide_table),
+    log:
+        str(RUN.log("cohort", "slides")),
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(1000),
+        runtime=10,
+    params:
+        slides=config["slides"],
+        digest=SLIDES.digest if SLIDES is not None else "",
+    shell:
+        "python -m pipeline slide-table --slides={params.slides:q} --out={output.table:q} > {log:q} 2>&1"
+
+
+rule cohort:
+    input:
+        slides=rules.slide_table.output.table,
+        metrics=each_slide("metrics", "overview"),
+    output:
+        tsv=whole(RUN.cohort_tsv),
+        parquet=whole(RUN.cohort_parquet),
+        failed=whole(RUN.failed),
+        report=report(whole(RUN.report), caption="../report/cohort.rst", category="Cohort"),
+        manifest=whole(RUN.manifest),
+    log:
+        str(RUN.log("cohort", "cohort")),
+    benchmark:
+        str(RUN.benchmark("cohort", "cohort"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(6000),
+        runtime=120,
+    params:
+        results=lambda wildcards: config["results"],
+    shell:
+        "python -m pipeline cohort --results={params.results:q} --slides={input.slides:q} "
+        "--out-tsv={output.tsv:q} --out-parquet={output.parquet:q} --out-failed={output.failed:q} "
+        "--out-report={output.report:q} --out-manifest={output.manifest:q} > {log:q} 2>&1"

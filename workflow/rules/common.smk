@@ -1,0 +1,156 @@
+# Settings, slides and file names. Parsed again in every cluster job: nothing here opens a slide or writes a file.
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
+
+if workflow.basedir not in sys.path:
+    sys.path.insert(0, str(workflow.basedir))
+
+from pipeline.errors import PipelineError
+from pipeline.layout import RunLayout
+from pipeline.settings import check_model, check_settings
+from pipeline.slide_table import resolve_slides
+
+# `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
+# Snakemake, unless conda environments are made for the rules.
+ENVIRONMENT = dict(os.environ)
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(workflow.basedir), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])])
+ENVIRONMENT["PYTHONSAFEPATH"] = "1"
+if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+    ENVIRONMENT["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), ENVIRONMENT.get("PATH", os.defpath)])
+os.environ.update(ENVIRONMENT)
+
+
+def stop(error):
+    """End before anything runs, with one line."""
+    sys.exit(f"error: {error}")
+
+
+SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
+try:
+    config.update(check_settings(config, yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))))
+except PipelineError as error:
+    stop(error)
+
+RUN = RunLayout(Path(config["results"]))
+ONE = RUN.slide("{slide}")
+
+# A model that is not below the working directory may be one of those beside the Snakefile.
+MODEL = Path(config["model"])
+if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
+    MODEL = Path(workflow.basedir, MODEL)
+MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
+
+# Asked for nothing that needs slides or a model, the run can do without them.
+NEEDS_SLIDES = not {"train", "--lint", "--unlock", "--list-rules", "-l"} & set(sys.argv[1:])
+
+SLIDES = None
+try:
+    SLIDES = resolve_slides(config["slides"])
+    if workflow.is_main_process and NEEDS_SLIDES:
+        check_model(MODEL)
+except PipelineError as error:
+    if workflow.is_main_process and NEEDS_SLIDES:
+        stop(error)
+    SLIDES_ERROR = str(error)
+
+
+wildcard_constraints:
+    slide="[^/]+",
+
+
+def slides():
+    """The slides of the run."""
+    if SLIDES is None:
+        raise WorkflowError(SLIDES_ERROR)
+    return SLIDES
+
+
+def entry(wildcards):
+    """The slide of a job."""
+    return slides()[wildcards.slide]
+
+
+def slide_file(wildcards):
+    """The slide's file. One that is missing or may not be read is no input: the slide fails, the run goes on."""
+    slide = entry(wildcards)
+    return [str(slide.path)] if slide.readable else []
+
+
+def extra_file(column):
+    """Input function for a further file of the slide table, where there is one."""
+
+    def files(wildcards):
+        path = getattr(entry(wildcards), column)
+        return [str(path)] if path is not None and path.is_file() and os.access(path, os.R_OK) else []
+
+    return files
+
+
+def extra_option(column, flag):
+    """Parameter function for the option that names a further file of the slide table."""
+
+    def option(wildcards):
+        path = getattr(entry(wildcards), column)
+        return [] if path is None else [f"{flag}={path}"]
+
+    return option
+
+
+def each_slide(*kinds):
+    """Input function for these outputs of every slide."""
+
+    # Names may hold braces: paths from a function are taken as they are.
+    def files(wildcards):
+        return [str(getattr(RUN.slide(slide.name), kind)) for slide in slides() for kind in kinds]
+
+    return files
+
+
+def cohort_files():
+    """Outputs for the run as a whole."""
+    return [str(path) for path in (RUN.cohort_tsv, RUN.cohort_parquet, RUN.failed, RUN.report, RUN.manifest)]
+
+
+def passing(path, keep):
+    """A store that goes away when its readers are done, unless the settings keep it."""
+    return path if keep else temp(path)
+
+
+def whole(path):
+    """A file that may not be empty."""
+    return ensure(str(path), non_empty=True)
+
+
+def megabytes(base):
+    """Memory that grows when a cluster job is tried again."""
+
+    def mem_mb(wildcards, attempt):
+        return base * attempt
+
+    return mem_mb
+
+
+# In the environment, no parameter of any rule: it changes no result, so changing it should rerun nothing.
+os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
+
+
+def mpp_options(wildcards):
+    """Options for the pixel size: the slide table's comes before the settings'."""
+    stated = entry(wildcards).mpp
+    if stated is not None:
+        return [f"--mpp={stated}", "--mpp-source=table"]
+    return [] if config["mpp"] is None else [f"--mpp={config['mpp']}", "--mpp-source=config"]
+
+
+def batch_options(wildcards):
+    """Option for the batch size, where one is set."""
+    return [] if config["infer"]["batch"] is None else [f"--batch={config['infer']['batch']}"]
+
+
+def model_folder(wildcards, input):
+    """The model package of a job."""
+    return os.path.dirname(input.model)

@@ -1,0 +1,273 @@
+# The stages of one slide, in order. Every slide goes through all of them: one that cannot be processed hands its
+# reason on in the manifests, and the cohort lists it.
+
+
+rule inspect:
+    input:
+        slide=slide_file,
+    output:
+        manifest=whole(ONE.inspect),
+    log:
+        str(RUN.log("inspect", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("inspect", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(2000),
+        runtime=30,
+    params:
+        path=lambda wildcards: str(entry(wildcards).path),
+        mpp=mpp_options,
+        reader=config["reader"],
+    shell:
+        "python -m pipeline inspect --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--path={params.path:q} {params.mpp:q} --reader={params.reader:q} "
+        "--out={output.manifest:q} "
+        "> {log:q} 2>&1"
+
+
+rule tissue:
+    input:
+        inspect=rules.inspect.output.manifest,
+        mask=extra_file("tissue"),
+    output:
+        manifest=whole(ONE.tissue),
+        geojson=whole(ONE.tissue_geojson),
+        png=whole(ONE.tissue_png),
+    log:
+        str(RUN.log("tissue", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("tissue", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(4000),
+        runtime=60,
+    params:
+        mask=extra_option("tissue", "--mask"),
+        mpp=config["tissue"]["mpp"],
+        min_area=config["tissue"]["min_area_um2"],
+        min_hole=config["tissue"]["min_hole_um2"],
+    shell:
+        "python -m pipeline tissue --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--inspect={input.inspect:q} {params.mask:q} "
+        "--mpp={params.mpp} --min-area={params.min_area} --min-hole={params.min_hole} "
+        "--out={output.manifest:q} --geojson={output.geojson:q} --png={output.png:q} "
+        "> {log:q} 2>&1"
+
+
+rule tiles:
+    input:
+        inspect=rules.inspect.output.manifest,
+        tissue=rules.tissue.output.manifest,
+        geojson=rules.tissue.output.geojson,
+        model=MODEL_CARD,
+    output:
+        manifest=whole(ONE.tiles),
+        zarr=passing(directory(str(ONE.tiles_zarr)), config["tiles"]["keep"]),
+    log:
+        str(RUN.log("tiles", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("tiles", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 4
+    resources:
+        mem_mb=megabytes(6000),
+        runtime=240,
+    params:
+        model=model_folder,
+        tile=config["tiles"]["tile"],
+        max_unreadable=config["tiles"]["max_unreadable"],
+    shell:
+        "python -m pipeline tiles --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
+        "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
+        "--out={output.manifest:q} --zarr={output.zarr:q} "
+        "> {log:q} 2>&1"
+
+
+rule stain:
+    input:
+        tiles=rules.tiles.output.manifest,
+        zarr=rules.tiles.output.zarr,
+        model=MODEL_CARD,
+    output:
+        manifest=whole(ONE.stain),
+        png=whole(ONE.stain_png),
+    log:
+        str(RUN.log("stain", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("stain", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(4000),
+        runtime=60,
+    params:
+        model=model_folder,
+        method=lambda wildcards: config["stain"]["method"],
+    shell:
+        "python -m pipeline stain --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} "
+        "--out={output.manifest:q} --png={output.png:q} "
+        "> {log:q} 2>&1"
+
+
+rule infer:
+    input:
+        tiles=rules.tiles.output.manifest,
+        zarr=rules.tiles.output.zarr,
+        stain=rules.stain.output.manifest,
+        model=MODEL_CARD,
+        weights=ancient(MODEL_WEIGHTS),
+    output:
+        manifest=whole(ONE.maps),
+        zarr=passing(directory(str(ONE.maps_zarr)), config["infer"]["keep"]),
+    log:
+        str(RUN.log("infer", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("infer", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 8
+    resources:
+        mem_mb=megabytes(8000),
+        runtime=480,
+    params:
+        model=model_folder,
+        device=config["infer"]["device"],
+        batch=batch_options,
+    shell:
+        "python -m pipeline infer --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} --model={params.model:q} "
+        "--device={params.device:q} {params.batch:q} --threads={threads} "
+        "--out={output.manifest:q} --zarr-out={output.zarr:q} "
+        "> {log:q} 2>&1"
+
+
+rule instances:
+    input:
+        maps=rules.infer.output.manifest,
+        zarr=rules.infer.output.zarr,
+        tissue=rules.tissue.output.geojson,
+        model=MODEL_CARD,
+    output:
+        manifest=whole(ONE.instances),
+        parquet=passing(whole(ONE.instances_parquet), config["instances"]["keep"]),
+    log:
+        str(RUN.log("instances", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("instances", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 4
+    resources:
+        mem_mb=megabytes(8000),
+        runtime=240,
+    params:
+        model=model_folder,
+        block=config["instances"]["block"],
+        halo=config["instances"]["halo"],
+    shell:
+        "python -m pipeline instances --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--maps={input.zarr:q} --maps-manifest={input.maps:q} --tissue={input.tissue:q} --model={params.model:q} "
+        "--block={params.block} --halo={params.halo} --workers={threads} "
+        "--manifest={output.manifest:q} --out={output.parquet:q} "
+        "> {log:q} 2>&1"
+
+
+rule measure:
+    input:
+        instances=rules.instances.output.manifest,
+        parquet=rules.instances.output.parquet,
+        tiles=rules.tiles.output.manifest,
+        zarr=rules.tiles.output.zarr,
+        stain=rules.stain.output.manifest,
+    output:
+        manifest=whole(ONE.measure),
+        nuclei=whole(ONE.nuclei),
+    log:
+        str(RUN.log("measure", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("measure", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(6000),
+        runtime=240,
+    shell:
+        "python -m pipeline measure --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--instances={input.instances:q} --parquet={input.parquet:q} "
+        "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} "
+        "--out={output.manifest:q} --nuclei={output.nuclei:q} "
+        "> {log:q} 2>&1"
+
+
+rule export:
+    input:
+        measure=rules.measure.output.manifest,
+        nuclei=rules.measure.output.nuclei,
+    output:
+        manifest=whole(ONE.export),
+        geojson=whole(ONE.nuclei_geojson),
+    log:
+        str(RUN.log("export", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("export", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 2
+    resources:
+        mem_mb=megabytes(4000),
+        runtime=120,
+    shell:
+        "python -m pipeline export --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--workers={threads} --measure={input.measure:q} --nuclei={input.nuclei:q} "
+        "--out={output.manifest:q} --geojson={output.geojson:q} "
+        "> {log:q} 2>&1"
+
+
+rule summary:
+    input:
+        inspect=rules.inspect.output.manifest,
+        tissue=rules.tissue.output.manifest,
+        tiles=rules.tiles.output.manifest,
+        stain=rules.stain.output.manifest,
+        maps=rules.infer.output.manifest,
+        instances=rules.instances.output.manifest,
+        measure=rules.measure.output.manifest,
+        export=rules.export.output.manifest,
+        nuclei=rules.measure.output.nuclei,
+        geojson=rules.tissue.output.geojson,
+        zarr=rules.tiles.output.zarr,
+        truth=extra_file("truth"),
+    output:
+        manifest=whole(ONE.metrics),
+        png=report(
+            whole(ONE.overview), caption="../report/overview.rst", category="Slides", labels={"slide": "{slide}"}
+        ),
+    log:
+        str(RUN.log("summary", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("summary", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(6000),
+        runtime=120,
+    params:
+        truth=extra_option("truth", "--truth"),
+    shell:
+        "python -m pipeline summary --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--inspect={input.inspect:q} --tissue={input.tissue:q} --tiles={input.tiles:q} --stain={input.stain:q} "
+        "--maps={input.maps:q} --instances={input.instances:q} --measure={input.measure:q} --export={input.export:q} "
+        "--nuclei={input.nuclei:q} --tissue-geojson={input.geojson:q} --tiles-zarr={input.zarr:q} {params.truth:q} "
+        "--out={output.manifest:q} --png={output.png:q} "
+        "> {log:q} 2>&1"
