@@ -70,7 +70,7 @@ def _polygons(area: BaseGeometry) -> list[BaseGeometry]:
 
 
 def _rings(polygon: BaseGeometry) -> list[BaseGeometry]:
-    return [polygon.exterior, *polygon.interiors]  # type: ignore[attr-defined]
+    return [polygon.exterior, *polygon.interiors]
 
 
 def _crossed(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.ndarray:

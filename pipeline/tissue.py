@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK_PIXELS = 16_000_000
 _PNG_SIDE = 1600
+_SMALL_PIXELS = 100_000_000
 
 
 def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
@@ -44,7 +45,7 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
     native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
     side = max(32, int(math.sqrt(_BLOCK_PIXELS / max(native, 1e-9))) // 32 * 32)
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
-    blocks = bad = 0
+    blocks, bad = 0, 0.0
     for y in range(0, grid.height, side):
         for x in range(0, grid.width, side):
             w, h = min(side, grid.width - x), min(side, grid.height - y)
@@ -232,17 +233,16 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
     scale_x, scale_y : float
         Level-0 pixels per pixel of the view.
     """
-    longest = max(rgb.shape[:2])
-    factor = min(_PNG_SIDE / longest, 4.0) if longest < 400 else min(_PNG_SIDE / longest, 1.0)
+    factor = min(_PNG_SIDE / max(rgb.shape[:2]), 1.0)
     size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
-    image = np.ascontiguousarray(
-        cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST)
-    )
+    image = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
+    if image is rgb:
+        image = rgb.copy()
     to_image = np.array([size[0] / rgb.shape[1] / scale_x, size[1] / rgb.shape[0] / scale_y])
     rings = [
         np.round(np.asarray(ring.coords) * to_image * 16).astype(np.int32)
         for polygon in polygons
-        for ring in (polygon.exterior, *polygon.interiors)  # type: ignore[attr-defined]
+        for ring in (polygon.exterior, *polygon.interiors)
     ]
     cv2.polylines(image, rings, True, (0, 160, 60), 2, cv2.LINE_AA, 4)
     return image
@@ -305,6 +305,11 @@ def run_tissue(
         )  # fmt: skip
         with reopen(info) as handle:
             rgb, unreadable = read_view(handle, grid)
+            picture, picture_grid = rgb, grid
+            if max(grid.width, grid.height) < _PNG_SIDE // 2 and width * height <= _SMALL_PIXELS:
+                picture_mpp = max(mpp_x, mpp_y, max(width * mpp_x, height * mpp_y) / (_PNG_SIDE - 1))
+                picture_grid = Grid.for_slide(width, height, mpp_x, mpp_y, picture_mpp)
+                picture, _ = read_view(handle, picture_grid)
         if unreadable == 1:
             raise SlideError("no part of the slide decodes", "copy or export the slide again")
         found: TissueMask | None = None
@@ -316,7 +321,7 @@ def run_tissue(
             polygons = clean(pieces, box) if pieces else []
         area_px = float(sum(polygon.area for polygon in polygons))
         _write_tissue(staged["geojson"], polygons)
-        image = draw_outline(rgb, polygons, grid.scale_x, grid.scale_y)
+        image = draw_outline(picture, polygons, picture_grid.scale_x, picture_grid.scale_y)
         cv2.imwrite(str(staged["png"]), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         if not polygons:
             log.warning("slide %r has no tissue", slide)

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 _BACKGROUND = (245.0, 245.0, 245.0)
+_THRESHOLDS = (0.035, 0.06)
 _SMOOTH_UM = 6.0
-_CLOSE_UM = 24.0
-_OPEN_UM = 8.0
+_CLOSE_UM = 16.0
 _INK_MARGIN_UM = 24.0
 
 
@@ -45,7 +45,7 @@ class TissueMask:
 
 
 def background_colour(rgb: np.ndarray) -> tuple[tuple[float, float, float], bool]:
-    """Colour of the empty glass: the commonest bright, neutral colour.
+    """Colour of the empty glass: the brightest neutral colour that is common.
 
     Parameters
     ----------
@@ -57,19 +57,25 @@ def background_colour(rgb: np.ndarray) -> tuple[tuple[float, float, float], bool
     colour : tuple of float
         RGB, 0 to 255.
     found : bool
-        False when less than 1 % of the view is bright and neutral; `colour` is a typical one then.
+        False when no such colour fills 1 % of the view; `colour` is a typical one then.
     """
-    flat = rgb.reshape(-1, 3)
-    high, low = flat.max(axis=1), flat.min(axis=1)
-    glass = flat[(low >= 170) & (high - low <= 18)]
-    if len(glass) < 0.01 * len(flat):
-        return _BACKGROUND, False
-    # The mode, not the mean: pale tissue and shadows are bright and nearly neutral too.
+    flat = rgb.reshape(-1, 3).astype(np.int16)
+    red, green, blue = flat[:, 0], flat[:, 1], flat[:, 2]
+    neutral = flat.max(axis=1) - flat.min(axis=1) <= 14
+    # Pale stroma is nearly neutral too, but it takes more green than red and blue, and is less bright than most glass.
+    tinge = red + blue - 2 * green
+    glass = flat[neutral & (flat.min(axis=1) >= 170) & (tinge <= np.where(green >= 228, 10, 5))]
     counts = np.bincount(glass[:, 1], minlength=256).astype(np.float64)
-    mode = int(np.convolve(counts, np.ones(5), "same").argmax())
-    near = glass[np.abs(glass[:, 1].astype(np.int16) - mode) <= 4]
-    red, green, blue = (float(value) for value in near.mean(axis=0))
-    return (red, green, blue), True
+    near_counts = np.convolve(counts, np.ones(9), "same")
+    common = np.nonzero(near_counts >= 0.01 * len(flat))[0]
+    if not len(common):
+        return _BACKGROUND, False
+    # Glass is the brightest thing that is common; its own commonest colour is found from there downwards.
+    top = int(common[-1])
+    peak = top - int(near_counts[max(top - 8, 0) : top + 1][::-1].argmax())
+    near = glass[np.abs(glass[:, 1] - peak) <= 4]
+    mean = near.mean(axis=0)
+    return (float(mean[0]), float(mean[1]), float(mean[2])), True
 
 
 def optical_density(rgb: np.ndarray, background: tuple[float, float, float]) -> np.ndarray:
@@ -171,7 +177,7 @@ def find_tissue(rgb: np.ndarray, mpp: float, min_area_um2: float = 10_000, min_h
     mpp : float
         µm per pixel of the view, some 2 to 16.
     min_area_um2 : float
-        Parts smaller than this are dropped; at most a tenth of the view, so that a small image keeps its tissue.
+        Parts smaller than this are dropped; at most a fiftieth of the view, so that a small image keeps its tissue.
     min_hole_um2 : float
         Holes smaller than this are filled.
 
@@ -189,13 +195,15 @@ def find_tissue(rgb: np.ndarray, mpp: float, min_area_um2: float = 10_000, min_h
     green = od[..., 1]
     spread = od.max(axis=2) - od.min(axis=2)
     # Without glass to compare with, Otsu would split the tissue itself.
-    threshold = float(np.clip(otsu(green[~ink]), 0.04, 0.09)) if found and not ink.all() else 0.04
+    threshold = _THRESHOLDS[0]
+    if found and not ink.all():
+        threshold = float(np.clip(otsu(green[~ink]), *_THRESHOLDS))
     mask = (green > threshold) & (spread > np.maximum(0.015, 0.12 * green)) & ~ink
-    mask = _morph(mask, cv2.MORPH_OPEN, _OPEN_UM, mpp)
+    # Nothing is opened: that would cut thin strands, and crumbs go by their area.
     mask = _morph(mask, cv2.MORPH_CLOSE, _CLOSE_UM, mpp) & ~ink
     view_um2 = mask.size * mpp**2
     mask = fill_small(mask, min_hole_um2 / mpp**2)
-    mask = remove_small(mask, max(1.0, min(min_area_um2, 0.1 * view_um2) / mpp**2))
+    mask = remove_small(mask, max(1.0, min(min_area_um2, 0.02 * view_um2) / mpp**2))
     return TissueMask(mask, background, found, threshold, ink)
 
 

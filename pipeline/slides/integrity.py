@@ -20,7 +20,7 @@ MAX_PIXELS = 500_000_000_000
 """Largest image taken for real: 700,000 x 700,000 pixels. The largest scanners' slides have a tenth of it."""
 
 _COPY_AGAIN = "copy or export the slide again"
-_TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+_TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _WIDTH, _LENGTH, _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 256, 257, 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES, _SUB_IFDS, _NDPI = 322, 323, 324, 325, 330, 65420
@@ -80,7 +80,8 @@ def check_tiff(path: Path) -> None:
             return
         file.seek(8 if layout.big else 4)
         first = _unpack(file, *layout.offset, size)
-        pending, seen = [first], set()
+        pending = [first]
+        seen: set[int] = set()
         ndpi = False
         while pending and len(seen) < _MAX_DIRECTORIES:
             at = pending.pop()
@@ -133,7 +134,7 @@ def _values(
     if tag not in tags:
         return np.empty(0, np.uint64)
     kind, number, inline = tags[tag]
-    if kind not in _TYPES or kind == 2:
+    if kind not in _TYPES:
         return np.empty(0, np.uint64)
     length = number * _SIZES[kind]
     if length > len(inline):

@@ -168,6 +168,7 @@ class Slide(ABC):
     def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """`read`, with a window inside the level."""
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
 
@@ -225,7 +226,7 @@ class OpenSlideReader(Slide):
 
         super().__init__(path)
         self._open: Callable[[], Any] = lambda: openslide.OpenSlide(path)
-        self._slide = self._open()
+        self._slide: Any = self._open()
         properties = dict(self._slide.properties)
         width, height = self._slide.dimensions
         self.levels = tuple(level_of(w, h, width, height) for w, h in self._slide.level_dimensions)
@@ -239,6 +240,8 @@ class OpenSlideReader(Slide):
         self.bounds = _bounds(properties, width, height)
 
     def tile_size(self, level: int) -> tuple[int, int]:
+        if self._downsamples[level] != int(self._downsamples[level]):
+            return _BLOCK, _BLOCK
         size = [_number(self.properties.get(f"openslide.level[{level}].tile-{side}")) for side in ("width", "height")]
         return (int(size[0]), int(size[1])) if size[0] and size[1] else (256, 256)
 
@@ -384,7 +387,7 @@ class TiffSlideReader(Slide):
         import tiffslide
 
         super().__init__(path)
-        self._slide = tiffslide.TiffSlide(path)
+        self._slide: Any = tiffslide.TiffSlide(path)
         self._file = os.open(path, os.O_RDONLY)
         try:
             self._describe()
@@ -514,6 +517,9 @@ class ImageReader(Slide):
 
     def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         return self._pixels[y : y + h, x : x + w].copy()
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def _decode_image(path: Path) -> np.ndarray:
@@ -673,15 +679,12 @@ class SlidePool:
 
     Parameters
     ----------
-    path : pathlib.Path
-        The file.
-    reader : str
-        As for `open_slide`.
+    opener : callable
+        Opens the slide.
     """
 
-    def __init__(self, path: Path, reader: str) -> None:
-        self._path = path
-        self._reader = reader
+    def __init__(self, opener: Callable[[], Slide]) -> None:
+        self._opener = opener
         self._local = threading.local()
         self._all: list[Slide] = []
         self._lock = threading.Lock()
@@ -691,7 +694,7 @@ class SlidePool:
         slide: Slide | None = getattr(self._local, "slide", None)
         if slide is None:
             with self._lock:  # opening silences warnings, which is global
-                slide = open_slide(self._path, self._reader)
+                slide = self._opener()
                 self._all.append(slide)
             self._local.slide = slide
         return slide

@@ -1,0 +1,473 @@
+"""Stage ``tiles``: the slide's tissue at the model's pixel size, stored once, as a sparse zarr array on the grid."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import threading
+import zlib
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError, SlideError
+from pipeline.grid import Grid
+from pipeline.lattice import CELL, active_cells
+from pipeline.progress import Progress
+from pipeline.slides.inspect import reopen
+from pipeline.slides.open import Level, Slide, SlidePool
+from pipeline.slides.regions import best_level, read_region
+from pipeline.stage import read_manifest, run_stage
+from pipeline.tissue import read_tissue
+
+log = logging.getLogger(__name__)
+
+_SUPER_PIXELS = 10_000_000
+"""Level pixels that a reader decodes at once: 30 MB of RGB."""
+
+
+def reflect(start: int, n: int, size: int) -> np.ndarray:
+    """Indices of `n` places from `start` on an axis of `size`, reflected at its ends.
+
+    The edge pixel is repeated, as by ``numpy.pad(..., mode="symmetric")``, however far outside.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (n,), values in ``[0, size)``.
+    """
+    index = np.arange(start, start + n) % (2 * size)
+    return np.asarray(np.where(index < size, index, 2 * size - 1 - index))
+
+
+@dataclass(frozen=True)
+class TileStore:
+    """Pixels of a slide's grid as stage ``tiles`` stored them; safe to read from several threads.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        ``tiles.zarr``.
+    grid : Grid
+        The slide's grid.
+    active : numpy.ndarray
+        bool, shape (ceil(height / 64), ceil(width / 64)): cells that hold pixels. All others are white.
+    tile : int
+        Side of a stored tile in grid pixels.
+    """
+
+    path: Path
+    grid: Grid
+    active: np.ndarray
+    tile: int
+    _rgb: Any
+
+    @classmethod
+    def open(cls, path: Path) -> TileStore:
+        """Open a store for reading.
+
+        Raises
+        ------
+        PipelineError
+            When it is missing or damaged.
+        """
+        import zarr
+
+        try:
+            group = zarr.open_group(path, mode="r")
+            if group.attrs["cell"] != CELL:
+                raise ValueError(f"cells of {group.attrs['cell']} pixels")
+            grid = Grid.from_json(group.attrs["grid"])  # type: ignore[arg-type]
+            rgb, active = group["rgb"], np.asarray(group["active"][:])  # type: ignore[index]
+            return cls(Path(path), grid, active, int(rgb.chunks[0]), rgb)  # type: ignore[union-attr]
+        except FileNotFoundError:
+            raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
+        except Exception as error:
+            raise _damaged(path, error) from None
+
+    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """Read a window.
+
+        Parameters
+        ----------
+        x, y, w, h : int
+            Window in grid pixels. Where it reaches outside the grid, pixels come by reflection at the grid's edge
+            (the edge pixel repeated), so that a patch at the slide's edge sees more of the same tissue, not a border.
+
+        Returns
+        -------
+        numpy.ndarray
+            RGB, uint8, shape (h, w, 3); white where no cell is active.
+
+        Raises
+        ------
+        PipelineError
+            When a stored tile is damaged.
+        """
+        if x >= 0 and y >= 0 and x + w <= self.grid.width and y + h <= self.grid.height:
+            return self._window(x, y, x + w, y + h)
+        columns, rows = reflect(x, w, self.grid.width), reflect(y, h, self.grid.height)
+        x0, y0 = int(columns.min()), int(rows.min())
+        pixels = self._window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)
+        return pixels[(rows - y0)[:, None], columns - x0]
+
+    def _window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        cells = self.active[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)]
+        if not cells.any():
+            return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
+        try:
+            return np.asarray(self._rgb[y0:y1, x0:x1])
+        except Exception as error:  # zarr's codecs raise what they like over a damaged chunk
+            raise _damaged(self.path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> PipelineError:
+    return PipelineError(f"{path} is damaged: {type(error).__name__}: {error}", "delete it and run again")
+
+
+def model_mpp(model: Path) -> float:
+    """µm per pixel of a model package."""
+    from pipeline.models.package import ModelPackage
+
+    return float(ModelPackage.load(model).mpp)
+
+
+class _Tolerant:
+    """A slide whose native tiles that cannot be decoded are white and noted."""
+
+    def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]]) -> None:
+        self._slide = slide
+        self._unreadable = unreadable
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self._slide.levels
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        try:
+            return self._slide.read(level, x, y, w, h)
+        except SlideError:
+            pass
+        out = np.full((h, w, 3), 255, np.uint8)
+        across, down = self._slide.tile_size(level)
+        for row in range(y // down, -(-(y + h) // down)):
+            for column in range(x // across, -(-(x + w) // across)):
+                tx, ty = column * across, row * down
+                x0, y0, x1, y1 = max(x, tx), max(y, ty), min(x + w, tx + across), min(y + h, ty + down)
+                try:
+                    tile = self._slide.read(level, tx, ty, across, down)
+                    out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - ty : y1 - ty, x0 - tx : x1 - tx]
+                except SlideError as error:
+                    if (level, column, row) not in self._unreadable:
+                        log.debug("unreadable: %s", error)
+                    self._unreadable.add((level, column, row))
+        return out
+
+
+def _unreadable_rects(
+    tiles: set[tuple[int, int, int]], slide: Slide, grid: Grid, active: np.ndarray
+) -> tuple[list[list[int]], float]:
+    """Grid windows of native tiles that cannot be read, where they meet active cells, and their share of those."""
+    import cv2
+
+    rects = []
+    covered = 0
+    cells = active.astype(np.uint8)
+    for level, column, row in tiles:
+        across, down = slide.tile_size(level)
+        scale_x, scale_y = slide.levels[level].scale_x / grid.scale_x, slide.levels[level].scale_y / grid.scale_y
+        x0, y0 = int(np.floor(column * across * scale_x + 1e-9)), int(np.floor(row * down * scale_y + 1e-9))
+        x1 = min(int(np.ceil((column + 1) * across * scale_x - 1e-9)), grid.width)
+        y1 = min(int(np.ceil((row + 1) * down * scale_y - 1e-9)), grid.height)
+        if x1 <= x0 or y1 <= y0:
+            continue
+        part = cells[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)]
+        if not part.any():
+            continue
+        full = cv2.resize(part, None, fx=CELL, fy=CELL, interpolation=cv2.INTER_NEAREST)
+        top, left = y0 - y0 // CELL * CELL, x0 - x0 // CELL * CELL
+        covered += int(np.count_nonzero(full[top : top + y1 - y0, left : left + x1 - x0]))
+        rects.append([x0, y0, x1 - x0, y1 - y0])
+    return sorted(rects, key=lambda r: (r[1], r[0])), min(1.0, covered / max(_active_pixels(active, grid), 1))
+
+
+def _active_pixels(active: np.ndarray, grid: Grid) -> int:
+    heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
+    widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
+    return int(heights @ active @ widths)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Tiles that are read together: a range of the lattice."""
+
+    row0: int
+    row1: int
+    column0: int
+    column1: int
+
+
+def _blocks(active: np.ndarray, tile: int, side: int) -> list[_Block]:
+    """Blocks of `side` grid pixels (whole tiles) that hold active cells."""
+    step = side // CELL
+    rows, columns = active.shape
+    return [
+        _Block(row, min(row + step, rows), column, min(column + step, columns))
+        for row in range(0, rows, step)
+        for column in range(0, columns, step)
+        if active[row : row + step, column : column + step].any()
+    ]
+
+
+def _super_side(slide: Slide, grid: Grid, tile: int) -> int:
+    """Side of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read."""
+    level = slide.levels[best_level(slide.levels, grid)]
+    native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
+    return max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile)) * tile
+
+
+class _Writer:
+    """Reads blocks of a slide and writes their tiles, in any number of threads."""
+
+    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, array: Any) -> None:
+        self.pool, self.grid, self.active, self.tile, self.array = pool, grid, active, tile, array
+        self.sums = np.zeros(active.shape, np.uint32)
+        self.unreadable: set[tuple[int, int, int]] = set()
+        self.tiles = 0
+        self._lock = threading.Lock()
+
+    def block(self, block: _Block) -> float:
+        """Read and write one block; the megapixels of its active cells."""
+        cells = self.active[block.row0 : block.row1, block.column0 : block.column1]
+        # Only the part that holds tissue is read.
+        rows, columns = np.nonzero(cells.any(axis=1))[0], np.nonzero(cells.any(axis=0))[0]
+        y0, x0 = (block.row0 + int(rows[0])) * CELL, (block.column0 + int(columns[0])) * CELL
+        y1 = min((block.row0 + int(rows[-1]) + 1) * CELL, self.grid.height)
+        x1 = min((block.column0 + int(columns[-1]) + 1) * CELL, self.grid.width)
+        missed: set[tuple[int, int, int]] = set()
+        pixels = read_region(_Tolerant(self.pool.get(), missed), self.grid, x0, y0, x1 - x0, y1 - y0)
+        self._whiten(pixels, x0, y0)
+        written = 0
+        for ty in range(y0 // self.tile * self.tile, y1, self.tile):
+            for tx in range(x0 // self.tile * self.tile, x1, self.tile):
+                written += self._write(pixels, x0, y0, tx, ty)
+        with self._lock:
+            self.tiles += written
+            self.unreadable |= missed
+        return _active_pixels(cells, self.grid) / 1e6
+
+    def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
+        """White where no cell is active; sums of those that are."""
+        h, w = pixels.shape[:2]
+        for row in range(y0 // CELL, -(-(y0 + h) // CELL)):
+            for column in range(x0 // CELL, -(-(x0 + w) // CELL)):
+                top, left = row * CELL - y0, column * CELL - x0
+                cell = pixels[top : top + CELL, left : left + CELL]
+                if self.active[row, column]:
+                    self.sums[row, column] = zlib.crc32(cell.tobytes())
+                else:
+                    cell[...] = 255
+
+    def _write(self, pixels: np.ndarray, x0: int, y0: int, tx: int, ty: int) -> int:
+        step = self.tile // CELL
+        cells = self.active[ty // CELL : ty // CELL + step, tx // CELL : tx // CELL + step]
+        if not cells.any():
+            return 0
+        h, w = min(self.tile, self.grid.height - ty), min(self.tile, self.grid.width - tx)
+        ax0, ay0 = max(tx, x0), max(ty, y0)
+        ax1, ay1 = min(tx + w, x0 + pixels.shape[1]), min(ty + h, y0 + pixels.shape[0])
+        part = pixels[ay0 - y0 : ay1 - y0, ax0 - x0 : ax1 - x0]
+        if part.shape[:2] != (h, w):
+            full = np.full((h, w, 3), 255, np.uint8)
+            full[ay0 - ty : ay1 - ty, ax0 - tx : ax1 - tx] = part
+            part = full
+        self.array[ty : ty + h, tx : tx + w] = part  # a chunk of its own: no two threads write the same
+        return 1
+
+
+def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    group = zarr.create_group(path, overwrite=True, attributes={"grid": grid.to_json(), "cell": CELL})
+    group.create_array("active", data=active)
+    return group.create_array(
+        "rgb",
+        shape=(grid.height, grid.width, 3),
+        chunks=(tile, tile, 3),
+        dtype="uint8",
+        fill_value=255,
+        compressors=[BloscCodec(typesize=1, cname="lz4", clevel=1, shuffle="noshuffle"), Crc32cCodec()],
+    )
+
+
+def default_workers() -> int:
+    """Reader threads: one a core, at most 16."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:
+        cores = os.cpu_count() or 1
+    return max(1, min(16, cores))
+
+
+def run_tiles(
+    slide: str,
+    inspect: Path,
+    tissue: Path,
+    geojson: Path,
+    model: Path,
+    out: Path,
+    zarr: Path,
+    *,
+    tile: int = 1024,
+    workers: int | None = None,
+    max_unreadable: float = 0.02,
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Store the tissue of a slide at a model's pixel size.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    inspect, tissue, geojson : pathlib.Path
+        ``slide.json``, ``tissue.json`` and ``tissue.geojson`` of the stages before.
+    model : pathlib.Path
+        Model package, for its pixel size.
+    out, zarr : pathlib.Path
+        The outputs: manifest and store.
+    tile : int
+        Side of a stored tile in grid pixels, a multiple of 64. The pixels are the same for every size.
+    workers : int, optional
+        Reader threads; by default one a core, at most 16.
+    max_unreadable : float
+        Share of the tissue's pixels that may be unreadable. They are white then, and listed.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    PipelineError
+        For a wrong setting.
+    """
+    if tile < CELL or tile % CELL:
+        raise PipelineError(f"tile {tile} is not a multiple of {CELL}", f"give {CELL}, 512, 1024, ...")
+    if not 0 <= max_unreadable <= 1:
+        raise PipelineError(f"max_unreadable {max_unreadable} is not a share", "give a number from 0 to 1")
+    if workers is not None and workers < 1:
+        raise PipelineError(f"workers {workers} is not a number of threads", "give 1 or more")
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        info = read_manifest(inspect)
+        mpp_x, mpp_y = info["mpp"]
+        grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, model_mpp(model))
+        active = active_cells(read_tissue(geojson), grid)
+        array = _create(staged["zarr"], grid, active, tile)
+        total = _active_pixels(active, grid)
+        with SlidePool(lambda: reopen(info)) as pool, Progress(total / 1e6, "tiles", "MP") as done:
+            handle = pool.get()
+            writer = _Writer(pool, grid, active, tile, array)
+            _run(writer, _blocks(active, tile, _super_side(handle, grid, tile)), workers or default_workers(), done)
+            seconds = done.seconds
+            rects, share = _unreadable_rects(writer.unreadable, handle, grid, active)
+        if share > max_unreadable:
+            raise SlideError(
+                f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
+                f"more than the {100 * max_unreadable:g} % allowed",
+                "copy or export the slide again, or raise `max_unreadable`",
+            )
+        if rects:
+            log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
+        rate = total / 1e6 / max(seconds, 1e-9)
+        log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, writer.tiles, total / 1e6, seconds, rate)
+        digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())
+        digest.update(np.packbits(active).tobytes() + writer.sums.astype("<u4").tobytes())
+        return {
+            "grid": grid.to_json(),
+            "tile": tile,
+            "tiles": writer.tiles,
+            "active_cells": int(active.sum()),
+            "unreadable": rects,
+            "unreadable_share": round(share, 6),
+            "megapixels": round(total / 1e6, 6),
+            "mp_per_s": round(rate, 3),
+            "digest": digest.hexdigest(),
+        }
+
+    return run_stage(
+        "tiles",
+        slide,
+        manifest=out,
+        outputs={"zarr": zarr},
+        upstream=[inspect, tissue],
+        body=body,
+        on_bad_slide=on_bad_slide,
+    )
+
+
+def _run(writer: _Writer, blocks: list[_Block], workers: int, progress: Progress) -> None:
+    """Do all blocks on a pool of threads, few in flight at a time."""
+    if workers == 1:
+        for block in blocks:
+            progress.advance(writer.block(block))
+        return
+    pending: set[Future[float]] = set()
+    with ThreadPoolExecutor(workers, thread_name_prefix="tiles") as threads:
+        try:
+            for block in blocks:
+                if len(pending) >= workers + 1:
+                    ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        progress.advance(future.result())
+                pending.add(threads.submit(writer.block, block))
+            for future in pending:
+                progress.advance(future.result())
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Command line of the stage."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
+    parser.add_argument("--tissue", required=True, type=Path, metavar="TISSUE.JSON", help="manifest of stage tissue")
+    parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON", help="tissue polygons")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model package, for its pixel size")
+    parser.add_argument("--tile", type=int, default=1024, help="side of a stored tile in pixels (default: 1024)")
+    parser.add_argument("--workers", type=int, help="reader threads (default: one a core, at most 16)")
+    parser.add_argument(
+        "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
+    )
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
+    parser.add_argument("--zarr", required=True, type=Path, metavar="TILES.ZARR")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage from the command line."""
+    run_tiles(
+        args.slide,
+        args.inspect,
+        args.tissue,
+        args.geojson,
+        args.model,
+        args.out,
+        args.zarr,
+        tile=args.tile,
+        workers=args.workers,
+        max_unreadable=args.max_unreadable,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0
