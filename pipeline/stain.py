@@ -1,0 +1,378 @@
+"""Stage ``stain``: one colour transform for the whole slide, towards the reference that the model package carries.
+
+The transform is fitted on tissue pixels of cells that lie spread over the slide; which cells depends on the tissue
+alone, so neither the tile size nor the number of workers has a say. A slide whose colours do not determine its stains
+is left as it is, with a warning in the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline import staintools_backend
+from pipeline.errors import PipelineError
+from pipeline.grid import Grid
+from pipeline.kernels import stain as kernel
+from pipeline.lattice import CELL
+from pipeline.models.package import ModelPackage
+from pipeline.stage import run_stage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+METHODS = ("model", *kernel.METHODS)
+"""Values of ``--method``; ``model`` is what the model package was trained with."""
+
+SAMPLE_PIXELS = 200_000
+"""Tissue pixels that a fit is made on."""
+
+SAMPLE_CELLS = 4096
+"""Most cells looked at for them."""
+
+_CELLS_AT_ONCE = 256
+_PREVIEWS = 6
+_PREVIEW_SIZE = 256
+
+
+class Tiles(Protocol):
+    """What this stage needs of the tile store."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    @property
+    def active(self) -> np.ndarray: ...
+
+    def read(self, x: int, y: int, width: int, height: int, /) -> np.ndarray: ...
+
+
+def spread_order(count: int) -> np.ndarray:
+    """An order of 0..count-1 of which every beginning is spread evenly.
+
+    Steps of the golden ratio, the sequence of lowest discrepancy of its kind; no rhythm of rows can fall in step with
+    it.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape ``(count,)``.
+    """
+    ratio = (5**0.5 - 1) / 2
+    return np.argsort((np.arange(count) * ratio) % 1.0, kind="stable").argsort(kind="stable").astype(np.int64)
+
+
+def _cell_window(grid: Grid, cell: np.ndarray, size: int = CELL) -> tuple[int, int, int, int]:
+    """Window ``x, y, width, height`` of side `size` (less on a small grid) about a cell, within the grid."""
+    width, height = min(size, grid.width), min(size, grid.height)
+    x = min(max(0, int(cell[1]) * CELL + CELL // 2 - width // 2), grid.width - width)
+    y = min(max(0, int(cell[0]) * CELL + CELL // 2 - height // 2), grid.height - height)
+    return x, y, width, height
+
+
+def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray, int]:
+    """Tissue pixels spread over a slide.
+
+    Parameters
+    ----------
+    tiles : Tiles
+        The slide's tiles.
+    pixels : int
+        How many are wanted; there are fewer where the slide has fewer.
+
+    Returns
+    -------
+    rgb : numpy.ndarray
+        uint8, shape ``(n, 3)``, ``n <= pixels``.
+    cells : int
+        Lattice cells looked at.
+    """
+    cells = np.argwhere(tiles.active)
+    order = spread_order(len(cells))[:SAMPLE_CELLS]
+    found: list[np.ndarray] = []
+    seen = 0
+    for start in range(0, len(order), _CELLS_AT_ONCE):
+        for index in np.sort(order[start : start + _CELLS_AT_ONCE]):  # in the order of storage
+            row, column = cells[index]
+            x, y = int(column) * CELL, int(row) * CELL
+            patch = tiles.read(x, y, min(CELL, tiles.grid.width - x), min(CELL, tiles.grid.height - y))
+            found.append(kernel.tissue_pixels(patch))
+            seen += 1
+        if sum(map(len, found)) >= pixels:
+            break
+    rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
+    if len(rgb) > pixels:
+        rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
+    return rgb, seen
+
+
+def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
+    """`pipeline.kernels.stain.fit_reference` with every extractor that is installed."""
+    return kernel.fit_reference(rgb, staintools_backend.extractors())
+
+
+def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[kernel.StainTransform, dict[str, Any]]:
+    """Fit a slide's transform, or leave its colours as they are when that cannot be done.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Tissue pixels of the slide, uint8, shape ``(n, 3)``.
+    requested : str
+        One of `METHODS`.
+    model : ModelPackage
+        The model whose stain is the target.
+
+    Returns
+    -------
+    transform : StainTransform
+        The transform.
+    payload : dict
+        JSON values for the manifest: ``requested``, ``method`` (the one in effect), ``transform``, ``source`` (the
+        slide's own fit), ``target`` (the entry of the model's reference), ``stains`` (the slide's own stain vectors,
+        for measurements, or None), ``extractor``, ``warnings``.
+
+    Raises
+    ------
+    PipelineError
+        When the method is unknown, not installed, or the model has no reference for it.
+    """
+    method = model.stain.get("method", "none") if requested == "model" else requested
+    if method not in kernel.METHODS:
+        raise PipelineError(f"no such stain method: {method!r}", f"one of {', '.join(METHODS)}")
+    extractors = staintools_backend.extractors()
+    if method == "vahadane" and method not in extractors:
+        raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
+    reference = model.stain.get("reference") or {}
+    target = method
+    if method == "vahadane" and method not in reference and "macenko" in reference:
+        # Both describe the same two dyes; a package made without staintools has Macenko's vectors alone.
+        target = "macenko"
+        reference = {**reference, method: reference[target]}
+    if method != "none" and method not in reference:
+        raise PipelineError(
+            f"model {model.name} carries no stain reference for {method}",
+            f"it has {', '.join(reference) or 'none'}; method model takes the one it was trained with",
+        )
+    warnings: list[str] = []
+    transform = kernel.StainTransform()
+    source: dict[str, Any] = {}
+    try:
+        transform, source = kernel.fit_transform(rgb, method, reference, extractors)
+    except kernel.StainFitError as error:
+        warnings.append(f"stain left as it is: {error}")
+        method = target = "none"
+    stains: dict[str, Any] | None = source if "matrix" in source else None
+    if stains is None:
+        try:
+            stains = kernel.fit_stains(rgb, extractors["macenko"])
+        except kernel.StainFitError as error:
+            log.info("stains are measured with typical vectors: %s", error)
+    version = staintools_backend.version()
+    return transform, {
+        "requested": requested,
+        "method": method,
+        "transform": transform.to_json(),
+        "source": source,
+        "target": target,
+        "stains": stains,
+        "extractor": f"staintools {version}" if version else "own",
+        "warnings": warnings,
+    }
+
+
+def run_stain(
+    slide: str,
+    tiles: Path,
+    zarr: Path,
+    model: Path,
+    out: Path,
+    png: Path,
+    *,
+    method: str = "model",
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    tiles, zarr : pathlib.Path
+        What the stage ``tiles`` wrote.
+    model : pathlib.Path
+        Folder of the model package.
+    out, png : pathlib.Path
+        The manifest and the preview to write.
+    method : str
+        One of `METHODS`.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest, with what `fit_slide` tells and ``samples`` (``pixels``, ``cells``).
+    """
+    package = ModelPackage.load(model)
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        from pipeline.tiles import TileStore
+
+        store = TileStore.open(zarr)
+        rgb, cells = sample_tissue(store)
+        transform, payload = fit_slide(rgb, method, package)
+        for warning in payload["warnings"]:
+            log.warning("slide %r: %s", slide, warning)
+        draw_preview(store, transform, payload, package).save(staged["png"], optimize=True)
+        return payload | {"samples": {"pixels": len(rgb), "cells": cells}}
+
+    return run_stage(
+        "stain",
+        slide,
+        manifest=out,
+        outputs={"png": png},
+        upstream=[tiles],
+        body=body,
+        on_bad_slide=on_bad_slide,
+    )
+
+
+def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """The stain vectors to measure a slide with.
+
+    Parameters
+    ----------
+    manifest : mapping
+        ``stain.json``.
+
+    Returns
+    -------
+    matrix : numpy.ndarray
+        Unit rows of hematoxylin and eosin, float64, shape ``(2, 3)``.
+    origin : {"slide", "ruifrok"}
+        Whether they are the slide's own or the typical ones.
+    """
+    stains = manifest.get("stains")
+    if stains:
+        return np.array(stains["matrix"], np.float64), "slide"
+    return kernel.RUIFROK, "ruifrok"
+
+
+def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
+    """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, from top to bottom."""
+    cells = np.argwhere(tiles.active)
+    chosen = cells[np.sort(spread_order(len(cells))[: 8 * _PREVIEWS])]
+    for group in np.array_split(chosen, _PREVIEWS):
+        best, best_score = None, 0.0
+        for cell in group:
+            window = _cell_window(tiles.grid, cell, _PREVIEW_SIZE)
+            rgb = tiles.read(*window)
+            # Much tissue, and something to see on it.
+            score = float(kernel.tissue_mask(rgb).mean()) * float(rgb.std(axis=(0, 1)).mean())
+            if score > best_score:
+                best, best_score = window, score
+        if best is not None:
+            yield best
+
+
+def draw_preview(
+    tiles: Tiles, transform: kernel.StainTransform, payload: Mapping[str, Any], model: ModelPackage
+) -> Image:
+    """Picture of crops of the slide before and after the transform.
+
+    Parameters
+    ----------
+    tiles : Tiles
+        The slide's tiles.
+    transform : StainTransform
+        The transform.
+    payload : mapping
+        What `fit_slide` told.
+    model : ModelPackage
+        The model whose stain is the target.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    margin, gap, label, head, side = 20, 8, 64, 58, _PREVIEW_SIZE
+    ink, quiet, paper = (34, 34, 40), (110, 110, 120), (250, 250, 252)
+    windows = list(preview_windows(tiles))
+    count = max(1, len(windows))
+    # A warning needs some width, even beside a single crop.
+    width = max(margin + label + count * (side + gap) - gap + margin, 900)
+    image = Image.new("RGB", (width, head + (2 * (side + gap) - gap if windows else 20) + margin), paper)
+    draw = ImageDraw.Draw(image)
+    title, text = ImageFont.load_default(17), ImageFont.load_default(13)
+    name = "left as it is" if payload["method"] == "none" else f"{payload['method']}, towards the model's reference"
+    draw.text((margin, 12), f"Stain: {name}", ink, title)
+    note = payload["warnings"][0] if payload["warnings"] else f"{tiles.grid.mpp:g} microns per pixel"
+    draw.text((margin, 36), note, (176, 62, 20) if payload["warnings"] else quiet, text)
+    references = model.stain.get("reference") or {}
+    targets = references.get(payload["target"], {})
+    rows = (("before", payload["stains"] or {}), ("after", targets)) if windows else ()
+    for row, (caption, fit) in enumerate(rows):
+        top = head + row * (side + gap)
+        draw.text((margin, top + 4), caption, ink, text)
+        for index, vector in enumerate(fit.get("matrix", ())):
+            colour = kernel.od_to_rgb(np.array(vector) * 0.9)
+            y = top + 34 + index * 50
+            draw.rectangle((margin, y, margin + 28, y + 28), tuple(int(value) for value in colour))
+            draw.text((margin + 34, y + 7), "HE"[index], quiet, text)
+        for index, window in enumerate(windows):
+            rgb = tiles.read(*window)
+            crop = Image.fromarray(transform.apply(rgb) if row else rgb)
+            image.paste(crop, (margin + label + index * (side + gap), top))
+    if windows:
+        length = round(25 / tiles.grid.mpp)
+        if length < windows[0][2] - 30:
+            x, y = margin + label + windows[0][2] - 12, head + windows[0][3] - 12
+            draw.rectangle((x - length - 4, y - 22, x + 4, y + 5), (255, 255, 255))
+            draw.rectangle((x - length, y - 2, x, y + 1), ink)
+            draw.text((x - length / 2, y - 4), "25 microns", ink, ImageFont.load_default(11), anchor="mb")
+    else:
+        draw.text((margin, head + 4), "no tissue", quiet, text)
+    return image
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline stain``."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--tiles", type=Path, required=True, metavar="FILE", help="tiles.json")
+    parser.add_argument("--zarr", type=Path, required=True, metavar="DIR", help="tiles.zarr")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model package")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="model",
+        help="stain normalisation (default: what the model was trained with)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="preview to write")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline stain``."""
+    run_stain(
+        args.slide,
+        args.tiles,
+        args.zarr,
+        args.model,
+        args.out,
+        args.png,
+        method=args.method,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import stain, staintools_backend
+from pipeline.errors import PipelineError
+from pipeline.grid import Grid
+from pipeline.kernels import stain as kernel
+from pipeline.stage import write_json
+
+
+def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Eosin with spots of hematoxylin, uint8 (height, width, 3)."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    spots = np.clip(1.6 * np.cos(x / 5) * np.cos(y / 5), 0, 1)
+    noise = random.normal(0, 0.03, (height, width, 3))
+    amounts = np.stack([0.1 + 1.2 * spots, 0.6 - 0.4 * spots + 0.2 * np.sin(x / 23)], axis=-1)
+    return kernel.od_to_rgb(np.maximum(amounts @ kernel.RUIFROK + noise, 0))
+
+
+class ArrayTiles:
+    """Tiles that are an array."""
+
+    def __init__(self, rgb: np.ndarray, active: np.ndarray | None = None) -> None:
+        self.rgb = rgb
+        self.grid = Grid(rgb.shape[1], rgb.shape[0], 0.5, 2.0, 2.0)
+        self.active = np.ones((-(-rgb.shape[0] // 64), -(-rgb.shape[1] // 64)), bool) if active is None else active
+        self.reads: list[tuple[int, int, int, int]] = []
+
+    def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        assert 0 <= x <= x + width <= self.grid.width
+        assert 0 <= y <= y + height <= self.grid.height
+        self.reads.append((x, y, width, height))
+        return self.rgb[y : y + height, x : x + width]
+
+
+def model(method: str = "macenko", names: tuple[str, ...] | None = None) -> Any:
+    reference = stain.fit_reference(np.minimum(tissue(400, 400, seed=5), 235))
+    reference = {name: value for name, value in reference.items() if names is None or name in names}
+    return SimpleNamespace(name="toy", stain={"method": method, "reference": reference})
+
+
+def test_every_beginning_of_the_order_is_spread() -> None:
+    order = stain.spread_order(1000)
+    assert sorted(order) == list(range(1000))
+    for count in (10, 64, 333):
+        gaps = np.diff(np.sort(order[:count]))
+        assert gaps.max() <= 3 * 1000 / count
+    assert stain.spread_order(0).shape == (0,)
+
+
+def test_sampling_is_bounded_deterministic_and_looks_at_active_cells_only() -> None:
+    rgb = tissue(1000, 1500)
+    active = np.zeros((16, 24), bool)
+    active[3:9, 5:20] = True
+    tiles = ArrayTiles(rgb, active)
+    pixels, cells = stain.sample_tissue(tiles, 5000)
+    assert pixels.shape == (5000, 3)
+    assert cells == len(tiles.reads) <= active.sum()
+    assert all(active[y // 64, x // 64] for x, y, _, _ in tiles.reads)
+    assert np.array_equal(pixels, stain.sample_tissue(ArrayTiles(rgb, active), 5000)[0])
+    assert len(stain.sample_tissue(ArrayTiles(rgb, np.zeros_like(active)))[0]) == 0
+
+
+@pytest.mark.parametrize("method", ["model", "none", "macenko", "reinhard", "histogram"])
+def test_methods(method: str) -> None:
+    pixels, _ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    transform, payload = stain.fit_slide(pixels, method, model())
+    expected = "macenko" if method == "model" else method
+    assert (payload["requested"], payload["method"], payload["warnings"]) == (method, expected, [])
+    assert kernel.StainTransform.from_json(json.loads(json.dumps(payload))["transform"]) == transform
+    assert stain.stain_matrix(payload)[1] == "slide"
+    assert kernel.angle(stain.stain_matrix(payload)[0][0], kernel.RUIFROK[0]) < 12
+
+
+@pytest.mark.parametrize("method", ["macenko", "reinhard", "histogram", "none"])
+def test_white_slide_is_left_as_it_is(method: str) -> None:
+    tiles = ArrayTiles(np.full((200, 300, 3), 245, np.uint8))
+    pixels, _ = stain.sample_tissue(tiles)
+    transform, payload = stain.fit_slide(pixels, method, model())
+    assert transform == kernel.StainTransform()
+    assert payload["method"] == "none"
+    assert len(payload["warnings"]) == (method != "none")
+    assert stain.stain_matrix(payload)[1] == "ruifrok"
+
+
+def test_wrong_settings_are_told() -> None:
+    pixels = tissue(100, 100).reshape(-1, 3)
+    with pytest.raises(PipelineError, match="carries no stain reference for histogram"):
+        stain.fit_slide(pixels, "histogram", model(names=("macenko",)))
+    with pytest.raises(PipelineError, match="no such stain method: 'mystery'"):
+        stain.fit_slide(pixels, "model", model("mystery"))
+
+
+def test_vahadane_needs_staintools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staintools_backend, "_module", lambda name: None)
+    pixels = tissue(200, 200).reshape(-1, 3)
+    with pytest.raises(PipelineError, match="pip install staintools spams-bin"):
+        stain.fit_slide(pixels, "vahadane", model())
+    with pytest.raises(PipelineError, match="pip install staintools spams-bin"):
+        staintools_backend.vahadane(pixels)
+    payload = stain.fit_slide(pixels, "macenko", model())[1]
+    assert (payload["method"], payload["extractor"]) == ("macenko", "own")
+    assert set(staintools_backend.extractors()) == {"macenko"}
+
+
+@pytest.fixture
+def staintools() -> None:
+    if not staintools_backend.available():
+        pytest.skip("staintools and spams-bin (extra `stain`) are not installed")
+
+
+@pytest.mark.usefixtures("staintools")
+def test_staintools_finds_what_we_find() -> None:
+    pixels = kernel.tissue_pixels(tissue(300, 300))
+    before = pixels.copy()
+    own, theirs = kernel.extract_macenko(pixels), staintools_backend.macenko(pixels)
+    assert max(kernel.angle(a, b) for a, b in zip(own, theirs, strict=True)) < 4
+    assert np.array_equal(pixels, before)
+
+
+@pytest.mark.usefixtures("staintools")
+def test_vahadane_gives_the_same_twice() -> None:
+    pixels = kernel.tissue_pixels(tissue(300, 300))
+    first = staintools_backend.vahadane(pixels)
+    assert np.array_equal(first, staintools_backend.vahadane(pixels))
+    kernel.check_matrix(first)
+    payload = stain.fit_slide(pixels, "vahadane", model(names=("macenko",)))[1]
+    assert (payload["method"], payload["target"], payload["warnings"]) == ("vahadane", "macenko", [])
+
+
+@pytest.mark.usefixtures("staintools")
+def test_what_staintools_raises_is_a_fit_that_failed() -> None:
+    for extract in (staintools_backend.macenko, staintools_backend.vahadane):
+        with pytest.raises(kernel.StainFitError, match="Empty tissue mask"):
+            extract(np.full((2000, 3), 250, np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (300, 1000)])
+def test_preview(shape: tuple[int, int]) -> None:
+    package = model()
+    for rgb in (tissue(*shape), np.full((*shape, 3), 255, np.uint8)):
+        tiles = ArrayTiles(rgb)
+        transform, payload = stain.fit_slide(stain.sample_tissue(tiles)[0], "model", package)
+        image = np.asarray(stain.draw_preview(tiles, transform, payload, package))
+        assert image.ndim == 3
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > (100 if rgb.min() < 255 else 3)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run the stage on an array."""
+
+    def call(rgb: np.ndarray, **options: Any) -> dict[str, Any]:
+        module = ModuleType("pipeline.tiles")
+        module.TileStore = SimpleNamespace(open=lambda path: ArrayTiles(rgb))  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "pipeline.tiles", module)
+        monkeypatch.setattr(stain.ModelPackage, "load", lambda folder: model())
+        write_json(tmp_path / "tiles.json", {"status": "ok", "failure": None})
+        paths = [tmp_path / name for name in ("tiles.json", "tiles.zarr", "model", "stain.json", "stain.png")]
+        return stain.run_stain("a slide", *paths, **options)
+
+    return call
+
+
+def test_stage(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    manifest = run(tissue(300, 300))
+    assert manifest["status"] == "ok"
+    assert manifest["samples"]["pixels"] > 10_000
+    assert json.loads((tmp_path / "stain.json").read_text()) == manifest
+    assert (tmp_path / "stain.png").stat().st_size > 10_000
+
+
+def test_stage_warns_of_a_white_slide(run: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    manifest = run(np.full((300, 300, 3), 255, np.uint8))
+    assert manifest["status"] == "ok"
+    assert manifest["transform"] == {"method": "none"}
+    assert "left as it is" in caplog.text
