@@ -1,0 +1,18 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real data, which is not part of the project; tests that need it are skipped without it."""
+    root = Path(__file__).resolve().parent.parent
+    folder = (root / os.environ.get("NUCLEI_DATA", "../shared/data")).resolve()
+    if not (folder / "slides").is_dir():
+        pytest.skip(f"no real data in {folder} (set NUCLEI_DATA)")
+    return folder

@@ -1,0 +1,402 @@
+"""Opening and checking slides: readers, pixel sizes, and every kind of broken file."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.errors import PipelineError, SlideError
+from pipeline.slides.inspect import reopen, run_inspect
+from pipeline.slides.integrity import check_tiff
+from pipeline.slides.open import (
+    OpenSlideReader,
+    TiffSlideReader,
+    level_of,
+    open_slide,
+    over_white,
+    premultiplied_over_white,
+    resolve_mpp,
+)
+from pipeline.slides.synthetic import write_ome_tiff, write_svs, write_tiff
+from pipeline.stage import read_manifest
+
+WRITERS = {"svs": write_svs, "tiff": write_tiff, "ome.tiff": write_ome_tiff}
+
+
+def picture(width: int = 900, height: int = 700, seed: int = 0) -> np.ndarray:
+    """A smooth random picture, which JPEG keeps closely."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(60, 256, (height // 50 + 2, width // 50 + 2, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def slide_file(folder: Path, kind: str = "svs", mpp: float = 0.25, **size: int) -> Path:
+    path = folder / f"slide.{kind}"
+    WRITERS[kind](path, picture(**size), mpp)
+    return path
+
+
+def spoil_tiles(path: Path, which: list[int], level: int = 0) -> None:
+    """Overwrite tiles of a TIFF file with zeros, which no decoder takes."""
+    with tifffile.TiffFile(path) as tif:
+        page = tif.series[0].levels[level].pages[0]
+        spots = [(page.dataoffsets[i], page.databytecounts[i]) for i in which]
+    with path.open("r+b") as file:
+        for offset, count in spots:
+            file.seek(offset)
+            file.write(bytes(count))
+
+
+def set_size(path: Path, width: int, height: int) -> None:
+    """Make the first image of a TIFF file claim another size."""
+    with tifffile.TiffFile(path) as tif:
+        tags = [(tif.pages[0].tags[name], value) for name, value in (("ImageWidth", width), ("ImageLength", height))]
+        order, big = tif.byteorder, tif.is_bigtiff
+        places = [(tag.offset, value) for tag, value in tags]
+    with path.open("r+b") as file:
+        for offset, value in places:
+            file.seek(offset + 2)
+            head = struct.pack(order + "HQ" if big else order + "HI", 4, 1)
+            file.write(head + struct.pack(order + "I", value))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_formats(tmp_path: Path, kind: str) -> None:
+    path = slide_file(tmp_path, kind)
+    with open_slide(path) as slide:
+        assert (slide.width, slide.height) == (900, 700)
+        assert slide.mpp is not None
+        assert slide.mpp == pytest.approx((0.25, 0.25), rel=1e-3)
+        assert all(level.scale_x == int(level.scale_x) for level in slide.levels)
+        assert slide.backend == "tiffslide"
+        assert len(slide.quick_hash) == 64
+        close = np.abs(slide.read(0, 0, 0, 900, 700).astype(int) - picture())
+        assert close.mean() < 3
+
+
+def test_ome_levels_that_openslide_does_not_see(tmp_path: Path) -> None:
+    path = slide_file(tmp_path, "ome.tiff", width=2500, height=2100)
+    with open_slide(path) as slide:
+        assert len(slide.levels) > 1
+        assert slide.mpp == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
+@pytest.mark.parametrize("kind", ["svs", "tiff"])
+def test_windows(tmp_path: Path, kind: str, reader: str) -> None:
+    path = slide_file(tmp_path, kind, width=1500, height=1100)
+    with open_slide(path, reader) as slide:
+        for number, level in enumerate(slide.levels):
+            whole = slide.read(number, 0, 0, level.width, level.height)
+            padded = np.pad(whole, ((50, 400), (50, 400), (0, 0)), constant_values=255)
+            for x, y, w, h in ((-20, -30, 100, 90), (37, 11, 64, 300), (level.width - 40, level.height - 40, 80, 70)):
+                window = slide.read(number, x, y, w, h)
+                np.testing.assert_array_equal(window, padded[y + 50 : y + 50 + h, x + 50 : x + 50 + w])
+            assert (slide.read(number, level.width + 5, 0, 10, 10) == 255).all()
+
+
+def test_readers_agree(shared_data: Path) -> None:
+    for path in sorted((shared_data / "slides").glob("*.svs")):
+        with open_slide(path, "openslide") as one, open_slide(path, "tiffslide") as two:
+            assert [(v.width, v.height) for v in one.levels] == [(v.width, v.height) for v in two.levels]
+            np.testing.assert_array_equal(one.read(0, 700, 800, 600, 500), two.read(0, 700, 800, 600, 500))
+
+
+def test_dicom(shared_data: Path) -> None:
+    with open_slide(shared_data / "slides" / "dicom" / "sm_image.dcm") as slide:
+        assert (slide.backend, slide.width, slide.height) == ("openslide", 50, 50)
+        assert slide.mpp == pytest.approx((0.499, 0.499))
+
+
+def test_level_scales() -> None:
+    assert level_of(462, 387, 7400, 6200).scale_x == 16
+    assert level_of(2221, 1783, 4443, 3567).scale_y == 2
+    assert level_of(463, 388, 7400, 6200).scale_x == 16  # rounded up
+    odd = level_of(1000, 1000, 2700, 2600)
+    assert (odd.scale_x, odd.scale_y) == (2.7, 2.6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_plain_images(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"field.{suffix}"
+    Image.fromarray(picture(300, 200)).save(path)
+    with open_slide(path) as slide:
+        assert (slide.backend, slide.mpp) == ("image", None)
+        assert np.abs(slide.read(0, 10, 20, 100, 50).astype(int) - picture(300, 200)[20:70, 10:110]).mean() < 4
+        with pytest.raises(SlideError, match=r"no pixel size .*`mpp` column"):
+            resolve_mpp(slide, None)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_image_modes(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("field.tif" if mode == "CMYK" else "field.png")
+    Image.fromarray(picture(120, 90)).convert(mode).save(path)
+    with open_slide(path) as slide:
+        pixels = slide.read(0, 0, 0, 120, 90)
+    expected = np.asarray(Image.open(path).convert("RGBA"))[..., :3]
+    assert pixels.shape == (90, 120, 3)
+    assert np.abs(pixels.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 7}, {"tile": (64, 64)}, {"compression": "zlib"}])
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_plain_tiffs(tmp_path: Path, options: dict[str, Any], samples: int) -> None:
+    image = picture(300, 200)
+    image = image[..., 0] if samples == 1 else image
+    if samples == 4:
+        image = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+    path = tmp_path / "field.tif"
+    kind = {1: "minisblack", 3: "rgb", 4: "rgb"}[samples]
+    extra = {"extrasamples": ["unassalpha"]} if samples == 4 else {}
+    tifffile.imwrite(path, image, photometric=kind, **extra, **options)
+    with open_slide(path) as slide:
+        pixels = slide.read(0, 0, 0, 300, 200)
+        expected = np.repeat(image[..., None], 3, axis=2) if samples == 1 else image[..., :3]
+        np.testing.assert_array_equal(pixels, expected)
+        np.testing.assert_array_equal(slide.read(0, 33, 44, 100, 99), expected[44:143, 33:133])
+
+
+def test_planar_and_16_bit_tiffs(tmp_path: Path) -> None:
+    planar = tmp_path / "planar.tif"
+    tifffile.imwrite(planar, picture(300, 200).transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    with open_slide(planar) as slide:
+        np.testing.assert_array_equal(slide.read(0, 5, 6, 70, 80), picture(300, 200)[6:86, 5:75])
+    deep = tmp_path / "deep.tif"
+    tifffile.imwrite(deep, picture(300, 200).astype(np.uint16) * 257, photometric="rgb")
+    with pytest.raises(SlideError, match="holds uint16 pixels"):
+        open_slide(deep)
+
+
+def test_alpha() -> None:
+    straight = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [10, 20, 30, 128]]], np.uint8)
+    np.testing.assert_array_equal(over_white(straight)[0], [[255, 255, 255], [10, 20, 30], [132, 137, 142]])
+    multiplied = np.array([[[0, 0, 0, 0], [10, 20, 30, 255], [5, 10, 15, 128]]], np.uint8)
+    np.testing.assert_array_equal(
+        premultiplied_over_white(multiplied)[0], [[255, 255, 255], [10, 20, 30], [132, 137, 142]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "dots", "mpp"),
+    [("INCH", 72, None), ("INCH", 300, None), ("CENTIMETER", 40000, 0.25), ("INCH", 101600, 0.25), ("NONE", 1, None)],
+)
+def test_resolution_tags(tmp_path: Path, unit: str, dots: int, mpp: float | None) -> None:
+    for name, options in (("tiled", {"tile": (64, 64)}), ("strips", {})):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(
+            path, picture(300, 200), photometric="rgb", resolution=(dots, dots), resolutionunit=unit, **options
+        )
+        with open_slide(path) as slide:
+            assert slide.mpp == (pytest.approx((mpp, mpp)) if mpp else None)
+
+
+@pytest.mark.parametrize(("size", "unit"), [(0.5, "µm"), (500, "nm"), (0.0005, "mm")])
+def test_ome_units(tmp_path: Path, size: float, unit: str) -> None:
+    path = tmp_path / "x.ome.tif"
+    metadata = {"PhysicalSizeX": size, "PhysicalSizeXUnit": unit, "PhysicalSizeY": size, "PhysicalSizeYUnit": unit}
+    tifffile.imwrite(path, picture(300, 200), photometric="rgb", metadata={"axes": "YXS", **metadata})
+    with open_slide(path) as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.5))
+
+
+def test_mpp_policy(tmp_path: Path) -> None:
+    with open_slide(slide_file(tmp_path)) as slide:
+        assert resolve_mpp(slide, None) == (pytest.approx((0.25, 0.25)), "metadata")
+        assert resolve_mpp(slide, 0.3, "config") == ((0.3, 0.3), "config")
+        with pytest.raises(SlideError, match=r"mpp 400 µm/px of the table is not plausible"):
+            resolve_mpp(slide, 400.0)
+        slide.mpp = (0.25, 0.0)
+        with pytest.raises(SlideError, match="mpp 0 µm/px of the metadata"):
+            resolve_mpp(slide, None)
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 0.6, 0.9, 0.99])
+def test_truncated(tmp_path: Path, kind: str, share: float) -> None:
+    path = cut(slide_file(tmp_path, kind), share)
+    with pytest.raises(SlideError, match=r"truncated|is no slide") as caught:
+        open_slide(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_real(tmp_path: Path, shared_data: Path, share: float) -> None:
+    for source in sorted((shared_data / "slides").glob("*.svs")):
+        path = tmp_path / source.name
+        path.write_bytes(source.read_bytes())
+        with pytest.raises(SlideError, match="file is truncated"):
+            open_slide(cut(path, share))
+
+
+def test_good_files_are_whole(shared_data: Path) -> None:
+    for path in [*(shared_data / "slides").glob("*.svs"), *(shared_data / "monuseg" / "images").glob("*.tif")]:
+        check_tiff(path)
+
+
+def test_not_a_slide(tmp_path: Path) -> None:
+    def reason(path: Path) -> str:
+        with pytest.raises(SlideError) as caught:
+            open_slide(path)
+        assert "\n" not in str(caught.value)
+        return caught.value.reason
+
+    empty = tmp_path / "empty.svs"
+    empty.touch()
+    assert reason(empty) == "file is empty"
+    text = tmp_path / "text.svs"
+    text.write_text("This is no slide.\n" * 100)
+    assert "no slide that OpenSlide, tiffslide or Pillow can read" in reason(text)
+    folder = tmp_path / "folder.svs"
+    folder.mkdir()
+    assert reason(folder) == "folder.svs is a folder, not a slide file"
+    assert "does not exist" in reason(tmp_path / "missing.svs")
+    pipe = tmp_path / "pipe.svs"
+    os.mkfifo(pipe)
+    assert "no regular file" in reason(pipe)
+    noise = tmp_path / "noise.svs"
+    noise.write_bytes(b"II*\x00" + np.random.default_rng(0).bytes(5000))
+    reason(noise)
+    half = tmp_path / "half.png"
+    Image.fromarray(picture()).save(half)
+    cut(half, 0.5)
+    reason(half)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_permissions(tmp_path: Path) -> None:
+    path = slide_file(tmp_path)
+    path.chmod(0)
+    with pytest.raises(SlideError, match="no permission to read"):
+        open_slide(path)
+
+
+def test_permissions_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = slide_file(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SlideError, match="no permission to read"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_claimed_size(tmp_path: Path, kind: str) -> None:
+    path = slide_file(tmp_path, kind)
+    set_size(path, 1_000_000, 1_000_000)
+    with pytest.raises(SlideError, match="claims 1000000 x 1000000 pixels"):
+        open_slide(path)
+    set_size(path, 100_000, 100_000)
+    with pytest.raises(SlideError, match=r"claims 100000 x 100000 pixels but holds \d+ of \d+ tiles"):
+        open_slide(path)
+
+
+def test_huge_plain_image(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 100_000, 100_000)
+    import zlib
+
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match="too large to decode whole"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("reader", [OpenSlideReader, TiffSlideReader])
+def test_tiles_that_do_not_decode(tmp_path: Path, reader: type[OpenSlideReader]) -> None:
+    path = slide_file(tmp_path)
+    with reader(path) as slide:
+        across, down = slide.tile_size(0)
+    spoil_tiles(path, [0])
+    with reader(path) as slide:
+        with pytest.raises(SlideError, match="cannot decode"):
+            slide.read(0, 0, 0, 10, 10)
+        # The handle still serves the rest.
+        assert slide.read(0, across, down, 100, 100).std() > 5
+
+
+def test_wrong_reader(tmp_path: Path) -> None:
+    path = tmp_path / "field.png"
+    Image.fromarray(picture(50, 50)).save(path)
+    with pytest.raises(SlideError, match="openslide cannot read this file"):
+        open_slide(path, "openslide")
+    with pytest.raises(PipelineError, match="no reader 'pil'"):
+        open_slide(path, "pil")
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("good")
+    return {kind: slide_file(folder, kind, width=300, height=260).read_bytes() for kind in WRITERS}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_a_slide_error(
+    good_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    kind = data.draw(st.sampled_from(sorted(good_files)))
+    content = bytearray(good_files[kind])
+    for _ in range(data.draw(st.integers(1, 6))):
+        # Mostly the header and the directories, where a byte does most harm.
+        at = data.draw(st.one_of(st.integers(0, min(1000, len(content) - 1)), st.integers(0, len(content) - 1)))
+        content[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / f"slide.{kind}"
+    path.write_bytes(content)
+    try:
+        with open_slide(path) as slide:
+            slide.read(0, 0, 0, 64, 64)
+            assert slide.quick_hash
+            resolve_mpp(slide, None)
+    except SlideError as error:
+        assert "\n" not in str(error)
+
+
+def test_inspect(tmp_path: Path) -> None:
+    path = slide_file(tmp_path)
+    out = tmp_path / "out" / "slide.json"
+    run_inspect("s", path, out)
+    info = read_manifest(out)
+    assert (info["status"], info["width"], info["height"], info["mpp_source"]) == ("ok", 900, 700, "metadata")
+    assert info["tiles_tried"]["failed"] == 0
+    assert info["bytes"] == path.stat().st_size
+    with reopen(info) as slide:
+        assert slide.backend == info["backend"]
+    run_inspect("s", path, out, mpp=0.5, mpp_source="config")
+    assert (read_manifest(out)["mpp"], read_manifest(out)["mpp_source"]) == ([0.5, 0.5], "config")
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(SlideError, match="has changed"):
+        reopen(info)
+
+
+def test_inspect_of_a_slide_that_does_not_decode(tmp_path: Path) -> None:
+    path = slide_file(tmp_path)
+    with tifffile.TiffFile(path) as tif:
+        count = len(tif.pages[0].dataoffsets)
+    spoil_tiles(path, list(range(count)))
+    out = tmp_path / "slide.json"
+    run_inspect("s", path, out)
+    manifest = read_manifest(out)
+    assert manifest["status"] == "failed"
+    assert "of 9 tiles tried cannot be decoded" in manifest["failure"]["reason"]
+    with pytest.raises(SlideError, match="slide 's', inspect:"):
+        run_inspect("s", path, out, on_bad_slide="stop")
