@@ -42,12 +42,12 @@ class PatchGrid:
     @property
     def columns(self) -> int:
         """Windows in a row."""
-        return -(-self.width // self.stride)
+        return -(-(self.width + self.overlap) // self.stride)
 
     @property
     def rows(self) -> int:
         """Rows of windows."""
-        return -(-self.height // self.stride)
+        return -(-(self.height + self.overlap) // self.stride)
 
     def origin(self, row: int, column: int) -> tuple[int, int]:
         """Left and top of a window in grid pixels; may be negative."""
@@ -81,3 +81,67 @@ def blend_weights(patch: int, overlap: int) -> np.ndarray:
 def weight_sum(overlap: int) -> int:
     """What the weights of all windows over a pixel add up to."""
     return (overlap + 1) ** 2
+
+
+class Blender:
+    """Blend windows that arrive in raster order, in memory of one row of windows.
+
+    A window that is never added counts as having nothing to say about its pixels; they come out as 0 or as what the
+    windows beside it say of them.
+
+    Parameters
+    ----------
+    grid : PatchGrid
+        Where the windows lie.
+    channels : int
+        Maps.
+    """
+
+    def __init__(self, grid: PatchGrid, channels: int) -> None:
+        self.grid = grid
+        self._weights = blend_weights(grid.patch, grid.overlap)
+        self._sum = weight_sum(grid.overlap)
+        width = grid.columns * grid.stride
+        self._rows = np.zeros((channels, grid.stride, width), np.uint8)
+        self._above = np.zeros((channels, grid.overlap, width), np.int32)
+        self._below = np.zeros_like(self._above)
+        self._left = np.zeros((channels, grid.patch, grid.overlap), np.int32)
+        self._column = -2
+
+    def add(self, column: int, prediction: np.ndarray) -> None:
+        """Add one window of the current row.
+
+        Parameters
+        ----------
+        column : int
+            Its column; columns grow within a row.
+        prediction : numpy.ndarray
+            uint8 ``(C, patch, patch)``.
+        """
+        stride, overlap = self.grid.stride, self.grid.overlap
+        total = prediction * self._weights
+        if column == self._column + 1:
+            total[:, :, :overlap] += self._left
+        self._left = total[:, :, stride:].copy()
+        self._column = column
+        here = np.s_[:, :, column * stride : (column + 1) * stride]
+        strip = total[:, :, :stride]
+        strip[:, :overlap] += self._above[here]
+        self._below[here] = strip[:, stride:]
+        self._rows[here] = (strip[:, :stride] + self._sum // 2) // self._sum
+
+    def finish_row(self) -> np.ndarray:
+        """End the current row of windows.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 ``(C, stride, columns * stride)``: the finished pixels, which begin `overlap` pixels above and to
+            the left of the row's first window's inner part, that is at the window's own origin.
+        """
+        rows = self._rows
+        self._rows = np.zeros_like(rows)
+        self._above, self._below = self._below, self._above
+        self._below[:] = 0
+        self._column = -2
+        return rows

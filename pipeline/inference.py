@@ -1,0 +1,395 @@
+"""Inference stage: tiles through the network, window by window, into blended maps.
+
+Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tiles' size. Reading and
+stain normalisation run ahead in threads, a bounded number of batches deep; the network sees batches of one shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.kernels.blend import Blender, PatchGrid
+from pipeline.kernels.stain import StainTransform
+from pipeline.lattice import CELL
+from pipeline.maps import MapStore
+from pipeline.models.package import ModelPackage
+from pipeline.progress import Progress
+from pipeline.stage import read_manifest, run_stage
+from pipeline.tiles import TileStore
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
+"""Windows a batch by device."""
+
+READ_AHEAD = 3
+"""Batches that are read ahead of the network."""
+
+CHUNK_COLUMNS = 4
+"""Windows in a chunk of the maps."""
+
+
+def choose_device(name: str) -> str:
+    """Resolve the `device` setting to ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    PipelineError
+        When CUDA is asked for and there is none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    if name == "cuda" and not available:
+        raise PipelineError("device cuda: this machine has no usable GPU", "use device: auto or cpu")
+    return name
+
+
+class Predictor:
+    """A model's network on a device.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Gives logits ``(N, C, H, W)`` for images in [0, 1].
+    device : str
+        ``cpu`` or ``cuda``.
+    batch : int
+        Windows a forward pass; halves itself when the device runs out of memory.
+    n_sigmoid : int
+        The first channels are independent; those after them are one softmax.
+    """
+
+    def __init__(self, network: nn.Module, device: str, batch: int, n_sigmoid: int) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self.batch = batch
+        self.n_sigmoid = n_sigmoid
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+        self._dtype = torch.float32
+        if device == "cuda":
+            self._dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        """Predict windows.
+
+        Parameters
+        ----------
+        patches : numpy.ndarray
+            uint8 ``(N, H, W, 3)``.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 ``(N, C, H, W)``; 255 is probability 1.
+        """
+        import torch
+
+        done: list[np.ndarray] = []
+        start = 0
+        while start < len(patches):
+            part = patches[start : start + self.batch]
+            try:
+                done.append(self._forward(part))
+            except (torch.OutOfMemoryError, MemoryError):
+                if self.batch == 1:
+                    raise PipelineError(
+                        f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
+                    ) from None
+                self.batch //= 2
+                log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            start += len(part)
+        return done[0] if len(done) == 1 else np.concatenate(done)
+
+    def _forward(self, patches: np.ndarray) -> np.ndarray:
+        import torch
+
+        count = len(patches)
+        if count < self.batch:  # one shape always, so that the same kernels run
+            padding = np.zeros((self.batch - count, *patches.shape[1:]), np.uint8)
+            patches = np.concatenate([patches, padding])
+        with torch.inference_mode(), torch.autocast(self.device.type, self._dtype, self._dtype != torch.float32):
+            x = torch.from_numpy(patches).to(self.device).permute(0, 3, 1, 2)
+            logits: torch.Tensor = self.network(x.float().div(255))
+            maps = torch.sigmoid(logits[:count, : self.n_sigmoid].float())
+            if logits.shape[1] > self.n_sigmoid:
+                maps = torch.cat([maps, torch.softmax(logits[:count, self.n_sigmoid :].float(), dim=1)], dim=1)
+            return np.asarray(maps.mul(255).round().to(torch.uint8).cpu())
+
+
+def channel_names(package: ModelPackage) -> tuple[str, ...]:
+    """Names of a model's maps in the order of the network's channels."""
+    names: list[str] = []
+    for head in package.heads:
+        if head == "type":
+            names += ["type:background", *(f"type:{c.name}" for c in package.classes)]
+        else:
+            names.append(head)
+    return tuple(names)
+
+
+def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[tuple[int, int]]:
+    """Rows and columns, in raster order, of the windows that hold an active cell.
+
+    Parameters
+    ----------
+    grid : PatchGrid
+        The windows.
+    active : numpy.ndarray
+        bool lattice.
+    cell : int
+        Side of a cell in pixels.
+    """
+    # Sums over rectangles of cells by a summed-area table.
+    table = np.zeros((active.shape[0] + 1, active.shape[1] + 1), np.int64)
+    table[1:, 1:] = active.cumsum(0).cumsum(1)
+
+    def span(index: int, cells: int) -> tuple[int, int]:
+        first = index * grid.stride - grid.overlap
+        return max(first, 0) // cell, min(-(-(first + grid.patch) // cell), cells)
+
+    columns = [span(column, active.shape[1]) for column in range(grid.columns)]
+    for row in range(grid.rows):
+        top, bottom = span(row, active.shape[0])
+        line = table[bottom] - table[top]
+        for column, (left, right) in enumerate(columns):
+            if line[right] - line[left] > 0:
+                yield row, column
+
+
+def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    while batch := list(islice(windows, size)):
+        yield batch
+
+
+class MapWriter:
+    """Write finished rows of windows as whole chunks, and hash them on the way.
+
+    Parameters
+    ----------
+    store : MapStore
+        Where to write; its chunks begin at the slide's corner.
+    grid : PatchGrid
+        The windows.
+    """
+
+    def __init__(self, store: MapStore, grid: PatchGrid) -> None:
+        self.store = store
+        self.grid = grid
+        self.digest = hashlib.sha256()
+        self._held = np.zeros((len(store.channels), grid.stride, store.grid.width), np.uint8)
+        self._next = 0
+
+    def add(self, row: int, pixels: np.ndarray) -> None:
+        """Take the pixels that `Blender.finish_row` gave for a row of windows; rows grow."""
+        overlap, stride, width = self.grid.overlap, self.grid.stride, self.store.grid.width
+        if row != self._next:
+            self._flush()
+            self._next = row
+        pixels = pixels[:, :, overlap : overlap + width]
+        # A row of windows ends the chunk above it and begins its own.
+        self._held[:, stride - overlap :, : pixels.shape[2]] = pixels[:, :overlap]
+        if row > 0:
+            self._write(row - 1)
+        self._held[:] = 0
+        self._held[:, : stride - overlap, : pixels.shape[2]] = pixels[:, overlap:]
+        self._next = row + 1
+
+    def close(self) -> None:
+        """Write what is held."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._next > 0:
+            self._write(self._next - 1)
+        self._held[:] = 0
+
+    def _write(self, chunk_row: int) -> None:
+        grid, cell = self.store.grid, self.store.cell
+        top = chunk_row * self.grid.stride
+        height = min(self.grid.stride, grid.height - top)
+        if height <= 0:
+            return
+        cells = self.store.active[np.arange(top, top + height) // cell]
+        mask = np.repeat(cells, cell, axis=1)[:, : grid.width]
+        block = self._held[:, :height] * mask
+        step = CHUNK_COLUMNS * self.grid.stride
+        for left in range(0, grid.width, step):
+            if mask[:, left : left + step].any():
+                part = np.ascontiguousarray(block[:, :, left : left + step])
+                self.digest.update(f"{top},{left};".encode())
+                self.digest.update(part)
+                self.store.array[:, top : top + height, left : left + part.shape[2]] = part
+
+
+def infer_slide(
+    tiles: TileStore, transform: StainTransform, predictor: Predictor, package: ModelPackage, path: Path
+) -> dict[str, Any]:
+    """Run a slide's tiles through a network.
+
+    Parameters
+    ----------
+    tiles : TileStore
+        The slide's pixels.
+    transform : StainTransform
+        Its stain normalisation.
+    predictor : Predictor
+        The network.
+    package : ModelPackage
+        Its package.
+    path : pathlib.Path
+        The store of maps to write.
+
+    Returns
+    -------
+    dict
+        What the manifest says of the run: windows, megapixels, rates, the maps' hash.
+    """
+    grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
+    channels = channel_names(package)
+    active = np.asarray(tiles.active, bool)
+    store = MapStore.create(
+        path, tiles.grid, channels, active, CELL, (grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride)
+    )
+    windows = list(active_windows(grid, active, CELL))
+    blender, writer = Blender(grid, len(channels)), MapWriter(store, grid)
+
+    def read(batch: list[tuple[int, int]]) -> np.ndarray:
+        patches = [tiles.read(*grid.origin(*window), grid.patch, grid.patch) for window in batch]
+        return transform.apply(np.stack(patches))
+
+    current: int | None = None
+    megapixels = grid.stride**2 / 1e6
+    with ThreadPoolExecutor(2, "read") as pool, Progress(len(windows) * megapixels, "infer", "MP") as progress:
+        pending = _batches(iter(windows), predictor.batch)
+        ahead: deque[tuple[list[tuple[int, int]], Future[np.ndarray]]] = deque()
+        while True:
+            while len(ahead) <= READ_AHEAD and (batch := next(pending, None)):
+                ahead.append((batch, pool.submit(read, batch)))
+            if not ahead:
+                break
+            batch, patches = ahead.popleft()
+            predictions = predictor(patches.result())
+            for (row, column), prediction in zip(batch, predictions, strict=True):
+                if current is not None and row != current:
+                    writer.add(current, blender.finish_row())
+                    if row != current + 1:  # nothing carries over a row without windows
+                        blender.finish_row()
+                current = row
+                blender.add(column, prediction)
+            progress.advance(len(batch) * megapixels)
+        if current is not None:
+            writer.add(current, blender.finish_row())
+        writer.close()
+        return {
+            "windows": len(windows),
+            "megapixels": round(len(windows) * megapixels, 3),
+            "mp_per_s": round(progress.rate, 3) if windows else None,
+            "maps_sha256": writer.digest.hexdigest(),
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's arguments."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--tiles", type=Path, required=True, help="tiles.json")
+    parser.add_argument("--zarr", type=Path, required=True, help="tiles.zarr")
+    parser.add_argument("--stain", type=Path, required=True, help="stain.json")
+    parser.add_argument("--model", type=Path, required=True, help="model package")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    parser.add_argument("--batch", type=int, default=0, help="windows a forward pass; 0 chooses by device")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    parser.add_argument("--out", type=Path, required=True, help="maps.json to write")
+    parser.add_argument("--zarr-out", type=Path, required=True, help="maps.zarr to write")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+
+
+def run_infer(
+    slide: str,
+    *,
+    tiles: Path,
+    zarr: Path,
+    stain: Path,
+    model: Path,
+    out: Path,
+    zarr_out: Path,
+    device: str = "auto",
+    batch: int = 0,
+    threads: int = 0,
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Run the inference stage of one slide; see `add_arguments` for the parameters."""
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        import torch
+
+        from pipeline.models.weights import load_network
+
+        torch.set_num_threads(threads or os.cpu_count() or 1)
+        package = ModelPackage.load(model, verify=True)
+        store = TileStore.open(zarr)
+        transform = StainTransform.from_json(read_manifest(stain)["transform"])
+        where = choose_device(device)
+        n_sigmoid = sum(head != "type" for head in package.heads)
+        predictor = Predictor(load_network(package), where, batch or DEFAULT_BATCH[where], n_sigmoid)
+        found = infer_slide(store, transform, predictor, package, staged["maps"])
+        name = torch.cuda.get_device_name() if where == "cuda" else "cpu"
+        log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], name)
+        return {
+            "grid": store.grid.to_json(),
+            "channels": list(channel_names(package)),
+            "model": {"name": package.name, "sha256": package.sha256, "licence": package.licence, "mpp": package.mpp},
+            "device": name,
+            "batch": predictor.batch,
+            **found,
+        }
+
+    return run_stage(
+        "infer",
+        slide,
+        manifest=out,
+        outputs={"maps": zarr_out},
+        upstream=[tiles, stain],
+        on_bad_slide=on_bad_slide,
+        body=body,
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stage from the command line."""
+    run_infer(
+        args.slide,
+        tiles=args.tiles,
+        zarr=args.zarr,
+        stain=args.stain,
+        model=args.model,
+        out=args.out,
+        zarr_out=args.zarr_out,
+        device=args.device,
+        batch=args.batch,
+        threads=args.threads,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0

@@ -1,0 +1,105 @@
+"""The store of blended maps of one slide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from pipeline.errors import PipelineError
+from pipeline.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class MapStore:
+    """uint8 maps ``(C, H, W)`` on a slide's grid; 255 is probability 1.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The zarr group.
+    grid : Grid
+        The slide's grid.
+    channels : tuple of str
+        Name of each map, e.g. ``nucleus``, ``distance``, ``type:Lymphocyte``.
+    active : numpy.ndarray
+        bool lattice of the cells that were looked at.
+    cell : int
+        Side of a cell in grid pixels.
+    """
+
+    path: Path
+    grid: Grid
+    channels: tuple[str, ...]
+    active: np.ndarray
+    cell: int
+    array: Any
+
+    @classmethod
+    def create(
+        cls, path: Path, grid: Grid, channels: tuple[str, ...], active: np.ndarray, cell: int, chunk: tuple[int, int]
+    ) -> MapStore:
+        """Make an empty store whose chunks are ``chunk`` (rows, columns) pixels."""
+        group = zarr.create_group(path, attributes={"grid": grid.to_json(), "channels": list(channels), "cell": cell})
+        array = group.create_array(
+            "maps",
+            shape=(len(channels), grid.height, grid.width),
+            chunks=(len(channels), *chunk),
+            dtype=np.uint8,
+            fill_value=0,
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle"), Crc32cCodec()],
+        )
+        group.create_array("active", data=active)
+        return cls(path, grid, channels, active, cell, array)
+
+    @classmethod
+    def open(cls, path: Path) -> MapStore:
+        """Open a store.
+
+        Raises
+        ------
+        PipelineError
+            When there is none or it is damaged.
+        """
+        try:
+            group = zarr.open_group(path, mode="r")
+            attributes = group.attrs
+            return cls(
+                Path(path),
+                Grid.from_json(dict(attributes["grid"])),  # type: ignore[arg-type]
+                tuple(attributes["channels"]),  # type: ignore[arg-type]
+                np.asarray(group["active"][:], bool),  # type: ignore[index]
+                int(attributes["cell"]),  # type: ignore[arg-type]
+                group["maps"],
+            )
+        except (KeyError, ValueError, TypeError, OSError) as error:
+            raise PipelineError(f"{path} is no store of maps: {error}", "delete it and run again") from None
+
+    def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Maps of any window, uint8 ``(C, height, width)``; 0 outside the slide.
+
+        Raises
+        ------
+        PipelineError
+            When a chunk is damaged.
+        """
+        x0, y0 = max(x, 0), max(y, 0)
+        x1, y1 = min(x + width, self.grid.width), min(y + height, self.grid.height)
+        result = np.zeros((len(self.channels), height, width), np.uint8)
+        if x0 < x1 and y0 < y1:
+            try:
+                part = self.array[:, y0:y1, x0:x1]
+            except Exception as error:  # zarr's codecs raise many kinds
+                raise PipelineError(f"{self.path} is damaged: {error}", "delete it and run again") from error
+            result[:, y0 - y : y1 - y, x0 - x : x1 - x] = part
+        return result
+
+    def is_active(self, x: int, y: int, width: int, height: int) -> bool:
+        """Whether a window holds any pixel that was looked at."""
+        rows = slice(max(y, 0) // self.cell, -(-(y + height) // self.cell))
+        columns = slice(max(x, 0) // self.cell, -(-(x + width) // self.cell))
+        return bool(self.active[rows, columns].any())
