@@ -1,0 +1,280 @@
+"""Stage ``measure``: shape and stain of each nucleus.
+
+The table of nuclei is read, measured and written in batches of rows, and the tiles under a batch are read in blocks, so
+memory does not grow with the slide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.grid import Grid
+from pipeline.kernels.measure import STAIN_COLUMNS, StainSums, cut_runs, polygon_shapes
+from pipeline.progress import Progress
+from pipeline.stage import read_manifest, run_stage
+from pipeline.stain import stain_matrix
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 32_768
+"""Nuclei measured at once."""
+
+BLOCK = 1024
+"""Side of the blocks in which tiles are read, in grid pixels."""
+
+COLUMNS = (
+    "area_um2",
+    "perimeter_um",
+    "major_axis_um",
+    "minor_axis_um",
+    "eccentricity",
+    "solidity",
+    "circularity",
+    "orientation",
+    *STAIN_COLUMNS,
+)
+"""Measurements, float32, after ``centroid_x`` and ``centroid_y`` (level-0 pixels, float64)."""
+
+
+class Tiles(Protocol):
+    """What this stage needs of the tile store."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray: ...
+
+
+def measure_shapes(polygons: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+    """Shape of polygons.
+
+    Parameters
+    ----------
+    polygons : numpy.ndarray
+        Object array of shapely polygons in level-0 pixels, shape ``(n,)``.
+    grid : Grid
+        The slide's grid, which knows how large a level-0 pixel is in either direction.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        float64 ``(n,)``: the columns of `pipeline.kernels.measure.polygon_shapes`, the centroid in level-0 pixels, and
+        ``solidity``, the area over that of the convex hull.
+    """
+    import shapely
+
+    um = np.array([grid.mpp / grid.scale_x, grid.mpp / grid.scale_y])
+    points, (ring_ends, polygon_ends) = _ragged(polygons)
+    values = polygon_shapes(points * um, ring_ends[:-1], polygon_ends[:-1])
+    values["centroid_x"] /= um[0]
+    values["centroid_y"] /= um[1]
+    hull = shapely.area(shapely.convex_hull(polygons)) * um.prod()  # ratios of areas survive unequal scales
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values["solidity"] = np.where(hull > 0, np.minimum(values["area_um2"] / hull, 1), 0)
+    return values
+
+
+def _ragged(polygons: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    import shapely
+
+    if not len(polygons):
+        return np.empty((0, 2)), (np.zeros(1, np.int64), np.zeros(1, np.int64))
+    kind, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
+    if kind != shapely.GeometryType.POLYGON:
+        raise ValueError("nuclei must be polygons")
+    return points, (offsets[0], offsets[1])
+
+
+def measure_stains(runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Tiles, matrix: np.ndarray) -> StainSums:
+    """Sums of both stains over the pixels of nuclei.
+
+    Parameters
+    ----------
+    runs : numpy.ndarray
+        Row, first column, column after the last of pixel runs, grid pixels, int ``(m, 3)``.
+    nucleus : numpy.ndarray
+        Index of each run's nucleus, never falling, ``(m,)``.
+    count : int
+        Number of nuclei.
+    tiles : Tiles
+        The slide's tiles.
+    matrix : numpy.ndarray
+        Stain matrix, ``(2, 3)``.
+    """
+    sums = StainSums(count, matrix)
+    pieces = cut_runs(runs, nucleus, BLOCK)
+    for start, end in zip(pieces.starts, pieces.ends, strict=True):
+        y, x0, x1 = pieces.y[start:end], pieces.x0[start:end], pieces.x1[start:end]
+        left, top, right, bottom = int(x0.min()), int(y.min()), int(x1.max()), int(y.max()) + 1
+        rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom - top))
+        sums.add(rgb, pieces.nucleus[start:end], y - top, x0 - left, x1 - left)
+    return sums
+
+
+def measure_batch(batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """All measurements of some rows of ``instances.parquet``.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        ``centroid_x``, ``centroid_y`` and `COLUMNS`, float64.
+    """
+    import shapely
+
+    polygons = np.asarray(shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False)), object)
+    values = measure_shapes(polygons, tiles.grid)
+    lists = batch.column("runs")
+    lengths = np.diff(lists.offsets.to_numpy()) // 3
+    runs = lists.flatten().to_numpy().reshape(-1, 3)
+    sums = measure_stains(runs, np.repeat(np.arange(len(lengths)), lengths), len(lengths), tiles, matrix)
+    return values | sums.columns()
+
+
+def measured_batches(source: Any, tiles: Tiles, matrix: np.ndarray, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Batches of ``nuclei.parquet`` from an open ``instances.parquet``."""
+    import pyarrow as pa
+
+    for batch in source.iter_batches(batch_size=BATCH_ROWS):
+        values = measure_batch(batch, tiles, matrix)
+        columns = [
+            pa.array(values[field.name].astype(field.type.to_pandas_dtype()))
+            if field.name in values
+            else batch.column(field.name)
+            for field in schema
+        ]
+        yield pa.record_batch(columns, schema=schema)
+
+
+def measured_schema(schema: pa.Schema) -> pa.Schema:
+    """Schema of ``nuclei.parquet`` from that of ``instances.parquet``, with its metadata."""
+    import pyarrow as pa
+
+    fields = [field for field in schema if field.name != "runs"]
+    fields += [pa.field(name, pa.float64(), nullable=False) for name in ("centroid_x", "centroid_y")]
+    fields += [pa.field(name, pa.float32(), nullable=False) for name in COLUMNS]
+    return pa.schema(fields, metadata=schema.metadata)
+
+
+def write_measured(instances: Path, tiles: Tiles, matrix: np.ndarray, out: Path) -> int:
+    """Measure the nuclei of a file and write them.
+
+    Parameters
+    ----------
+    instances : pathlib.Path
+        ``instances.parquet``.
+    tiles : Tiles
+        The slide's tiles.
+    matrix : numpy.ndarray
+        Stain matrix, ``(2, 3)``.
+    out : pathlib.Path
+        ``nuclei.parquet`` to write; one row group a batch.
+
+    Returns
+    -------
+    int
+        Number of nuclei.
+    """
+    import pyarrow.parquet as pq
+
+    from pipeline.nuclei import COMPRESSION, open_nuclei
+
+    source = open_nuclei(instances)
+    schema = measured_schema(source.schema_arrow)
+    count = source.metadata.num_rows
+    with pq.ParquetWriter(out, schema, **COMPRESSION) as writer, Progress(count, "measure", "nuclei") as progress:
+        for batch in measured_batches(source, tiles, matrix, schema):
+            writer.write_batch(batch)
+            progress.advance(batch.num_rows)
+    return count
+
+
+def run_measure(
+    slide: str,
+    instances: Path,
+    parquet: Path,
+    tiles: Path,
+    zarr: Path,
+    stain: Path,
+    out: Path,
+    nuclei: Path,
+    *,
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    instances, parquet : pathlib.Path
+        What the stage ``instances`` wrote.
+    tiles, zarr : pathlib.Path
+        What the stage ``tiles`` wrote.
+    stain : pathlib.Path
+        Manifest of the stage ``stain``.
+    out, nuclei : pathlib.Path
+        The manifest and the table to write.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest, with ``nuclei`` (count), ``stains`` (the 2 x 3 vectors that were measured) and ``stains_origin``
+        (``slide`` or ``ruifrok``).
+    """
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        from pipeline.tiles import TileStore
+
+        matrix, origin = stain_matrix(read_manifest(stain))
+        count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"])
+        return {"nuclei": count, "stains": np.round(matrix, 6).tolist(), "stains_origin": origin}
+
+    return run_stage(
+        "measure",
+        slide,
+        manifest=out,
+        outputs={"nuclei": nuclei},
+        upstream=[instances, tiles, stain],
+        body=body,
+        on_bad_slide=on_bad_slide,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline measure``."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument("--instances", type=Path, required=True, metavar="FILE", help="instances.json")
+    parser.add_argument("--parquet", type=Path, required=True, metavar="FILE", help="instances.parquet")
+    parser.add_argument("--tiles", type=Path, required=True, metavar="FILE", help="tiles.json")
+    parser.add_argument("--zarr", type=Path, required=True, metavar="DIR", help="tiles.zarr")
+    parser.add_argument("--stain", type=Path, required=True, metavar="FILE", help="stain.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet to write")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline measure``."""
+    run_measure(
+        args.slide,
+        args.instances,
+        args.parquet,
+        args.tiles,
+        args.zarr,
+        args.stain,
+        args.out,
+        args.nuclei,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0
