@@ -7,7 +7,7 @@ with the number of nuclei.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import logging
 import struct
 import uuid
@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.nuclei import about_nuclei, open_nuclei
 from pipeline.stage import run_stage
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def features(
         raise ValueError(f"nuclei must be polygons, got {shapely.GeometryType(kind).name}")
     coordinates = np.ascontiguousarray(np.round(points[:, :2], digits))
     ring_starts, shape_starts = (np.asarray(part).tolist() for part in offsets)
-    rings = [coordinates[start:stop] for start, stop in zip(ring_starts, ring_starts[1:], strict=False)]
+    rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts)]
 
     columns = {key: name for key, name in MEASUREMENTS.items() if key in batch.schema.names}
     names = list(columns.values())
@@ -189,7 +190,7 @@ class GzipWriter:
         # Header of RFC 1952: deflate, no name, time 0, unknown system.
         stream.write(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff")
 
-    def __enter__(self) -> GzipWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -219,9 +220,8 @@ class GzipWriter:
 
 def _blocks(source: Path, slide: str, columns: Sequence[str], known: Mapping[str, dict[str, Any]]) -> Iterator[Any]:
     import orjson
-    import pyarrow.parquet as pq
 
-    with pq.ParquetFile(source) as file:
+    with open_nuclei(source) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
             if batch.num_rows:
                 text = orjson.dumps(features(batch, slide, known), option=orjson.OPT_SERIALIZE_NUMPY)
@@ -247,11 +247,9 @@ def write_geojson(source: Path, target: Path, slide: str, *, workers: int = 1) -
     int
         Number of nuclei.
     """
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(source)
-    about = json.loads((schema.metadata or {}).get(b"nuclei", b"{}"))
-    known = classifications(about.get("classes") or [])
+    with open_nuclei(source) as file:
+        schema = file.schema_arrow
+    known = classifications(about_nuclei(schema).get("classes") or [])
     columns = [name for name in ("id", "geometry", "class", *MEASUREMENTS) if name in schema.names]
     count = 0
     with target.open("wb") as stream, GzipWriter(stream, workers=workers) as out:

@@ -6,7 +6,6 @@ import json
 import uuid
 from pathlib import Path
 
-import fabricated
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import export
+from pipeline import testing as fabricated
 from pipeline.grid import Grid
 
 GRID = Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5)

@@ -1,4 +1,4 @@
-"""Small results of the stages before, made up, for the tests of what comes after them."""
+"""Results of the stages, made up, for tests and benchmarks of what comes after them."""
 
 from __future__ import annotations
 

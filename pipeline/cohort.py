@@ -1,0 +1,345 @@
+"""Stage ``cohort``: tables, report and provenance of all slides of a run, and what failed."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import provenance
+from pipeline.errors import PipelineError
+from pipeline.export import MEASUREMENTS
+from pipeline.layout import RunLayout
+from pipeline.slide_table import SlideTable, from_table
+from pipeline.stage import manifest_failure, read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+
+SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
+"""Scores of ``metrics.json`` that become columns when a slide has a truth."""
+
+FAILED_COLUMNS = ("slide", "stage", "reason", "hint")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What the slides of a run left.
+
+    Parameters
+    ----------
+    table : SlideTable
+        The slides in order.
+    good : list of dict
+        ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table) and
+        ``total_seconds``.
+    failed : list of dict
+        ``slide``, ``stage``, ``reason`` and ``hint`` of the others.
+    hashes : dict of str to str
+        Quick hash of each slide that could be opened.
+    """
+
+    table: SlideTable
+    good: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    hashes: dict[str, str | None] = field(default_factory=dict)
+
+
+def gather(results: Path, slides: Path) -> Cohort:
+    """Read the last manifest of every slide of a run.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+    slides : pathlib.Path
+        The run's slide table.
+
+    Raises
+    ------
+    PipelineError
+        When the slide table or a manifest is damaged.
+    """
+    layout = RunLayout(results)
+    cohort = Cohort(from_table(slides))
+    for entry in cohort.table:
+        paths = layout.slide(entry.name)
+        first = read_manifest(paths.inspect) if paths.inspect.exists() else {}
+        cohort.hashes[entry.name] = first.get("quick_hash")
+        last = read_manifest(paths.metrics) if paths.metrics.exists() else first
+        failure = manifest_failure(last) if last else None
+        if failure is not None:
+            record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
+            cohort.failed.append({"slide": entry.name} | record)
+        elif not paths.metrics.exists():
+            record = {"stage": "summary", "reason": "the run has not come this far", "hint": "run snakemake again"}
+            cohort.failed.append({"slide": entry.name} | record)
+        else:
+            seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
+            more = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            cohort.good.append(last | more)
+    return cohort
+
+
+def cohort_table(cohort: Cohort) -> pa.Table:
+    """One row for each finished slide.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        The run.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns: ``slide``; those of the slide table as text; ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``; count,
+        density and share of each class (``nuclei:NAME`` …); the median of each measurement (``area_um2_median`` …);
+        the scores where a slide has a truth; ``mpp``, ``unreadable_share``, ``seconds``, ``peak_rss_mb``. A column of
+        the slide table that bears the name of another one gets ``table:`` before its name.
+    """
+    import pyarrow as pa
+
+    good = cohort.good
+    classes = list(dict.fromkeys(name for row in good for name in row["composition"]))
+
+    def each(value: Callable[[dict[str, Any]], Any], kind: pa.DataType) -> pa.Array:
+        return pa.array([value(row) for row in good], kind)
+
+    def part(name: str, key: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: row["composition"].get(name, {}).get(key)
+
+    def count(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: row["composition"].get(name, {}).get("count", 0)
+
+    def median(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: (row["quantiles"].get(name) or {}).get("50")
+
+    def score(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: (row.get("evaluation") or {}).get(name)
+
+    real, text = pa.float64(), pa.string()
+    own: dict[str, pa.Array] = {
+        "tissue_mm2": each(lambda row: row["tissue_mm2"], real),
+        "nuclei": each(lambda row: row["nuclei"], pa.int64()),
+        "nuclei_per_mm2": each(lambda row: row["nuclei_per_mm2"], real),
+    }
+    for name in classes:
+        own[f"nuclei:{name}"] = each(count(name), pa.int64())
+        own[f"nuclei_per_mm2:{name}"] = each(part(name, "per_mm2"), real)
+        own[f"share:{name}"] = each(part(name, "share"), real)
+    own |= {f"{name}_median": each(median(name), real) for name in MEASUREMENTS}
+    if any(row.get("evaluation") for row in good):
+        own |= {name: each(score(name), real) for name in SCORES}
+    own |= {
+        "mpp": each(lambda row: (row.get("mpp") or [None])[0], real),
+        "unreadable_share": each(lambda row: row.get("unreadable_share"), real),
+        "seconds": each(lambda row: row["total_seconds"], real),
+        "peak_rss_mb": each(
+            lambda row: max([row["peak_rss_mb"], *(s["peak_rss_mb"] for s in row["stages"].values())]), real
+        ),
+    }
+    columns = {"slide": each(lambda row: row["slide"], text)}
+    for name in cohort.table.columns:
+        shown = f"table:{name}" if name in own or name == "slide" else name
+        columns[shown] = each(lambda row, name=name: row["extra"].get(name), text)
+    return pa.table(columns | own)
+
+
+def cell(value: Any) -> str:
+    """A value as the text of a TSV cell.
+
+    Missing values are empty, line breaks and tabs become blanks. Text that a spreadsheet would take for a formula gets
+    an apostrophe before it, unless it is a number.
+
+    >>> [cell(value) for value in (None, 2.5, "-2.5", "=1+1", "a\\tb")]
+    ['', '2.5', '-2.5', "'=1+1", 'a b']
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return f"{value:.10g}" if isinstance(value, float) else str(value)
+    text = " ".join(value.splitlines()).replace("\t", " ")
+    if text.lstrip()[:1] in ("=", "+", "-", "@"):
+        try:
+            float(text)
+        except ValueError:
+            return f"'{text}"
+    return text
+
+
+def write_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table with tabs; see `cell`. Quotes are doubled within quotes, as spreadsheets and pandas read them."""
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow([cell(name) for name in header])
+        writer.writerows([cell(value) for value in row] for row in rows)
+
+
+def _read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PipelineError(f"{what} {str(path)!r} cannot be read: {error}") from None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: Path | None) -> dict[str, Any]:
+    """Provenance of a run: versions, settings, model card, slides with their hashes.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        The run.
+    results : pathlib.Path
+        The results folder.
+    config : pathlib.Path or None
+        The settings as JSON.
+    model : pathlib.Path or None
+        Folder of the model package; without it, the model is told by name and hash as the slides know it.
+    """
+    card: dict[str, Any] = {}
+    if model is not None:
+        card = _read_json(model / "model.json", "model card")
+    elif cohort.good:
+        first = cohort.good[0]
+        card = {"name": first.get("model"), "sha256": first["hashes"].get("model")}
+    good = {row["slide"]: row for row in cohort.good}
+    return {
+        "created": provenance.now(),
+        "platform": platform.platform(),
+        "results": os.path.abspath(results),
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "config": None if config is None else _read_json(config, "settings"),
+        "model": card,
+        "slides": [
+            {
+                "slide": entry.name,
+                "path": str(entry.path),
+                "status": "ok" if entry.name in good else "failed",
+                "quick_hash": cohort.hashes[entry.name],
+                "bytes": _size(entry.path),
+                "nuclei": good[entry.name]["nuclei"] if entry.name in good else None,
+            }
+            for entry in cohort.table
+        ],
+        "slides_ok": len(cohort.good),
+        "slides_failed": len(cohort.failed),
+    }
+
+
+def run_cohort(
+    results: Path,
+    slides: Path,
+    *,
+    tsv: Path,
+    parquet: Path,
+    failed: Path,
+    report: Path,
+    manifest: Path,
+    config: Path | None = None,
+    model: Path | None = None,
+) -> Mapping[str, Any]:
+    """Run the stage. The outputs appear together, the manifest last.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+    slides : pathlib.Path
+        The run's slide table.
+    tsv, parquet, failed, report, manifest : pathlib.Path
+        ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
+    config, model : pathlib.Path or None
+        See `run_manifest`.
+
+    Returns
+    -------
+    mapping
+        The manifest.
+    """
+    import pyarrow.parquet as pq
+
+    from pipeline.report import write_report
+    from pipeline.stage import write_json
+
+    cohort = gather(results, slides)
+    table = cohort_table(cohort)
+    record = run_manifest(cohort, results, config=config, model=model)
+    finals = [tsv, parquet, failed, report, manifest]
+    parts = [path.with_name(f".part-{os.getpid()}-{path.name}") for path in finals]
+    layout = RunLayout(results)
+    try:
+        for path in finals:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
+        pq.write_table(table, parts[1], compression="zstd")
+        write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
+        write_report(
+            parts[3],
+            rows=cohort.good,
+            failed=cohort.failed,
+            extra=cohort.table.columns,
+            manifest=record,
+            folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
+        )
+        record["outputs"] = {
+            path.name: provenance.sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)
+        }
+        write_json(parts[4], record)
+        for part, path in zip(parts, finals, strict=True):
+            part.rename(path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    log.info("%d slides finished, %d failed", len(cohort.good), len(cohort.failed))
+    for item in cohort.failed:
+        log.warning("slide %r failed at %s: %s", item["slide"], item["stage"], item["reason"])
+    return record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline cohort``."""
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="results folder")
+    parser.add_argument("--slides", type=Path, required=True, metavar="FILE", help="the run's slide table (slides.tsv)")
+    for name, what in (
+        ("tsv", "cohort.tsv"),
+        ("parquet", "cohort.parquet"),
+        ("failed", "failed.tsv"),
+        ("report", "report.html"),
+        ("manifest", "manifest.json"),
+    ):
+        parser.add_argument(f"--out-{name}", type=Path, required=True, metavar="FILE", help=f"{what} to write")
+    parser.add_argument("--config-json", type=Path, metavar="FILE", help="the settings, for the provenance")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model package, for the provenance")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline cohort``."""
+    run_cohort(
+        args.results,
+        args.slides,
+        tsv=args.out_tsv,
+        parquet=args.out_parquet,
+        failed=args.out_failed,
+        report=args.out_report,
+        manifest=args.out_manifest,
+        config=args.config_json,
+        model=args.model,
+    )
+    return 0

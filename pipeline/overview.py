@@ -1,0 +1,509 @@
+"""Drawing of ``overview.png``: where the tissue is, how dense the nuclei are, and what they look like up close.
+
+Figures are made with Matplotlib's objects and its Agg canvas; no global state is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.grid import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+THUMBNAIL_SIDE = 1100
+"""Longest side of the thumbnail in pixels."""
+
+CROP_UM = 128.0
+"""Side of a crop in µm."""
+
+MARGIN, MAP_WIDTH, CROP_WIDTH = 0.45, 5.85, (13 - 2 * 0.45 - 2 * 0.4) / 3
+"""Inches, on a figure 13 inches wide."""
+
+INK, MUTED, RULE = "#1b1f24", "#667085", "#d0d5dd"
+TISSUE_LINE = "#0b7285"
+COLOUR_MAP = "magma"
+FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
+
+
+class Tiles(Protocol):
+    """What the drawing needs of `pipeline.tiles.TileStore`."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]: ...
+
+    def read(self, x: int, y: int, w: int, h: int, /) -> npt.NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class Region:
+    """A square of the grid that is shown at full resolution.
+
+    Parameters
+    ----------
+    name : str
+        Why it was chosen.
+    x, y, side : int
+        Corner and side in grid pixels.
+    count : int
+        Nuclei whose centroid lies in it.
+    """
+
+    name: str
+    x: int
+    y: int
+    side: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Density:
+    """Density of nuclei in square bins.
+
+    Parameters
+    ----------
+    values : numpy.ndarray of float64, shape (rows, columns)
+        Nuclei per mm² of tissue; NaN where there is no tissue.
+    bin_um : float
+        Side of a bin in µm.
+    """
+
+    values: npt.NDArray[np.float64]
+    bin_um: float
+
+
+def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.uint8], int]:
+    """Shrink the stored tissue by averaging whole blocks of pixels.
+
+    Parameters
+    ----------
+    tiles : Tiles
+        The slide's pixels.
+    side : int
+        Longest side wanted.
+
+    Returns
+    -------
+    image : numpy.ndarray of uint8, shape (ceil(H / factor), ceil(W / factor), 3)
+        The thumbnail, white where nothing is stored.
+    factor : int
+        Grid pixels per thumbnail pixel.
+    """
+    grid, active = tiles.grid, np.asarray(tiles.active)
+    factor = max(1, math.ceil(max(grid.width, grid.height) / side))
+    image = np.full((math.ceil(grid.height / factor), math.ceil(grid.width / factor), 3), 255, dtype=np.uint8)
+    step = factor * max(1, 1024 // factor)
+    for top in range(0, grid.height, step):
+        for left in range(0, grid.width, step):
+            h, w = min(step, grid.height - top), min(step, grid.width - left)
+            if not active[top // 64 : (top + h - 1) // 64 + 1, left // 64 : (left + w - 1) // 64 + 1].any():
+                continue
+            block = tiles.read(left, top, w, h)
+            rows, cols = math.ceil(h / factor), math.ceil(w / factor)
+            block = np.pad(block, ((0, rows * factor - h), (0, cols * factor - w), (0, 0)), mode="edge")
+            small = block.reshape(rows, factor, cols, factor, 3).mean(axis=(1, 3), dtype=np.float32)
+            y, x = top // factor, left // factor
+            image[y : y + rows, x : x + cols] = np.rint(small)
+    return image, factor
+
+
+def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, scale: tuple[float, float]) -> Any:
+    """Share of each bin that lies inside of `rings` (even–odd rule).
+
+    Parameters
+    ----------
+    rings : sequence of numpy.ndarray, shape (k, 2)
+        Exteriors and holes, any unit.
+    rows, cols : int
+        Number of bins.
+    scale : tuple of float
+        Bins per unit in x and y.
+
+    Returns
+    -------
+    numpy.ndarray of float64, shape (rows, cols)
+        0..1.
+    """
+    import cv2
+
+    fine, shift = 4, 8
+    mask = np.zeros((rows * fine, cols * fine), dtype=np.uint8)
+    factor = np.array(scale) * fine
+    # fillPoly takes fixed-point coordinates of pixel centres.
+    paths = [np.rint((np.asarray(ring) * factor - 0.5) * 2**shift).astype(np.int32) for ring in rings if len(ring) > 3]
+    if paths:
+        cv2.fillPoly(mask, paths, 1, shift=shift)
+    return mask.reshape(rows, fine, cols, fine).mean(axis=(1, 3), dtype=np.float64)
+
+
+def density_map(
+    centroids: npt.NDArray[np.float64],
+    rings: Sequence[npt.NDArray[np.float64]],
+    size: tuple[float, float],
+    bin_um: float | None = None,
+) -> Density:
+    """Smoothed density of nuclei per mm² of tissue.
+
+    Parameters
+    ----------
+    centroids : numpy.ndarray of float64, shape (n, 2)
+        Centroids in µm, x first.
+    rings : sequence of numpy.ndarray, shape (k, 2)
+        Exteriors and holes of the tissue in µm.
+    size : tuple of float
+        Width and height of the slide in µm.
+    bin_um : float or None
+        Side of a bin; None chooses 110 bins on the longer side, 20 µm at least.
+
+    Returns
+    -------
+    Density
+        Counts and tissue are smoothed alike (Gaussian of 1.5 bins or 50 µm) before one is divided by the other.
+    """
+    from scipy import ndimage
+
+    bin_um = bin_um or max(20.0, max(size) / 110)
+    rows, cols = max(1, math.ceil(size[1] / bin_um)), max(1, math.ceil(size[0] / bin_um))
+    index = np.clip((centroids // bin_um).astype(np.int64), 0, (cols - 1, rows - 1))
+    counts = np.bincount(index[:, 1] * cols + index[:, 0], minlength=rows * cols).reshape(rows, cols)
+    tissue = coverage(rings, rows, cols, (1 / bin_um, 1 / bin_um))
+    sigma = max(1.5, 50 / bin_um)
+    smooth = ndimage.gaussian_filter(counts.astype(np.float64), sigma, mode="constant")
+    area = ndimage.gaussian_filter(tissue, sigma, mode="constant") * bin_um**2 / 1e6
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(tissue > 0.15, smooth / area, np.nan)
+    return Density(values, bin_um)
+
+
+def choose_regions(
+    centroids: npt.NDArray[np.float64],
+    grid: Grid,
+    rings: Sequence[npt.NDArray[np.float64]] = (),
+    side: int | None = None,
+) -> list[Region]:
+    """Choose up to three squares that do not overlap: the densest, a typical one and a sparse one with nuclei.
+
+    Parameters
+    ----------
+    centroids : numpy.ndarray of float64, shape (n, 2)
+        Centroids in grid pixels, x first.
+    grid : Grid
+        The slide's grid.
+    rings : sequence of numpy.ndarray, shape (k, 2)
+        Exteriors and holes of the tissue in grid pixels; squares that are mostly tissue are preferred.
+    side : int or None
+        Side of a square in grid pixels; None takes `CROP_UM`.
+
+    Returns
+    -------
+    list of Region
+        Without nuclei, one region where there is most tissue.
+    """
+    side = min(side or max(16, round(CROP_UM / grid.mpp)), grid.width, grid.height)
+    half = max(1, side // 2)
+    cols, rows = math.ceil(grid.width / half), math.ceil(grid.height / half)
+
+    def windows(bins: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # Squares start at every bin but the last one of a row or column, which has no neighbour.
+        padded = np.pad(bins, 1)
+        sums = padded[1:-1, 1:-1] + padded[1:-1, 2:] + padded[2:, 1:-1] + padded[2:, 2:]
+        return sums[: max(1, rows - 1), : max(1, cols - 1)]
+
+    def region(name: str, row: int, column: int) -> Region:
+        left, top = min(column * half, grid.width - side), min(row * half, grid.height - side)
+        inside = (centroids >= (left, top)) & (centroids < (left + side, top + side))
+        return Region(name, left, top, side, int(inside.all(axis=1).sum()))
+
+    tissue = windows(coverage(rings, rows, cols, (1 / half, 1 / half))) / 4
+    centroids = np.asarray(centroids, dtype=np.float64).reshape(-1, 2)
+    if not len(centroids):
+        middle = np.hypot(*np.ogrid[-1 : 1 : tissue.shape[0] * 1j, -1 : 1 : tissue.shape[1] * 1j])
+        best = np.unravel_index(int(np.argmax(np.round(tissue, 1) - 0.01 * middle)), tissue.shape)
+        return [region("no nuclei", int(best[0]), int(best[1]))]
+    index = np.clip((centroids // half).astype(np.int64), 0, (cols - 1, rows - 1))
+    counts = windows(np.bincount(index[:, 1] * cols + index[:, 0], minlength=rows * cols).reshape(rows, cols))
+    wanted = (counts > 0) & (tissue >= min(0.7, float(tissue[counts > 0].max())))
+    y, x = np.nonzero(wanted)
+    count = counts[y, x]
+    goals = (("densest", count.max()), ("median", np.median(count)), ("sparse", np.quantile(count, 0.05)))
+    chosen: list[Region] = []
+    for name, goal in goals:
+        for place in np.argsort(np.abs(count - goal), kind="stable"):
+            found = region(name, int(y[place]), int(x[place]))
+            if all(abs(found.x - other.x) >= side or abs(found.y - other.y) >= side for other in chosen):
+                chosen.append(found)
+                break
+    return chosen
+
+
+def round_length(limit: float) -> float:
+    """The longest of 1, 2, 5, 10 … times a power of ten that is not longer than `limit`."""
+    power: float = 10.0 ** math.floor(math.log10(limit))
+    return max(step * power for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9))
+
+
+def length_label(um: float) -> str:
+    """A length with its unit."""
+    return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
+
+
+def _scale_bar(axes: Axes, um_per_pixel: float, share: float = 0.25) -> None:
+    from matplotlib import patheffects
+
+    left, right = sorted(axes.get_xlim())
+    bottom, top = axes.get_ylim()
+    um = round_length((right - left) * um_per_pixel * share)
+    length, height = um / um_per_pixel, abs(bottom - top)
+    x, y = left + 0.04 * (right - left), bottom - 0.045 * height * np.sign(bottom - top)
+    halo = [patheffects.withStroke(linewidth=4.5, foreground="white")]
+    axes.plot([x, x + length], [y, y], color=INK, lw=2.2, solid_capstyle="butt", path_effects=halo)
+    text = axes.text(x, y - 0.02 * height * np.sign(bottom - top), length_label(um), color=INK, fontsize=8.5)
+    text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
+
+
+def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    # Names are shown as they are: nothing in them is a formula.
+    wide, high = figure.get_size_inches()
+    figure.text(x / wide, 1 - y / high, text, parse_math=False, **style)
+
+
+def _panel(figure: Figure, box: tuple[float, float, float, float], title: str, note: str = "") -> Axes:
+    """Axes within `box` (left, top, width, height in inches), titled at its corners whatever the picture's shape."""
+    left, top, width, height = box
+    wide, high = figure.get_size_inches()
+    axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), anchor="NW")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(RULE)
+        spine.set_linewidth(0.8)
+    _text(figure, left, top - 0.08, title, fontsize=10.5, fontweight="bold", color=INK, va="bottom")
+    _text(figure, left + width, top - 0.08, note, fontsize=9, color=MUTED, va="bottom", ha="right")
+    return axes
+
+
+def _hex(colour: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in colour))
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """`text` with its middle left out where it is longer than `length`."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) * 2 // 3
+    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def draw(
+    path: Path,
+    *,
+    slide: str,
+    facts: Sequence[str],
+    tiles: Tiles,
+    rings: Sequence[npt.NDArray[np.float64]],
+    centroids: npt.NDArray[np.float64],
+    regions: Sequence[Region],
+    contours: Sequence[Sequence[tuple[npt.NDArray[np.float64], Sequence[int]]]],
+    legend: Sequence[tuple[str, Sequence[int]]] = (),
+) -> None:
+    """Draw the overview of a slide.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        PNG to write.
+    slide : str
+        Name of the slide, shown as it is.
+    facts : sequence of str
+        What stands below the name.
+    tiles : Tiles
+        The slide's pixels.
+    rings : sequence of numpy.ndarray, shape (k, 2)
+        Exteriors and holes of the tissue in grid pixels.
+    centroids : numpy.ndarray of float64, shape (n, 2)
+        Centroids of all nuclei in grid pixels.
+    regions : sequence of Region
+        What is shown at full resolution.
+    contours : sequence
+        For each region the outlines in grid pixels with their colours.
+    legend : sequence of tuple
+        Names and colours of the classes; shown when there are several.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that are not there are no news
+    with rc_context({"font.family": FONTS, "axes.unicode_minus": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names come in all scripts
+        # As high as the slide's shape asks for: a wide slide leaves no gap below it.
+        tall = min(5.2, max(1.8, MAP_WIDTH * tiles.grid.height / tiles.grid.width))
+        figure = Figure(figsize=(13, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5), dpi=110, facecolor="white")
+        FigureCanvasAgg(figure)
+        _draw(figure, tall, slide, facts, tiles, rings, centroids, regions, contours, legend)
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _draw(
+    figure: Figure,
+    tall: float,
+    slide: str,
+    facts: Sequence[str],
+    tiles: Tiles,
+    rings: Sequence[npt.NDArray[np.float64]],
+    centroids: npt.NDArray[np.float64],
+    regions: Sequence[Region],
+    contours: Sequence[Sequence[tuple[npt.NDArray[np.float64], Sequence[int]]]],
+    legend: Sequence[tuple[str, Sequence[int]]],
+) -> None:
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import Rectangle
+
+    grid = tiles.grid
+    _text(figure, MARGIN, 0.4, shorten(slide), fontsize=17, fontweight="bold", color=INK, va="center")
+    _text(figure, MARGIN, 0.72, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
+
+    image, factor = thumbnail(tiles)
+    extent = (0, image.shape[1] * factor, image.shape[0] * factor, 0)
+    left = _panel(figure, (MARGIN, 1.3, MAP_WIDTH, tall), "Tissue", "as analysed, with its outline")
+    left.imshow(image, extent=extent, interpolation="antialiased")
+    left.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=1.1))
+    for number, region in enumerate(regions, start=1):
+        corner = (region.x, region.y)
+        left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec="white", lw=2.6))
+        left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec=INK, lw=1.4))
+        left.annotate(
+            str(number),
+            (region.x, region.y),
+            xytext=(-1, 2),
+            textcoords="offset points",
+            ha="left",
+            va="bottom",
+            fontsize=8.5,
+            fontweight="bold",
+            color="white",
+            bbox={"boxstyle": "round,pad=0.18", "fc": INK, "ec": "none"},
+        )
+    left.set_xlim(0, grid.width)
+    left.set_ylim(grid.height, 0)
+    _scale_bar(left, grid.mpp)
+
+    density = density_map(
+        np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
+        [np.asarray(ring) * grid.mpp for ring in rings],
+        (grid.width * grid.mpp, grid.height * grid.mpp),
+    )
+    _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
+
+    top = 1.3 + tall + 0.55
+    for number in range(3):
+        box = (MARGIN + number * (CROP_WIDTH + 0.4), top, CROP_WIDTH, CROP_WIDTH)
+        if number >= len(regions):
+            if number == len(regions):
+                note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
+                _text(figure, box[0] + box[2] / 2, top + box[3] / 2, note, ha="center", color=MUTED, fontsize=10)
+            continue
+        region = regions[number]
+        area = (region.side * grid.mpp / 1000) ** 2
+        plural = "nucleus" if region.count == 1 else "nuclei"
+        note = f"{region.count} {plural}, {region.count / area:,.0f}/mm²"
+        axes = _panel(figure, box, f"{number + 1}   {region.name}", note if region.count else "")
+        axes.imshow(tiles.read(region.x, region.y, region.side, region.side), interpolation="lanczos")
+        outlines = list(contours[number]) if number < len(contours) else []
+        lines = [outline - (region.x + 0.5, region.y + 0.5) for outline, _ in outlines]
+        colours = [_hex(colour) for _, colour in outlines]
+        axes.add_collection(LineCollection(lines, colors="white", linewidths=2.2, alpha=0.55))
+        axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.3))
+        axes.set_xlim(-0.5, region.side - 0.5)
+        axes.set_ylim(region.side - 0.5, -0.5)
+        _scale_bar(axes, grid.mpp)
+    if len(legend) > 1:
+        handles = [Rectangle((0, 0), 1, 1, fc=_hex(colour), ec="none") for _, colour in legend]
+        shown = figure.legend(
+            handles,
+            [shorten(name, 30) for name, _ in legend],
+            loc="lower left",
+            bbox_to_anchor=(MARGIN / 13 - 0.003, 0.003),
+            ncols=min(8, len(legend)),
+            frameon=False,
+            fontsize=9,
+            handlelength=0.9,
+            handleheight=0.9,
+            borderaxespad=0.2,
+        )
+        for text in shown.get_texts():
+            text.set_parse_math(False)
+
+
+def _draw_density(
+    figure: Figure,
+    box: tuple[float, float, float, float],
+    density: Density,
+    rings: Sequence[npt.NDArray[np.float64]],
+    grid: Grid,
+) -> None:
+    from matplotlib.collections import LineCollection
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes = _panel(figure, box, "Nuclei per mm² of tissue", f"bins of {density.bin_um:.0f} µm, smoothed")
+    finite = density.values[np.isfinite(density.values)]
+    top = float(np.quantile(finite, 0.995)) if finite.size else 0.0
+    values, share = _fine(density, rings, grid)
+    bin_pixels = density.bin_um / grid.mpp
+    rows, cols = density.values.shape
+    shown = axes.imshow(
+        values,
+        extent=(0, cols * bin_pixels, rows * bin_pixels, 0),
+        cmap=COLOUR_MAP,
+        vmin=0,
+        vmax=max(top, 1.0),
+        alpha=share,
+        interpolation="nearest",
+    )
+    axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
+    axes.set_xlim(0, grid.width)
+    axes.set_ylim(grid.height, 0)
+    _scale_bar(axes, grid.mpp)
+    axes.apply_aspect()  # the axes shrink to the slide's shape; the colour bar stands beside what is left
+    if top <= 0:
+        note = "no nuclei" if finite.size else "no tissue"
+        axes.text(0.5, 0.5, note, ha="center", va="center", color=MUTED, fontsize=10, transform=axes.transAxes)
+        return
+    place = axes.get_position()
+    bar = figure.colorbar(shown, cax=figure.add_axes((place.x1 + 0.012, place.y0, 0.013, place.height)))
+    bar.solids.set_alpha(1)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    bar.ax.tick_params(labelsize=8.5, colors=MUTED, length=2.5, width=0.6)
+
+
+def _fine(
+    density: Density, rings: Sequence[npt.NDArray[np.float64]], grid: Grid
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The density between the middles of bins, and how much of each fine bin is tissue."""
+    from scipy import ndimage
+
+    values = density.values
+    known = np.isfinite(values)
+    if known.any() and not known.all():  # from the nearest bin, so that the edge of the tissue has a colour
+        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        values = values[tuple(nearest)]
+    factor = max(1, 700 // max(values.shape))
+    fine = ndimage.zoom(np.nan_to_num(values), factor, order=1, mode="nearest", grid_mode=True)
+    per_pixel = factor * grid.mpp / density.bin_um
+    return fine, coverage(rings, *fine.shape, (per_pixel, per_pixel))

@@ -1,0 +1,83 @@
+"""What made a result: versions, the state of the code, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pipeline
+
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "opencv-python-headless",
+    "torch",
+    "zarr",
+    "shapely",
+    "pyarrow",
+    "openslide-python",
+    "openslide-bin",
+    "tiffslide",
+    "tifffile",
+    "imagecodecs",
+    "staintools",
+    "snakemake",
+)
+"""Distributions whose versions can change a result."""
+
+
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that the package lies in, or None where there is no checkout or no git.
+
+    Returns
+    -------
+    dict or None
+        ``commit`` (str) and ``modified`` (bool: tracked files differ from it).
+    """
+    root = Path(pipeline.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("pipeline", pipeline.__version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the pipeline, of Python and of the `PACKAGES` that are installed. Imports none of them."""
+    return dict(_versions())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,314 @@
+"""Fill the report's template: charts as inline SVG, overviews as data URIs, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+log = logging.getLogger(__name__)
+
+IMAGE_BYTES = 24_000_000
+"""Bytes of pictures in a report at most, shared among its slides."""
+
+IMAGE_BYTES_EACH = 260_000
+"""Bytes of one picture at most."""
+
+PALETTE = ("#2f6f8f", "#c8553d", "#588157", "#8a5a9e", "#d4a017", "#3d8b8b", "#a44a6f", "#6b705c")
+"""Colours of classes in charts where the model gives none."""
+
+SCORES = (("aji", "AJI"), ("pq", "PQ"), ("dice", "Dice"), ("f1", "F1"))
+
+
+def shrink_picture(path: Path, limit: int) -> str | None:
+    """A picture as a JPEG data URI of at most about `limit` bytes.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        PNG.
+    limit : int
+        Bytes of JPEG wanted.
+
+    Returns
+    -------
+    str or None
+        None when there is no such picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        log.warning("no picture in the report: %s", error)
+        return None
+    data = b""
+    for width, quality in ((1430, 84), (1200, 82), (1000, 80), (820, 78), (640, 74), (480, 70), (320, 60)):
+        if width < image.width:
+            small = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)
+        else:
+            small = image
+        stream = io.BytesIO()
+        small.save(stream, "JPEG", quality=quality, optimize=True, progressive=True)
+        data = stream.getvalue()
+        if len(data) <= limit:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def nice_ticks(top: float, count: int = 4) -> list[float]:
+    """Round numbers from 0 to at least `top`.
+
+    >>> nice_ticks(4300)
+    [0.0, 2000.0, 4000.0, 6000.0]
+    """
+    if not (math.isfinite(top) and top > 0):
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(top / count))
+    step = min((s * power for s in (1, 2, 2.5, 5, 10) if s * power * count >= top * (1 - 1e-9)), default=10 * power)
+    return [round(step * i, 10) for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def number(value: Any, digits: int = 0, missing: str = "–") -> str:
+    """A number for people: thousands apart, fixed decimals; a dash for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return missing
+    return f"{value:,.{digits}f}".replace(",", "\u202f")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them.
+
+    >>> duration(59.4), duration(61), duration(7300)
+    ('59 s', '1 min 1 s', '2 h 2 min')
+    """
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _axis(top: float, left: float, width: float) -> list[dict[str, Any]]:
+    ticks = nice_ticks(top)
+    return [
+        {"x": round(left + width * tick / ticks[-1], 1), "label": f"{tick:,g}".replace(",", "\u202f")} for tick in ticks
+    ]
+
+
+def chart(rows: Sequence[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Geometry of the chart: a line for each slide with its density, its areas and its classes.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        ``metrics.json`` of each good slide.
+    classes : sequence of mapping
+        ``name`` and ``color`` (CSS) of the classes; they are drawn when there are several.
+
+    Returns
+    -------
+    dict or None
+        Numbers for the template, in pixels; None without slides.
+    """
+    if not rows:
+        return None
+    several = len(classes) > 1
+    label, gap, line, head, foot = 190.0, 46.0, 22.0, 34.0, 30.0
+    columns = 3 if several else 2
+    width = 1080.0
+    panel = (width - label - 28 - gap * (columns - 1)) / columns
+    lefts = [label + i * (panel + gap) for i in range(columns)]
+    ordered = sorted(rows, key=lambda row: -(row["nuclei_per_mm2"] or 0))
+    density_top = nice_ticks(max((row["nuclei_per_mm2"] or 0) for row in rows))[-1]
+    areas = [row["quantiles"].get("area_um2") or {} for row in ordered]
+    area_top = nice_ticks(max((area.get("95") or 0) for area in areas))[-1]
+    lines = []
+    for index, (row, area) in enumerate(zip(ordered, areas, strict=True)):
+        entry: dict[str, Any] = {
+            "y": head + index * line,
+            "slide": row["slide"],
+            "density": row["nuclei_per_mm2"],
+            "bar": round(panel * (row["nuclei_per_mm2"] or 0) / density_top, 1),
+            "area": None,
+            "parts": [],
+        }
+        if area.get("50") is not None:
+            entry["area"] = {q: round(lefts[1] + panel * area[q] / area_top, 1) for q in ("5", "25", "50", "75", "95")}
+            entry["median"] = area["50"]
+        if several and row["nuclei"]:
+            start = lefts[2]
+            for item in classes:
+                part = row["composition"].get(item["name"], {}).get("share") or 0.0
+                size = panel * part
+                entry["parts"].append(
+                    {
+                        "x": round(start, 1),
+                        "w": round(size, 1),
+                        "color": item["color"],
+                        "name": item["name"],
+                        "share": part,
+                    }
+                )
+                start += size
+        lines.append(entry)
+    return {
+        "width": width,
+        "height": head + len(lines) * line + foot,
+        "bottom": head + len(lines) * line,
+        "line": line,
+        "label": label,
+        "panel": panel,
+        "lefts": lefts,
+        "lines": lines,
+        "density_axis": _axis(density_top, lefts[0], panel),
+        "area_axis": _axis(area_top, lefts[1], panel),
+        "classes": list(classes) if several else [],
+    }
+
+
+def class_list(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Names and CSS colours of all classes, in the order in which the slides list them."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for name, item in row["composition"].items():
+            colour = item.get("color")
+            known = f"rgb({', '.join(str(int(value)) for value in colour)})" if colour else None
+            found.setdefault(name, known or PALETTE[len(found) % len(PALETTE)])
+    return [{"name": name, "color": colour} for name, colour in found.items()]
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], extra: Sequence[str], classes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Columns of the table: title, unit, whether it holds numbers, and a cell (value to sort by, text) a row."""
+
+    def numeric(title: str, unit: str, values: list[Any], digits: int) -> dict[str, Any]:
+        cells = [{"value": value, "text": number(value, digits)} for value in values]
+        return {"title": title, "unit": unit, "numeric": True, "cells": cells}
+
+    columns = [
+        {
+            "title": name,
+            "unit": "",
+            "numeric": False,
+            "cells": [{"value": None, "text": str(row["extra"].get(name, ""))} for row in rows],
+        }
+        for name in extra
+    ]
+    columns.append(numeric("Tissue", "mm²", [row["tissue_mm2"] for row in rows], 2))
+    columns.append(numeric("Nuclei", "", [row["nuclei"] for row in rows], 0))
+    columns.append(numeric("Density", "nuclei/mm²", [row["nuclei_per_mm2"] for row in rows], 0))
+
+    def median(name: str) -> list[Any]:
+        return [(row["quantiles"].get(name) or {}).get("50") for row in rows]
+
+    columns.append(numeric("Area", "median µm²", median("area_um2"), 1))
+    columns.append(numeric("Circularity", "median", median("circularity"), 2))
+    columns.append(numeric("Hematoxylin", "median OD", median("hematoxylin_mean"), 2))
+    if len(classes) > 1:
+        for item in classes:
+            shares = [(row["composition"].get(item["name"]) or {}).get("share") for row in rows]
+            columns.append(numeric(item["name"], "%", [None if s is None else 100 * s for s in shares], 1))
+    if any(row.get("evaluation") for row in rows):
+        for key, title in SCORES:
+            columns.append(numeric(title, "against truth", [(row.get("evaluation") or {}).get(key) for row in rows], 3))
+    if any(row.get("unreadable_share") for row in rows):
+        shares = [row.get("unreadable_share") for row in rows]
+        columns.append(numeric("Unreadable", "%", [None if s is None else 100 * s for s in shares], 2))
+    columns.append(numeric("Time", "s", [row["total_seconds"] for row in rows], 1))
+    return columns
+
+
+def _links(root: Path) -> list[dict[str, str]]:
+    names = ("overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json")
+    folder = f"slides/{quote(root.name, safe='')}"
+    return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
+
+
+def render(
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, str]],
+    extra: Sequence[str],
+    manifest: Mapping[str, Any],
+    folders: Mapping[str, Path],
+) -> str:
+    """The report as HTML.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        ``metrics.json`` of each good slide, with ``extra`` (columns of the slide table) and ``total_seconds``.
+    failed : sequence of mapping
+        ``slide``, ``stage``, ``reason``, ``hint`` of each slide that failed.
+    extra : sequence of str
+        Names of the slide table's further columns.
+    manifest : mapping
+        The run's provenance.
+    folders : mapping of str to pathlib.Path
+        Folder of each good slide.
+
+    Returns
+    -------
+    str
+        One page without references to anything outside but links to the results beside it.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["duration"] = duration
+    classes = class_list(rows)
+    limit = min(IMAGE_BYTES_EACH, IMAGE_BYTES // max(1, len(rows)))
+    cards = [
+        {
+            "row": row,
+            "anchor": f"slide-{index}",
+            "picture": shrink_picture(folders[row["slide"]] / "overview.png", limit),
+            "links": _links(folders[row["slide"]]),
+        }
+        for index, row in enumerate(rows)
+    ]
+    densities = sorted(row["nuclei_per_mm2"] for row in rows if row["nuclei_per_mm2"] is not None)
+    tissue = sum(row["tissue_mm2"] or 0 for row in rows)
+    nuclei = sum(row["nuclei"] for row in rows)
+    facts = [
+        ("slides", number(len(rows)), f"{len(failed)} failed" if failed else "none failed"),
+        ("nuclei", number(nuclei), "in all slides"),
+        ("mm² of tissue", number(tissue, 2), "analysed"),
+        ("nuclei per mm²", number(nuclei / tissue if tissue else None), "over all tissue"),
+        ("median density", number(densities[len(densities) // 2] if densities else None), "nuclei/mm², of the slides"),
+        ("of computing", duration(sum(row["total_seconds"] for row in rows)), "sum of all stages"),
+    ]
+    return environment.get_template("report.html.j2").render(
+        cards=cards,
+        columns=_columns(rows, extra, classes),
+        chart=chart(rows, classes),
+        failed=failed,
+        facts=facts,
+        manifest=manifest,
+        model=manifest.get("model") or {},
+        settings=json.dumps(manifest.get("config"), indent=2, ensure_ascii=False) if manifest.get("config") else None,
+    )
+
+
+def write_report(path: Path, **content: Any) -> None:
+    """Write what `render` makes of `content`."""
+    path.write_text(render(**content), encoding="utf-8")

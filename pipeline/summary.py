@@ -1,0 +1,355 @@
+"""Stage ``summary``: a slide's numbers (``metrics.json``) and its picture (``overview.png``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import provenance
+from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
+from pipeline.grid import Grid
+from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
+from pipeline.stage import read_manifest, run_stage
+
+if TYPE_CHECKING:
+    from pipeline.overview import Region
+
+log = logging.getLogger(__name__)
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles of each measurement that are reported."""
+
+MANIFESTS = ("inspect", "tissue", "tiles", "stain", "maps", "instances", "measure", "export")
+"""Manifests of the stages before this one, as the command line and `pipeline.layout.SlideLayout` name them."""
+
+
+@dataclass(frozen=True)
+class Nuclei:
+    """The light columns of ``nuclei.parquet``.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    grid : Grid
+        The slide's grid.
+    classes : tuple of (str, tuple of int)
+        Names and colours, in the model's order; classes that occur without being listed come last.
+    kinds : numpy.ndarray of int64, shape (n,)
+        Index into `classes` of each nucleus, -1 where it has none.
+    centroids : numpy.ndarray of float64, shape (n, 2)
+        Centroids in grid pixels, x first.
+    about : mapping
+        What the file says of itself.
+    """
+
+    path: Path
+    grid: Grid
+    classes: tuple[tuple[str, tuple[int, ...]], ...]
+    kinds: npt.NDArray[np.int64]
+    centroids: npt.NDArray[np.float64]
+    about: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Nuclei:
+        """Read the light columns of a table of nuclei."""
+        table = read_nuclei(path, ["class", "centroid_x", "centroid_y"])
+        about, grid = about_nuclei(table.schema), grid_of(table)
+        listed = {str(item["name"]): tuple(item.get("color") or DEFAULT_COLOUR) for item in about.get("classes") or ()}
+        encoded = table["class"].combine_chunks().dictionary_encode()
+        for name in sorted(str(value) for value in encoded.dictionary.to_pylist()):
+            listed.setdefault(name, DEFAULT_COLOUR)
+        order = {name: index for index, name in enumerate(listed)}
+        lookup = np.array([*(order[str(value)] for value in encoded.dictionary.to_pylist()), -1], dtype=np.int64)
+        codes = encoded.indices.fill_null(len(lookup) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+        centroids = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"])
+        scale = (grid.scale_x, grid.scale_y)
+        return cls(path, grid, tuple(listed.items()), lookup[codes], centroids / scale, about)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Name and hash of the model, as far as the file tells."""
+        model = self.about.get("model")
+        return dict(model) if isinstance(model, Mapping) else ({"name": model} if model else {})
+
+    def quantiles(self) -> dict[str, dict[str, float | None]]:
+        """Percentiles of every measurement; None where no nucleus has a finite value. One column in memory at once."""
+        result: dict[str, dict[str, float | None]] = {}
+        with open_nuclei(self.path) as file:
+            for name in (name for name in MEASUREMENTS if name in file.schema_arrow.names):
+                values = file.read([name])[name].to_numpy().astype(np.float64)
+                values = values[np.isfinite(values)]
+                found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)
+                result[name] = {str(q): rounded(value) for q, value in zip(QUANTILES, found, strict=True)}
+        return result
+
+    def composition(self, tissue_mm2: float) -> dict[str, dict[str, Any]]:
+        """Count, share and density of each class."""
+        result: dict[str, dict[str, Any]] = {}
+        for index, (name, colour) in enumerate(self.classes):
+            count = int((self.kinds == index).sum())
+            result[name] = {
+                "count": count,
+                "share": rounded(count / len(self)) if len(self) else None,
+                "per_mm2": rounded(count / tissue_mm2, 3) if tissue_mm2 else None,
+                "color": list(colour),
+            }
+        return result
+
+    def contours(self, regions: Sequence[Region]) -> list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]]:
+        """Outlines in grid pixels, with the colour of the class, of the nuclei near each region."""
+        import pyarrow as pa
+        import shapely
+
+        margin = 60.0 / self.grid.mpp  # no nucleus reaches farther from its centroid
+        near = []
+        for region in regions:
+            low = np.array([region.x, region.y]) - margin
+            inside = (self.centroids > low) & (self.centroids < low + region.side + 2 * margin)
+            near.append(inside.all(axis=1))
+        result: list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]] = [[] for _ in regions]
+        scale = (self.grid.scale_x, self.grid.scale_y)
+        start = 0
+        with open_nuclei(self.path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=["geometry"]):
+                for found, mask in zip(result, near, strict=True):
+                    rows = np.flatnonzero(mask[start : start + batch.num_rows])
+                    if not len(rows):
+                        continue
+                    taken = batch.column("geometry").take(pa.array(rows))
+                    for row, shape in zip(rows, shapely.from_wkb(taken.to_numpy(zero_copy_only=False)), strict=True):
+                        kind = self.kinds[start + row]
+                        colour = self.classes[kind][1] if kind >= 0 else DEFAULT_COLOUR
+                        rings = shapely.get_rings(shape)
+                        found.extend((shapely.get_coordinates(ring) / scale, colour) for ring in rings)
+                start += batch.num_rows
+        return result
+
+
+def rounded(value: float, digits: int = 4) -> float | None:
+    """`value` rounded, or None when it is not finite: JSON has no NaN."""
+    return round(float(value), digits) if math.isfinite(value) else None
+
+
+def tissue_rings(geojson: Path) -> list[npt.NDArray[np.float64]]:
+    """Exteriors and holes of a FeatureCollection of polygons, in its own unit.
+
+    Parameters
+    ----------
+    geojson : pathlib.Path
+        ``tissue.geojson``.
+
+    Returns
+    -------
+    list of numpy.ndarray of float64, shape (k, 2)
+        One closed ring each.
+    """
+    rings = []
+    for feature in json.loads(geojson.read_text(encoding="utf-8"))["features"]:
+        shape = feature["geometry"]
+        polygons = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
+        rings += [np.asarray(ring, dtype=np.float64)[:, :2] for polygon in polygons for ring in polygon]
+    return rings
+
+
+def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of each stage by its name."""
+    return {
+        str(manifest["stage"]): {"seconds": manifest["seconds"], "peak_rss_mb": manifest["peak_rss_mb"]}
+        for manifest in manifests
+    }
+
+
+def warnings_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the stages before warned of, each with its stage."""
+    found = [f"{name}: {text}" for name, manifest in manifests.items() for text in manifest.get("warnings") or ()]
+    share = manifests["tiles"].get("unreadable_share") or 0
+    if share:
+        found.append(f"tiles: {100 * share:.2g} % of the tissue could not be decoded")
+    if not manifests["tissue"]["area_mm2"]:
+        found.append("tissue: no tissue was found")
+    return found
+
+
+def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of a slide.
+
+    Parameters
+    ----------
+    nuclei : Nuclei
+        Its nuclei.
+    manifests : mapping
+        The manifests of the stages before, by the names of `MANIFESTS`.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds but for the evaluation. Densities are per mm² of tissue; None without tissue.
+    """
+    inspect, tissue, tiles = manifests["inspect"], manifests["tissue"], manifests["tiles"]
+    area = float(tissue["area_mm2"])
+    model = dict(manifests["maps"].get("model") or {}) if isinstance(manifests["maps"].get("model"), Mapping) else {}
+    model = {**nuclei.model, **model}
+    costs = stage_costs(manifests.values())
+    grid = nuclei.grid
+    return {
+        "nuclei": len(nuclei),
+        "tissue_mm2": rounded(area, 6),
+        "tissue_fraction": tissue.get("fraction"),
+        "nuclei_per_mm2": rounded(len(nuclei) / area, 3) if area else None,
+        "composition": nuclei.composition(area),
+        "quantiles": nuclei.quantiles(),
+        "unreadable_tiles": len(tiles.get("unreadable") or ()),
+        "unreadable_share": tiles.get("unreadable_share"),
+        "path": inspect.get("path"),
+        "backend": inspect.get("backend"),
+        "vendor": inspect.get("vendor"),
+        "width": inspect.get("width"),
+        "height": inspect.get("height"),
+        "mpp": inspect.get("mpp"),
+        "mpp_source": inspect.get("mpp_source"),
+        "objective": inspect.get("objective"),
+        "grid": grid.to_json(),
+        "stain": manifests["stain"].get("method"),
+        "warnings": warnings_of(manifests),
+        "model": model.get("name"),
+        "stages": costs,
+        "versions": provenance.versions(),
+        "hashes": {"slide": inspect.get("quick_hash"), "model": model.get("sha256")},
+    }
+
+
+def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
+    count, area, density = len(nuclei), numbers["tissue_mm2"], numbers["nuclei_per_mm2"]
+    facts = [f"{count:,} nucle{'us' if count == 1 else 'i'}", f"{area:.3g} mm² tissue"]
+    if density is not None:
+        facts.append(f"{density:,.0f} nuclei/mm²")
+    median = numbers["quantiles"].get("area_um2", {}).get("50")
+    if median is not None:
+        facts.append(f"median area {median:.1f} µm²")
+    facts.append(f"{nuclei.grid.mpp:g} µm/px")
+    evaluation = numbers.get("evaluation")
+    if evaluation:
+        facts.append(f"AJI {evaluation['aji']:.3f}, PQ {evaluation['pq']:.3f}, F1 {evaluation['f1']:.3f}")
+    return facts
+
+
+def draw_overview(path: Path, slide: str, numbers: Mapping[str, Any], nuclei: Nuclei, tissue: Path, zarr: Path) -> None:
+    """Draw ``overview.png``; see `pipeline.overview.draw`."""
+    from pipeline import overview
+    from pipeline.tiles import TileStore
+
+    scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
+    rings = [ring / scale for ring in tissue_rings(tissue)]
+    regions = overview.choose_regions(nuclei.centroids, nuclei.grid, rings)
+    overview.draw(
+        path,
+        slide=slide,
+        facts=_facts(numbers, nuclei),
+        tiles=TileStore.open(zarr),
+        rings=rings,
+        centroids=nuclei.centroids,
+        regions=regions,
+        contours=nuclei.contours(regions),
+        legend=nuclei.classes,
+    )
+
+
+def run_summary(
+    slide: str,
+    manifests: Mapping[str, Path],
+    *,
+    nuclei: Path,
+    tissue_geojson: Path,
+    tiles_zarr: Path,
+    out: Path,
+    png: Path,
+    truth: Path | None = None,
+    on_bad_slide: str = "continue",
+) -> dict[str, Any]:
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    manifests : mapping of str to pathlib.Path
+        Manifests of the stages before, by the names of `MANIFESTS`.
+    nuclei, tissue_geojson, tiles_zarr : pathlib.Path
+        ``nuclei.parquet``, ``tissue.geojson`` and ``tiles.zarr``.
+    out, png : pathlib.Path
+        ``metrics.json`` and ``overview.png``.
+    truth : pathlib.Path or None
+        Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
+    on_bad_slide : {"continue", "stop"}
+        See `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest; see `summarise`, and ``evaluation`` (scores, or None without truth).
+    """
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        table = Nuclei.open(nuclei)
+        before = {name: read_manifest(manifests[name]) for name in MANIFESTS}
+        numbers = summarise(table, before)
+        numbers["evaluation"] = None
+        if truth is not None:
+            from pipeline.evaluation.slides import evaluate_slide
+
+            numbers["evaluation"] = evaluate_slide(nuclei, truth)
+        draw_overview(staged["png"], slide, numbers, table, tissue_geojson, tiles_zarr)
+        return numbers
+
+    return run_stage(
+        "summary",
+        slide,
+        manifest=out,
+        outputs={"png": png},
+        upstream=[manifests[name] for name in MANIFESTS],
+        body=body,
+        on_bad_slide=on_bad_slide,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline summary``."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    for name in MANIFESTS:
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=f"manifest: {name}.json")
+    parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
+    parser.add_argument("--tissue-geojson", type=Path, required=True, metavar="FILE", help="tissue.geojson")
+    parser.add_argument("--tiles-zarr", type=Path, required=True, metavar="DIR", help="tiles.zarr")
+    parser.add_argument("--truth", type=Path, metavar="FILE", help="known nuclei: GeoJSON(.gz), PNG, TIFF or npy")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics.json to write")
+    parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="overview.png to write")
+    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline summary``."""
+    run_summary(
+        args.slide,
+        {name: getattr(args, name) for name in MANIFESTS},
+        nuclei=args.nuclei,
+        tissue_geojson=args.tissue_geojson,
+        tiles_zarr=args.tiles_zarr,
+        out=args.out,
+        png=args.png,
+        truth=args.truth,
+        on_bad_slide=args.on_bad_slide,
+    )
+    return 0
