@@ -18,8 +18,10 @@ include: "workflow/rules/train.smk"
 
 localrules:
     all,
+    settings,
     slide_table,
     train,
+    train_settings,
 
 
 rule all:

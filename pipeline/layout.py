@@ -12,6 +12,15 @@ STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure"
 """Per-slide stages in the order in which they run."""
 
 
+def folder_name(slide: str) -> str:
+    """Name of a slide's results folder: the slide's own, but for braces, which Snakemake would read as a wildcard.
+
+    >>> folder_name("T23, H&E (2)"), folder_name("a{b}")
+    ('T23, H&E (2)', 'a%7Bb%7D')
+    """
+    return slide.replace("{", "%7B").replace("}", "%7D")
+
+
 @dataclass(frozen=True)
 class SlideLayout:
     """Paths of one slide's results.
@@ -111,20 +120,37 @@ class RunLayout:
 
     def slide(self, name: str) -> SlideLayout:
         """Paths of the slide called `name`."""
-        return SlideLayout(self.results / "slides" / name)
+        return self.folder(folder_name(name))
 
-    def log(self, stage: str, slide: str) -> Path:
-        """Log file of one stage of one slide."""
-        return self.results / "logs" / stage / f"{slide}.log"
+    def folder(self, folder: str) -> SlideLayout:
+        """Paths of the slide whose results folder is called `folder`, which may be a pattern."""
+        return SlideLayout(self.results / "slides" / folder)
 
-    def benchmark(self, stage: str, slide: str) -> Path:
-        """Snakemake benchmark table of one stage of one slide."""
-        return self.results / "benchmarks" / stage / f"{slide}.tsv"
+    def log(self, stage: str, folder: str) -> Path:
+        """Log file of one stage of the slide whose results folder is called `folder`."""
+        return self.results / "logs" / stage / f"{folder}.log"
+
+    def benchmark(self, stage: str, folder: str) -> Path:
+        """Snakemake benchmark table of one stage of the slide whose results folder is called `folder`."""
+        return self.results / "benchmarks" / stage / f"{folder}.tsv"
 
     @property
     def slide_table(self) -> Path:
         """The slides of the run as they were resolved from the configuration (tsv)."""
         return self.results / "slides.tsv"
+
+    @property
+    def settings(self) -> Path:
+        """The settings of the run (JSON)."""
+        return self.results / "settings.json"
+
+    def training(self, name: str) -> Path:
+        """Folder for checkpoints, logs and scores of training the model `name`."""
+        return self.results / "training" / name
+
+    def training_settings(self, name: str) -> Path:
+        """The settings of that training (JSON)."""
+        return self.results / "training" / f"{name}.json"
 
     @property
     def cohort_tsv(self) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.layout import folder_name
 
 SUFFIXES = (
     ".ome.tiff",
@@ -82,11 +83,6 @@ class SlideEntry:
             raise PipelineError(f"slide {self.name!r} ({str(self.path)!r}): the name {problem}", "rename the slide")
         if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):
             raise PipelineError(f"slide {self.name!r}: mpp must be a positive number, got {self.mpp}")
-
-    @property
-    def readable(self) -> bool:
-        """Whether there is a file that may be read at `path`."""
-        return self.path.is_file() and os.access(self.path, os.R_OK)
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
@@ -164,6 +160,9 @@ def stem(file_name: str) -> str | None:
 
 def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
     other = entries.get(entry.name)
+    if other is not None or entry.name != folder_name(entry.name):
+        names = {folder_name(name): entry for name, entry in entries.items()}
+        other = names.get(folder_name(entry.name))
     if other is not None:
         raise PipelineError(
             f"{where}: two slides are called {entry.name!r}: {str(other.path)!r} and {str(entry.path)!r}",

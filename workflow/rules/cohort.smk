@@ -19,9 +19,28 @@ rule slide_table:
         "python -m pipeline slide-table --slides={params.slides:q} --out={output.table:q} > {log:q} 2>&1"
 
 
+rule settings:
+    output:
+        settings=whole(RUN.settings),
+    log:
+        str(RUN.log("cohort", "settings")),
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(500),
+        runtime=5,
+    params:
+        settings=lambda wildcards: as_json({key: value for key, value in config.items() if key != "train"}),
+    shell:
+        "printf '%s\\n' {params.settings:q} > {output.settings:q} 2> {log:q}"
+
+
 rule cohort:
     input:
         slides=rules.slide_table.output.table,
+        settings=rules.settings.output.settings,
+        model=MODEL_CARD,
         metrics=each_slide("metrics", "overview"),
     output:
         tsv=whole(RUN.cohort_tsv),
@@ -41,7 +60,9 @@ rule cohort:
         runtime=120,
     params:
         results=lambda wildcards: config["results"],
+        model=model_folder,
     shell:
         "python -m pipeline cohort --results={params.results:q} --slides={input.slides:q} "
+        "--config-json={input.settings:q} --model={params.model:q} "
         "--out-tsv={output.tsv:q} --out-parquet={output.parquet:q} --out-failed={output.failed:q} "
         "--out-report={output.report:q} --out-manifest={output.manifest:q} > {log:q} 2>&1"

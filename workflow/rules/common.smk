@@ -1,4 +1,5 @@
 # Settings, slides and file names. Parsed again in every cluster job: nothing here opens a slide or writes a file.
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
 from pipeline.errors import PipelineError
-from pipeline.layout import RunLayout
+from pipeline.layout import RunLayout, folder_name
 from pipeline.settings import check_model, check_settings
 from pipeline.slide_table import resolve_slides
 
@@ -36,7 +37,7 @@ except PipelineError as error:
     stop(error)
 
 RUN = RunLayout(Path(config["results"]))
-ONE = RUN.slide("{slide}")
+ONE = RUN.folder("{slide}")
 
 # A model that is not below the working directory may be one of those beside the Snakefile.
 MODEL = Path(config["model"])
@@ -69,15 +70,43 @@ def slides():
     return SLIDES
 
 
+BY_FOLDER = {} if SLIDES is None else {folder_name(slide.name): slide for slide in SLIDES}
+
+
 def entry(wildcards):
     """The slide of a job."""
-    return slides()[wildcards.slide]
+    slides()
+    return BY_FOLDER[wildcards.slide]
+
+
+def slide_name(wildcards):
+    """Name of a job's slide."""
+    return entry(wildcards).name
+
+
+def input_files(path):
+    """`path` as an input, where it can be one.
+
+    A file that is missing or may not be read is none: its slide fails, the run goes on. Nor can a path with braces be
+    one: Snakemake would look for wildcards in it.
+    """
+    text = str(path)
+    usable = "{" not in text and os.path.isfile(text) and os.access(text, os.R_OK)
+    return [text] if usable else []
 
 
 def slide_file(wildcards):
-    """The slide's file. One that is missing or may not be read is no input: the slide fails, the run goes on."""
-    slide = entry(wildcards)
-    return [str(slide.path)] if slide.readable else []
+    """The slide's file."""
+    return input_files(entry(wildcards).path)
+
+
+def slide_stamp(wildcards):
+    """Size and time of a slide that cannot be an input, so that a changed one is noticed all the same."""
+    path = entry(wildcards).path
+    if not path.is_file() or input_files(path):
+        return None
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def extra_file(column):
@@ -85,7 +114,7 @@ def extra_file(column):
 
     def files(wildcards):
         path = getattr(entry(wildcards), column)
-        return [str(path)] if path is not None and path.is_file() and os.access(path, os.R_OK) else []
+        return [] if path is None else input_files(path)
 
     return files
 
@@ -154,3 +183,8 @@ def batch_options(wildcards):
 def model_folder(wildcards, input):
     """The model package of a job."""
     return os.path.dirname(input.model)
+
+
+def as_json(value):
+    """Settings as one line of JSON."""
+    return json.dumps(value, sort_keys=True)

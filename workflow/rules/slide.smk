@@ -18,11 +18,13 @@ rule inspect:
         mem_mb=megabytes(2000),
         runtime=30,
     params:
+        slide=slide_name,
         path=lambda wildcards: str(entry(wildcards).path),
+        stamp=slide_stamp,
         mpp=mpp_options,
         reader=config["reader"],
     shell:
-        "python -m pipeline inspect --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--path={params.path:q} {params.mpp:q} --reader={params.reader:q} "
         "--out={output.manifest:q} "
         "> {log:q} 2>&1"
@@ -47,12 +49,13 @@ rule tissue:
         mem_mb=megabytes(4000),
         runtime=60,
     params:
+        slide=slide_name,
         mask=extra_option("tissue", "--mask"),
         mpp=config["tissue"]["mpp"],
         min_area=config["tissue"]["min_area_um2"],
         min_hole=config["tissue"]["min_hole_um2"],
     shell:
-        "python -m pipeline tissue --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--inspect={input.inspect:q} {params.mask:q} "
         "--mpp={params.mpp} --min-area={params.min_area} --min-hole={params.min_hole} "
         "--out={output.manifest:q} --geojson={output.geojson:q} --png={output.png:q} "
@@ -79,11 +82,12 @@ rule tiles:
         mem_mb=megabytes(6000),
         runtime=240,
     params:
+        slide=slide_name,
         model=model_folder,
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
-        "python -m pipeline tiles --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
         "--out={output.manifest:q} --zarr={output.zarr:q} "
@@ -109,10 +113,11 @@ rule stain:
         mem_mb=megabytes(4000),
         runtime=60,
     params:
+        slide=slide_name,
         model=model_folder,
         method=lambda wildcards: config["stain"]["method"],
     shell:
-        "python -m pipeline stain --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline stain --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} "
         "--out={output.manifest:q} --png={output.png:q} "
         "> {log:q} 2>&1"
@@ -139,11 +144,12 @@ rule infer:
         mem_mb=megabytes(8000),
         runtime=480,
     params:
+        slide=slide_name,
         model=model_folder,
         device=config["infer"]["device"],
         batch=batch_options,
     shell:
-        "python -m pipeline infer --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline infer --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} --model={params.model:q} "
         "--device={params.device:q} {params.batch:q} --threads={threads} "
         "--out={output.manifest:q} --zarr-out={output.zarr:q} "
@@ -170,11 +176,12 @@ rule instances:
         mem_mb=megabytes(8000),
         runtime=240,
     params:
+        slide=slide_name,
         model=model_folder,
         block=config["instances"]["block"],
         halo=config["instances"]["halo"],
     shell:
-        "python -m pipeline instances --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline instances --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--maps={input.zarr:q} --maps-manifest={input.maps:q} --tissue={input.tissue:q} --model={params.model:q} "
         "--block={params.block} --halo={params.halo} --workers={threads} "
         "--manifest={output.manifest:q} --out={output.parquet:q} "
@@ -201,8 +208,10 @@ rule measure:
     resources:
         mem_mb=megabytes(6000),
         runtime=240,
+    params:
+        slide=slide_name,
     shell:
-        "python -m pipeline measure --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline measure --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--instances={input.instances:q} --parquet={input.parquet:q} "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} "
         "--out={output.manifest:q} --nuclei={output.nuclei:q} "
@@ -226,8 +235,10 @@ rule export:
     resources:
         mem_mb=megabytes(4000),
         runtime=120,
+    params:
+        slide=slide_name,
     shell:
-        "python -m pipeline export --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline export --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--workers={threads} --measure={input.measure:q} --nuclei={input.nuclei:q} "
         "--out={output.manifest:q} --geojson={output.geojson:q} "
         "> {log:q} 2>&1"
@@ -263,9 +274,10 @@ rule summary:
         mem_mb=megabytes(6000),
         runtime=120,
     params:
+        slide=slide_name,
         truth=extra_option("truth", "--truth"),
     shell:
-        "python -m pipeline summary --slide={wildcards.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline summary --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --tiles={input.tiles:q} --stain={input.stain:q} "
         "--maps={input.maps:q} --instances={input.instances:q} --measure={input.measure:q} --export={input.export:q} "
         "--nuclei={input.nuclei:q} --tissue-geojson={input.geojson:q} --tiles-zarr={input.zarr:q} {params.truth:q} "

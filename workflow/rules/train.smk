@@ -1,6 +1,4 @@
 # snakemake train: a model package from the training data of the settings.
-import json
-
 TRAINED = Path("models") / config["train"]["name"]
 
 
@@ -10,7 +8,27 @@ rule train:
         str(TRAINED / "weights.safetensors"),
 
 
+rule train_settings:
+    output:
+        settings=whole(RUN.training_settings(TRAINED.name)),
+    log:
+        str(RUN.log("train", f"{TRAINED.name}.settings")),
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(500),
+        runtime=5,
+    params:
+        settings=lambda wildcards: as_json(config["train"]),
+    shell:
+        "printf '%s\\n' {params.settings:q} > {output.settings:q} 2> {log:q}"
+
+
+# Its checkpoints are no output: Snakemake would remove them, and a training that was stopped could not go on.
 rule train_model:
+    input:
+        settings=rules.train_settings.output.settings,
     output:
         card=whole(TRAINED / "model.json"),
         weights=whole(TRAINED / "weights.safetensors"),
@@ -25,7 +43,8 @@ rule train_model:
         mem_mb=megabytes(16000),
         runtime=2880,
     params:
-        settings=json.dumps(config["train"], sort_keys=True),
+        work=lambda wildcards: str(RUN.training(TRAINED.name)),
         folder=lambda wildcards, output: os.path.dirname(output.card),
     shell:
-        "python -m pipeline train --config-json={params.settings:q} --out={params.folder:q} > {log:q} 2>&1"
+        "python -m pipeline train --config-json={input.settings:q} --work={params.work:q} --out={params.folder:q} "
+        "--threads={threads} > {log:q} 2>&1"

@@ -1,0 +1,128 @@
+"""The command line: its table of commands, exit codes and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.errors import PipelineError, SlideError
+from pipeline.layout import STAGES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[argparse.Namespace], int]], None]:
+    """Put a function in the place of a command called ``fake``."""
+
+    def install(main: Callable[[argparse.Namespace], int]) -> None:
+        module = types.ModuleType("fake_stage")
+        module.add_arguments = lambda parser: parser.add_argument("--slide")  # type: ignore[attr-defined]
+        module.main = main  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "fake_stage", module)
+        monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_stage", "does nothing"))
+
+    return install
+
+
+def test_every_stage_is_a_command() -> None:
+    assert tuple(cli.STAGES) == (*STAGES, "cohort")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_command_has_a_module_with_options(name: str) -> None:
+    command = cli.COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser()
+    getattr(module, command.add_arguments)(parser)
+    assert callable(getattr(module, command.main))
+    assert parser.format_help()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_shows_every_command_on_a_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert [line for line in lines if line.split()[:1] == [name] and line.endswith(command.help)], name
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("nucleus-pipeline 0.")
+
+
+def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["tisue"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'tisue' (python -m pipeline --help lists them)\n"
+
+
+@pytest.mark.parametrize("kind", [PipelineError, SlideError])
+def test_our_errors_are_one_line(
+    kind: type[PipelineError], fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(args: argparse.Namespace) -> int:
+        raise kind(f"slide {args.slide!r}:\nbroken", "mend it")
+
+    fake(main)
+    assert cli.main(["fake", "--slide=-x"]) == 2
+    assert capsys.readouterr().err == "error: slide '-x': broken (mend it)\n"
+
+
+def test_full_disk_is_one_line(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: argparse.Namespace) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/tiles.zarr")
+
+    fake(main)
+    assert cli.main(["fake"]) == 1
+    assert capsys.readouterr().err == "error: fake: /data/tiles.zarr: No space left on device\n"
+
+
+def test_interrupt(fake: Callable[..., None]) -> None:
+    def main(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    fake(main)
+    assert cli.main(["fake"]) == 130
+
+
+def test_a_bug_keeps_its_traceback(fake: Callable[..., None]) -> None:
+    def main(_: argparse.Namespace) -> int:
+        raise ZeroDivisionError
+
+    fake(main)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+def test_status_is_the_commands(fake: Callable[..., None]) -> None:
+    fake(lambda _: 7)
+    assert cli.main(["fake"]) == 7
+
+
+def test_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pipeline import cli, slide_table, settings, layout; cli.main(['--help']);"
+        "heavy = {'numpy', 'torch', 'pandas', 'scipy', 'zarr', 'openslide', 'cv2'} & set(sys.modules);"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["inspect", "tissue", "tiles", "stain", "instances", "measure", "export", "cohort"])
+def test_stage_modules_import_no_torch(name: str) -> None:
+    code = f"import sys, {cli.COMMANDS[name].module}; sys.exit('torch' in sys.modules and 'imports torch')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,104 @@
+"""Checks of the configuration and of the model package's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import PipelineError
+from pipeline.settings import check_model, check_settings, file_sha256
+
+ROOT = Path(__file__).parents[2]
+SCHEMA: dict[str, Any] = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+def test_schema_is_a_schema() -> None:
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_config_yaml_holds_every_setting_with_its_default() -> None:
+    defaults = check_settings({}, SCHEMA)
+    assert {**defaults, "train": None} == {**CONFIG, "train": None}
+
+
+def test_every_line_of_config_yaml_that_sets_something_is_explained() -> None:
+    lines = (ROOT / "config.yaml").read_text(encoding="utf-8").splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.strip() and not line.lstrip().startswith("#"):
+            assert "#" in line or before.startswith("#"), line
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sldes": "x"}, "unknown setting 'sldes' .did you mean slides"),
+        ({"stain": {"metod": "none"}}, "unknown setting 'stain.metod' .did you mean stain.method"),
+        ({"zzz": 1}, "unknown setting 'zzz' .known: "),
+        ({"sldes": "x", "stian": 1, "mpp": -1}, "unknown setting 'sldes'.*and 2 more"),
+        ({"stain": {"method": "vahadan"}}, "'stain.method'.*vahadan"),
+        ({"mpp": "fast"}, "'mpp' must be number or null, got 'fast'"),
+        ({"mpp": 0}, "'mpp'"),
+        ({"tiles": {"tile": 100}}, "'tiles.tile'.*multiple of 64"),
+        ({"tiles": None}, "'tiles' must be object"),
+        ({"slides": None}, "'slides' must be string"),
+        ({"slides": {"a": "b"}}, "'slides' must be string"),
+        ({"results": "a{b}"}, "'results'"),
+        ({"infer": {"batch": 0}}, "'infer.batch'"),
+        ({"tiles": {"keep": "perhaps"}}, "'tiles.keep' must be boolean"),
+    ],
+)
+def test_wrong_settings_are_one_line_that_names_the_key(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message) as caught:
+        check_settings(config, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+def test_nested_settings_of_the_command_line_come_as_text() -> None:
+    checked = check_settings(
+        {"tiles": {"keep": "true", "tile": "512"}, "infer": {"batch": "null"}, "tissue": {"mpp": "4.5"}, "slides": 2024},
+        SCHEMA,
+    )
+    assert checked["tiles"] == {"keep": True, "tile": 512, "max_unreadable": 0.02}
+    assert checked["infer"]["batch"] is None
+    assert checked["tissue"]["mpp"] == 4.5
+    assert checked["slides"] == "2024"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    card = {"name": "x", "sha256": file_sha256(tmp_path / "weights.safetensors")}
+    (tmp_path / "model.json").write_text(json.dumps(card), encoding="utf-8")
+    return tmp_path
+
+
+def test_model_is_checked(package: Path) -> None:
+    assert check_model(package)["name"] == "x"
+
+
+def test_changed_weights_are_refused(package: Path) -> None:
+    (package / "weights.safetensors").write_bytes(b"other weights")
+    with pytest.raises(PipelineError, match=r"weights\.safetensors has sha256 \w{12}…, its card says \w{12}…"):
+        check_model(package)
+
+
+@pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
+def test_incomplete_package_is_refused(package: Path, name: str) -> None:
+    (package / name).unlink()
+    with pytest.raises(PipelineError, match=f"{name} is missing"):
+        check_model(package)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "\xff"])
+def test_damaged_card_is_refused(package: Path, text: str) -> None:
+    (package / "model.json").write_text(text, encoding="latin-1")
+    with pytest.raises(PipelineError, match="is damaged") as caught:
+        check_model(package)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,173 @@
+"""The setting `slides`: folders and tables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError
+from pipeline.slide_table import SlideTable, from_table, name_problem, resolve_slides, stem, write_table
+
+HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b.c", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_folder_lists_slides_sorted_by_name_and_leaves_out_the_rest(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "s", "b.svs", "a.TIFF", ".hidden.svs", "notes.txt", "slides.tsv", "c.ome.tif", ".svs", "d.png")
+    (folder / "folder.svs").mkdir()  # ends in failed.tsv rather than unseen
+    (folder / "plain").mkdir()
+    assert list(resolve_slides(folder).entries) == ["a", "b", "c", "d", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("file", "slide"),
+    [
+        ("x.svs", "x"),
+        ("x.OME.TIFF", "x"),
+        ("x.ome.tif", "x"),
+        ("a.b.tif", "a.b"),
+        ("x.ome.svs", "x.ome"),
+        ("x.txt", None),
+        ("svs", None),
+        (".ome.tif", ".ome"),
+        (".tif", None),
+    ],
+)
+def test_stem(file: str, slide: str | None) -> None:
+    assert stem(file) == slide
+
+
+def test_two_slides_of_one_stem_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"two slides are called 'a'.*a\.svs.*a\.tif") as caught:
+        resolve_slides(touch(tmp_path / "s", "a.svs", "a.tif"))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_share_a_results_folder_are_two_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="two slides are called"):
+        resolve_slides(touch(tmp_path / "s", "a{b.svs", "a%7Bb.svs"))
+    with pytest.raises(PipelineError, match="two slides are called"):
+        resolve_slides(touch(tmp_path / "t", "a{b.svs", "a%7Bb.tif"))
+
+
+def test_no_slide_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="no slide in folder"):
+        resolve_slides(touch(tmp_path / "s", "readme.txt"))
+    with pytest.raises(PipelineError, match="does not exist"):
+        resolve_slides(tmp_path / "nix")
+
+
+def test_table_paths_are_relative_to_it_and_further_columns_are_carried(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = write(
+        folder / "t.tsv",
+        "\ufeffslide\tpath\tmpp\ttruth\ttissue\tpatient\n"
+        "one\tx/1.svs\t0.25\t../truth.geojson\t\tP1\n"
+        "\n"
+        f"two\t{tmp_path}/2.svs\t\t\tmask.geojson\n",
+    )
+    slides = resolve_slides(table)
+    one, two = slides
+    assert (one.path, one.mpp, one.truth, one.tissue) == (folder / "x/1.svs", 0.25, tmp_path / "truth.geojson", None)
+    assert (two.path, two.mpp, two.truth, two.tissue) == (tmp_path / "2.svs", None, None, folder / "mask.geojson")
+    assert slides.columns == ("patient",)
+    assert (one.extra, two.extra) == ({"patient": "P1"}, {"patient": ""})
+
+
+def test_csv(tmp_path: Path) -> None:
+    (entry,) = from_table(write(tmp_path / "t.csv", 'slide,path\n"a,b","x, y.svs"\n'))
+    assert (entry.name, entry.path.name) == ("a,b", "x, y.svs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("slide\tpath\n", "lists no slide"),
+        ("slide\tfile\na\tb\n", "no column 'path'"),
+        ("slide,path\na,b\n", "no column 'slide'.*separated by tabs"),
+        ("slide\tpath\tpath\na\tb\tc\n", "column 'path' is there twice"),
+        ("slide\tpath\t\na\tb\tc\n", "a column has no name"),
+        ("slide\tpath\na\tb\tc\n", "line 2: 3 cells, but 2 columns"),
+        ("slide\tpath\na\t\n", "line 2: no path"),
+        ("slide\tpath\tmpp\na\tb\t0,25\n", "line 2: mpp is no number: '0,25'"),
+        ("slide\tpath\tmpp\na\tb\t-1\n", "mpp must be a positive number"),
+        ("slide\tpath\tmpp\na\tb\tnan\n", "mpp must be a positive number"),
+        ("slide\tpath\na/b\tb\n", "line 2: .*holds a slash"),
+        ("slide\tpath\n..\tb\n", "means a folder"),
+        ("slide\tpath\na\tb\na\tc\n", "two slides are called 'a'"),
+        ('slide\tpath\n"a\tb\n', "cannot be parsed"),
+    ],
+)
+def test_wrong_tables_say_what_and_where_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PipelineError, match=message) as caught:
+        resolve_slides(write(tmp_path / "t.tsv", text))
+    assert "\n" not in str(caught.value)
+    assert "t.tsv" in str(caught.value)
+
+
+def test_a_slide_given_as_the_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").write_bytes(b"II*\0\xff\xfe\x80")
+    with pytest.raises(PipelineError, match="not UTF-8 text"):
+        resolve_slides(tmp_path / "x.svs")
+
+
+def test_name_problem() -> None:
+    assert [name for name in HOSTILE if name_problem(name)] == []
+    for name in ("", ".", "..", "a/b", "a\0b", "a\nb", "a\rb", "\udcff", "x" * 201, "é" * 101):
+        assert name_problem(name), name
+
+
+def test_hostile_names_survive_a_folder_and_the_written_table(tmp_path: Path) -> None:
+    slides = resolve_slides(touch(tmp_path / "s", *(f"{name}.svs" for name in HOSTILE)))
+    assert set(slides.entries) == set(HOSTILE)
+    write_table(slides, tmp_path / "out" / "slides.tsv")
+    assert resolve_slides(tmp_path / "out" / "slides.tsv") == slides
+    assert os.listdir(tmp_path / "out") == ["slides.tsv"]
+
+
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(lambda n: not name_problem(n))
+cells = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\n"), max_size=20)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.dictionaries(names, cells, min_size=1, max_size=5))
+def test_written_tables_read_the_same(tmp_path: Path, rows: dict[str, str]) -> None:
+    lines = ["slide\tpath\tnote"]
+    for name, note in rows.items():
+        quoted = [f'"{cell.replace(chr(34), chr(34) * 2)}"' for cell in (name, "x.svs", note)]
+        lines.append("\t".join(quoted))
+    try:
+        slides = from_table(write(tmp_path / "in.tsv", "\n".join(lines) + "\n"))
+    except PipelineError as error:
+        assert "two slides" in str(error)  # names that differ in braces alone
+        return
+    assert {slide.name: slide.extra["note"] for slide in slides} == rows
+    write_table(slides, tmp_path / "out.tsv")
+    again = from_table(tmp_path / "out.tsv")
+    assert again == slides
+    assert again.digest == slides.digest
+
+
+def test_digest_tells_tables_apart(tmp_path: Path) -> None:
+    digests = set()
+    for text in ("slide\tpath\na\tb\n", "slide\tpath\na\tc\n", "slide\tpath\tmpp\na\tb\t1\n", "slide\tpath\tx\na\tb\t\n"):
+        slides: SlideTable = from_table(write(tmp_path / "t.tsv", text))
+        digests.add(slides.digest)
+    assert len(digests) == 4
