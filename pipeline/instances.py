@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -32,6 +31,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema
 from pipeline.progress import Progress
 from pipeline.stage import run_stage
+from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
 
@@ -477,13 +477,6 @@ def write_instances(
         }
 
 
-def read_tissue(path: Path) -> Any:
-    """Union of the polygons of a tissue GeoJSON, or None when it holds none."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    shapes = [shapely.geometry.shape(feature["geometry"]) for feature in value["features"]]
-    return shapely.union_all(shapes) if shapes else None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's arguments."""
     parser.add_argument("--maps", type=Path, required=True, help="maps.zarr")
@@ -511,7 +504,7 @@ def main(args: argparse.Namespace) -> int:
             block=args.block,
             halo=args.halo,
             workers=args.workers,
-            tissue=read_tissue(args.tissue) if args.tissue else None,
+            tissue=shapely.union_all(read_tissue(args.tissue)) if args.tissue else None,
         )
         log.info("slide %r: %d nuclei, %.0f a second", args.slide, found["nuclei"], found["nuclei_per_s"])
         return found

@@ -90,8 +90,8 @@ class Experiment:
     network: str = "resunet"
     network_args: dict[str, Any] = field(default_factory=dict)
     heads: tuple[str, ...] = ("nucleus", "distance")
-    patch: int = 256
-    overlap: int = 64
+    patch: int = 320
+    overlap: int = 32
     stain: str = "macenko"
     holdout: str = "monuseg"
     validation: int = 4
@@ -394,6 +394,7 @@ def pack(
         metrics={k: evaluation[k] for k in ("protocol", "mean", "interval_95", "images")},
         sha256=sha256_of(staged),
     )
+    staged.chmod(0o644)  # safetensors keeps its files to their owner
     staged.rename(out / WEIGHTS)
     write_json(out / CARD, package.to_json())
     log.info("packed %s (%.1f MB)", out, (out / WEIGHTS).stat().st_size / 1e6)

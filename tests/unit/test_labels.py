@@ -1,0 +1,154 @@
+"""Label crafting and training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.training.annotations import rasterise, read_imagescope_xml
+from pipeline.training.data import Field, guess_mpp, load_fields, split_by_organ
+from pipeline.training.labels import craft_distance, seam_weight
+
+TOUCHING = np.zeros((20, 30), np.int32)
+TOUCHING[4:16, 3:15] = 1
+TOUCHING[4:16, 15:27] = 2
+
+
+def test_distance_falls_between_touching_nuclei() -> None:
+    distance = craft_distance(TOUCHING)
+    assert distance[TOUCHING == 0].max() == 0
+    assert distance[TOUCHING == 1].max() == distance[TOUCHING == 2].max() == 1
+    assert distance[10, 14] < 0.2
+    assert distance[10, 15] < 0.2
+
+
+def test_distance_without_nuclei() -> None:
+    assert not craft_distance(np.zeros((5, 5), np.int32)).any()
+
+
+def test_one_pixel_nucleus() -> None:
+    labels = np.zeros((5, 5), np.int32)
+    labels[2, 2] = 9
+    assert craft_distance(labels)[2, 2] == 1
+
+
+def test_seams_lie_between_nuclei() -> None:
+    seam = seam_weight(TOUCHING, radius=2)
+    assert (seam[6:14, 13:17] == 1).all()
+    assert not seam[:, :10].any()
+    apart = TOUCHING.copy()
+    apart[:, 12:18] = 0
+    assert not seam_weight(apart, radius=2).any()
+
+
+XML = """<Annotations MicronsPerPixel="0.25"><Annotation><Regions>{}</Regions></Annotation></Annotations>"""
+
+
+def region(points: list[tuple[float, float]]) -> str:
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
+    return f"<Region><Vertices>{vertices}</Vertices></Region>"
+
+
+def test_first_polygon_wins(tmp_path: Path) -> None:
+    first, second = [(2, 2), (10, 2), (10, 10), (2, 10)], [(6, 2), (16, 2), (16, 10), (6, 10)]
+    path = tmp_path / "a.xml"
+    path.write_text(XML.format(region(first) + region([(0, 0), (1, 1)]) + region(second)))
+    labels = rasterise(read_imagescope_xml(path), (20, 20))
+    assert labels[5, 8] == 1
+    assert labels[5, 14] == 2
+    assert labels.max() == 2
+
+
+def test_polygons_beyond_the_image_are_cut() -> None:
+    labels = rasterise([np.array([[-50.0, -5], [5, -5], [5, 500], [-50, 500]]), np.array([[90.0, 90], [99, 90], [99, 99]])], (10, 10))
+    assert (labels[:, :6] == 1).all()
+    assert labels.max() == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not xml",
+        '<!DOCTYPE a [<!ENTITY b "x">]><a>&b;</a>',
+        '<a><Region><Vertices><Vertex X="1"/></Vertices></Region></a>',
+        '<a><Region><Vertices><Vertex X="one" Y="1"/></Vertices></Region></a>',
+    ],
+)
+def test_bad_xml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.xml"
+    path.write_text(text)
+    with pytest.raises(PipelineError, match=r"bad\.xml") as error:
+        read_imagescope_xml(path)
+    assert "\n" not in str(error.value)
+
+
+def test_guess_mpp() -> None:
+    labels = np.zeros((100, 100), np.int32)
+    labels[10:26, 10:42] = 1  # 512 px, taken for 32 µm²
+    assert guess_mpp(labels) == pytest.approx(0.25)
+    assert guess_mpp(np.zeros((4, 4), np.int32)) == 0.25
+
+
+def field(patient: str, organ: str, source: str = "monuseg") -> Field:
+    return Field(f"{source}-{patient}", source, patient, organ, 0.25, np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), np.int32))
+
+
+def test_no_patient_on_two_sides() -> None:
+    fields = [field(f"p{i}", "ab"[i % 2]) for i in range(10)] + [field("t", "", "tnbc")]
+    split = split_by_organ(fields, "monuseg", seed=1, n_validation=2)
+    parts = [set(split.train), set(split.validation), set(split.test)]
+    assert len(split.test) == 2
+    assert len(split.validation) == 2
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 11
+    assert split == split_by_organ(fields[::-1], "monuseg", seed=1, n_validation=2) or set(
+        split_by_organ(fields[::-1], "monuseg", seed=1, n_validation=2).test
+    ) == set(split.test)
+
+
+def write_source(root: Path, count: int = 2) -> Path:
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    for i in range(count):
+        cv2.imwrite(str(root / "images" / f"{i}.png"), np.full((40, 50, 3), 200, np.uint8))
+        labels = np.zeros((40, 50), np.uint16)
+        labels[10:20, 10:20] = 1
+        cv2.imwrite(str(root / "labels" / f"{i}.png"), labels)
+    return root
+
+
+def test_label_map_folder(tmp_path: Path) -> None:
+    fields = load_fields([{"kind": "labels", "path": str(write_source(tmp_path / "a")), "mpp": 0.5}])
+    assert [f.mpp for f in fields] == [0.5, 0.5]
+    assert fields[0].labels.sum() == 100
+
+
+def test_bad_sources_are_one_line(tmp_path: Path) -> None:
+    half = write_source(tmp_path / "half")
+    (half / "labels" / "1.png").unlink()
+    other = write_source(tmp_path / "other", 1)
+    cv2.imwrite(str(other / "labels" / "0.png"), np.ones((7, 7), np.uint8))
+    empty = write_source(tmp_path / "empty", 0)
+    nothing = write_source(tmp_path / "nothing", 1)
+    cv2.imwrite(str(nothing / "labels" / "0.png"), np.zeros((40, 50), np.uint8))
+    for source, message in [
+        ({"kind": "labels", "path": half}, "has no label map"),
+        ({"kind": "labels", "path": other}, "the image is"),
+        ({"kind": "labels", "path": empty}, "no images"),
+        ({"kind": "labels", "path": nothing}, "hold no nucleus"),
+        ({"kind": "labels", "path": tmp_path / "absent"}, "is no folder"),
+        ({"kind": "magic", "path": half}, "unknown kind"),
+    ]:
+        with pytest.raises(PipelineError, match=message):
+            load_fields([source])
+
+
+def test_monuseg(shared_data: Path) -> None:
+    fields = load_fields([{"kind": "monuseg", "path": shared_data / "monuseg", "mpp_of": {"TCGA-HE": 0.5}}])
+    assert len(fields) == 30
+    assert len({f.patient for f in fields}) == 30
+    assert {f.mpp for f in fields if f.patient.startswith("HE")} == {0.5}
+    assert all(f.organ for f in fields)
