@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ class Schedule:
             raise PipelineError(
                 f"schedule: steps {self.steps}, batch {self.batch}, size {self.size}", "use at least 1, 1 and 32"
             )
+
+    def rate_at(self, step: int) -> float:
+        """Factor on the learning rate at a step: a linear rise, then half a cosine down to a hundredth."""
+        rise = max(1.0, self.warmup * self.steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        share = min(1.0, (step - rise) / max(1.0, self.steps - rise))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def predict_field(network: nn.Module, image: np.ndarray, flips: bool = False) -> np.ndarray:
@@ -182,9 +192,8 @@ class NucleusModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, schedule.learning_rate, total_steps=schedule.steps + 1, pct_start=schedule.warmup
-        )
+        # A function of the step alone, so that a resumed run may be longer than the one before.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -257,13 +266,15 @@ def fit(
     resume = last if last.is_file() else None
     done = 0
     if resume is not None:
-        done = int(torch.load(resume, map_location="cpu", weights_only=True)["global_step"])
+        checkpoint = _read_checkpoint(resume)
+        load_weights(module.network, _network_state(checkpoint))
+        done = int(checkpoint["global_step"])
         log.info("going on at step %d of %d", done, schedule.steps)
     stream = SampleStream(fields, weights, schedule.size, augmentation, schedule.seed + done)
     loader: DataLoader[Any] = DataLoader(
         stream, schedule.batch, num_workers=schedule.workers, persistent_workers=schedule.workers > 0
     )
-    checkpoint = ModelCheckpoint(
+    keep = ModelCheckpoint(
         folder,
         filename="best",
         monitor="val/aji" if validation else None,
@@ -279,7 +290,7 @@ def fit(
         check_val_every_n_epoch=None,
         limit_val_batches=None if validation else 0,
         num_sanity_val_steps=0,
-        callbacks=[EMAWeightAveraging(decay=schedule.ema), checkpoint, Report()],
+        callbacks=[EMAWeightAveraging(decay=schedule.ema), keep, Report()],
         logger=CSVLogger(folder, name="", version="log"),
         log_every_n_steps=10,
         gradient_clip_val=1.0,
@@ -294,7 +305,19 @@ def fit(
         weights_only=True,
     )
     chosen = folder / "best.ckpt"
-    state = torch.load(chosen if chosen.is_file() else last, map_location="cpu", weights_only=True)["state_dict"]
-    load_weights(module.network, {k.removeprefix("network."): v for k, v in state.items()})
+    load_weights(module.network, _network_state(_read_checkpoint(chosen if chosen.is_file() else last)))
     return module.network.cpu().eval()
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first = " ".join(str(error).split())[:120]
+        raise PipelineError(f"checkpoint {path} cannot be read: {first}", "delete it to begin anew") from None
+    return checkpoint
+
+
+def _network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
 

@@ -1,0 +1,160 @@
+"""Training end to end on small synthetic fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.models.package import ModelPackage
+from pipeline.slides.synthetic import make_field
+
+torch = pytest.importorskip("torch")
+
+from pipeline.models.weights import load_network  # noqa: E402
+from pipeline.networks.registry import NETWORKS, build_network, head_channels  # noqa: E402
+from pipeline.training.experiment import Experiment, bootstrap_interval, run_experiment  # noqa: E402
+from pipeline.training.fit import predict_field  # noqa: E402
+from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
+from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_networks_keep_the_size(name: str) -> None:
+    network = build_network(name, 3).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(PipelineError, match="unknown network 'unet9'"):
+        build_network("unet9", 2)
+    with pytest.raises(PipelineError, match="depth"):
+        build_network("resunet", 2, {"depth": 9})
+    with pytest.raises(PipelineError, match="unknown head 'edge'"):
+        head_channels(["nucleus", "edge"])
+    assert head_channels(["nucleus", "distance", "type"], n_types=5) == 8
+
+
+def test_loss_is_least_at_the_truth() -> None:
+    targets = torch.zeros(1, 3, 16, 16)
+    targets[:, :2, 4:12, 4:12] = 1
+    right = (targets[:, :2] - 0.5) * 20
+    assert nucleus_distance_loss(right, targets)["loss"] < 0.1 < nucleus_distance_loss(-right, targets)["loss"]
+
+
+def test_stain_jitter_keeps_white_nearly_white() -> None:
+    white = np.full((4, 4, 3), 255, np.uint8)
+    rng = np.random.default_rng(0)
+    assert min(jitter_stain(white, rng, 0.25).min() for _ in range(50)) > 225
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    patients = ("A7-A13E", "A7-A13F", "AR-A1AK", "B0-5698", "B0-5710", "B0-5711")
+    for seed, patient in enumerate(patients):
+        image, labels = make_field(240, 240, 0.25, seed=seed)
+        cv2.imwrite(str(root / "images" / f"TCGA-{patient}-x.png"), image[..., ::-1])
+        cv2.imwrite(str(root / "labels" / f"TCGA-{patient}-x.png"), labels.astype(np.uint16))
+    return root
+
+
+def section(data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "data": [{"kind": "monuseg", "path": str(data), "licence": "CC0 1.0"}],
+        "network_args": {"widths": [4, 6, 8]},
+        "schedule": {"steps": 4, "batch": 2, "size": 64, "validate_every": 2, "workers": 0},
+        "final_steps": 2,
+        "validation": 2,
+        "licence": "CC0 1.0",
+        **changes,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on loaders and folders
+def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> None:
+    experiment = Experiment.from_json(section(data))
+    evaluation = run_experiment(experiment, tmp_path / "work", tmp_path / "model", "cpu")
+    assert set(evaluation["images"]) == set(json.loads((tmp_path / "work" / "split.json").read_text())["test"])
+    package = ModelPackage.load(tmp_path / "model", verify=True)
+    assert package.licence == "CC0 1.0"
+    assert package.metrics["mean"] == evaluation["mean"]
+    image, _ = make_field(100, 90, 0.5, seed=9)
+    maps = predict_field(load_network(package), image)
+    assert maps.shape == (2, *image.shape[:2])
+    # A second run finds everything done and packs the same weights.
+    before = (tmp_path / "model" / "weights.safetensors").read_bytes()
+    assert run_experiment(experiment, tmp_path / "work", tmp_path / "model", "cpu") == evaluation
+    assert (tmp_path / "model" / "weights.safetensors").read_bytes() == before
+    # More steps go on from the last checkpoint.
+    longer = replace(experiment, schedule=replace(experiment.schedule, steps=6), final_steps=0)
+    run_experiment(longer, tmp_path / "work", tmp_path / "longer", "cpu")
+    last = torch.load(tmp_path / "work" / "heldout" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_of_another_network_is_one_line(data: Path, tmp_path: Path) -> None:
+    run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
+    other = Experiment.from_json(section(data, final_steps=0, network_args={"widths": [6, 8, 12]}))
+    with pytest.raises(PipelineError, match="another network"):
+        run_experiment(other, tmp_path / "work", tmp_path / "other", "cpu")
+    assert not (tmp_path / "other").exists()
+    assert (tmp_path / "work" / "heldout" / "last.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_checkpoint_is_one_line(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "work" / "heldout").mkdir(parents=True)
+    (tmp_path / "work" / "heldout" / "last.ckpt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(PipelineError, match=r"last\.ckpt cannot be read"):
+        run_experiment(Experiment.from_json(section(data)), tmp_path / "work", tmp_path / "model", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 20, "batch": 2, "size": 64, "validate_every": 2, "workers": 0, "learning_rate": 1e30}
+    with pytest.raises(PipelineError, match="the loss is"):
+        run_experiment(Experiment.from_json(section(data, schedule=schedule)), tmp_path / "w", tmp_path / "m", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"speed": 3}, "speed"), ({"schedule": {"epochs": 3}}, "epochs"), ({"augmentation": {"scale": [2, 1]}}, "scale")],
+)
+def test_wrong_section_is_one_line(data: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        Experiment.from_json(section(data, **change))
+
+
+def test_samples_are_seeded_and_aligned() -> None:
+    from pipeline.training.data import Field
+
+    image, labels = make_field(200, 200, 0.5, seed=3)
+    prepared = prepare_field(Field("f", "s", "p", "", 0.5, image, labels), 0.5)
+    plain = Augmentation(stain=0, brightness=0, blur=0, noise=0)
+    first = draw_sample(prepared, 96, plain, np.random.default_rng(5))
+    again = draw_sample(prepared, 96, plain, np.random.default_rng(5))
+    np.testing.assert_array_equal(first[0], again[0])
+    # Nuclei are darker than what lies around them in red, so image and target must be turned alike.
+    inside = first[1][..., 0] > 200
+    assert inside.any()
+    assert first[0][inside, 0].mean() < first[0][~inside, 0].mean()
+
+
+def test_bootstrap_interval_holds_the_mean() -> None:
+    values = np.random.default_rng(1).normal(0.6, 0.05, 14)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert math.isclose(high - low, 4 * 0.05 / math.sqrt(14), rel_tol=0.5)
