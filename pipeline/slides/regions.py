@@ -43,13 +43,6 @@ def best_level(levels: tuple[Level, ...], grid: Grid) -> int:
     return max(fit, key=lambda i: levels[i].scale_x * levels[i].scale_y) if fit else 0
 
 
-def level_window(level: Level, grid: Grid, x: int, y: int, w: int, h: int) -> tuple[int, int, int, int]:
-    """Level pixels that a grid window averages: x, y, width, height, clipped to the level."""
-    x0, x1 = _span(x, w, grid.scale_x / level.scale_x, level.width)
-    y0, y1 = _span(y, h, grid.scale_y / level.scale_y, level.height)
-    return x0, y0, x1 - x0, y1 - y0
-
-
 def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np.ndarray:
     """Read a window of a slide in pixels of a grid.
 
@@ -140,16 +133,6 @@ def _taps(start: int, n: int, ratio: float, size: int) -> tuple[np.ndarray, np.n
     running = np.rint(np.cumsum(share, axis=1) * _WEIGHT).astype(np.int64)
     running[:, -1] = _WEIGHT
     return first, np.diff(running, axis=1, prepend=0)
-
-
-def _span(start: int, n: int, ratio: float, size: int) -> tuple[int, int]:
-    """Range of level pixels that `n` grid pixels from `start` use, clipped to ``[0, size)``."""
-    if ratio < 1:
-        low, high = (start + 0.5) * ratio - 0.5, (start + n - 0.5) * ratio - 0.5
-        first = min(max(math.floor(low), 0), max(size - 2, 0))
-        return first, max(first + 1, min(max(math.floor(high), 0) + 2, size))
-    first = min(max(math.floor(start * ratio + 1e-9), 0), size)
-    return first, min(max(math.ceil((start + n) * ratio - 1e-9), first), size)
 
 
 def _matrix(start: int, n: int, ratio: float, size: int) -> tuple[np.ndarray, int, int]:

@@ -1,0 +1,112 @@
+"""Windows of a slide on a grid: right averages, and the same whatever window is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.grid import Grid
+from pipeline.slides.open import Level
+from pipeline.slides.regions import best_level, read_region
+
+
+class ArraySlide:
+    """A slide of arrays, one a level."""
+
+    def __init__(self, *levels: np.ndarray) -> None:
+        self.arrays = levels
+        height, width = levels[0].shape[:2]
+        self.levels = tuple(
+            Level(a.shape[1], a.shape[0], float(round(width / a.shape[1])), float(round(height / a.shape[0])))
+            for a in levels
+        )
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        array = self.arrays[level]
+        assert x >= 0
+        assert y >= 0
+        assert x + w <= array.shape[1]
+        assert y + h <= array.shape[0]
+        return np.ascontiguousarray(array[y : y + h, x : x + w])
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def exact_mean(pixels: np.ndarray, ratio_x: float, ratio_y: float, x: int, y: int) -> np.ndarray:
+    """Mean over the area of grid pixel (x, y), as float, by the definition."""
+
+    def shares(start: float, end: float, size: int) -> np.ndarray:
+        edges = np.clip(np.arange(size + 1), start, end)
+        return np.diff(edges)
+
+    wy, wx = (
+        shares(y * ratio_y, (y + 1) * ratio_y, pixels.shape[0]),
+        shares(x * ratio_x, (x + 1) * ratio_x, pixels.shape[1]),
+    )
+    return np.einsum("i,j,ijc->c", wy, wx, pixels.astype(float)) / (wy.sum() * wx.sum())
+
+
+RATIOS = [1.0, 2.0, 3.0, 4.0, 7.0, 1.002004008, 1.37, 1.9784, 2.5, 5.31]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio_x=st.sampled_from([*RATIOS, 0.5, 0.73]),
+    same=st.booleans(),
+    other=st.sampled_from(RATIOS),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_any_window_is_a_crop(ratio_x: float, same: bool, other: float, seed: int, data: st.DataObject) -> None:
+    slide = ArraySlide(noise(211, 173, seed))
+    ratio_y = ratio_x if same else other
+    grid = Grid(max(1, int(211 / ratio_x)), max(1, int(173 / ratio_y)), 1.0, ratio_x, ratio_y)
+    whole = read_region(slide, grid, -20, -20, grid.width + 60, grid.height + 60)
+    x, y = data.draw(st.integers(-20, grid.width + 20)), data.draw(st.integers(-20, grid.height + 20))
+    w, h = data.draw(st.integers(1, grid.width + 39 - x)), data.draw(st.integers(1, grid.height + 39 - y))
+    np.testing.assert_array_equal(read_region(slide, grid, x, y, w, h), whole[y + 20 : y + 20 + h, x + 20 : x + 20 + w])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_area_average(ratio: float) -> None:
+    pixels = noise(97, 83)
+    grid = Grid(int(97 / ratio), int(83 / ratio), 1.0, ratio, ratio)
+    # One more than the grid each way: pixels that the slide covers in part are the mean of that part.
+    width, height = -(-97 // ratio), -(-83 // ratio)
+    got = read_region(ArraySlide(pixels), grid, 0, 0, int(width), int(height))
+    for y in range(int(height)):
+        for x in range(int(width)):
+            assert np.abs(got[y, x] - exact_mean(pixels, ratio, ratio, x, y)).max() < 0.75
+
+
+def test_constants_stay(ratio: float = 1.777) -> None:
+    for value in (0, 1, 127, 254, 255):
+        slide = ArraySlide(np.full((100, 90, 3), value, np.uint8))
+        for r in (ratio, 3.0, 0.6, 40.5):
+            grid = Grid(max(1, int(90 / r)), max(1, int(100 / r)), 1.0, r, r)
+            assert (read_region(slide, grid, 0, 0, grid.width, grid.height) == value).all()
+
+
+def test_two_by_two_is_exact() -> None:
+    pixels = noise(64, 48)
+    got = read_region(ArraySlide(pixels), Grid(32, 24, 0.5, 2.0, 2.0), 0, 0, 32, 24)
+    total = pixels.reshape(24, 2, 32, 2, 3).astype(int).sum(axis=(1, 3))
+    np.testing.assert_array_equal(got, (total + 2) >> 2)
+
+
+def test_enlarging_is_bilinear() -> None:
+    ramp = np.repeat(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(4, axis=0)
+    got = read_region(ArraySlide(ramp), Grid(40, 8, 1.0, 0.5, 0.5), 0, 0, 40, 8)[0, :, 0].astype(float)
+    expected = np.clip((np.arange(40) + 0.5) * 5 - 5, 0, 190)
+    assert np.abs(got - expected).max() <= 0.51
+
+
+def test_best_level() -> None:
+    slide = ArraySlide(noise(400, 400), noise(100, 100), noise(25, 25))
+    for scale, level in ((0.5, 0), (1.0, 0), (2.0, 0), (3.999, 0), (4.0, 1), (8.0, 1), (16.0, 2), (50.0, 2)):
+        assert best_level(slide.levels, Grid(4, 4, 1.0, scale, scale)) == level
+    assert best_level(slide.levels, Grid(4, 4, 1.0, 16.0, 4.0)) == 1

@@ -1,0 +1,248 @@
+"""The tile store: the same pixels for every tile size and worker count, bad tiles, reflection, damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import tiles
+from pipeline.errors import PipelineError
+from pipeline.grid import Grid
+from pipeline.lattice import CELL, active_cells
+from pipeline.slides.inspect import run_inspect
+from pipeline.slides.open import open_slide
+from pipeline.slides.regions import read_region
+from pipeline.slides.synthetic import write_svs
+from pipeline.stage import read_manifest
+from pipeline.tiles import TileStore, reflect, run_tiles
+
+TISSUE = [
+    shapely.Polygon([(200, 150), (1900, 300), (1700, 1300), (900, 900), (300, 1250)]),
+    shapely.box(2300, 1500, 2310, 1510),
+]
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    coarse = rng.integers(60, 256, (height // 40 + 2, width // 40 + 2, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def slide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slide")
+    write_svs(folder / "s.svs", picture(2500, 1700), 0.25)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "model_mpp", lambda folder: float(folder.name))
+
+
+def prepare(folder: Path, path: Path, tissue: list[shapely.Geometry] | None = None) -> None:
+    run_inspect("s", path, folder / "slide.json")
+    features = [
+        {"type": "Feature", "properties": {}, "geometry": json.loads(shapely.to_geojson(part))}
+        for part in (TISSUE if tissue is None else tissue)
+    ]
+    (folder / "tissue.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    (folder / "tissue.json").write_text(json.dumps({"stage": "tissue", "status": "ok", "failure": None}))
+
+
+def run(folder: Path, mpp: float = 0.5, **options: Any) -> dict[str, Any]:
+    return run_tiles(
+        "s",
+        folder / "slide.json",
+        folder / "tissue.json",
+        folder / "tissue.geojson",
+        Path(str(mpp)),
+        folder / "tiles.json",
+        folder / "tiles.zarr",
+        **options,
+    )
+
+
+def whole(store: TileStore) -> np.ndarray:
+    return store.read(0, 0, store.grid.width, store.grid.height)
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.47, 0.25, 1.1])
+def test_same_pixels_for_every_cut(
+    tmp_path: Path, slide_folder: Path, mpp: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, slide_folder / "s.svs")
+    digests, images = set(), []
+    for tile, workers, size in ((256, 1, 10_000_000), (512, 3, 10_000_000), (1024, 2, 10_000_000), (64, 2, 300_000)):
+        monkeypatch.setattr(tiles, "_SUPER_PIXELS", size)
+        manifest = run(tmp_path, mpp, tile=tile, workers=workers)
+        assert manifest["status"] == "ok"
+        digests.add(manifest["digest"])
+        store = TileStore.open(tmp_path / "tiles.zarr")
+        assert store.tile == tile
+        images.append(whole(store))
+        written = [p for p in (tmp_path / "tiles.zarr" / "rgb" / "c").rglob("0") if p.is_file()]
+        assert len(written) == manifest["tiles"]
+    assert len(digests) == 1
+    for image in images[1:]:
+        np.testing.assert_array_equal(image, images[0])
+    # And they are those of the slide, where a cell is active.
+    with open_slide(slide_folder / "s.svs") as slide:
+        grid = Grid.for_slide(2500, 1700, 0.25, 0.25, mpp)
+        expected = read_region(slide, grid, 0, 0, grid.width, grid.height)
+    active = active_cells(TISSUE, grid)
+    mask = np.kron(active, np.ones((CELL, CELL), bool))[: grid.height, : grid.width]
+    expected[~mask] = 255
+    np.testing.assert_array_equal(images[0], expected)
+    np.testing.assert_array_equal(store.active, active)
+
+
+def test_manifest(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs")
+    run(tmp_path)
+    manifest = read_manifest(tmp_path / "tiles.json")
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    assert Grid.from_json(manifest["grid"]) == store.grid == Grid(1250, 850, 0.5, 2.0, 2.0)
+    assert manifest["active_cells"] == store.active.sum()
+    assert manifest["unreadable"] == []
+    assert manifest["tile"] == 1024
+    assert manifest["megapixels"] <= manifest["active_cells"] * CELL**2 / 1e6
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs", tissue=[])
+    manifest = run(tmp_path)
+    assert (manifest["status"], manifest["tiles"], manifest["active_cells"]) == ("ok", 0, 0)
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    assert (store.read(-5, -5, 100, 100) == 255).all()
+
+
+def spoil(source: Path, target: Path, which: list[int]) -> list[tuple[int, int]]:
+    """Copy an SVS with tiles of level 0 overwritten; the tiles' corners."""
+    target.write_bytes(source.read_bytes())
+    with tifffile.TiffFile(source) as tif:
+        page = tif.pages[0]
+        across = -(-page.imagewidth // page.tilewidth)
+        with target.open("r+b") as file:
+            for i in which:
+                file.seek(page.dataoffsets[i])
+                file.write(bytes(page.databytecounts[i]))
+        return [(i % across * page.tilewidth, i // across * page.tilelength) for i in which]
+
+
+@pytest.mark.parametrize("reader", ["tiffslide", "openslide"])
+def test_unreadable_tiles_are_white_and_listed(tmp_path: Path, slide_folder: Path, reader: str) -> None:
+    path = tmp_path / "s.svs"
+    with open_slide(slide_folder / "s.svs") as slide:
+        side = slide.tile_size(0)[0]
+    across = -(-2500 // side)
+    bad = [across * 2 + 3, across * 2 + 4, len(range(0, 2500, side)) - 1]  # the last one is not tissue
+    corners = spoil(slide_folder / "s.svs", path, bad)
+    run_inspect("s", path, tmp_path / "slide.json", reader=reader)
+    features = [{"type": "Feature", "geometry": json.loads(shapely.to_geojson(part))} for part in TISSUE]
+    (tmp_path / "tissue.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    (tmp_path / "tissue.json").write_text(json.dumps({"stage": "tissue", "status": "ok", "failure": None}))
+    results = []
+    for tile, workers in ((256, 1), (1024, 2)):
+        manifest = run(tmp_path, tile=tile, workers=workers, max_unreadable=0.5)
+        assert manifest["status"] == "ok", manifest["failure"]
+        results.append((manifest["unreadable"], manifest["unreadable_share"], manifest["digest"]))
+    assert results[0] == results[1]
+    half = side // 2
+    assert manifest["unreadable"] == [[x // 2, y // 2, half, half] for x, y in corners[:2]]
+    assert 0 < manifest["unreadable_share"] < 0.5
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    x, y = corners[0]
+    assert (store.read(x // 2, y // 2, half, half) == 255).all()
+    prepare_good = tmp_path / "good"
+    prepare_good.mkdir()
+    prepare(prepare_good, slide_folder / "s.svs")
+    run(prepare_good)
+    good = TileStore.open(prepare_good / "tiles.zarr")
+    np.testing.assert_array_equal(store.read(x // 2 - 60, y // 2, 60, half), good.read(x // 2 - 60, y // 2, 60, half))
+
+
+def test_too_many_unreadable_tiles(tmp_path: Path, slide_folder: Path) -> None:
+    path = tmp_path / "s.svs"
+    with tifffile.TiffFile(slide_folder / "s.svs") as tif:
+        count = len(tif.pages[0].dataoffsets)
+    prepare(tmp_path, slide_folder / "s.svs")
+    spoil(slide_folder / "s.svs", path, list(range(count // 3, 2 * count // 3)))
+    info = read_manifest(tmp_path / "slide.json") | {"path": str(path)}
+    (tmp_path / "slide.json").write_text(json.dumps(info))
+    manifest = run(tmp_path)
+    assert manifest["status"] == "failed"
+    assert "of the tissue cannot be decoded" in manifest["failure"]["reason"]
+    with pytest.raises(PipelineError):
+        TileStore.open(tmp_path / "tiles.zarr")
+
+
+def test_failure_is_passed_on(tmp_path: Path) -> None:
+    failure = {"stage": "inspect", "reason": "file is empty", "hint": ""}
+    record = {"stage": "inspect", "status": "failed", "failure": failure}
+    for name in ("slide.json", "tissue.json"):
+        (tmp_path / name).write_text(json.dumps(record))
+    assert run(tmp_path)["failure"] == failure
+
+
+@pytest.mark.parametrize("options", [{"tile": 100}, {"tile": 0}, {"workers": 0}, {"max_unreadable": 2}])
+def test_wrong_settings(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError):
+        run(tmp_path, **options)
+
+
+@given(start=st.integers(-500, 500), n=st.integers(1, 300), size=st.integers(1, 90))
+def test_reflect_is_symmetric_padding(start: int, n: int, size: int) -> None:
+    pad = 900
+    expected = np.pad(np.arange(size), (pad, pad), mode="symmetric")[start + pad : start + pad + n]
+    np.testing.assert_array_equal(reflect(start, n, size), expected)
+
+
+def test_read_outside(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs", tissue=[shapely.box(0, 0, 2500, 1700)])
+    run(tmp_path, 4.0, tile=64)
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    image = whole(store)
+    padded = np.pad(image, ((300, 300), (300, 300), (0, 0)), mode="symmetric")
+    for x, y, w, h in ((-10, -20, 50, 60), (-300, -300, 700, 650), (100, 60, 200, 200), (5, 6, 30, 40), (250, 0, 9, 9)):
+        np.testing.assert_array_equal(store.read(x, y, w, h), padded[y + 300 : y + 300 + h, x + 300 : x + 300 + w])
+
+
+def test_damaged_store(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs")
+    run(tmp_path, tile=256)
+    chunk = next(p for p in sorted((tmp_path / "tiles.zarr" / "rgb" / "c").rglob("0")) if p.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    chunk.write_bytes(data)
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    with pytest.raises(PipelineError, match=r"tiles\.zarr is damaged: .*delete it and run again"):
+        whole(store)
+    (tmp_path / "tiles.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(PipelineError, match="is damaged"):
+        TileStore.open(tmp_path / "tiles.zarr")
+    with pytest.raises(PipelineError, match="is missing"):
+        TileStore.open(tmp_path / "nowhere.zarr")
+
+
+def test_reading_from_threads(tmp_path: Path, slide_folder: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    prepare(tmp_path, slide_folder / "s.svs")
+    run(tmp_path, tile=128)
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    image = whole(store)
+    windows = [(x, y) for y in range(0, 750, 90) for x in range(0, 1150, 90)]
+    with ThreadPoolExecutor(4) as threads:
+        for (x, y), got in zip(windows, threads.map(lambda at: store.read(*at, 100, 100), windows), strict=True):
+            np.testing.assert_array_equal(got, image[y : y + 100, x : x + 100])
