@@ -90,7 +90,6 @@ def polygons_of(mask: np.ndarray, scale_x: float, scale_y: float, width: float, 
         Valid, with holes, in level-0 pixels, ordered by their first corner from the top.
     """
     import shapely
-
     from skimage.measure import find_contours
 
     # Marching squares: rings that never touch, not even at pixels that meet at a corner. The mask goes on beyond the
