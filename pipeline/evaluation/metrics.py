@@ -65,16 +65,18 @@ class Overlaps:
         for truth, pred in bands:
             if truth.shape != pred.shape:
                 raise ValueError(f"truth has shape {truth.shape}, prediction {pred.shape}")
-            compact = []
+            flats, tables = [], []
             for side, values in enumerate((truth, pred)):
-                found, area, inverse = _compact(values)
+                flat, found, area, table = _compact(values)
+                flats.append(flat)
+                tables.append(table)
                 labels[side].append(found)
                 areas[side].append(area)
-                compact.append(inverse)
-            both = (compact[0] > 0) & (compact[1] > 0)
-            n_pred = len(labels[1][-1])
-            keys, count = np.unique((compact[0][both] - 1) * n_pred + compact[1][both] - 1, return_counts=True)
-            pairs.append(np.stack([labels[0][-1][keys // max(n_pred, 1)], labels[1][-1][keys % max(n_pred, 1)]]))
+            both = (flats[0] != 0) & (flats[1] != 0)
+            n_pred = max(len(labels[1][-1]), 1)
+            keys = tables[0][flats[0][both]] * n_pred + tables[1][flats[1][both]]
+            keys, count = np.unique(keys, return_counts=True)
+            pairs.append(np.stack([labels[0][-1][keys // n_pred], labels[1][-1][keys % n_pred]]))
             counts.append(count)
         truth_ids, truth_area = _first_seen(labels[0], areas[0])
         pred_ids, pred_area = _first_seen(labels[1], areas[1])
@@ -98,32 +100,39 @@ class Overlaps:
         return self.pixels / self.union
 
 
-def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels in the order of their first pixels, their areas, and the map with labels 1..n in that order, flat."""
+def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Take stock of a label map.
+
+    Returns
+    -------
+    flat : numpy.ndarray
+        The map, flat, perhaps with other labels.
+    ids, area : numpy.ndarray
+        Original labels in the order of their first pixels, and how many pixels each has, int64.
+    table : numpy.ndarray
+        Position in `ids` of each label of `flat`, int64.
+    """
     flat = np.ascontiguousarray(labels).ravel()
     if flat.dtype == np.bool_:
         flat = flat.astype(np.uint8)
     if flat.dtype.kind not in "iu":
         raise ValueError(f"a label map holds integers, not {labels.dtype}")
-    if not flat.size:
-        return np.empty(0, np.int64), np.empty(0, np.int64), flat.astype(np.int64)
-    if flat.dtype.kind == "i" and flat.min() < 0:
+    if flat.dtype.kind == "i" and flat.size and flat.min() < 0:
         raise ValueError("a label map holds no negative labels")
-    if int(flat.max()) < max(1024, 2 * flat.size):
-        count = np.bincount(flat)
-        ids = np.flatnonzero(count)
-        first = np.empty(len(count), np.int64)
-        first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)  # the last assignment, the first pixel, stays
-        order = ids[ids > 0][np.argsort(first[ids[ids > 0]])]
-        lookup = np.zeros(len(count), np.int64)
-        lookup[order] = np.arange(1, len(order) + 1)
-        return order, count[order].astype(np.int64), lookup[flat]
-    ids, first, inverse, count = np.unique(flat, return_index=True, return_inverse=True, return_counts=True)
-    nonzero = np.flatnonzero(ids)
-    order = nonzero[np.argsort(first[nonzero])]
-    lookup = np.zeros(len(ids), np.int64)
-    lookup[order] = np.arange(1, len(order) + 1)
-    return ids[order].astype(np.int64), count[order].astype(np.int64), lookup[inverse]
+    names = None
+    if int(flat.max(initial=0)) >= max(1024, 2 * flat.size):  # too large for tables
+        names, flat = np.unique(np.r_[flat.dtype.type(0), flat], return_inverse=True)
+        flat = flat[1:]
+    inside = flat[flat != 0]
+    count = np.bincount(inside)
+    first = np.empty(len(count), np.int64)
+    first[inside[::-1]] = np.arange(inside.size - 1, -1, -1)  # the last assignment, the first pixel, stays
+    ids = np.flatnonzero(count)
+    ids = ids[np.argsort(first[ids])]
+    table = np.zeros(max(len(count), 1), np.int64)
+    table[ids] = np.arange(len(ids))
+    area = count[ids].astype(np.int64)
+    return flat, (ids if names is None else names[ids]).astype(np.int64), area, table
 
 
 def _first_seen(labels: list[np.ndarray], areas: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.stage import write_json
+from pipeline.tiles import TileStore
 
 
 def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -161,9 +161,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
     """Run the stage on an array."""
 
     def call(rgb: np.ndarray, **options: Any) -> dict[str, Any]:
-        module = ModuleType("pipeline.tiles")
-        module.TileStore = SimpleNamespace(open=lambda path: ArrayTiles(rgb))  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "pipeline.tiles", module)
+        monkeypatch.setattr(TileStore, "open", lambda path: ArrayTiles(rgb))
         monkeypatch.setattr(stain.ModelPackage, "load", lambda folder: model())
         write_json(tmp_path / "tiles.json", {"status": "ok", "failure": None})
         paths = [tmp_path / name for name in ("tiles.json", "tiles.zarr", "model", "stain.json", "stain.png")]

@@ -1,0 +1,154 @@
+"""Command ``evaluate``: compare nuclei with known ones, file by file or folder by folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.readers import SUFFIXES, compare, load, stem
+from pipeline.stage import write_json
+
+log = logging.getLogger(__name__)
+
+TITLES = {
+    "aji": "AJI",
+    "aji_plus": "AJI+",
+    "pq": "PQ",
+    "sq": "SQ",
+    "dq": "DQ",
+    "dice": "Dice",
+    "iou": "IoU",
+    "f1": "F1",
+}
+"""Scores as they are written in the table."""
+
+
+def files_by_stem(path: Path) -> dict[str, Path]:
+    """What a path stands for.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file, or a folder: its files by their stems, and ``nuclei.parquet`` (or its GeoJSON) of its folders by the
+        folders' names, as in ``results/slides``.
+
+    Raises
+    ------
+    PipelineError
+        When there is nothing to read, or two files have one stem.
+    """
+    if not path.exists():
+        raise PipelineError(f"{path} is missing", "give a file or a folder of them")
+    if not path.is_dir():
+        return {stem(path): path}
+    found: dict[str, Path] = {}
+    for entry in sorted(path.iterdir()):
+        name = entry.name
+        if name.startswith("."):
+            continue
+        if entry.is_dir():
+            inside = (entry / "nuclei.parquet", entry / "nuclei.geojson.gz", entry / "nuclei.geojson")
+            target = next((file for file in inside if file.is_file()), None)
+        else:
+            name, target = stem(entry), entry if entry.name.lower().endswith(SUFFIXES) else None
+        if target is None:
+            continue
+        if name in found:
+            raise PipelineError(f"{found[name]} and {target} have one name", "keep one of them in the folder")
+        found[name] = target
+    if not found:
+        raise PipelineError(f"{path} holds nothing to compare", f"known are {', '.join(SUFFIXES)}")
+    return found
+
+
+def pairs(pred: Path, truth: Path) -> dict[str, tuple[Path, Path]]:
+    """Predictions and truths that belong together, by name.
+
+    Two files belong together whatever their names; of folders, files of the same stem.
+
+    Raises
+    ------
+    PipelineError
+        When nothing matches.
+    """
+    predictions, truths = files_by_stem(pred), files_by_stem(truth)
+    if not pred.is_dir() and not truth.is_dir():
+        return {stem(truth): (pred, truth)}
+    common = sorted(predictions.keys() & truths.keys())
+    if not common:
+        raise PipelineError(
+            f"{pred} and {truth} share no name: {next(iter(predictions))!r} ..., {next(iter(truths))!r} ...",
+            "name them alike but for the suffix",
+        )
+    for folder, files in ((pred, predictions), (truth, truths)):
+        alone = sorted(files.keys() - set(common))
+        if alone:
+            log.warning("%d of %s have no partner and are left out: %s", len(alone), folder, ", ".join(alone[:5]))
+    return {name: (predictions[name], truths[name]) for name in common}
+
+
+def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
+    """Compare nuclei with known ones.
+
+    Parameters
+    ----------
+    pred, truth : pathlib.Path
+        Files, or folders of them.
+
+    Returns
+    -------
+    dict
+        ``images``: the scores of each image by its name; ``mean``: the mean of each score over the images.
+
+    Raises
+    ------
+    PipelineError
+        When something cannot be read or compared.
+    """
+    images: dict[str, dict[str, Any]] = {}
+    for name, (prediction, known) in pairs(pred, truth).items():
+        try:
+            images[name] = compare(load(known), load(prediction))
+        except PipelineError as error:
+            if str(prediction) in str(error) or str(known) in str(error):
+                raise
+            raise PipelineError(f"{prediction} and {known}: {error}") from None
+    mean = {metric: sum(row[metric] for row in images.values()) / len(images) for metric in METRICS}
+    return {"images": images, "mean": mean}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text, an image a line, the mean last."""
+    rows = [("image", *TITLES.values(), "truth", "found")]
+    for name, row in result["images"].items():
+        rows.append((name, *(f"{row[metric]:.4f}" for metric in TITLES), str(row["n_truth"]), str(row["n_pred"])))
+    totals = (str(sum(row[key] for row in result["images"].values())) for key in ("n_truth", "n_pred"))
+    rows.append(("mean", *(f"{result['mean'][metric]:.4f}" for metric in TITLES), *totals))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline evaluate``."""
+    parser.add_argument(
+        "pred", type=Path, metavar="PRED", help="nuclei found: GeoJSON(.gz), parquet, PNG, TIFF, npy, or a folder"
+    )
+    parser.add_argument("truth", type=Path, metavar="TRUTH", help="nuclei known: the same kinds; folders match by name")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline evaluate``."""
+    result = evaluate(args.pred, args.truth)
+    print(table(result))
+    if args.json is not None:
+        write_json(args.json, result)
+    return 0

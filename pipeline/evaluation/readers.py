@@ -1,0 +1,315 @@
+"""Instances from files: label maps (PNG, TIFF, npy) and outlines (GeoJSON, the pipeline's own parquet)."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation.metrics import Overlaps, score_overlaps
+from pipeline.kernels.raster import paint_runs, polygon_runs
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", ".png", ".tiff", ".tif", ".npy")
+"""What can be read."""
+
+BAND_PIXELS = 1 << 24
+"""Pixels that are compared at once."""
+
+_POLYGONS_AT_ONCE = 50_000
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels, the latter two exclusive."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """Instances as an image of numbers.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        Integers ``(H, W)``, 0 is background.
+    """
+
+    labels: np.ndarray
+
+    @property
+    def box(self) -> Box:
+        """The image."""
+        return 0, 0, self.labels.shape[1], self.labels.shape[0]
+
+    def paint(self, box: Box) -> np.ndarray:
+        """Labels within a box inside the image."""
+        left, top, right, bottom = box
+        return np.asarray(self.labels[top:bottom, left:right])
+
+    def busy(self, top: int, bottom: int) -> bool:
+        """Whether there may be an instance between two rows."""
+        return bool(np.any(self.labels[top:bottom]))
+
+
+@dataclass(frozen=True, eq=False)
+class Outlines:
+    """Instances as polygons, kept as pixel runs.
+
+    Parameters
+    ----------
+    runs : numpy.ndarray
+        Row, first column, column after the last, int32 ``(m, 3)``, ordered by row.
+    labels : numpy.ndarray
+        Instance of each run, int32 ``(m,)``, from 1 on; where two overlap the lower number has the pixel.
+    """
+
+    runs: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> Outlines:
+        """Outlines of polygons given as flat arrays, see `pipeline.kernels.raster.polygon_runs`."""
+        runs = polygon_runs(points, ring_starts, polygon_starts)
+        order = np.argsort(runs[:, 1], kind="stable")
+        return cls(runs[order, 1:].astype(np.int32), (runs[order, 0] + 1).astype(np.int32))
+
+    @property
+    def box(self) -> Box:
+        """The smallest box around all pixels."""
+        if not len(self.runs):
+            return 0, 0, 0, 0
+        row, first, last = self.runs.T
+        return int(first.min()), int(row[0]), int(last.max()), int(row[-1]) + 1
+
+    def paint(self, box: Box) -> np.ndarray:
+        """Labels within a box, whatever lies outside being cut off."""
+        left, top, right, bottom = box
+        out = np.zeros((bottom - top, right - left), np.int32)
+        here = slice(*np.searchsorted(self.runs[:, 0], (top, bottom)))
+        order = np.argsort(self.labels[here], kind="stable")
+        paint_runs(self.runs[here][order], self.labels[here][order], out, top, left)
+        return out
+
+    def busy(self, top: int, bottom: int) -> bool:
+        """Whether there is an instance between two rows."""
+        first, last = np.searchsorted(self.runs[:, 0], (top, bottom))
+        return bool(last > first)
+
+
+Instances = LabelMap | Outlines
+
+
+def stem(path: Path) -> str:
+    """Name of a file without folder and suffix, and without ``.truth`` before it."""
+    name = path.name
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), path.suffix)
+    return name[: len(name) - len(suffix)].removesuffix(".truth")
+
+
+def load(path: Path) -> Instances:
+    """Read the instances of one image or slide.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A label map (``.png``, ``.tif``, ``.npy``; integers, or a mask of 0 and 255 whose connected parts are taken for
+        instances), polygons in level-0 pixels (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon),
+        or ``nuclei.parquet``.
+
+    Raises
+    ------
+    PipelineError
+        When the file is missing, damaged, or of another kind.
+    """
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise PipelineError(f"{path}: unknown kind of file", f"known are {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing", "give a file or a folder of them")
+    if name.endswith((".geojson", ".json", ".gz")):
+        return _geojson(path)
+    if name.endswith(".parquet"):
+        return _parquet(path)
+    return _label_map(path)
+
+
+def _label_map(path: Path) -> LabelMap:
+    try:
+        labels = _read_image(path)
+    except PipelineError:
+        raise
+    except Exception as error:  # readers raise what they like over damaged files
+        raise PipelineError(f"{path} cannot be read: {error}", "is it a label map?") from None
+    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[2]):
+        labels = labels.squeeze(axis=0 if labels.shape[0] == 1 else 2)
+    if labels.ndim != 2:
+        raise PipelineError(f"{path} has shape {labels.shape}, a label map has rows and columns alone")
+    if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "biu":
+        raise PipelineError(f"{path} holds {labels.dtype}, a label map holds integers")
+    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
+        raise PipelineError(f"{path} holds negative numbers, a label map holds 0 and up")
+    if labels.dtype == np.bool_ or (labels.dtype == np.uint8 and labels.any() and set(np.unique(labels)) <= {0, 255}):
+        from scipy import ndimage
+
+        log.warning("%s is a mask: its connected parts are taken for instances", path)
+        labels = ndimage.label(labels)[0]
+    return LabelMap(labels)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    kind = path.suffix.lower()
+    if kind == ".npy":
+        try:
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except ValueError as error:
+            if "Python objects" not in str(error) and "allow_pickle" not in str(error):
+                raise
+            raise PipelineError(
+                f"{path} holds Python objects (a dict?), which may run code when they are read",
+                "save its array of instances alone: numpy.save(file, content['inst_map'])",
+            ) from None
+    if kind in (".tif", ".tiff"):
+        import tifffile
+
+        return np.asarray(tifffile.imread(path))
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            return np.asarray(image)
+
+
+def _parquet(path: Path) -> Outlines:
+    import shapely
+
+    from pipeline.nuclei import open_nuclei
+
+    with open_nuclei(path) as file:
+        parts = []
+        for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry"]):
+            polygons = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
+            _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
+            parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
+    return _join(parts)
+
+
+def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
+    runs, labels, before = [np.empty((0, 3), np.int32)], [np.empty(0, np.int32)], 0
+    for count, part in parts:
+        runs.append(part.runs)
+        labels.append(part.labels + np.int32(before))
+        before += count
+    row_order = np.argsort(np.concatenate(runs)[:, 0], kind="stable")
+    return Outlines(np.concatenate(runs)[row_order], np.concatenate(labels)[row_order])
+
+
+def _geojson(path: Path) -> Outlines:
+    import orjson
+
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        value = orjson.loads(data)
+    except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:
+        raise PipelineError(f"{path} is no GeoJSON: {error}", "is it damaged?") from None
+    try:
+        return _join(list(_polygon_batches(value)))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PipelineError(
+            f"{path} is no GeoJSON of polygons: {type(error).__name__} {error}", "features hold Polygon or MultiPolygon"
+        ) from None
+
+
+def _features(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):  # as QuPath wrote once
+        for item in value:
+            yield from _features(item)
+    elif value["type"] == "FeatureCollection":
+        yield from _features(value["features"])
+    elif value["type"] == "Feature":
+        if value["geometry"] is not None:
+            yield value["geometry"]
+    elif value["type"] == "GeometryCollection":
+        yield from value["geometries"]
+    else:
+        yield value
+
+
+def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
+    points: list[np.ndarray] = []
+    polygons: list[int] = []
+    for geometry in _features(value):
+        if geometry["type"] not in ("Polygon", "MultiPolygon"):
+            raise ValueError(f"found a {geometry['type']}")
+        parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+        polygons.append(len(points))
+        for ring in (ring for part in parts for ring in part):
+            corners = np.array(ring, np.float64)
+            if corners.ndim != 2 or corners.shape[1] < 2 or not np.isfinite(corners).all():
+                raise ValueError("a ring is no list of points")
+            points.append(corners[:, :2])
+        if len(polygons) == _POLYGONS_AT_ONCE:
+            yield len(polygons), _outlines(points, polygons)
+            points, polygons = [], []
+    if polygons:
+        yield len(polygons), _outlines(points, polygons)
+
+
+def _outlines(points: list[np.ndarray], polygons: list[int]) -> Outlines:
+    sizes = np.array([len(ring) for ring in points], np.int64)
+    flat = np.concatenate(points) if points else np.empty((0, 2))
+    return Outlines.of(flat, np.cumsum(sizes) - sizes, np.array(polygons, np.int64))
+
+
+def canvas(first: Instances, second: Instances) -> Box:
+    """The box on which two sets of instances are compared.
+
+    Label maps must be of one size; outlines are compared with a label map on its image, what reaches outside being cut
+    off, and with outlines on the box around both.
+
+    Raises
+    ------
+    PipelineError
+        When two label maps differ in size.
+    """
+    a, b = first.box, second.box
+    if isinstance(first, LabelMap) and isinstance(second, LabelMap):
+        if a != b:
+            raise PipelineError(f"sizes differ: {a[2]} x {a[3]} and {b[2]} x {b[3]} pixels", "compare the same image")
+        return a
+    if isinstance(first, LabelMap) or isinstance(second, LabelMap):
+        return a if isinstance(first, LabelMap) else b
+    if a[2] <= a[0] or b[2] <= b[0]:
+        return a if b[2] <= b[0] else b
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
+def compare(truth: Instances, pred: Instances) -> dict[str, Any]:
+    """The scores of `pipeline.evaluation.metrics.score`, computed in bands: memory does not grow with the image.
+
+    Raises
+    ------
+    PipelineError
+        When two label maps differ in size.
+    """
+    left, top, right, bottom = canvas(truth, pred)
+    step = max(1, BAND_PIXELS // max(1, right - left))
+
+    def bands() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for y in range(top, bottom, step):
+            end = min(y + step, bottom)
+            if truth.busy(y, end) or pred.busy(y, end):
+                yield truth.paint((left, y, right, end)), pred.paint((left, y, right, end))
+
+    return score_overlaps(Overlaps.of_bands(bands()))

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import shapely
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation import command, readers
+from pipeline.evaluation.metrics import METRICS, score
+from pipeline.evaluation.slides import evaluate_slide
+from pipeline.grid import Grid
+from pipeline.kernels.raster import paint_runs, polygon_runs
+from pipeline.nuclei import nuclei_schema
+
+COORDINATE = st.one_of(st.integers(0, 40).map(lambda v: v / 2), st.floats(-3, 25, width=32))
+RINGS = st.lists(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=8), min_size=1, max_size=4)
+
+
+def labels_map(count: int = 6) -> np.ndarray:
+    labels = np.zeros((40, 50), np.uint16)
+    for index in range(count):
+        y, x = divmod(index, 3)
+        labels[3 + 12 * y : 11 + 12 * y, 2 + 15 * x : 12 + 15 * x] = 10 * (index + 1)
+    return labels
+
+
+def feature(*rings: Any, kind: str = "Polygon") -> dict[str, Any]:
+    return {"type": "Feature", "geometry": {"type": kind, "coordinates": list(rings)}, "properties": {}}
+
+
+def box(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
+    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+
+
+def collection(*features: dict[str, Any]) -> bytes:
+    return json.dumps({"type": "FeatureCollection", "features": features}).encode()
+
+
+def boxes_of(labels: np.ndarray) -> list[dict[str, Any]]:
+    found = []
+    for label in np.unique(labels[labels > 0]):
+        y, x = np.nonzero(labels == label)
+        found.append(feature(box(*map(float, (x.min(), y.min(), x.max() + 1, y.max() + 1)))))
+    return found
+
+
+@given(RINGS)
+def test_a_pixel_is_inside_when_its_centre_is(rings: list[list[tuple[float, float]]]) -> None:
+    points = np.array([point for ring in rings for point in ring])
+    sizes = np.array([len(ring) for ring in rings])
+    runs = polygon_runs(points, np.cumsum(sizes) - sizes, np.array([0]))
+    out = np.zeros((32, 32), np.int32)
+    paint_runs(runs[:, 1:], runs[:, 0] + 1, out, -4, -4)
+    for y in range(-4, 28):
+        for x in range(-4, 28):
+            crossings = 0
+            for ring in rings:
+                for (ax, ay), (bx, by) in zip(ring, [*ring[1:], ring[0]], strict=True):
+                    (ax, ay), (bx, by) = sorted([(ax, ay), (bx, by)], key=lambda p: p[1])
+                    if ay <= y + 0.5 < by:
+                        crossings += ax + (y + 0.5 - ay) * ((bx - ax) / (by - ay)) <= x + 0.5
+            assert out[y + 4, x + 4] == crossings % 2
+
+
+@given(st.lists(st.floats(0.5, 30, width=32), min_size=2, max_size=6, unique=True), st.floats(-1, 1))
+def test_neighbours_share_no_pixel_and_leave_none_out(cuts: list[float], slope: float) -> None:
+    cuts = [0.0, *sorted(cuts), 31.0]
+    rings = [[(a, 0.0), (b, 0.0), (b + 20 * slope, 20.0), (a + 20 * slope, 20.0)] for a, b in itertools.pairwise(cuts)]
+    whole = polygon_runs(np.array([rings[0][0], rings[-1][1], rings[-1][2], rings[0][3]]), np.array([0]), np.array([0]))
+    starts = 4 * np.arange(len(rings))
+    parts = polygon_runs(np.array(rings).reshape(-1, 2), starts, np.arange(len(rings)))
+    count = np.zeros((22, 100), int)
+    for _, y, x0, x1 in parts:
+        count[y, x0 + 30 : x1 + 30] += 1
+    expected = np.zeros_like(count)
+    for _, y, x0, x1 in whole:
+        expected[y, x0 + 30 : x1 + 30] = 1
+    assert np.array_equal(count, expected)
+
+
+def test_many_polygons_at_once_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    turn = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    points = random.uniform(0, 300, (50, 1, 2)) + 9 * np.stack([np.cos(turn), np.sin(turn)], axis=-1)
+    together = polygon_runs(points.reshape(-1, 2), 20 * np.arange(50), np.arange(50))
+    monkeypatch.setattr("pipeline.kernels.raster._CROSSINGS_AT_ONCE", 100)
+    assert np.array_equal(together, polygon_runs(points.reshape(-1, 2), 20 * np.arange(50), np.arange(50)))
+    area = np.bincount(together[:, 0], weights=together[:, 3] - together[:, 2])
+    assert np.abs(area - 250).max() < 12
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff", ".npy", ".geojson", ".geojson.gz"])
+def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    labels = labels_map()
+    path = tmp_path / f"field{suffix}"
+    if suffix == ".png":
+        Image.fromarray(labels).save(path)
+    elif suffix.startswith(".tif"):
+        tifffile.imwrite(path, labels)
+    elif suffix == ".npy":
+        np.save(path, labels.astype(np.int32))
+    else:
+        data = collection(*boxes_of(labels))
+        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    np.save(tmp_path / "truth.npy", labels)
+    result = readers.compare(readers.load(tmp_path / "truth.npy"), readers.load(path))
+    assert all(result[name] == 1 for name in METRICS)
+    assert result["n_pred"] == 6
+
+
+def test_multipolygons_holes_and_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "a.geojson"
+    ring = [box(0, 0, 10, 10), box(2, 2, 8, 8)]
+    two = feature([box(20, 0, 22, 4)], [box(24, 0, 26, 4)], kind="MultiPolygon")
+    path.write_bytes(collection(feature(*ring), two, feature(box(0, 0, 30, 5))))
+    labels = readers.load(path).paint((0, 0, 30, 10))
+    expected = np.zeros((10, 30), int)
+    expected[:5, :30] = 3
+    expected[:10, :10] = 1
+    expected[2:5, 2:8] = 3
+    expected[5:8, 2:8] = 0
+    expected[:4, 20:22] = expected[:4, 24:26] = 2
+    assert np.array_equal(labels, expected)
+
+
+@pytest.mark.parametrize("band", [1 << 24, 120, 1])
+def test_bands_and_negative_coordinates_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band: int
+) -> None:
+    monkeypatch.setattr(readers, "BAND_PIXELS", band)
+    (tmp_path / "a.geojson").write_bytes(collection(feature(box(-5, -3, 5, 5)), feature(box(10, 50, 14, 60))))
+    (tmp_path / "b.geojson").write_bytes(collection(feature(box(-5, -3, 5, 1)), feature(box(100, 5, 110, 9))))
+    truth, pred = readers.load(tmp_path / "a.geojson"), readers.load(tmp_path / "b.geojson")
+    assert readers.canvas(truth, pred) == (-5, -3, 110, 60)
+    result = readers.compare(truth, pred)
+    assert result["aji"] == pytest.approx(40 / (80 + 40 + 40))
+    assert (result["tp"], result["fp"], result["fn"]) == (1, 1, 1)
+
+
+def test_outlines_are_cut_at_a_label_map(tmp_path: Path) -> None:
+    labels = np.zeros((10, 10), int)
+    labels[0:4, 0:4] = 1
+    (tmp_path / "a.geojson").write_bytes(collection(feature(box(-4, -4, 4, 4)), feature(box(20, 20, 30, 30))))
+    result = readers.compare(readers.LabelMap(labels), readers.load(tmp_path / "a.geojson"))
+    assert result["aji"] == 1
+    assert result["n_pred"] == 1
+
+
+def test_nothing_found(tmp_path: Path) -> None:
+    (tmp_path / "a.geojson").write_bytes(collection())
+    (tmp_path / "b.geojson").write_bytes(collection(feature(box(5, 5, 9, 9))))
+    empty, some = readers.load(tmp_path / "a.geojson"), readers.load(tmp_path / "b.geojson")
+    assert readers.compare(empty, empty)["aji"] == 1
+    assert readers.compare(some, empty)["fn"] == 1
+    assert readers.compare(empty, some)["fp"] == 1
+
+
+def test_slide(tmp_path: Path) -> None:
+    labels = labels_map()
+    rows = [
+        {
+            "id": index,
+            "geometry": shapely.to_wkb(shapely.Polygon(item["geometry"]["coordinates"][0])),
+            "class": "nucleus",
+            "class_id": 0,
+            "probability": 1.0,
+        }
+        for index, item in enumerate(boxes_of(labels))
+    ]
+    about = {"grid": Grid(50, 40, 0.5, 1, 1).to_json()}
+    pq.write_table(pa.Table.from_pylist(rows, schema=nuclei_schema(about)), tmp_path / "nuclei.parquet")
+    (tmp_path / "truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels))))
+    assert evaluate_slide(tmp_path / "nuclei.parquet", tmp_path / "truth.geojson.gz")["aji"] == 1
+
+
+def test_a_mask_is_taken_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.fromarray(((labels_map() > 0) * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    with caplog.at_level(logging.WARNING):
+        found = readers.load(tmp_path / "mask.png")
+    assert "connected parts" in caplog.text
+    assert score(labels_map(), found.paint(found.box))["aji"] == 1
+
+
+def write_bad(folder: Path) -> dict[str, Path]:
+    np.save(folder / "dict.npy", {"inst_map": labels_map()}, allow_pickle=True)  # type: ignore[arg-type]
+    np.save(folder / "float.npy", np.full((3, 3), 0.5))
+    np.save(folder / "negative.npy", np.full((3, 3), -1))
+    np.save(folder / "cube.npy", np.zeros((3, 4, 5), int))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "colour.png")
+    for name, data in {
+        "text.png": b"no picture",
+        "text.tif": b"no picture",
+        "text.geojson": b"{",
+        "cut.geojson.gz": gzip.compress(b"[]" * 100)[:20],
+        "point.geojson": collection({"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}),
+        "ring.geojson": collection(feature([[1, 2], "x"])),
+        "table.parquet": b"PAR1",
+        "note.txt": b"hello",
+    }.items():
+        (folder / name).write_bytes(data)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dict.npy", "holds Python objects"),
+        ("float.npy", "holds float64"),
+        ("negative.npy", "negative"),
+        ("cube.npy", "has shape"),
+        ("colour.png", "has shape"),
+        ("text.png", "cannot be read"),
+        ("text.tif", "cannot be read"),
+        ("text.geojson", "is no GeoJSON"),
+        ("cut.geojson.gz", "is no GeoJSON"),
+        ("point.geojson", "found a Point"),
+        ("ring.geojson", "no GeoJSON of polygons"),
+        ("table.parquet", "no table of nuclei"),
+        ("note.txt", "unknown kind of file"),
+        ("absent.png", "is missing"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
+    write_bad(tmp_path)
+    with pytest.raises(PipelineError, match=reason) as caught:
+        readers.load(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def run(*arguments: Any) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.main(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_command_on_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    truth, pred = tmp_path / "truth", tmp_path / "pred"
+    truth.mkdir()
+    pred.mkdir()
+    for name in ("a", "b.c", "alone"):
+        Image.fromarray(labels_map()).save(truth / f"{name}.png")
+    (pred / "a.geojson").write_bytes(collection(*boxes_of(labels_map())))
+    np.save(pred / "b.c.npy", labels_map(3))
+    (pred / "readme.txt").write_text("not an image")
+    assert run(pred, truth, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert list(result["images"]) == ["a", "b.c"]
+    assert result["images"]["a"]["aji"] == 1
+    assert result["images"]["b.c"]["aji"] == pytest.approx(0.5)
+    assert result["mean"]["aji"] == pytest.approx(0.75)
+    assert "alone" in caplog.text
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[-1].split()[:2] == ["mean", "0.7500"]
+
+
+def test_command_on_files_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels_map()))))
+    slides = tmp_path / "slides" / "x"
+    slides.mkdir(parents=True)
+    (slides / "nuclei.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels_map(4)))))
+    assert run(slides / "nuclei.geojson.gz", tmp_path / "x.truth.geojson.gz") == 0
+    first = capsys.readouterr().out
+    assert run(tmp_path / "slides", tmp_path / "x.truth.geojson.gz") == 0
+    assert capsys.readouterr().out == first
+    assert first.splitlines()[1].split()[0] == "x"
+
+
+def test_command_says_what_is_wrong(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", labels_map())
+    np.save(tmp_path / "b.npy", labels_map()[:-1])
+    with pytest.raises(PipelineError, match=r"b\.npy.*a\.npy.*sizes differ: 50 x 40 and 50 x 39"):
+        command.evaluate(tmp_path / "b.npy", tmp_path / "a.npy")
+    folders = {name: tmp_path / name for name in ("one", "two", "none")}
+    for folder in folders.values():
+        folder.mkdir()
+    np.save(folders["one"] / "a.npy", labels_map())
+    np.save(folders["two"] / "b.npy", labels_map())
+    with pytest.raises(PipelineError, match=r"share no name: 'a' \.\.\., 'b' \.\.\."):
+        command.evaluate(folders["one"], folders["two"])
+    with pytest.raises(PipelineError, match="holds nothing to compare"):
+        command.evaluate(folders["none"], folders["two"])
+    with pytest.raises(PipelineError, match="absent is missing"):
+        command.evaluate(tmp_path / "absent", folders["two"])
+    Image.fromarray(labels_map()).save(folders["one"] / "a.png")
+    with pytest.raises(PipelineError, match="have one name"):
+        command.evaluate(folders["one"], folders["two"])
+
+
+def test_real_truth(shared_data: Path) -> None:
+    truth = readers.load(shared_data / "slides" / "monuseg-mosaic.truth.geojson.gz")
+    left, top, right, bottom = truth.box
+    assert 0 <= left < right <= 7400
+    assert 0 <= top < bottom <= 6200
+    result = readers.compare(truth, truth)
+    assert all(result[name] == 1 for name in METRICS)
+    assert result["n_truth"] > 15_000
