@@ -40,7 +40,7 @@ demo: venv
 	$(BIN)/python -m pipeline demo-table $(DEMO)/results
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: dev
 	$(BIN)/ruff check .

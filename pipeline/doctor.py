@@ -204,9 +204,7 @@ def check_memory() -> Finding:
     import psutil
 
     memory = psutil.virtual_memory()
-    detail = (
-        f"{memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB of it free; {os.cpu_count()} processors"
-    )
+    detail = f"{memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB of it free; {os.cpu_count()} processors"
     if memory.total / 1e9 < MIN_MEMORY_GB:
         return Finding("memory", "warning", detail, f"{MIN_MEMORY_GB:.0f} GB are needed")
     return Finding("memory", "ok", detail)

@@ -62,7 +62,12 @@ def test_wrong_settings_are_one_line_that_names_the_key(config: dict[str, Any], 
 
 def test_nested_settings_of_the_command_line_come_as_text() -> None:
     checked = check_settings(
-        {"tiles": {"keep": "true", "tile": "512"}, "infer": {"batch": "null"}, "tissue": {"mpp": "4.5"}, "slides": 2024},
+        {
+            "tiles": {"keep": "true", "tile": "512"},
+            "infer": {"batch": "null"},
+            "tissue": {"mpp": "4.5"},
+            "slides": 2024,
+        },
         SCHEMA,
     )
     assert checked["tiles"] == {"keep": True, "tile": 512, "max_unreadable": 0.02}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.errors import PipelineError
 from pipeline.slide_table import SlideTable, from_table, name_problem, resolve_slides, stem, write_table
 
-HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b.c", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
+HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -28,7 +28,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_folder_lists_slides_sorted_by_name_and_leaves_out_the_rest(tmp_path: Path) -> None:
-    folder = touch(tmp_path / "s", "b.svs", "a.TIFF", ".hidden.svs", "notes.txt", "slides.tsv", "c.ome.tif", ".svs", "d.png")
+    folder = touch(
+        tmp_path / "s", "b.svs", "a.TIFF", ".hidden.svs", "notes.txt", "slides.tsv", "c.ome.tif", ".svs", "d.png"
+    )
     (folder / "folder.svs").mkdir()  # ends in failed.tsv rather than unseen
     (folder / "plain").mkdir()
     assert list(resolve_slides(folder).entries) == ["a", "b", "c", "d", "folder"]
@@ -142,7 +144,9 @@ def test_hostile_names_survive_a_folder_and_the_written_table(tmp_path: Path) ->
     assert os.listdir(tmp_path / "out") == ["slides.tsv"]
 
 
-names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(lambda n: not name_problem(n))
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+    lambda n: not name_problem(n)
+)
 cells = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r\n"), max_size=20)
 
 
@@ -167,7 +171,12 @@ def test_written_tables_read_the_same(tmp_path: Path, rows: dict[str, str]) -> N
 
 def test_digest_tells_tables_apart(tmp_path: Path) -> None:
     digests = set()
-    for text in ("slide\tpath\na\tb\n", "slide\tpath\na\tc\n", "slide\tpath\tmpp\na\tb\t1\n", "slide\tpath\tx\na\tb\t\n"):
+    for text in (
+        "slide\tpath\na\tb\n",
+        "slide\tpath\na\tc\n",
+        "slide\tpath\tmpp\na\tb\t1\n",
+        "slide\tpath\tx\na\tb\t\n",
+    ):
         slides: SlideTable = from_table(write(tmp_path / "t.tsv", text))
         digests.add(slides.digest)
     assert len(digests) == 4

@@ -1,0 +1,145 @@
+"""What Snakemake says before anything runs: plans, their speed, and one-line errors."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, run
+
+pytestmark = pytest.mark.workflow
+
+STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
+
+
+def slides(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def assert_one_line(output: str, *parts: str) -> None:
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    for part in parts:
+        assert part in errors[0]
+    assert "Traceback" not in output
+    assert "Building DAG" not in output
+
+
+def test_plan_of_a_folder(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", "a.svs", "b.tif", "-$(touch pwned) 'x\" {y}.png")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model)}, "-n")
+    assert done.code == 0, done.output
+    assert done.counts == {
+        **dict.fromkeys(STAGES, 3),
+        "slide_table": 1,
+        "settings": 1,
+        "cohort": 1,
+        "all": 1,
+        "total": 31,
+    }
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_hundred_slides_are_planned_quickly(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", *(f"slide {i:03}.svs" for i in range(100)))
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model)}, "-n")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.counts["total"] == 904
+    print(f"planned 100 slides in {time.monotonic() - start:.1f} s, {cpu:.1f} s of processor time")
+    # 3 to 4 s where nothing else runs; processor time, since here it shares two cores with other tests.
+    assert cpu < 15
+
+
+@pytest.mark.parametrize("names", [["a.svs", "a.tif"], ["b.ome.tif", "b.tif"]])
+def test_two_slides_of_one_stem(tmp_path: Path, toy_model: Path, names: list[str]) -> None:
+    slides(tmp_path / "s", *names)
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model)})
+    assert done.code != 0
+    assert_one_line(done.output, "two slides are called", *names)
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_slides(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", "readme.txt")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model)})
+    assert done.code != 0
+    assert_one_line(done.output, "no slide in folder", "/s'")
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_folder(tmp_path: Path, toy_model: Path) -> None:
+    done = run(tmp_path, {"slides": "nowhere", "results": "r", "model": str(toy_model)})
+    assert done.code != 0
+    assert_one_line(done.output, "nowhere", "does not exist")
+
+
+def test_unknown_setting(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", "a.svs")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model), "stain": {"metod": "none"}})
+    assert done.code != 0
+    assert_one_line(done.output, "unknown setting 'stain.metod'", "stain.method")
+
+
+def test_model_that_does_not_match_its_hash(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", "a.svs")
+    (toy_model / "weights.safetensors").write_bytes(b"other weights")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": str(toy_model)})
+    assert done.code != 0
+    assert_one_line(done.output, "weights.safetensors has sha256", "its card says")
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_model(tmp_path: Path) -> None:
+    slides(tmp_path / "s", "a.svs")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": "nowhere"})
+    assert done.code != 0
+    assert_one_line(done.output, "nowhere", "model.json is missing")
+
+
+def test_training_needs_no_slides(tmp_path: Path) -> None:
+    done = run(tmp_path, {"results": "r", "train": {"name": "mine"}}, "train", "-n")
+    assert done.code == 0, done.output
+    assert done.counts == {"train": 1, "train_model": 1, "train_settings": 1, "total": 3}
+
+
+def test_a_model_of_the_checkout_is_found_from_anywhere(tmp_path: Path, model: Path) -> None:
+    slides(tmp_path / "s", "a.svs")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": f"models/{model.name}"}, "-n")
+    assert done.code == 0, done.output
+
+
+def test_lint_finds_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--lint"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Congratulations" in done.stdout + done.stderr
+
+
+def test_slurm_profile_holds_what_the_default_one_does() -> None:
+    import yaml
+
+    default = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text(encoding="utf-8"))
+    slurm = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
+    for key in ("keep-going", "rerun-incomplete", "show-failed-logs", "scheduler"):
+        assert slurm[key] == default[key]
+    assert "retries" not in default
+
+
+def test_no_rule_asks_for_retries() -> None:
+    for rules in (ROOT / "workflow" / "rules").glob("*.smk"):
+        assert "retries:" not in rules.read_text(encoding="utf-8"), rules.name
