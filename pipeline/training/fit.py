@@ -290,7 +290,7 @@ def fit(
         check_val_every_n_epoch=None,
         limit_val_batches=None if validation else 0,
         num_sanity_val_steps=0,
-        callbacks=[EMAWeightAveraging(decay=schedule.ema), keep, Report()],
+        callbacks=[EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5), keep, Report()],
         logger=CSVLogger(folder, name="", version="log"),
         log_every_n_steps=10,
         gradient_clip_val=1.0,
