@@ -126,6 +126,9 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     def score(name: str) -> Callable[[dict[str, Any]], Any]:
         return lambda row: (row.get("evaluation") or {}).get(name)
 
+    def further(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: row["extra"].get(name)
+
     real, text = pa.float64(), pa.string()
     own: dict[str, pa.Array] = {
         "tissue_mm2": each(lambda row: row["tissue_mm2"], real),
@@ -150,7 +153,7 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     columns = {"slide": each(lambda row: row["slide"], text)}
     for name in cohort.table.columns:
         shown = f"table:{name}" if name in own or name == "slide" else name
-        columns[shown] = each(lambda row, name=name: row["extra"].get(name), text)
+        columns[shown] = each(further(name), text)
     return pa.table(columns | own)
 
 

@@ -485,8 +485,8 @@ def _draw_density(
         return
     place = axes.get_position()
     bar = figure.colorbar(shown, cax=figure.add_axes((place.x1 + 0.012, place.y0, 0.013, place.height)))
-    bar.solids.set_alpha(1)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_alpha(1)
+    bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     bar.ax.tick_params(labelsize=8.5, colors=MUTED, length=2.5, width=0.6)
@@ -506,4 +506,4 @@ def _fine(
     factor = max(1, 700 // max(values.shape))
     fine = ndimage.zoom(np.nan_to_num(values), factor, order=1, mode="nearest", grid_mode=True)
     per_pixel = factor * grid.mpp / density.bin_um
-    return fine, coverage(rings, *fine.shape, (per_pixel, per_pixel))
+    return fine, coverage(rings, fine.shape[0], fine.shape[1], (per_pixel, per_pixel))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import provenance
+from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
@@ -118,7 +119,7 @@ class Nuclei:
         for region in regions:
             low = np.array([region.x, region.y]) - margin
             inside = (self.centroids > low) & (self.centroids < low + region.side + 2 * margin)
-            near.append(inside.all(axis=1))
+            near.append(np.all(inside, axis=1))
         result: list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]] = [[] for _ in regions]
         scale = (self.grid.scale_x, self.grid.scale_y)
         start = 0
@@ -231,6 +232,56 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
     }
 
 
+def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Compare a slide's nuclei with known ones.
+
+    Parameters
+    ----------
+    nuclei : Nuclei
+        The nuclei found.
+    truth : pathlib.Path
+        Polygons in level-0 pixels, or a label map of level 0; see `pipeline.evaluation.readers.load`.
+    size : tuple of int
+        Width and height of level 0.
+
+    Returns
+    -------
+    dict
+        Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals, and ``region``: the box (left,
+        top, right, bottom in level-0 pixels) around the known nuclei, or the label map's. Nuclei whose centroid lies
+        outside of it are left out, so that a part of a slide may be annotated.
+
+    Raises
+    ------
+    SlideError
+        When the truth cannot be read or is none of this slide.
+    """
+    from pipeline.evaluation.readers import LabelMap, Outlines, compare, load
+
+    try:
+        known = load(truth)
+        found = load(nuclei.path)
+    except PipelineError as error:
+        raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
+    left, top, right, bottom = known.box
+    if isinstance(known, LabelMap) and (right, bottom) != tuple(size):
+        raise SlideError(
+            f"truth: {truth} has {right} x {bottom} pixels, level 0 of the slide {size[0]} x {size[1]}",
+            "give a label map of level 0, or polygons",
+        )
+    if left >= size[0] or top >= size[1]:
+        raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
+    if isinstance(found, Outlines) and right > left:
+        scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
+        places = nuclei.centroids * scale
+        inside = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
+        kept = inside[found.labels - 1]
+        found = Outlines(found.runs[kept], found.labels[kept])
+    scores = compare(known, found)
+    rounded_ = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
+    return rounded_ | {"region": [left, top, right, bottom]}
+
+
 def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
     count, area, density = len(nuclei), numbers["tissue_mm2"], numbers["nuclei_per_mm2"]
     facts = [f"{count:,} nucle{'us' if count == 1 else 'i'}", f"{area:.3g} mm² tissue"]
@@ -306,11 +357,8 @@ def run_summary(
         table = Nuclei.open(nuclei)
         before = {name: read_manifest(manifests[name]) for name in MANIFESTS}
         numbers = summarise(table, before)
-        numbers["evaluation"] = None
-        if truth is not None:
-            from pipeline.evaluation.slides import evaluate_slide
-
-            numbers["evaluation"] = evaluate_slide(nuclei, truth)
+        size = (before["inspect"]["width"], before["inspect"]["height"])
+        numbers["evaluation"] = None if truth is None else evaluate_slide(table, truth, size)
         draw_overview(staged["png"], slide, numbers, table, tissue_geojson, tiles_zarr)
         return numbers
 

@@ -130,3 +130,9 @@ def write_failed_slide(results: Path, slide: str, stage: str, reason: str, hint:
         path.write_text(json.dumps({"stage": path.stem} | record))
     paths.export.write_text(json.dumps({"stage": "export"} | record))
     return paths
+
+
+def ring_of(wkb: bytes) -> list[list[float]]:
+    """Exterior of a polygon given as WKB."""
+    points: list[list[float]] = shapely.get_coordinates(shapely.get_exterior_ring(shapely.from_wkb(wkb))).tolist()
+    return points

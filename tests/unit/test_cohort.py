@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import cohort, demo, provenance, summary, testing
+from pipeline.errors import PipelineError
+from pipeline.layout import RunLayout
+
+NAMES = ('a "b" <i>', "=1+1", "日本 $x$")
+
+
+def write_slides(results: Path, names: tuple[str, ...], extra: str = "group") -> Path:
+    results.mkdir(exist_ok=True)
+    table = results / "slides.tsv"
+    with table.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow(["slide", "path", extra])
+        writer.writerows([name, f"/data/{index}.svs", f"-g{index}"] for index, name in enumerate(names))
+    return table
+
+
+def summarise(results: Path, slide: str, **more: int) -> None:
+    paths = testing.write_slide(results, slide, **more)
+    summary.run_summary(
+        slide,
+        {name: getattr(paths, name) for name in summary.MANIFESTS},
+        nuclei=paths.nuclei,
+        tissue_geojson=paths.tissue_geojson,
+        tiles_zarr=paths.tiles_zarr,
+        out=paths.metrics,
+        png=paths.overview,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Leave the pictures out: drawing them would take most of the time."""
+
+    def draw(path: Path, *rest: object) -> None:
+        Image.new("RGB", (300, 200), "pink").save(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "draw_overview", draw)
+        yield
+
+
+def run(results: Path, **more: Path) -> dict:
+    layout = RunLayout(results)
+    made = cohort.run_cohort(
+        results,
+        layout.slide_table,
+        tsv=layout.cohort_tsv,
+        parquet=layout.cohort_parquet,
+        failed=layout.failed,
+        report=layout.report,
+        manifest=layout.manifest,
+        **more,
+    )
+    return dict(made)
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_slides(folder, (*NAMES, "bad", "late"))
+    for seed, name in enumerate(NAMES):
+        summarise(folder, name, count=(200, 0, 50)[seed], seed=seed, width=1200, height=1000)
+    metrics = RunLayout(folder).slide(NAMES[2]).metrics
+    scores = dict.fromkeys(cohort.SCORES, 0.75)
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"evaluation": scores}))
+    testing.write_failed_slide(folder, "bad", "inspect", "cut short\tat 30 %", "=copy it again")
+    (folder / "settings.json").write_text('{"stain": {"method": "model"}}')
+    run(folder, config=folder / "settings.json")
+    return folder
+
+
+def test_tables(results: Path) -> None:
+    layout = RunLayout(results)
+    table = pq.read_table(layout.cohort_parquet)
+    assert table["slide"].to_pylist() == list(NAMES)
+    assert table["group"].to_pylist() == ["-g0", "-g1", "-g2"]
+    assert table["nuclei"].to_pylist() == [200, 0, 50]
+    assert table["nuclei:tumour"][0].as_py() + table["nuclei:other <&>"][0].as_py() == 200
+    assert table["area_um2_median"].to_pylist()[1] is None
+    assert table["aji"].to_pylist() == [None, None, 0.75]
+    assert table["seconds"][0].as_py() > 32  # eight stages of 0.5 to 7.5 s, and the last
+    rows = read_tsv(layout.cohort_tsv)
+    assert list(rows[0]) == table.column_names
+    assert [row["slide"] for row in rows] == ['a "b" <i>', "'=1+1", "日本 $x$"]
+    assert [row["group"] for row in rows] == ["'-g0", "'-g1", "'-g2"]
+    assert rows[1]["area_um2_median"] == ""
+    assert float(rows[0]["tissue_mm2"]) == pytest.approx(table["tissue_mm2"][0].as_py())
+
+
+def test_failed(results: Path) -> None:
+    rows = read_tsv(RunLayout(results).failed)
+    assert list(rows[0]) == ["slide", "stage", "reason", "hint"]
+    assert rows[0] == {
+        "slide": "bad", "stage": "inspect", "reason": "cut short at 30 %", "hint": "'=copy it again"
+    }  # fmt: skip
+    assert rows[1]["slide"] == "late"
+    assert rows[1]["stage"] == "summary"
+
+
+def test_manifest(results: Path) -> None:
+    layout = RunLayout(results)
+    manifest = json.loads(layout.manifest.read_text())
+    assert manifest["config"] == {"stain": {"method": "model"}}
+    assert manifest["model"] == {"name": "default", "sha256": "ab" * 32}
+    assert (manifest["slides_ok"], manifest["slides_failed"]) == (3, 2)
+    assert [item["status"] for item in manifest["slides"]] == ["ok"] * 3 + ["failed"] * 2
+    assert manifest["slides"][0]["quick_hash"] == "hash-0"
+    assert manifest["slides"][3]["quick_hash"] is None
+    for name, digest in manifest["outputs"].items():
+        assert provenance.sha256(results / name) == digest
+    assert not list(results.glob(".part-*"))
+
+
+def test_demo_table(results: Path, tmp_path: Path) -> None:
+    lines = demo.results_table(results).splitlines()
+    assert lines[0].split() == ["slide", "tissue", "mm²", "nuclei", "nuclei/mm²", "F1", "seconds"]
+    assert lines[1].startswith('a "b" <i>')
+    assert lines[3].split()[-2] == "0.750"
+    assert "bad: failed at inspect: cut short at 30 %" in [line.replace("\t", " ") for line in lines]
+    assert lines[-1] == f"results: {results}   report: {results / 'report.html'}"
+    with pytest.raises(PipelineError, match="holds no results"):
+        demo.results_table(tmp_path)
+
+
+def test_no_good_slide(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("bad",))
+    testing.write_failed_slide(tmp_path, "bad", "inspect", "empty", "")
+    run(tmp_path)
+    layout = RunLayout(tmp_path)
+    assert pq.read_table(layout.cohort_parquet).num_rows == 0
+    assert layout.cohort_tsv.read_text().startswith("slide\tgroup\ttissue_mm2\tnuclei\t")
+    assert "data:image/jpeg" not in layout.report.read_text()
+    assert "No slide was finished" in layout.report.read_text()
+
+
+def test_no_failure_leaves_the_header(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("good",))
+    summarise(tmp_path, "good", count=4, width=1000, height=800)
+    run(tmp_path)
+    assert RunLayout(tmp_path).failed.read_text() == "slide\tstage\treason\thint\n"
+
+
+def test_a_further_column_may_bear_any_name(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("good",), extra="nuclei")
+    summarise(tmp_path, "good", count=4, width=1000, height=800)
+    run(tmp_path)
+    table = pq.read_table(RunLayout(tmp_path).cohort_parquet)
+    assert table["table:nuclei"].to_pylist() == ["-g0"]
+    assert table["nuclei"].to_pylist() == [4]
+
+
+def test_a_damaged_manifest_or_card_is_an_error(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("bad",))
+    paths = testing.write_failed_slide(tmp_path, "bad", "inspect", "empty", "")
+    with pytest.raises(PipelineError, match="model card"):
+        run(tmp_path, model=tmp_path)
+    paths.inspect.write_text("{")
+    with pytest.raises(PipelineError, match="damaged"):
+        run(tmp_path)
+    assert not list(tmp_path.glob(".part-*"))
+    assert not RunLayout(tmp_path).cohort_tsv.exists()
+
+
+@given(st.text())
+def test_cells_are_no_formulas_and_one_line(text: str) -> None:
+    cell = cohort.cell(text)
+    assert not {"\t", "\n", "\r"} & set(cell)
+    if cell.lstrip()[:1] in ("=", "+", "-", "@"):
+        assert math.isfinite(float(cell)) or "inf" in cell.lower() or "nan" in cell.lower()
+
+
+def test_demo_slides(tmp_path: Path) -> None:
+    table = demo.write_demo_slides(tmp_path / "slides", 0.15)
+    rows = read_tsv(table)
+    assert [row["slide"] for row in rows] == ["demo-1", "demo 2", "demo-3"]
+    for row in rows:
+        assert (table.parent / row["path"]).stat().st_size > 1000
+        assert (table.parent / row["truth"]).read_bytes()[:2] == b"\x1f\x8b"
+    assert sorted(path.name for path in table.parent.iterdir()) == [
+        "demo 2.tiff", "demo-1.svs", "demo-3.ome.tiff", "slides.tsv", "truth"
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in table.parent.rglob("*") if path.is_file()}
+    demo.write_demo_slides(tmp_path / "slides", 0.15)
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(PipelineError, match="--size"):
+        demo.write_demo_slides(tmp_path, 0)
+
+
+def test_provenance() -> None:
+    versions = provenance.versions()
+    assert {"pipeline", "python", "numpy"} <= set(versions)
+    git = provenance.git_state()
+    assert git is None or len(git["commit"]) == 40
+    assert provenance.now().endswith("+00:00")

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.report import page
+
+NASTY = "<script>alert(1)</script> \"q\" 'a' $x$ & 日本 {{ 7*7 }}"
+
+
+def row(slide: str, nuclei: int = 100, **more: Any) -> dict[str, Any]:
+    quantiles = {str(q): float(q) if nuclei else None for q in (5, 25, 50, 75, 95)}
+    base = {
+        "slide": slide,
+        "nuclei": nuclei,
+        "tissue_mm2": 2.0,
+        "nuclei_per_mm2": nuclei / 2,
+        "composition": {
+            "tumour": {"count": nuclei, "share": 0.75 if nuclei else None, "per_mm2": nuclei / 2, "color": [200, 0, 0]},
+            NASTY: {"count": 0, "share": 0.25 if nuclei else None, "per_mm2": 0.0, "color": None},
+        },
+        "quantiles": dict.fromkeys(("area_um2", "circularity", "hematoxylin_mean"), quantiles),
+        "evaluation": None,
+        "unreadable_share": 0.0,
+        "warnings": [],
+        "vendor": "aperio",
+        "mpp": [0.25, 0.25],
+        "total_seconds": 12.5,
+        "extra": {"group": NASTY},
+    }
+    return base | more
+
+
+def manifest(slides: list[str]) -> dict[str, Any]:
+    return {
+        "created": "2026-01-01T00:00:00+00:00",
+        "platform": "Linux",
+        "results": "/x/<results>",
+        "versions": {"pipeline": "0.1.0", "numpy": "2"},
+        "git": {"commit": "c" * 40, "modified": True},
+        "config": {"slides": NASTY},
+        "model": {"name": NASTY, "mpp": 0.5, "licence": "CC BY", "sha256": "0" * 64, "description": "d"},
+        "slides": [{"slide": s, "path": f"/x/{s}", "quick_hash": "h" * 64, "status": "ok"} for s in slides],
+    }
+
+
+class Checker(HTMLParser):
+    """Collects what a browser would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def render(tmp_path: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]] | None = None) -> str:
+    folders = {}
+    for index, item in enumerate(rows):
+        folder = tmp_path / f"s{index} #%"
+        folder.mkdir(exist_ok=True)
+        folders[item["slide"]] = folder
+    return page.render(
+        rows=rows,
+        failed=failed or [],
+        extra=["group"],
+        manifest=manifest([item["slide"] for item in rows]),
+        folders=folders,
+    )
+
+
+def check(html: str) -> Checker:
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert not checker.open
+    assert [tag for tag, _ in checker.tags].count("script") == 1
+    for tag, attributes in checker.tags:
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name)
+            if value:
+                assert re.match(r"(data:|#|slides/|cohort\.|failed\.tsv|manifest\.json)", value), (tag, value)
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in html
+    assert "url(" not in html
+    return checker
+
+
+def test_everything_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
+    scores = {"aji": 0.6, "pq": 0.5, "dice": 0.8, "f1": 0.9}
+    rows = [row(NASTY, warnings=[NASTY], evaluation=scores, unreadable_share=0.1), row("b", 0), row("c")]
+    html = render(tmp_path, rows, [{"slide": NASTY, "stage": "inspect", "reason": NASTY, "hint": ""}])
+    checker = check(html)
+    text = " ".join(checker.text)
+    assert NASTY in text
+    assert "49" not in re.findall(r"\d+", text.replace(NASTY, ""))
+    assert "0.600" in text
+    assert "no nuclei" in text
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_any_number_of_slides(tmp_path: Path, count: int) -> None:
+    checker = check(render(tmp_path, [row(f"slide {index}", 10 * index) for index in range(count)]))
+    text = " ".join(" ".join(checker.text).split())
+    assert f"Nuclei of {count} slide" in text
+    assert ("No slide was finished" in text) == (count == 0)
+    assert ("every slide was finished" in text) == (count >= 0)
+
+
+def test_links_lead_to_files_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "s0 #%").mkdir()
+    (tmp_path / "s0 #%" / "nuclei.parquet").touch()
+    checker = check(render(tmp_path, [row("a")]))
+    links = [attributes["href"] for tag, attributes in checker.tags if tag == "a" and "slides/" in attributes["href"]]
+    assert links == ["slides/s0%20%23%25/nuclei.parquet"]
+
+
+def test_pictures_keep_to_their_budget(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (500, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    sizes = []
+    for limit in (10**7, 60_000, 15_000):
+        uri = page.shrink_picture(tmp_path / "x.png", limit)
+        assert uri is not None
+        data = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
+        assert len(data) <= limit
+        with Image.open(io.BytesIO(data)) as image:
+            sizes.append(image.width)
+    assert sizes[0] == 900
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_missing_or_broken_picture_is_no_error(tmp_path: Path) -> None:
+    assert page.shrink_picture(tmp_path / "none.png", 1000) is None
+    (tmp_path / "x.png").write_text("slide failed")
+    assert page.shrink_picture(tmp_path / "x.png", 1000) is None
+
+
+def test_report_is_written(tmp_path: Path) -> None:
+    page.write_report(tmp_path / "r.html", rows=[], failed=[], extra=[], manifest=manifest([]), folders={})
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("top", [0.0, 1e-9, 0.3, 1, 7, 99.9, 100, 4300, 1e6, float("nan")])
+def test_ticks_cover_the_values(top: float) -> None:
+    ticks = page.nice_ticks(top)
+    assert ticks[0] == 0
+    assert 2 <= len(ticks) <= 6
+    assert not ticks[-1] < top
+    assert np.allclose(np.diff(ticks), ticks[1])
+
+
+def test_numbers_and_durations() -> None:
+    assert page.number(1234567.8) == "1\u202f234\u202f568"
+    assert page.number(None) == page.number(float("nan")) == "–"
+    assert page.duration(None) == "–"
+    assert page.duration(3661) == "1 h 1 min"

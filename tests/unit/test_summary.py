@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import overview, summary, testing
+from pipeline.errors import SlideError
+from pipeline.grid import Grid
+from pipeline.layout import SlideLayout
+
+GRID = Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5)
+
+
+def run(paths: SlideLayout, slide: str, **more: object) -> dict:
+    return summary.run_summary(
+        slide,
+        {name: getattr(paths, name) for name in summary.MANIFESTS},
+        nuclei=paths.nuclei,
+        tissue_geojson=paths.tissue_geojson,
+        tiles_zarr=paths.tiles_zarr,
+        out=paths.metrics,
+        png=paths.overview,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture out of tests that do not look at it: drawing takes most of the time."""
+    monkeypatch.setattr(summary, "draw_overview", lambda path, *rest: path.write_bytes(b"picture"))
+
+
+def truth_of(path: Path, table: object) -> Path:
+    shapes = [testing.ring_of(shape) for shape in table["geometry"].to_pylist()]  # type: ignore[index]
+    features = [
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}} for ring in shapes
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def test_metrics_of_a_slide(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "a $slide$ <&>", count=300)
+    table = testing.nuclei_table(300, 2400, 1800)
+    metrics = run(paths, "a $slide$ <&>")
+    assert metrics == json.loads(paths.metrics.read_text())
+    assert metrics["status"] == "ok"
+    assert metrics["nuclei"] == 300
+    area = json.loads(paths.tissue.read_text())["area_mm2"]
+    assert metrics["nuclei_per_mm2"] == pytest.approx(300 / area, rel=1e-4)
+    composition = metrics["composition"]
+    assert list(composition) == ["tumour", "other <&>"]
+    assert sum(item["count"] for item in composition.values()) == 300
+    assert composition["tumour"]["count"] == table["class"].to_pylist().count("tumour")
+    assert composition["tumour"]["share"] == pytest.approx(composition["tumour"]["count"] / 300, abs=1e-4)
+    areas = table["area_um2"].to_numpy()
+    assert metrics["quantiles"]["area_um2"]["50"] == pytest.approx(np.median(areas), abs=1e-3)
+    assert list(metrics["quantiles"]["eosin_std"]) == ["5", "25", "50", "75", "95"]
+    assert metrics["stages"]["inspect"] == {"seconds": 0.5, "peak_rss_mb": 100.0}
+    assert set(metrics["stages"]) == {
+        "inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export"
+    }  # fmt: skip
+    assert metrics["hashes"] == {"slide": "hash-0", "model": "ab" * 32}
+    assert metrics["versions"]["pipeline"]
+    assert metrics["evaluation"] is None
+    assert metrics["warnings"] == []
+    with Image.open(paths.overview) as image:
+        assert image.width == 1430
+        assert np.asarray(image.convert("L")).std() > 20
+
+
+def test_no_nuclei_and_no_tissue(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "empty", count=0, width=700, height=3000)
+    tissue = json.loads(paths.tissue.read_text())
+    paths.tissue.write_text(json.dumps(tissue | {"area_mm2": 0.0}))
+    paths.tissue_geojson.write_text('{"type": "FeatureCollection", "features": []}')
+    metrics = run(paths, "empty")
+    assert metrics["nuclei"] == 0
+    assert metrics["nuclei_per_mm2"] is None
+    assert metrics["composition"]["tumour"] == {"count": 0, "share": None, "per_mm2": None, "color": [200, 0, 0]}
+    assert metrics["quantiles"]["area_um2"] == dict.fromkeys(["5", "25", "50", "75", "95"])
+    assert metrics["warnings"] == ["tissue: no tissue was found"]
+    assert paths.overview.stat().st_size > 1000
+
+
+def test_one_nucleus(tmp_path: Path) -> None:
+    metrics = run(testing.write_slide(tmp_path, "one", count=1), "one")
+    assert metrics["nuclei"] == 1
+    assert metrics["quantiles"]["area_um2"]["5"] == metrics["quantiles"]["area_um2"]["95"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_warnings_name_their_stage(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=3)
+    for path, more in ((paths.stain, {"warnings": ["one stain"]}), (paths.tiles, {"unreadable_share": 0.0123})):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert run(paths, "s")["warnings"] == ["stain: one stain", "tiles: 1.2 % of the tissue could not be decoded"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=60)
+    table = testing.nuclei_table(60, 2400, 1800)
+    same = run(paths, "s", truth=truth_of(tmp_path / "t.geojson", table))["evaluation"]
+    assert same["f1"] == same["aji"] == 1
+    assert (same["tp"], same["fp"], same["fn"]) == (60, 0, 0)
+    part = run(paths, "s", truth=truth_of(tmp_path / "t.geojson", table.slice(0, 20)))["evaluation"]
+    assert part["n_truth"] == 20
+    assert part["fn"] == 0
+    assert part["fp"] <= 2  # neighbours within the box around them
+    assert part["region"][3] < same["region"][3]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_label_map_as_truth(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=5)
+    labels = np.zeros((1800, 2400), dtype=np.uint16)
+    np.save(tmp_path / "t.npy", labels)
+    assert run(paths, "s", truth=tmp_path / "t.npy")["evaluation"]["f1"] == 0
+    np.save(tmp_path / "t.npy", labels[:-1])
+    metrics = run(paths, "s", truth=tmp_path / "t.npy")
+    assert metrics["failure"]["stage"] == "summary"
+    assert "2400 x 1799 pixels, level 0 of the slide 2400 x 1800" in metrics["failure"]["reason"]
+    with pytest.raises(SlideError, match="truth"):
+        run(paths, "s", truth=tmp_path / "missing.geojson", on_bad_slide="stop")
+
+
+def test_a_failure_is_passed_on(tmp_path: Path) -> None:
+    paths = testing.write_failed_slide(tmp_path, "bad", "inspect", "empty file", "copy it again")
+    metrics = run(paths, "bad")
+    assert metrics["failure"] == {"stage": "inspect", "reason": "empty file", "hint": "copy it again"}
+
+
+def test_regions_do_not_overlap_and_differ() -> None:
+    rng = np.random.default_rng(1)
+    points = np.concatenate([rng.uniform((0, 0), (1200, 900), (300, 2)), rng.normal((300, 300), 40, (400, 2))])
+    regions = overview.choose_regions(points, GRID)
+    assert [region.name for region in regions] == ["densest", "median", "sparse"]
+    assert regions[0].count > regions[1].count >= regions[2].count > 0
+    assert regions[0].x <= 300 < regions[0].x + regions[0].side
+    for i, one in enumerate(regions):
+        for other in regions[:i]:
+            assert abs(one.x - other.x) >= one.side or abs(one.y - other.y) >= one.side
+
+
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=30),
+)
+def test_regions_lie_within_any_grid(width: int, height: int, places: list[tuple[float, float]]) -> None:
+    grid = Grid(width, height, 0.5, 2.0, 2.0)
+    points = np.array(places).reshape(-1, 2) * (width, height)
+    regions = overview.choose_regions(points, grid)
+    assert 1 <= len(regions) <= 3
+    for region in regions:
+        assert 0 <= region.x <= region.x + region.side <= width
+        assert 0 <= region.y <= region.y + region.side <= height
+    assert bool(len(places)) == (regions[0].count > 0)
+
+
+def test_density_of_an_even_field() -> None:
+    # One nucleus every 20 µm each way: 2500 per mm², up to the very edge of the tissue.
+    y, x = np.mgrid[10:1000:20, 10:1500:20]
+    points = np.stack([x.ravel(), y.ravel()], axis=1).astype(float)
+    ring = np.array([[0, 0], [1500, 0], [1500, 1000], [0, 1000], [0, 0]], float)
+    density = overview.density_map(points, [ring], (1500.0, 1000.0), bin_um=20)
+    assert density.values.shape == (50, 75)
+    assert np.allclose(density.values, 2500)
+    nothing = overview.density_map(points[:0], [], (1500.0, 1000.0))
+    assert np.isnan(nothing.values).all()
+
+
+def test_coverage_honours_holes() -> None:
+    outer = np.array([[0, 0], [8, 0], [8, 8], [0, 8], [0, 0]], float)
+    share = overview.coverage([outer, outer / 2 + 2], 10, 10, (1.0, 1.0))
+    expected = np.zeros((10, 10))
+    expected[:8, :8] = 1
+    expected[2:6, 2:6] = 0
+    assert np.abs(share - expected).mean() < 0.08  # edges are drawn a little outside
+    assert share[0, 0] == 1
+    assert share[4, 4] == 0
+
+
+class FakeTiles:
+    def __init__(self, rgb: np.ndarray) -> None:
+        self.rgb = rgb
+        self.grid = Grid(rgb.shape[1], rgb.shape[0], 0.5, 1.0, 1.0)
+        self.active = np.ones((-(-rgb.shape[0] // 64), -(-rgb.shape[1] // 64)), dtype=bool)
+        self.windows: list[tuple[int, int, int, int]] = []
+
+    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
+        self.windows.append((x, y, w, h))
+        return self.rgb[y : y + h, x : x + w]
+
+
+def test_thumbnail_averages_blocks_and_skips_white() -> None:
+    rng = np.random.default_rng(0)
+    tiles = FakeTiles(rng.integers(0, 255, (2100, 1300, 3), dtype=np.uint8))
+    image, factor = overview.thumbnail(tiles, 300)
+    assert factor == 7
+    assert image.shape == (300, 186, 3)
+    assert np.abs(image[10, 20] - tiles.rgb[70:77, 140:147].mean((0, 1))).max() <= 0.5
+    tiles.active[:] = False
+    tiles.windows.clear()
+    assert (overview.thumbnail(tiles, 300)[0] == 255).all()
+    assert not tiles.windows
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, 1), (7.3, 5), (49.9, 20), (5000, 5000), (0.3, 0.2)])
+def test_scale_bars_have_round_lengths(limit: float, expected: float) -> None:
+    assert overview.round_length(limit) == pytest.approx(expected)
+
+
+def test_labels() -> None:
+    assert overview.length_label(2000) == "2 mm"
+    assert overview.length_label(50) == "50 µm"
+    assert overview.shorten("x" * 200, 20) == "x" * 12 + "…" + "x" * 7
+    assert overview.shorten("short") == "short"
