@@ -12,7 +12,9 @@ from runs import ROOT, write_toy_model
 
 @pytest.fixture(scope="session")
 def model() -> Path:
-    """A model package that ships: the classical one where there is one, since it is quicker."""
+    """A model package: NUCLEI_TEST_MODEL, or one that ships, first the classical one, which is quicker."""
+    if "NUCLEI_TEST_MODEL" in os.environ:
+        return Path(os.environ["NUCLEI_TEST_MODEL"]).absolute()
     for name in ("hematoxylin", "default"):
         folder = ROOT / "models" / name
         if (folder / "model.json").is_file():

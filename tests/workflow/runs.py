@@ -58,7 +58,7 @@ def run(folder: Path, config: dict[str, Any], *options: str, cores: int = 2, bef
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=580,
+        timeout=1700,
         check=False,
     )
     return Run(done.returncode, done.stdout)

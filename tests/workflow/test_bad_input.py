@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from runs import MPP, Run, read_json, read_tsv, run, write_slide
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
 BAD = {
     "empty": "inspect",
