@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 32_768
+BATCH_ROWS = 16_384
 """Nuclei measured at once."""
 
 BLOCK = 1024
