@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,7 +64,7 @@ def _version(package: str) -> str:
 def check_python() -> Finding:
     """The Python that runs and the system."""
     found = f"Python {platform.python_version()} on {platform.platform()}"
-    if sys.version_info < (3, 11):
+    if [int(part) for part in platform.python_version_tuple()[:2]] < [3, 11]:
         return Finding("python", "missing", found, "Python 3.11 or newer is needed")
     return Finding("python", "ok", found)
 
