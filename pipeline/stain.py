@@ -231,7 +231,7 @@ def run_stain(
         transform, payload = fit_slide(rgb, method, package)
         for warning in payload["warnings"]:
             log.warning("slide %r: %s", slide, warning)
-        draw_preview(store, transform, payload, package).save(staged["png"], optimize=True)
+        draw_preview(store, transform, payload, package).save(staged["png"])
         return payload | {"samples": {"pixels": len(rgb), "cells": cells}}
 
     return run_stage(

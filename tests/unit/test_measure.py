@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import measure
@@ -122,6 +122,7 @@ def test_agrees_with_regionprops(seed: int) -> None:
     assert np.abs(found["perimeter_um"] / table["perimeter"] - 1).max() < 0.08
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(1, 9), st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=5),
     st.floats(-1e5, 1e5),
@@ -153,6 +154,7 @@ def test_nothing_and_degenerate_polygons() -> None:
 RUNS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90), st.integers(1, 60)), min_size=0, max_size=30)
 
 
+@settings(deadline=None)
 @given(RUNS, st.integers(1, 70))
 def test_cutting_runs_keeps_every_pixel(items: list[tuple[int, int, int]], block: int) -> None:
     runs = np.array([(y, x, x + n) for y, x, n in items], np.int32).reshape(-1, 3)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -96,6 +96,7 @@ def test_refuses_what_is_no_pair_of_label_maps() -> None:
         score(np.full((2, 2), -1), np.zeros((2, 2), int))
 
 
+@settings(deadline=None)
 @given(LABELS, LABELS)
 def test_orders_of_scores(truth: np.ndarray, pred: np.ndarray) -> None:
     result = score(truth, pred)
@@ -112,12 +113,14 @@ def test_orders_of_scores(truth: np.ndarray, pred: np.ndarray) -> None:
     assert result["tp"] + result["fp"] == result["n_pred"]
 
 
+@settings(deadline=None)
 @given(LABELS, LABELS)
 def test_aji_agrees_with_its_definition(truth: np.ndarray, pred: np.ndarray) -> None:
     if truth.any() and pred.any():
         assert score(truth, pred)["aji"] == pytest.approx(reference_aji(truth, pred))
 
 
+@settings(deadline=None)
 @given(LABELS, LABELS, st.permutations(range(1, 6)), st.sampled_from([1, 1000, 2**31]))
 def test_labels_are_names_only(truth: np.ndarray, pred: np.ndarray, order: list[int], factor: int) -> None:
     names = np.array([0, *order], np.int64) * factor
@@ -125,6 +128,7 @@ def test_labels_are_names_only(truth: np.ndarray, pred: np.ndarray, order: list[
     assert score(truth, names[pred]) == score(truth, pred)
 
 
+@settings(deadline=None)
 @given(LABELS)
 def test_perfect(labels: np.ndarray) -> None:
     result = score(labels, labels)
@@ -132,6 +136,7 @@ def test_perfect(labels: np.ndarray) -> None:
     assert result["fp"] == result["fn"] == 0
 
 
+@settings(deadline=None)
 @given(LABELS, LABELS, st.lists(st.integers(0, 9), max_size=4))
 def test_bands_change_nothing(truth: np.ndarray, pred: np.ndarray, cuts: list[int]) -> None:
     rows = [0, *sorted(cuts), len(truth)]

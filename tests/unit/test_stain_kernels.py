@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -101,6 +101,7 @@ def test_reinhard_is_the_formula() -> None:
     assert np.abs(transform.apply(rgb) - expected)[inside].max() <= 2.5
 
 
+@settings(deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(0, 5), st.integers(1, 5), st.just(3))))
 def test_pixels_are_independent(rgb: np.ndarray) -> None:
     for transform in (
