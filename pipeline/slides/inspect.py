@@ -39,12 +39,13 @@ def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
         x and y; over the slide as a whole where no small level shows the tissue.
     """
     x0, y0, width, height = slide.bounds or (0, 0, slide.width, slide.height)
-    level = slide.levels[-1]
+    number = max(i for i, level in enumerate(slide.levels) if level.usable)
+    level = slide.levels[number]
     tissue = np.ones((3, 3), bool)
     if level.width * level.height <= _LOOK_PIXELS:
         try:
             look = slide.read(
-                len(slide.levels) - 1,
+                number,
                 int(x0 / level.scale_x),
                 int(y0 / level.scale_y),
                 max(1, int(width / level.scale_x)),

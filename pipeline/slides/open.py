@@ -62,6 +62,11 @@ class Level:
     scale_x: float
     scale_y: float
 
+    @property
+    def usable(self) -> bool:
+        """Whether the level shows the slide as level 0 does: one of other proportions is rotated, or another image."""
+        return abs(self.scale_x / self.scale_y - 1) < 0.05
+
 
 def level_of(width: int, height: int, width0: int, height0: int) -> Level:
     """Level of ``width x height`` pixels of a slide of ``width0 x height0``, its scale made whole where it was rounded.
@@ -360,17 +365,20 @@ class _Page:
 
     def read(self, file: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """A window inside the image: RGB, uint8, shape (h, w, 3)."""
-        out = np.full((h, w, 3), 255, np.uint8)
+        out = np.empty((h, w, 3), np.uint8)
         across, down = self.tile
         for row in range(y // down, -(-(y + h) // down)):
             for column in range(x // across, -(-(x + w) // across)):
                 pixels = self.segment(file, row * self.across + column)
-                if pixels is None:
-                    continue
                 tx, ty = column * across, row * down
                 x0, y0 = max(x, tx), max(y, ty)
-                x1, y1 = min(x + w, tx + pixels.shape[1]), min(y + h, ty + pixels.shape[0])
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - ty : y1 - ty, x0 - tx : x1 - tx]
+                x1, y1 = min(x + w, tx + across), min(y + h, ty + down)
+                place = out[y0 - y : y1 - y, x0 - x : x1 - x]
+                if pixels is None or pixels.shape[0] < y1 - ty or pixels.shape[1] < x1 - tx:
+                    place[...] = 255
+                if pixels is not None:
+                    part = pixels[y0 - ty : y1 - ty, x0 - tx : x1 - tx]
+                    place[: part.shape[0], : part.shape[1]] = part
         return out
 
 

@@ -38,7 +38,7 @@ def best_level(levels: tuple[Level, ...], grid: Grid) -> int:
     fit = [
         i
         for i, level in enumerate(levels)
-        if level.scale_x <= grid.scale_x * (1 + 1e-6) and level.scale_y <= grid.scale_y * (1 + 1e-6)
+        if level.usable and level.scale_x <= grid.scale_x * (1 + 1e-6) and level.scale_y <= grid.scale_y * (1 + 1e-6)
     ]
     return max(fit, key=lambda i: levels[i].scale_x * levels[i].scale_y) if fit else 0
 
@@ -69,14 +69,22 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
     index = best_level(slide.levels, grid)
     level = slide.levels[index]
     ratio_x, ratio_y = grid.scale_x / level.scale_x, grid.scale_y / level.scale_y
-    out = np.full((h, w, 3), 255, np.uint8)
     # Grid pixels that touch the slide at all.
     gx0, gx1 = max(x, 0), min(x + w, math.ceil(level.width / ratio_x - 1e-9))
     gy0, gy1 = max(y, 0), min(y + h, math.ceil(level.height / ratio_y - 1e-9))
+    whole_x, whole_y = round(ratio_x), round(ratio_y)
+    integer = whole_x >= 1 and whole_y >= 1 and abs(ratio_x - whole_x) <= 1e-9 and abs(ratio_y - whole_y) <= 1e-9
+    if (gx0, gy0, gx1, gy1) == (x, y, x + w, y + h):
+        # The usual case, all on the slide, needs no canvas.
+        if not integer:
+            return _weighted(slide, index, grid, x, y, w, h)
+        if (x + w) * whole_x <= level.width and (y + h) * whole_y <= level.height:
+            pixels = slide.read(index, x * whole_x, y * whole_y, w * whole_x, h * whole_y)
+            return shrink(pixels, whole_x, whole_y)
+    out = np.full((h, w, 3), 255, np.uint8)
     if gx1 <= gx0 or gy1 <= gy0:
         return out
-    whole_x, whole_y = round(ratio_x), round(ratio_y)
-    if whole_x < 1 or whole_y < 1 or abs(ratio_x - whole_x) > 1e-9 or abs(ratio_y - whole_y) > 1e-9:
+    if not integer:
         out[gy0 - y : gy1 - y, gx0 - x : gx1 - x] = _weighted(slide, index, grid, gx0, gy0, gx1 - gx0, gy1 - gy0)
         return out
     # Pixels of whole_x by whole_y level pixels that lie on the level entirely, then what is left right and below.
@@ -170,54 +178,47 @@ def resample(pixels: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.nda
     numpy.ndarray
         RGB, uint8, shape (h, w, 3).
     """
-    planes = []
+    h, w = len(down), len(across)
+    out = np.empty((h, w, 3), np.uint8)
     turned = np.ascontiguousarray(across.T)
-    for plane in cv2.split(pixels):
-        middle = _banded(down, plane.astype(np.float32))
+    columns = _bands(across, _COLUMNS)
+    # A few rows at a time, through both passes: what one pass leaves is still in the cache for the next.
+    for i, k, r0, r1 in _bands(down, _ROWS):
+        source = np.empty((r1 - r0, 3, pixels.shape[1]), np.float32)
+        for channel, plane in enumerate(cv2.split(pixels[r0:r1])):
+            source[:, channel] = plane
+        flat = source.reshape(r1 - r0, -1)
+        middle = np.empty((k - i, flat.shape[1]), np.float32)
+        weights = down[i:k, r0:r1]
+        step = max(64, _PRODUCT // weights.size)
+        for s in range(0, flat.shape[1], step):
+            np.matmul(weights, flat[:, s : s + step], out=middle[:, s : s + step])
         # Sums of at most 255 * 2^11; rounded to 13 bits, so that the second pass stays below 2^24.
         middle *= 2.0 ** (_MIDDLE_BITS - _WEIGHT_BITS)
         np.rint(middle, out=middle)
-        total = _banded_right(middle, turned)
+        middle = middle.reshape(3 * (k - i), -1)
+        total = np.empty((len(middle), w), np.float32)
+        for j, n, c0, c1 in columns:
+            np.matmul(middle[:, c0:c1], turned[c0:c1, j:n], out=total[:, j:n])
         total += 2.0 ** (_MIDDLE_BITS + _WEIGHT_BITS - 1)
         total *= 2.0 ** -(_MIDDLE_BITS + _WEIGHT_BITS)
-        planes.append(total.astype(np.uint8))
-    return np.asarray(cv2.merge(planes))
+        planes = total.astype(np.uint8).reshape(k - i, 3, w)
+        cv2.merge([np.ascontiguousarray(planes[:, channel]) for channel in range(3)], out[i:k])
+    return out
 
 
 _ROWS = 16
+_COLUMNS = 32
+_PRODUCT = 250_000
+"""Products of matrices this small stay on one thread in every BLAS: the readers are the threads."""
 
 
-def _band(matrix: np.ndarray) -> list[tuple[int, int, int, int]]:
+def _bands(matrix: np.ndarray, rows: int) -> list[tuple[int, int, int, int]]:
     """Blocks of rows of a banded matrix with the columns that they use."""
     used = matrix != 0
     first = used.argmax(axis=1)
     last = matrix.shape[1] - used[:, ::-1].argmax(axis=1)
     return [
-        (i, min(i + _ROWS, len(matrix)), int(first[i : i + _ROWS].min()), int(last[i : i + _ROWS].max()))
-        for i in range(0, len(matrix), _ROWS)
+        (i, min(i + rows, len(matrix)), int(first[i : i + rows].min()), int(last[i : i + rows].max()))
+        for i in range(0, len(matrix), rows)
     ]
-
-
-def _columns(rows: int, inner: int) -> int:
-    # Products this small stay on one thread in every BLAS: the readers are the threads.
-    return max(64, 250_000 // (rows * inner))
-
-
-def _banded(matrix: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """``matrix @ plane`` for a banded matrix."""
-    out = np.empty((len(matrix), plane.shape[1]), np.float32)
-    for i, k, c0, c1 in _band(matrix):
-        step = _columns(k - i, c1 - c0)
-        for s in range(0, plane.shape[1], step):
-            np.matmul(matrix[i:k, c0:c1], plane[c0:c1, s : s + step], out=out[i:k, s : s + step])
-    return out
-
-
-def _banded_right(plane: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """``plane @ matrix`` for the transpose of a banded matrix."""
-    out = np.empty((len(plane), matrix.shape[1]), np.float32)
-    for i, k, c0, c1 in _band(matrix.T):
-        step = _columns(k - i, c1 - c0)
-        for s in range(0, len(plane), step):
-            np.matmul(plane[s : s + step, c0:c1], matrix[c0:c1, i:k], out=out[s : s + step, i:k])
-    return out
