@@ -243,11 +243,11 @@ def test_no_partition_changes_a_bit(
 ) -> None:
     _, rgb, table = scene
     results = []
-    for name, settings in (("a", None), ("b", (block, batch))):
-        if settings:
-            monkeypatch.setattr(measure, "BLOCK", settings[0])
-            monkeypatch.setattr(measure, "BATCH_ROWS", settings[1])
-        write_instances(tmp_path / f"{name}.parquet", table, group if settings else 1000)
+    for name, sizes in (("a", None), ("b", (block, batch))):
+        if sizes:
+            monkeypatch.setattr(measure, "BLOCK", sizes[0])
+            monkeypatch.setattr(measure, "BATCH_ROWS", sizes[1])
+        write_instances(tmp_path / f"{name}.parquet", table, group if sizes else 1000)
         out = tmp_path / f"{name}-out.parquet"
         assert measure.write_measured(tmp_path / f"{name}.parquet", ArrayTiles(rgb), stain_kernel.RUIFROK, out) == 60
         results.append(pq.read_table(out))
