@@ -462,6 +462,15 @@ def _draw_density(
     axes = _panel(figure, box, "Nuclei per mm² of tissue", f"bins of {density.bin_um:.0f} µm, smoothed")
     finite = density.values[np.isfinite(density.values)]
     top = float(np.quantile(finite, 0.995)) if finite.size else 0.0
+    axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
+    axes.set_xlim(0, grid.width)
+    axes.set_ylim(grid.height, 0)
+    axes.set_aspect("equal")
+    axes.apply_aspect()  # the axes shrink to the slide's shape; the colour bar stands beside what is left
+    if top <= 0:
+        note = "no nuclei" if finite.size else "no tissue"
+        axes.text(0.5, 0.5, note, ha="center", va="center", color=MUTED, fontsize=10, transform=axes.transAxes)
+        return
     values, share = _fine(density, rings, grid)
     bin_pixels = density.bin_um / grid.mpp
     rows, cols = density.values.shape
@@ -470,19 +479,13 @@ def _draw_density(
         extent=(0, cols * bin_pixels, rows * bin_pixels, 0),
         cmap=COLOUR_MAP,
         vmin=0,
-        vmax=max(top, 1.0),
+        vmax=top,
         alpha=share,
         interpolation="nearest",
     )
-    axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
     axes.set_xlim(0, grid.width)
     axes.set_ylim(grid.height, 0)
     _scale_bar(axes, grid.mpp)
-    axes.apply_aspect()  # the axes shrink to the slide's shape; the colour bar stands beside what is left
-    if top <= 0:
-        note = "no nuclei" if finite.size else "no tissue"
-        axes.text(0.5, 0.5, note, ha="center", va="center", color=MUTED, fontsize=10, transform=axes.transAxes)
-        return
     place = axes.get_position()
     bar = figure.colorbar(shown, cax=figure.add_axes((place.x1 + 0.012, place.y0, 0.013, place.height)))
     bar.set_alpha(1)
