@@ -36,7 +36,7 @@ from pipeline.tissue import read_tissue
 log = logging.getLogger(__name__)
 
 DEFAULT_BLOCK = 2048
-DEFAULT_HALO = 64
+DEFAULT_HALO = 128
 
 ROW_GROUP = 1 << 15
 """Nuclei in a row group of the table."""

@@ -175,7 +175,9 @@ def run_stage(
                 remove(path)
                 staged[name].rename(path)
             else:
-                _write_stub(path, f"slide {slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip())
+                _write_stub(
+                    path, f"slide {slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+                )
         staged_manifest.rename(manifest)
     finally:
         for path in staged.values():

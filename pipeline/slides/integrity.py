@@ -19,6 +19,9 @@ from pipeline.errors import SlideError
 MAX_PIXELS = 500_000_000_000
 """Largest image taken for real: 700,000 x 700,000 pixels. The largest scanners' slides have a tenth of it."""
 
+MAX_SEGMENT_PIXELS = 64_000_000
+"""Largest tile or strip of a TIFF file that is decoded at once."""
+
 _COPY_AGAIN = "copy or export the slide again"
 _TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -151,7 +154,8 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
         # A scalar cannot need a table, whatever its entry says.
         if tag not in tags or tags[tag][1] != 1:
             return default
-        return int(_values(file, layout, tags, tag, size)[0])
+        values = _values(file, layout, tags, tag, size)
+        return int(values[0]) if len(values) else default
 
     width, length = one(_WIDTH, 0), one(_LENGTH, 0)
     if not width or not length:
@@ -163,6 +167,9 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
         across, down = one(_TILE_WIDTH, 0), one(_TILE_LENGTH, 0)
         if not across or not down:
             raise SlideError("its TIFF directory has tiles of no size", _COPY_AGAIN)
+        if across * down > MAX_SEGMENT_PIXELS:
+            # OpenSlide would ask for the memory, and end the process when there is none.
+            raise SlideError(f"claims tiles of {across} x {down} pixels, more than any slide has", _COPY_AGAIN)
         expected = -(-width // across) * -(-length // down)
     else:
         expected = -(-length // min(length, max(1, one(_ROWS_PER_STRIP, length))))

@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.slides.integrity import check_tiff, is_tiff, quick_hash
+from pipeline.slides.integrity import MAX_SEGMENT_PIXELS, check_tiff, is_tiff, quick_hash
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,6 @@ MPP_RANGE = (0.05, 20.0)
 
 MAX_IMAGE_PIXELS = 400_000_000
 """Largest plain image, which is decoded whole: 1.2 GB of RGB."""
-
-MAX_SEGMENT_PIXELS = 64_000_000
-"""Largest tile or strip of a TIFF file that is decoded at once."""
 
 _CACHED_SEGMENT_PIXELS = 1_000_000
 _BLOCK = 512

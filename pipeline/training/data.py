@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,9 @@ def _label_maps(root: Path, mpp: float | None, source: str = "labels") -> Iterat
             raise PipelineError(f"{path.name} has no label map in {folder}", "complete the data folder")
         labels = read_labels(label_map)
         name = path.stem[:40]
-        yield Field(f"{source}-{name}", source, f"{source}-{name}", "", mpp or guess_mpp(labels), read_image(path), labels)
+        yield Field(
+            f"{source}-{name}", source, f"{source}-{name}", "", mpp or guess_mpp(labels), read_image(path), labels
+        )
 
 
 def _dsb2018(root: Path, mpp: float | None) -> Iterator[Field]:
@@ -178,14 +180,19 @@ IMPORTERS: dict[str, Callable[[Path, float | None], Iterator[Field]]] = {
 """Importers by the name used in the ``train.data`` setting."""
 
 
+def source_name(source: dict[str, Any]) -> str:
+    """Name of a data source: its own, or its kind."""
+    return str(source.get("name", source["kind"]))
+
+
 def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
     """Read the annotated fields of all data sources.
 
     Parameters
     ----------
     sources : list of dict
-        Each with ``kind`` (a key of `IMPORTERS`), ``path``, and optionally ``mpp`` (µm) and ``mpp_of`` (µm by the
-        start of a field's name, for fields that differ from the rest).
+        Each with ``kind`` (a key of `IMPORTERS`), ``path``, and optionally ``name`` (of the source; its kind without
+        one), ``mpp`` (µm) and ``mpp_of`` (µm by the start of a field's name, for fields that differ from the rest).
 
     Raises
     ------
@@ -193,6 +200,9 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
         When a source is unknown, missing, empty or half there.
     """
     fields: list[Field] = []
+    names = [source_name(source) for source in sources]
+    if len(set(names)) != len(names):
+        raise PipelineError(f"two data sources are called {max(names, key=names.count)!r}", "give each a name")
     for source in sources:
         kind, root = source["kind"], Path(source["path"]).expanduser()
         if kind not in IMPORTERS:
@@ -202,7 +212,7 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
         overrides = source.get("mpp_of") or {}
         for one in IMPORTERS[kind](root, source.get("mpp")):
             own = next((mpp for start, mpp in overrides.items() if one.name.startswith(start)), one.mpp)
-            fields.append(Field(one.name, one.source, one.patient, one.organ, float(own), one.image, one.labels))
+            fields.append(replace(one, source=source_name(source), mpp=float(own)))
     if not any(f.labels.any() for f in fields):
         raise PipelineError("the training data hold no nucleus", "check the annotations")
     log.info("%d fields, %d nuclei", len(fields), sum(len(np.unique(f.labels)) - 1 for f in fields))

@@ -7,6 +7,7 @@ folder and is not repeated by a later run, so a killed experiment goes on where 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
 from pipeline.kernels.stain import (
+    METHODS,
     StainFitError,
     extract_macenko,
     fit_reference,
@@ -26,8 +28,9 @@ from pipeline.kernels.stain import (
     tissue_pixels,
 )
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.networks.registry import NETWORKS
 from pipeline.stage import write_json
-from pipeline.training.data import Field, Split, load_fields, split_by_organ
+from pipeline.training.data import Field, Split, load_fields, source_name, split_by_organ
 from pipeline.training.fit import (
     Schedule,
     fit,
@@ -46,6 +49,9 @@ TUNING_GRID = {
 }
 """Thresholds tried on the validation fields (map values 0 to 255, pixels)."""
 
+HEADS = ("nucleus", "distance")
+"""Heads that are trained."""
+
 SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
 
 
@@ -62,12 +68,13 @@ class Experiment:
         ``licence``.
     mpp : float
         The model's pixel size in µm.
-    network, network_args, heads
+    network, network_args
         The network.
     patch, overlap : int
         The window that inference uses.
     stain : str
-        Normalisation of the slides: ``none`` or ``macenko``. The network sees both versions in training.
+        Normalisation of the slides: ``none``, ``macenko``, ``reinhard`` or ``histogram``. In training the network sees
+        fields as they are and normalised.
     holdout : str
         Data set from which one patient an organ is held out for testing.
     validation : int
@@ -89,7 +96,6 @@ class Experiment:
     mpp: float = 0.5
     network: str = "resunet"
     network_args: dict[str, Any] = field(default_factory=dict)
-    heads: tuple[str, ...] = ("nucleus", "distance")
     patch: int = 320
     overlap: int = 32
     stain: str = "macenko"
@@ -101,6 +107,28 @@ class Experiment:
     augmentation: Augmentation = field(default_factory=Augmentation)
     licence: str = "unknown"
     description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise PipelineError(
+                f"train: unknown network {self.network!r}", f"choose from {', '.join(sorted(NETWORKS))}"
+            )
+        stride = NETWORKS[self.network].stride
+        for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):
+            if side % stride:
+                raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")
+        if self.stain not in METHODS or self.stain == "vahadane":
+            raise PipelineError(f"train: stain {self.stain!r}", "use none, macenko, reinhard or histogram")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the checkpoints depend on, the number of steps apart."""
+        kept = asdict(self)
+        for name in ("final_steps", "patch", "overlap", "licence", "description"):
+            del kept[name]
+        for name in ("steps", "workers", "validate_every"):
+            del kept["schedule"][name]
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Experiment:
@@ -118,7 +146,6 @@ class Experiment:
                 augmentation["scale"] = tuple(augmentation["scale"])
             return cls(
                 data=tuple(value.pop("data")),
-                heads=tuple(value.pop("heads", ("nucleus", "distance"))),
                 schedule=Schedule(**value.pop("schedule", {})),
                 augmentation=Augmentation(**augmentation),
                 **value,
@@ -212,7 +239,9 @@ def evaluate(
         image = resize_to_model(one.image if version is None else version, one.mpp, experiment.mpp)
         result = score_maps(predict_field(network, image), one, rules)
         images[one.name] = {name: round(float(result[name]), 4) for name in SCORES} | {"organ": one.organ}
-        log.info("%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(result[k] for k in ("aji", "pq", "dice")))
+        log.info(
+            "%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(result[k] for k in ("aji", "pq", "dice"))
+        )
     mean = {name: round(float(np.mean([i[name] for i in images.values()])), 4) for name in SCORES}
     interval = {
         name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]))]
@@ -230,8 +259,8 @@ def _prepare(fields: list[Field], experiment: Experiment, reference: dict[str, A
 
 
 def _weights(fields: list[Field], experiment: Experiment) -> np.ndarray:
-    share = {source["kind"]: float(source.get("weight", 1.0)) for source in experiment.data}
-    count = {kind: sum(f.source == kind for f in fields) for kind in share}
+    share = {source_name(source): float(source.get("weight", 1.0)) for source in experiment.data}
+    count = {name: sum(f.source == name for f in fields) for name in share}
     return np.array([share[f.source] / count[f.source] for f in fields])
 
 
@@ -260,6 +289,13 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
         When data are missing or do not fit.
     """
     work.mkdir(parents=True, exist_ok=True)
+    owner = work / "experiment.json"
+    if owner.is_file() and json.loads(owner.read_text(encoding="utf-8"))["fingerprint"] != experiment.fingerprint:
+        raise PipelineError(
+            f"{work} holds the training of another experiment called {experiment.name!r}",
+            "give this one another train.name, or delete that folder",
+        )
+    write_json(owner, {"fingerprint": experiment.fingerprint, **asdict(experiment)})
     fields = load_fields(list(experiment.data))
     by_name = {f.name: f for f in fields}
     if len(by_name) != len(fields):
@@ -273,7 +309,7 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
     common: dict[str, Any] = {
         "network": experiment.network,
         "network_args": experiment.network_args,
-        "heads": list(experiment.heads),
+        "heads": list(HEADS),
         "mpp": experiment.mpp,
         "augmentation": experiment.augmentation,
         "accelerator": accelerator,
@@ -286,7 +322,8 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
         folder=work / "heldout",
         **common,
     )
-    evaluation_file = work / "evaluation.json"
+    steps = experiment.schedule.steps
+    evaluation_file = work / f"evaluation-{steps}.json"
     if evaluation_file.is_file():
         evaluation = json.loads(evaluation_file.read_text(encoding="utf-8"))
         rules = InstanceRules(**evaluation["rules"])
@@ -304,7 +341,7 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
                 seed=experiment.schedule.seed + 1,
                 learning_rate=experiment.schedule.learning_rate / 4,  # the network has learned already
             ),
-            folder=work / "final",
+            folder=work / f"final-{steps}",
             start_from=network.state_dict(),
             **common,
         )
@@ -377,7 +414,7 @@ def pack(
         overlap=experiment.overlap,
         network=experiment.network,
         network_args=experiment.network_args,
-        heads=experiment.heads,
+        heads=HEADS,
         classes=(NucleusClass("Nucleus", (46, 160, 67)),),
         stain={"method": experiment.stain, "reference": reference},
         thresholds=rules,
@@ -385,9 +422,9 @@ def pack(
         description=experiment.description,
         data=tuple(
             {
-                "name": source["kind"],
+                "name": source_name(source),
                 "licence": source.get("licence", "unknown"),
-                "fields": sum(f.source == source["kind"] for f in fields),
+                "fields": sum(f.source == source_name(source) for f in fields),
             }
             for source in experiment.data
         ),
@@ -399,4 +436,3 @@ def pack(
     write_json(out / CARD, package.to_json())
     log.info("packed %s (%.1f MB)", out, (out / WEIGHTS).stat().st_size / 1e6)
     return package
-

@@ -189,9 +189,7 @@ class NucleusModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and cosine decay by step."""
         schedule = self.schedule
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         # A function of the step alone, so that a resumed run may be longer than the one before.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -320,4 +318,3 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
-

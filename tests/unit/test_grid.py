@@ -26,7 +26,11 @@ def test_non_square_pixels() -> None:
 
 
 @given(
-    st.integers(1, 200_000), st.integers(1, 200_000), st.floats(0.1, 4), st.floats(0.1, 4), st.sampled_from([0.25, 0.5, 1])
+    st.integers(1, 200_000),
+    st.integers(1, 200_000),
+    st.floats(0.1, 4),
+    st.floats(0.1, 4),
+    st.sampled_from([0.25, 0.5, 1]),
 )
 def test_whole_pixels_lie_inside(width: int, height: int, mpp_x: float, mpp_y: float, mpp: float) -> None:
     grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)

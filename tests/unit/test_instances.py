@@ -96,7 +96,9 @@ def test_blocks_in_any_order(tmp_path: Path) -> None:
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     path = make_store(tmp_path / "maps.zarr", random_maps(200, 200, 7, 0.5))
-    assert flat(list(slide_nuclei(path, RULES, block=64, workers=2))) == flat(list(slide_nuclei(path, RULES, block=200)))
+    assert flat(list(slide_nuclei(path, RULES, block=64, workers=2))) == flat(
+        list(slide_nuclei(path, RULES, block=200))
+    )
 
 
 def test_one_component_over_the_whole_slide(tmp_path: Path) -> None:

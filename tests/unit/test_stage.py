@@ -13,7 +13,9 @@ from pipeline.stage import manifest_failure, read_manifest, run_stage
 
 
 def run(folder: Path, body: Any, **options: Any) -> dict[str, Any]:
-    return run_stage("tiles", "a b", manifest=folder / "tiles.json", outputs={"data": folder / "data.txt"}, body=body, **options)
+    return run_stage(
+        "tiles", "a b", manifest=folder / "tiles.json", outputs={"data": folder / "data.txt"}, body=body, **options
+    )
 
 
 def good(staged: dict[str, Path]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,16 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_checkpoint_of_another_network_is_one_line(data: Path, tmp_path: Path) -> None:
+def test_another_experiment_of_the_same_name_is_one_line(data: Path, tmp_path: Path) -> None:
     run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
     other = Experiment.from_json(section(data, final_steps=0, network_args={"widths": [6, 8, 12]}))
-    with pytest.raises(PipelineError, match="another network"):
+    with pytest.raises(PipelineError, match="another experiment called 'tiny'"):
         run_experiment(other, tmp_path / "work", tmp_path / "other", "cpu")
+    # Nor does a checkpoint that was put there by hand pass for this network's.
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "work" / "heldout", tmp_path / "moved" / "heldout")
+    with pytest.raises(PipelineError, match="another network"):
+        run_experiment(other, tmp_path / "moved", tmp_path / "other", "cpu")
     assert not (tmp_path / "other").exists()
     assert (tmp_path / "work" / "heldout" / "last.ckpt").is_file()
 
@@ -131,7 +137,14 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"speed": 3}, "speed"), ({"schedule": {"epochs": 3}}, "epochs"), ({"augmentation": {"scale": [2, 1]}}, "scale")],
+    [
+        ({"speed": 3}, "speed"),
+        ({"schedule": {"epochs": 3}}, "epochs"),
+        ({"augmentation": {"scale": [2, 1]}}, "scale"),
+        ({"network": "unet9"}, "unet9"),
+        ({"patch": 100}, "multiple of 16"),
+        ({"stain": "pink"}, "pink"),
+    ],
 )
 def test_wrong_section_is_one_line(data: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineError, match=message):
