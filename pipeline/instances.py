@@ -104,7 +104,7 @@ class _Collector:
                 continue
             mask = labels[box] == label
             top, left = box[0].start + y, box[1].start + x
-            rings = [ring for ring in outline(mask)]
+            rings = list(outline(mask))
             runs = mask_runs(mask) + np.array([top, left, left], np.int32)
             self.runs.append(runs)
             self.ids.append(int(runs[0, 0]) << 32 | int(runs[0, 1]))

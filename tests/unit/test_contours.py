@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import shapely
@@ -17,7 +19,7 @@ def polygon(mask: np.ndarray) -> shapely.Polygon:
     points, offsets = drop_collinear(
         np.concatenate([r for r, _ in rings]), np.concatenate([[0], np.cumsum([len(r) for r, _ in rings])])
     )
-    parts = [points[a:b] / 2 for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    parts = [points[a:b] / 2 for a, b in itertools.pairwise(offsets)]
     return shapely.Polygon(parts[0], parts[1:])
 
 
