@@ -84,7 +84,7 @@ class Predictor:
         self.device = torch.device(device)
         self.batch = batch
         self.n_sigmoid = n_sigmoid
-        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self._dtype = torch.float32
         if device == "cuda":
             self._dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -240,7 +240,7 @@ class MapWriter:
             if mask[:, left : left + step].any():
                 part = np.ascontiguousarray(block[:, :, left : left + step])
                 self.digest.update(f"{top},{left};".encode())
-                self.digest.update(part)
+                self.digest.update(part.data)
                 self.store.array[:, top : top + height, left : left + part.shape[2]] = part
 
 

@@ -32,7 +32,7 @@ def outline(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
     lattice = cv2.dilate(lattice, _KERNEL)
     contours, hierarchy = cv2.findContours(lattice, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     rings: list[tuple[np.ndarray, bool]] = []
-    if hierarchy is None:
+    if not contours:
         return rings
     links = np.reshape(hierarchy, (-1, 4))
     index = 0

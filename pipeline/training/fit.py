@@ -107,9 +107,9 @@ def predict_field(network: nn.Module, image: np.ndarray, flips: bool = False) ->
     was_training = network.training
     network.eval()
     with torch.inference_mode():
-        total = sum(torch.sigmoid(network(x.flip(turn)).float()).flip(turn) for turn in turns)
+        total = torch.stack([torch.sigmoid(network(x.flip(turn)).float()).flip(turn) for turn in turns])
     network.train(was_training)
-    maps = (total / len(turns))[0, :, margin : margin + height, margin : margin + width]
+    maps = total.mean(dim=0)[0, :, margin : margin + height, margin : margin + width]
     return np.asarray((maps * 255).round().to(torch.uint8).cpu())
 
 

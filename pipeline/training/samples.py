@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -150,7 +151,7 @@ def draw_sample(
     matrix = turn / zoom
     offset = centre - matrix @ np.array([size / 2, size / 2])
     affine = np.column_stack([matrix, offset]).astype(np.float32)
-    options = {
+    options: dict[str, Any] = {
         "dsize": (size, size),
         "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         "borderMode": cv2.BORDER_REFLECT_101,
@@ -170,7 +171,7 @@ def draw_sample(
     return image, targets
 
 
-class SampleStream(IterableDataset):  # type: ignore[type-arg]
+class SampleStream(IterableDataset):
     """An endless, seeded stream of training samples.
 
     Parameters
