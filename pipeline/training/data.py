@@ -53,7 +53,12 @@ class Field:
     image : numpy.ndarray
         uint8 ``(H, W, 3)`` RGB.
     labels : numpy.ndarray
-        int32 ``(H, W)``.
+        int32 ``(H, W)``, 0 is background.
+    types : numpy.ndarray, optional
+        uint8 ``(H, W)``, the class of each nucleus on its pixels: ``classes[i - 1]`` for ``i``; 0 is background, or a
+        nucleus of unknown class.
+    classes : tuple of str
+        Names of the classes of `types`.
     """
 
     name: str
@@ -63,6 +68,8 @@ class Field:
     mpp: float
     image: np.ndarray = field(repr=False)
     labels: np.ndarray = field(repr=False)
+    types: np.ndarray | None = field(default=None, repr=False)
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image.shape != (*self.labels.shape, 3):
@@ -70,6 +77,17 @@ class Field:
                 f"field {self.name}: the image is {self.image.shape[:2]}, its labels {self.labels.shape}",
                 "give a label map of the image's size",
             )
+        if self.types is not None:
+            if self.types.shape != self.labels.shape:
+                raise PipelineError(
+                    f"field {self.name}: the class map is {self.types.shape}, its labels {self.labels.shape}",
+                    "give a class map of the image's size",
+                )
+            if int(self.types.max(initial=0)) > len(self.classes):
+                raise PipelineError(
+                    f"field {self.name}: class {int(self.types.max())} has no name, there are {len(self.classes)}",
+                    "give every class a name",
+                )
         if not (math.isfinite(self.mpp) and 0.05 <= self.mpp <= 5):
             raise PipelineError(f"field {self.name}: mpp {self.mpp} is no pixel size in µm", "set the source's mpp")
 

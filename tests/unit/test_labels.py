@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -111,6 +112,16 @@ def test_no_patient_on_two_sides() -> None:
     again = split_by_organ(fields[::-1], "monuseg", seed=1, n_validation=2)  # the order of the fields plays no part
     assert set(again.test) == set(split.test)
     assert set(again.validation) == set(split.validation)
+
+
+def test_class_maps_fit_their_field() -> None:
+    one = field("p", "")
+    types = np.ones((4, 4), np.uint8)
+    assert replace(one, types=types, classes=("Tumour",)).types is types
+    with pytest.raises(PipelineError, match="class 1 has no name"):
+        replace(one, types=types)
+    with pytest.raises(PipelineError, match=r"the class map is \(3, 4\)"):
+        replace(one, types=types[1:], classes=("Tumour",))
 
 
 def write_source(root: Path, count: int = 2) -> Path:
