@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import logging
-import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +11,12 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import Overlaps, score_overlaps
+from pipeline.geojson import iter_features, read_geojson
 from pipeline.kernels.raster import paint_runs, polygon_runs
+from pipeline.label_maps import SUFFIXES as LABEL_MAPS
+from pipeline.label_maps import read_instances
 
-log = logging.getLogger(__name__)
-
-SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", ".png", ".tiff", ".tif", ".npy")
+SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", *LABEL_MAPS)
 """What can be read."""
 
 BAND_PIXELS = 1 << 24
@@ -119,9 +116,8 @@ def load(path: Path) -> Instances:
     Parameters
     ----------
     path : pathlib.Path
-        A label map (``.png``, ``.tif``, ``.npy``; integers, or a mask of 0 and 255 whose connected parts are taken for
-        instances), polygons in level-0 pixels (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon),
-        or ``nuclei.parquet``.
+        A label map (``.png``, ``.tif``, ``.npy``, see `pipeline.label_maps.read_instances`), polygons in level-0 pixels
+        (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon), or ``nuclei.parquet``.
 
     Raises
     ------
@@ -137,56 +133,7 @@ def load(path: Path) -> Instances:
         return _geojson(path)
     if name.endswith(".parquet"):
         return _parquet(path)
-    return _label_map(path)
-
-
-def _label_map(path: Path) -> LabelMap:
-    try:
-        labels = _read_image(path)
-    except PipelineError:
-        raise
-    except Exception as error:  # readers raise what they like over damaged files
-        raise PipelineError(f"{path} cannot be read: {error}", "is it a label map?") from None
-    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[2]):
-        labels = labels.squeeze(axis=0 if labels.shape[0] == 1 else 2)
-    if labels.ndim != 2:
-        raise PipelineError(f"{path} has shape {labels.shape}, a label map has rows and columns alone")
-    if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "biu":
-        raise PipelineError(f"{path} holds {labels.dtype}, a label map holds integers")
-    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-        raise PipelineError(f"{path} holds negative numbers, a label map holds 0 and up")
-    if labels.dtype == np.bool_ or (labels.dtype == np.uint8 and labels.any() and set(np.unique(labels)) <= {0, 255}):
-        from scipy import ndimage
-
-        log.warning("%s is a mask: its connected parts are taken for instances", path)
-        labels = ndimage.label(labels)[0]
-    return LabelMap(labels)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    kind = path.suffix.lower()
-    if kind == ".npy":
-        try:
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except ValueError as error:
-            if "Python objects" not in str(error) and "allow_pickle" not in str(error):
-                raise
-            raise PipelineError(
-                f"{path} holds Python objects (a dict?), which may run code when they are read",
-                "save its array of instances alone: numpy.save(file, content['inst_map'])",
-            ) from None
-    if kind in (".tif", ".tiff"):
-        import tifffile
-
-        return np.asarray(tifffile.imread(path))
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            return np.asarray(image)
+    return LabelMap(read_instances(path))
 
 
 def _parquet(path: Path) -> Outlines:
@@ -214,15 +161,7 @@ def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
 
 
 def _geojson(path: Path) -> Outlines:
-    import orjson
-
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        value = orjson.loads(data)
-    except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:
-        raise PipelineError(f"{path} is no GeoJSON: {error}", "is it damaged?") from None
+    value = read_geojson(path)
     try:
         return _join(list(_polygon_batches(value)))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -231,25 +170,13 @@ def _geojson(path: Path) -> Outlines:
         ) from None
 
 
-def _features(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):  # as QuPath wrote once
-        for item in value:
-            yield from _features(item)
-    elif value["type"] == "FeatureCollection":
-        yield from _features(value["features"])
-    elif value["type"] == "Feature":
-        if value["geometry"] is not None:
-            yield value["geometry"]
-    elif value["type"] == "GeometryCollection":
-        yield from value["geometries"]
-    else:
-        yield value
-
-
 def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     points: list[np.ndarray] = []
     polygons: list[int] = []
-    for geometry in _features(value):
+    for feature in iter_features(value):
+        geometry = feature["geometry"]
+        if geometry is None:
+            continue
         if geometry["type"] not in ("Polygon", "MultiPolygon"):
             raise ValueError(f"found a {geometry['type']}")
         parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]

@@ -2,77 +2,223 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError
+from pipeline.kernels.raster import paint_runs, polygon_runs
+
+MAX_COORDINATE = 1e7
+"""Pixels beyond which a coordinate is taken for damage."""
 
 
-def read_imagescope_xml(path: Path) -> list[np.ndarray]:
-    """Polygons of an Aperio ImageScope annotation file.
+@dataclass(frozen=True, eq=False)
+class Region:
+    """One annotated outline.
+
+    Parameters
+    ----------
+    points : numpy.ndarray
+        Corners x, y in level-0 pixels, float64 ``(n, 2)``; fewer than three enclose nothing.
+    name : str
+        Name of its layer (a class, in some data sets), or empty.
+    """
+
+    points: np.ndarray
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class DrawingReport:
+    """What became of the outlines that were drawn.
+
+    Parameters
+    ----------
+    regions : int
+        How many there were.
+    clipped : int
+        Reach outside the image; what lies outside is cut off.
+    repaired : int
+        Cross or touch themselves; the largest part is kept.
+    dropped : int
+        Enclose no area: fewer than three points, or all on a line.
+    outside : int
+        Lie outside the image altogether.
+    hidden : int
+        Have no pixel left, being too small or under earlier ones.
+    """
+
+    regions: int = 0
+    clipped: int = 0
+    repaired: int = 0
+    dropped: int = 0
+    outside: int = 0
+    hidden: int = 0
+
+    @property
+    def drawn(self) -> int:
+        """Instances in the label map."""
+        return self.regions - self.dropped - self.outside - self.hidden
+
+    def __str__(self) -> str:
+        parts = {
+            "clipped at the border": self.clipped,
+            "self-intersecting (largest part kept)": self.repaired,
+            "dropped (no area)": self.dropped,
+            "dropped (outside the image)": self.outside,
+            "dropped (no pixel left)": self.hidden,
+        }
+        notes = "".join(f", {count} {what}" for what, count in parts.items() if count)
+        return f"{self.drawn} of {self.regions} regions drawn{notes}"
+
+
+def read_imagescope_xml(path: Path) -> list[Region]:
+    """Outlines of an Aperio ImageScope annotation file.
 
     Parameters
     ----------
     path : pathlib.Path
-        The XML file, one ``Region`` a nucleus.
+        The XML file, one ``Region`` a nucleus. Negative regions (``NegativeROA``) are left out.
 
     Returns
     -------
-    list of numpy.ndarray
-        One float64 array ``(n, 2)`` of x, y in level-0 pixels a region, in file order; regions of fewer than three
-        points are left out.
+    list of Region
+        In file order, whatever their number of points.
 
     Raises
     ------
     PipelineError
-        When the file is no such XML.
+        When the file is no such XML. Entities and external references are refused.
     """
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import ParseError, parse
 
     try:
         root = parse(path).getroot()
-    except (ParseError, DefusedXmlException, OSError) as error:
-        raise PipelineError(f"annotation {path.name}: {error}", "give an ImageScope XML file") from None
-    polygons = []
+    except (ParseError, DefusedXmlException, OSError, ValueError, LookupError) as error:
+        raise PipelineError(
+            f"annotation {path.name}: {error or type(error).__name__}", "give an ImageScope XML file"
+        ) from None
+    layers = list(root.iter("Annotation"))
+    if not layers:
+        raise PipelineError(f"annotation {path.name} has no Annotation element", "give an ImageScope XML file")
+    regions = []
     try:
-        for region in root.iter("Region"):
-            points = [(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")]
-            if len(points) >= 3:
-                polygons.append(np.array(points))
+        for layer in layers:
+            name = _layer_name(layer)
+            for region in layer.iter("Region"):
+                if region.get("NegativeROA", "0") != "1":
+                    regions.append(Region(_points(region), name))
     except (KeyError, ValueError) as error:
         raise PipelineError(f"annotation {path.name}: a vertex is damaged: {error}", "export it again") from None
-    return polygons
+    return regions
 
 
-def rasterise(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Draw polygons as instances; a pixel keeps the first polygon that covers it.
+def _points(region: Any) -> np.ndarray:
+    points = [(float(vertex.attrib["X"]), float(vertex.attrib["Y"])) for vertex in region.iter("Vertex")]
+    array = np.array(points, np.float64).reshape(-1, 2)
+    if not (np.abs(array) < MAX_COORDINATE).all():
+        raise ValueError("a coordinate is not finite or out of all bounds")
+    return array
+
+
+def _layer_name(layer: Any) -> str:
+    names = [layer.get("Name", ""), *(a.get("Name", "") for a in layer.findall("Attributes/Attribute"))]
+    return next((name.strip() for name in names if name.strip() and name != "Description"), "")
+
+
+def repair(polygon: Any) -> Any:
+    """The largest valid part of a polygon, or None where it encloses nothing.
 
     Parameters
     ----------
-    polygons : list of numpy.ndarray
-        ``(n, 2)`` arrays of x, y in pixels; what lies outside the image is cut off.
+    polygon : shapely.Polygon
+        Perhaps self-intersecting. Where it winds around something twice, that is inside.
+    """
+    import shapely
+
+    if not polygon.is_valid:
+        polygon = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
+    parts = [part for part in shapely.get_parts(polygon) if part.geom_type == "Polygon" and part.area > 0]
+    return max(parts, key=lambda part: part.area, default=None)
+
+
+def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
+    """Paint polygons as instances; a pixel keeps the first that covers its centre.
+
+    Parameters
+    ----------
+    shapes : sequence of shapely.Polygon or shapely.MultiPolygon or None
+        In pixels; pixel (x, y) covers ``[x, x+1) x [y, y+1)``. They lie within the image, more or less.
     shape : (int, int)
         Height and width.
 
     Returns
     -------
     numpy.ndarray
-        int32 labels; polygon ``i`` is ``i + 1``.
+        int32 labels; shape ``i`` is ``i + 1``.
     """
+    import shapely
+
     labels = np.zeros(shape, np.int32)
-    height, width = shape
-    for index, polygon in enumerate(polygons, start=1):
-        x0, y0 = np.floor(polygon.min(axis=0)).astype(int) - 1
-        x1, y1 = np.ceil(polygon.max(axis=0)).astype(int) + 2
-        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-        if x0 >= x1 or y0 >= y1:
-            continue
-        mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        # Vertices are pixel coordinates with pixel centres at whole numbers, in 1/16 of a pixel.
-        cv2.fillPoly(mask, [np.round((polygon - (x0, y0)) * 16).astype(np.int32)], 1, shift=4)
-        window = labels[y0:y1, x0:x1]
-        window[(window == 0) & (mask > 0)] = index
+    index = np.array([i for i, one in enumerate(shapes) if one is not None and not one.is_empty], np.int64)
+    if len(index):
+        many = np.array([shapely.multipolygons(shapely.get_parts(shapes[i])) for i in index])
+        _, points, (rings, polygons, parts) = shapely.to_ragged_array(many, include_z=False)
+        runs = polygon_runs(points, rings[:-1], polygons[parts[:-1]])
+        paint_runs(runs[:, 1:], index[runs[:, 0]] + 1, labels)
     return labels
+
+
+def rasterise(regions: Sequence[Region], shape: tuple[int, int]) -> tuple[np.ndarray, DrawingReport]:
+    """Draw outlines as instances; a pixel keeps the first outline that covers its centre.
+
+    Vertices are pixel coordinates with pixel centres at whole numbers. Of the ways to fill these polygons this one
+    agrees best with the instance label maps that go around with the MoNuSeg training fields (AJI 0.99 to 1.00; filling
+    them with their outline, as drawing libraries do, gives 0.89 to 0.94).
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        The outlines.
+    shape : (int, int)
+        Height and width.
+
+    Returns
+    -------
+    labels : numpy.ndarray
+        int32 ``(H, W)``; region ``i`` is ``i + 1``.
+    report : DrawingReport
+        What was cut, repaired and dropped.
+    """
+    import shapely
+
+    height, width = shape
+    image = shapely.box(0, 0, width, height)
+    shapes: list[Any] = []
+    report = DrawingReport(regions=len(regions))
+    for region in regions:
+        polygon = shapely.Polygon(region.points + 0.5) if len(region.points) >= 3 else shapely.Polygon()
+        whole = repair(polygon)
+        if whole is None:
+            report = replace(report, dropped=report.dropped + 1)
+            shapes.append(None)
+            continue
+        report = replace(report, repaired=report.repaired + (not polygon.is_valid))
+        x0, y0, x1, y1 = whole.bounds
+        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+            whole = shapely.intersection(whole, image)
+            whole = shapely.union_all([p for p in shapely.get_parts(whole) if p.geom_type == "Polygon" and p.area > 0])
+            if whole.is_empty:
+                report = replace(report, outside=report.outside + 1)
+                shapes.append(None)
+                continue
+            report = replace(report, clipped=report.clipped + 1)
+        shapes.append(whole)
+    labels = burn(shapes, shape)
+    drawn = int(np.count_nonzero(np.bincount(labels.ravel())[1:]))
+    return labels, replace(report, hidden=report.drawn - drawn)

@@ -149,7 +149,8 @@ def _monuseg(root: Path, mpp: float | None) -> Iterator[Field]:
         if label_map is not None:
             labels = read_labels(label_map)
         elif xml is not None:
-            labels = rasterise(read_imagescope_xml(xml), image.shape[:2])
+            labels, report = rasterise(read_imagescope_xml(xml), image.shape[:2])
+            log.info("%s: %s", xml.name, report)
         else:
             raise PipelineError(f"{path.name} has neither an XML nor a label map", "complete the data folder")
         patient = "-".join(path.stem.split("-")[1:3])

@@ -197,11 +197,11 @@ def test_a_mask_is_taken_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def write_bad(folder: Path) -> dict[str, Path]:
-    np.save(folder / "dict.npy", {"inst_map": labels_map()}, allow_pickle=True)  # type: ignore[arg-type]
+    np.save(folder / "dict.npy", {"type_map": labels_map()}, allow_pickle=True)  # type: ignore[arg-type]
     np.save(folder / "float.npy", np.full((3, 3), 0.5))
     np.save(folder / "negative.npy", np.full((3, 3), -1))
     np.save(folder / "cube.npy", np.zeros((3, 4, 5), int))
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "colour.png")
+    Image.fromarray(np.eye(4, 12, dtype=np.uint8).reshape(4, 4, 3)).save(folder / "colour.png")
     for name, data in {
         "text.png": b"no picture",
         "text.tif": b"no picture",
@@ -219,11 +219,11 @@ def write_bad(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("dict.npy", "holds Python objects"),
+        ("dict.npy", "has type_map but no inst_map"),
         ("float.npy", "holds float64"),
         ("negative.npy", "negative"),
         ("cube.npy", "has shape"),
-        ("colour.png", "has shape"),
+        ("colour.png", "coloured picture"),
         ("text.png", "cannot be read"),
         ("text.tif", "cannot be read"),
         ("text.geojson", "is no GeoJSON"),

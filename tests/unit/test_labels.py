@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.training.annotations import rasterise, read_imagescope_xml
 from pipeline.training.data import Field, guess_mpp, load_fields, split_by_organ
 from pipeline.training.labels import craft_distance, seam_weight
 
@@ -44,49 +43,6 @@ def test_seams_lie_between_nuclei() -> None:
     apart = TOUCHING.copy()
     apart[:, 12:18] = 0
     assert not seam_weight(apart, radius=2).any()
-
-
-XML = """<Annotations MicronsPerPixel="0.25"><Annotation><Regions>{}</Regions></Annotation></Annotations>"""
-
-
-def region(points: list[tuple[float, float]]) -> str:
-    vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
-    return f"<Region><Vertices>{vertices}</Vertices></Region>"
-
-
-def test_first_polygon_wins(tmp_path: Path) -> None:
-    first, second = [(2, 2), (10, 2), (10, 10), (2, 10)], [(6, 2), (16, 2), (16, 10), (6, 10)]
-    path = tmp_path / "a.xml"
-    path.write_text(XML.format(region(first) + region([(0, 0), (1, 1)]) + region(second)))
-    labels = rasterise(read_imagescope_xml(path), (20, 20))
-    assert labels[5, 8] == 1
-    assert labels[5, 14] == 2
-    assert labels.max() == 2
-
-
-def test_polygons_beyond_the_image_are_cut() -> None:
-    labels = rasterise(
-        [np.array([[-50.0, -5], [5, -5], [5, 500], [-50, 500]]), np.array([[90.0, 90], [99, 90], [99, 99]])], (10, 10)
-    )
-    assert (labels[:, :6] == 1).all()
-    assert labels.max() == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "not xml",
-        '<!DOCTYPE a [<!ENTITY b "x">]><a>&b;</a>',
-        '<a><Region><Vertices><Vertex X="1"/></Vertices></Region></a>',
-        '<a><Region><Vertices><Vertex X="one" Y="1"/></Vertices></Region></a>',
-    ],
-)
-def test_bad_xml_is_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "bad.xml"
-    path.write_text(text)
-    with pytest.raises(PipelineError, match=r"bad\.xml") as error:
-        read_imagescope_xml(path)
-    assert "\n" not in str(error.value)
 
 
 def test_guess_mpp() -> None:
