@@ -218,6 +218,8 @@ def choose_regions(
     cols, rows = math.ceil(grid.width / half), math.ceil(grid.height / half)
 
     def windows(bins: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if side == 1:
+            return bins
         # Squares start at every bin but the last one of a row or column, which has no neighbour.
         padded = np.pad(bins, 1)
         sums = padded[1:-1, 1:-1] + padded[1:-1, 2:] + padded[2:, 1:-1] + padded[2:, 2:]
@@ -228,7 +230,7 @@ def choose_regions(
         inside = (centroids >= (left, top)) & (centroids < (left + side, top + side))
         return Region(name, left, top, side, int(inside.all(axis=1).sum()))
 
-    tissue = windows(coverage(rings, rows, cols, (1 / half, 1 / half))) / 4
+    tissue = windows(coverage(rings, rows, cols, (1 / half, 1 / half))) / (1 if side == 1 else 4)
     centroids = np.asarray(centroids, dtype=np.float64).reshape(-1, 2)
     if not len(centroids):
         middle = np.hypot(*np.ogrid[-1 : 1 : tissue.shape[0] * 1j, -1 : 1 : tissue.shape[1] * 1j])

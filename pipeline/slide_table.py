@@ -267,7 +267,7 @@ def resolve_slides(setting: str | Path) -> SlideTable:
     Parameters
     ----------
     setting : str or pathlib.Path
-        A folder, or a table; relative to the working directory.
+        A folder, a table or a single slide; relative to the working directory.
 
     Raises
     ------
@@ -277,8 +277,12 @@ def resolve_slides(setting: str | Path) -> SlideTable:
     path = Path(os.path.abspath(Path(setting).expanduser()))
     if path.is_dir():
         return from_folder(path)
+    if path.is_file() and (name := stem(path.name)) is not None:
+        return SlideTable({name: SlideEntry(name, path)})
     if not path.exists():
-        raise PipelineError(f"slides: {str(path)!r} does not exist", "give a folder or a table: --config slides=PATH")
+        raise PipelineError(
+            f"slides: {str(path)!r} does not exist", "give a folder, a table or a slide: --config slides=PATH"
+        )
     return from_table(path)
 
 

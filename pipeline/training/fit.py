@@ -195,6 +195,29 @@ class NucleusModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class KeepLast(Callback):
+    """Keep the newest state, to go on from after a kill, whatever the scores are.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The checkpoint; replaced as a whole.
+    every : int
+        Steps between two checkpoints; the last step has one too.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path = path
+        self.every = every
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Called by the trainer, after the weights have been averaged."""
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            staged = self.path.with_name(f".part-{self.path.name}")
+            trainer.save_checkpoint(staged)
+            staged.replace(self.path)
+
+
 class Report(Callback):
     """Log the validation scores in one line each."""
 
@@ -272,14 +295,12 @@ def fit(
     loader: DataLoader[Any] = DataLoader(
         stream, schedule.batch, num_workers=schedule.workers, persistent_workers=schedule.workers > 0
     )
-    keep = ModelCheckpoint(
+    best = ModelCheckpoint(
         folder,
         filename="best",
-        monitor="val/aji" if validation else None,
+        monitor="val/aji",
         mode="max",
-        save_last=True,
         enable_version_counter=False,
-        every_n_train_steps=None if validation else schedule.validate_every,
     )
     trainer = lightning.Trainer(
         accelerator=accelerator,
@@ -288,7 +309,13 @@ def fit(
         check_val_every_n_epoch=None,
         limit_val_batches=None if validation else 0,
         num_sanity_val_steps=0,
-        callbacks=[EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5), keep, Report()],
+        callbacks=[
+            EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5),
+            KeepLast(last, schedule.validate_every),
+            *([best] if validation else []),
+            Report(),
+        ],
+        enable_checkpointing=bool(validation),
         logger=CSVLogger(folder, name="", version="log"),
         log_every_n_steps=10,
         gradient_clip_val=1.0,

@@ -124,10 +124,10 @@ def test_wrong_tables_say_what_and_where_in_one_line(tmp_path: Path, text: str, 
     assert "t.tsv" in str(caught.value)
 
 
-def test_a_slide_given_as_the_table_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.svs").write_bytes(b"II*\0\xff\xfe\x80")
+def test_something_else_given_as_the_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"II*\0\xff\xfe\x80")
     with pytest.raises(PipelineError, match="not UTF-8 text"):
-        resolve_slides(tmp_path / "x.svs")
+        resolve_slides(tmp_path / "x.bin")
 
 
 def test_name_problem() -> None:
@@ -180,3 +180,9 @@ def test_digest_tells_tables_apart(tmp_path: Path) -> None:
         slides: SlideTable = from_table(write(tmp_path / "t.tsv", text))
         digests.add(slides.digest)
     assert len(digests) == 4
+
+
+def test_a_single_slide(tmp_path: Path) -> None:
+    (tmp_path / "b 1.ome.tiff").write_bytes(b"II*")
+    table = resolve_slides(tmp_path / "b 1.ome.tiff")
+    assert [(slide.name, slide.path) for slide in table] == [("b 1", tmp_path / "b 1.ome.tiff")]

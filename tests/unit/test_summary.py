@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -154,6 +154,7 @@ def test_regions_do_not_overlap_and_differ() -> None:
     st.integers(1, 700),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)), max_size=30),
 )
+@example(1, 2, [(0.0, 0.5)])
 def test_regions_lie_within_any_grid(width: int, height: int, places: list[tuple[float, float]]) -> None:
     grid = Grid(width, height, 0.5, 2.0, 2.0)
     points = np.array(places).reshape(-1, 2) * (width, height)

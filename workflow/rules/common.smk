@@ -180,6 +180,14 @@ def batch_options(wildcards):
     return [] if config["infer"]["batch"] is None else [f"--batch={config['infer']['batch']}"]
 
 
+def own_gpus(device):
+    """GPUs for a job on this machine: one, where there is any and the settings allow it.
+
+    The default profile lends one at a time; a cluster's profile asks for its own.
+    """
+    return int(device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def model_folder(wildcards, input):
     """The model package of a job."""
     return os.path.dirname(input.model)

@@ -143,6 +143,7 @@ rule infer:
     resources:
         mem_mb=megabytes(8000),
         runtime=480,
+        gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
         model=model_folder,
