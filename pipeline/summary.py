@@ -290,7 +290,7 @@ def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
     median = numbers["quantiles"].get("area_um2", {}).get("50")
     if median is not None:
         facts.append(f"median area {median:.1f} µm²")
-    facts.append(f"{nuclei.grid.mpp:g} µm/px")
+    facts.append(f"analysed at {nuclei.grid.mpp:g} µm/px")
     evaluation = numbers.get("evaluation")
     if evaluation:
         facts.append(f"AJI {evaluation['aji']:.3f}, PQ {evaluation['pq']:.3f}, F1 {evaluation['f1']:.3f}")
