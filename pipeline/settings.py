@@ -16,27 +16,57 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 
+def load_schema(path: Path) -> dict[str, Any]:
+    """Read a JSON schema in YAML; a ``$ref`` to another file stands for what that one holds.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The schema.
+    """
+    import yaml
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if str(value.get("$ref", "")).endswith(".yaml"):
+                return load_schema(path.parent / value["$ref"])
+            return {key: resolve(item) for key, item in value.items()}
+        return [resolve(item) for item in value] if isinstance(value, list) else value
+
+    schema: dict[str, Any] = resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return schema
+
+
+def _from_text(value: str) -> Any:
+    try:
+        return json.loads(value.strip().lower())
+    except ValueError:
+        return value
+
+
 def _coerced(value: Any, schema: dict[str, Any]) -> Any:
     """`value` with the schema's defaults, and with numbers and booleans that came as text from the command line.
 
     ``snakemake --config 'tiles={tile: 512}'`` gives every nested value as text.
     """
     if isinstance(value, dict):
-        known = schema.get("properties", {})
-        filled = {key: _coerced(item, known.get(key, {})) for key, item in value.items()}
+        known, other = schema.get("properties", {}), schema.get("additionalProperties")
+        other = other if isinstance(other, dict) else {}
+        filled = {key: _coerced(item, known.get(key, other)) for key, item in value.items()}
         for key, sub in known.items():
             if key not in filled and "default" in sub:
                 filled[key] = _coerced(copy.deepcopy(sub["default"]), sub)
         return filled
+    if isinstance(value, list):
+        return [_coerced(item, schema.get("items", {})) for item in value]
+    if not schema and isinstance(value, str):  # arguments that no schema knows
+        return _from_text(value)
     types = schema.get("type", [])
     types = {types} if isinstance(types, str) else set(types)
     if not types or not isinstance(value, (str, int, float)) or isinstance(value, bool):
         return value
     if isinstance(value, str) and "string" not in types:
-        try:
-            return json.loads(value.strip().lower())
-        except ValueError:
-            return value
+        return _from_text(value)
     if isinstance(value, int) and types == {"string"}:
         return str(value)  # a folder called 2024
     return value

@@ -30,7 +30,8 @@ def main(args: argparse.Namespace) -> int:
         raise PipelineError(f"{args.config_json} cannot be read: {error}", "give the train section as JSON") from None
     import torch
 
-    from pipeline.training.experiment import Experiment, run_experiment
+    from pipeline.training.experiment import Experiment
+    from pipeline.training.run import run_experiment
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.training.data import Field
 from pipeline.training.labels import craft_distance, seam_weight
@@ -169,37 +167,3 @@ def draw_sample(
         noise = rng.normal(0, rng.uniform(0, augmentation.noise), image.shape)
         image = np.clip(image + noise, 0, 255).astype(np.uint8)
     return image, targets
-
-
-class SampleStream(IterableDataset):
-    """An endless, seeded stream of training samples.
-
-    Parameters
-    ----------
-    fields : sequence of PreparedField
-        Where to draw from.
-    weights : numpy.ndarray
-        How often each field is drawn.
-    size : int
-        Side of the crops.
-    augmentation : Augmentation
-        Ranges of the changes.
-    seed : int
-        Seed; each worker draws a stream of its own.
-    """
-
-    def __init__(
-        self, fields: list[PreparedField], weights: np.ndarray, size: int, augmentation: Augmentation, seed: int
-    ) -> None:
-        self.fields = fields
-        self.weights = weights / weights.sum()
-        self.size = size
-        self.augmentation = augmentation
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        while True:
-            field = self.fields[rng.choice(len(self.fields), p=self.weights)]
-            yield draw_sample(field, self.size, self.augmentation, rng)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.training.data import Field, guess_mpp, load_fields, split_by_organ
+from pipeline.training.data import Field, guess_mpp, load_fields
 from pipeline.training.labels import craft_distance, seam_weight
 
 TOUCHING = np.zeros((20, 30), np.int32)
@@ -56,18 +56,6 @@ def field(patient: str, organ: str, source: str = "monuseg") -> Field:
     return Field(
         f"{source}-{patient}", source, patient, organ, 0.25, np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), np.int32)
     )
-
-
-def test_no_patient_on_two_sides() -> None:
-    fields = [field(f"p{i}", "ab"[i % 2]) for i in range(10)] + [field("t", "", "tnbc")]
-    split = split_by_organ(fields, "monuseg", seed=1, n_validation=2)
-    parts = [set(split.train), set(split.validation), set(split.test)]
-    assert len(split.test) == 2
-    assert len(split.validation) == 2
-    assert sum(map(len, parts)) == len(set.union(*parts)) == 11
-    again = split_by_organ(fields[::-1], "monuseg", seed=1, n_validation=2)  # the order of the fields plays no part
-    assert set(again.test) == set(split.test)
-    assert set(again.validation) == set(split.validation)
 
 
 def test_class_maps_fit_their_field() -> None:

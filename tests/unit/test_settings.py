@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from pipeline.errors import PipelineError
-from pipeline.settings import check_model, check_settings, file_sha256
+from pipeline.settings import check_model, check_settings, file_sha256, load_schema
 
 ROOT = Path(__file__).parents[2]
-SCHEMA: dict[str, Any] = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
+SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 
 

@@ -21,10 +21,12 @@ torch = pytest.importorskip("torch")
 
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.registry import NETWORKS, build_network, head_channels  # noqa: E402
-from pipeline.training.experiment import Experiment, bootstrap_interval, run_experiment  # noqa: E402
+from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.fit import predict_field  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
+from pipeline.training.run import run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
+from pipeline.training.scoring import bootstrap_interval  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

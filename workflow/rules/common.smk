@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 if workflow.basedir not in sys.path:
@@ -12,7 +11,7 @@ if workflow.basedir not in sys.path:
 
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout, folder_name
-from pipeline.settings import check_model, check_settings
+from pipeline.settings import check_model, check_settings, load_schema
 from pipeline.slide_table import resolve_slides
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -32,7 +31,7 @@ def stop(error):
 
 SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
 try:
-    config.update(check_settings(config, yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))))
+    config.update(check_settings(config, load_schema(SCHEMA)))
 except PipelineError as error:
     stop(error)
 

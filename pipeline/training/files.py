@@ -1,0 +1,35 @@
+"""JSON files of a training folder: whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.stage import write_json
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON beside its place, then rename it."""
+    staged = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        write_json(staged, value)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    PipelineError
+        When the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path} cannot be read: {error}", "delete it and run again") from None

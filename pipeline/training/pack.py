@@ -1,0 +1,80 @@
+"""A trained network as a model package."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.kernels.instances import InstanceRules
+from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.stage import write_json
+from pipeline.training.data import Field, source_name
+from pipeline.training.experiment import HEADS, Experiment
+
+log = logging.getLogger(__name__)
+
+
+def pack(
+    network: Any,
+    experiment: Experiment,
+    evaluation: dict[str, Any],
+    rules: InstanceRules,
+    reference: dict[str, Any],
+    fields: list[Field],
+    out: Path,
+) -> ModelPackage:
+    """Write a model package.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        The trained network.
+    experiment : Experiment
+        Where it comes from.
+    evaluation : dict
+        Scores on unseen patients.
+    rules : InstanceRules
+        Tuned thresholds.
+    reference : dict
+        Stain reference.
+    fields : list of Field
+        The training data.
+    out : pathlib.Path
+        Folder of the package.
+    """
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    staged = out / f".part-{WEIGHTS}"
+    save_file(state, staged)
+    package = ModelPackage(
+        name=experiment.name,
+        mpp=experiment.mpp,
+        patch=experiment.patch,
+        overlap=experiment.overlap,
+        network=experiment.network,
+        network_args=experiment.network_args,
+        heads=HEADS,
+        classes=(NucleusClass("Nucleus", (46, 160, 67)),),
+        stain={"method": experiment.stain, "reference": reference},
+        thresholds=rules,
+        licence=experiment.licence,
+        description=experiment.description,
+        data=tuple(
+            {
+                "name": source_name(source),
+                "licence": source.get("licence", "unknown"),
+                "fields": sum(f.source == source_name(source) for f in fields),
+            }
+            for source in experiment.data
+        ),
+        metrics={k: evaluation[k] for k in ("protocol", "mean", "interval_95", "images")},
+        sha256=sha256_of(staged),
+    )
+    staged.chmod(0o644)  # safetensors keeps its files to their owner
+    staged.rename(out / WEIGHTS)
+    write_json(out / CARD, package.to_json())
+    log.info("packed %s (%.1f MB)", out, (out / WEIGHTS).stat().st_size / 1e6)
+    return package

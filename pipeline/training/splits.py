@@ -1,0 +1,308 @@
+"""Who is for training, who for validation, who for testing: always whole patients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.training.data import Field
+
+log = logging.getLogger(__name__)
+
+METHODS = ("one-per-organ", "patients", "stratified", "organs", "folds", "kumar", "lists")
+"""Ways to hold patients out."""
+
+PARTS = ("train", "validation", "test")
+
+KUMAR_TRAIN = (
+    "18-5592", "21-5784", "38-6178", "50-5931", "A7-A13E", "AR-A1AK", "AR-A1AS", "B0-5711", "E2-A14V", "G9-6348",
+    "G9-6356", "G9-6362", "G9-6363", "HE-7128", "HE-7129", "HE-7130",
+)  # fmt: skip
+"""The 16 training patients of Kumar et al., IEEE TMI 2017."""
+
+KUMAR_TEST = (
+    "21-5786", "49-4488", "A7-A13F", "CH-5767", "E2-A1B5", "G9-6336", "B0-5698", "B0-5710", "AY-A8YK", "DK-A2I6",
+    "KB-A93J", "NH-A8F7", "RD-A8N9", "G2-A2EK",
+)  # fmt: skip
+"""Their 14 test patients, those of organs that are not among the training ones last."""
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How patients are held out of the data source ``holdout``; all other sources are for training.
+
+    Parameters
+    ----------
+    method : str
+        ``one-per-organ``: one patient of each organ for testing. ``patients``: a share of all patients.
+        ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by name or as
+        a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the folds.
+        ``kumar``: the 16 and 14 patients of Kumar et al. ``lists``: as listed.
+    test : float
+        Share for testing of ``patients``, ``stratified`` and ``organs``.
+    folds, fold : int
+        Number of folds, and the one for testing, from 0 on.
+    organs : tuple of str
+        The organs for testing of ``organs``; without any, a share of them is drawn.
+    train_list, validation_list, test_list : tuple of str
+        Fields of ``lists``, by patient or by the beginning of the field's name. Without a `train_list`, what is in no
+        other list is for training.
+    exclude : tuple of str
+        Organs that are left out altogether.
+    """
+
+    method: str = "one-per-organ"
+    test: float = 0.2
+    folds: int = 5
+    fold: int = 0
+    organs: tuple[str, ...] = ()
+    train_list: tuple[str, ...] = ()
+    validation_list: tuple[str, ...] = ()
+    test_list: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise PipelineError(f"split: unknown method {self.method!r}", f"choose from {', '.join(METHODS)}")
+        if not 0 < self.test < 1:
+            raise PipelineError(f"split: test {self.test} is no share", "use a number between 0 and 1")
+        if self.folds < 2 or not 0 <= self.fold < self.folds:
+            raise PipelineError(
+                f"split: fold {self.fold} of {self.folds}", "use at least 2 folds, numbered from 0 to one less"
+            )
+        if self.method == "lists" and not self.test_list:
+            raise PipelineError("split: method lists without a test_list", "list patients or fields for testing")
+
+    def describe(self, source: str) -> str:
+        """The method in words."""
+        share = f"{100 * self.test:.0f} %"
+        words = {
+            "one-per-organ": f"one {source} patient an organ held out",
+            "patients": f"{share} of the {source} patients held out",
+            "stratified": f"{share} of the {source} patients of each organ held out",
+            "organs": f"{source} organs held out: {', '.join(self.organs) or share}",
+            "folds": f"fold {self.fold + 1} of {self.folds} of the {source} patients held out",
+            "kumar": "the 14 test patients of Kumar et al. held out",
+            "lists": "listed fields held out",
+        }
+        left_out = f", without {', '.join(self.exclude)}" if self.exclude else ""
+        return words[self.method] + left_out
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the fields of each part of a split.
+
+    Parameters
+    ----------
+    train, validation, test : tuple of str
+        Field names; test is never looked at before the end.
+    seed : int
+        The seed it was drawn with.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    seed: int
+
+    def to_json(self, fields: Sequence[Field]) -> dict[str, Any]:
+        """The split as plain JSON values, with the patients of each part."""
+        patient = {f.name: f.patient for f in fields}
+        patients = {part: sorted({patient[name] for name in getattr(self, part)}) for part in PARTS}
+        return {**asdict(self), "patients": patients}
+
+
+def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: int, n_validation: int) -> Split:
+    """Divide fields into training, validation and test, whole patients at a time.
+
+    Parameters
+    ----------
+    fields : list of Field
+        All fields.
+    settings : SplitSettings
+        How.
+    source : str
+        The data source from which patients are held out.
+    seed : int
+        Seed of the draw. The order of the fields plays no part.
+    n_validation : int
+        Patients for validation, drawn from those that are not for testing.
+
+    Raises
+    ------
+    PipelineError
+        When there is nothing to hold out, a part stays empty or holds no nucleus, or a patient is on two sides.
+    """
+    fields = [f for f in fields if f.organ not in settings.exclude]
+    if settings.method == "lists":
+        split = _listed(fields, settings, source, seed, n_validation)
+    else:
+        organs = patients_by_organ(fields, source)
+        if not organs:
+            raise PipelineError(f"no patients of {source!r} to hold out", "set train.holdout to a data source")
+        rng = np.random.default_rng(seed)
+        if settings.method == "one-per-organ":
+            test, validation = _one_per_organ(organs, rng, n_validation)
+        else:
+            test = _test_patients(organs, settings, rng)
+            if settings.method == "kumar":
+                fields = [f for f in fields if f.source != source or f.patient in {*KUMAR_TRAIN, *KUMAR_TEST}]
+            rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
+            validation = draw_validation(rest, rng, n_validation)
+        split = assign(fields, test, validation, seed)
+    check_split(split, fields)
+    return split
+
+
+def patients_by_organ(fields: Iterable[Field], source: str) -> dict[str, list[str]]:
+    """Patients of a data source by organ, both in a fixed order."""
+    organs: dict[str, list[str]] = {}
+    for one in sorted(fields, key=lambda f: f.name):
+        if one.source == source and one.patient not in organs.setdefault(one.organ, []):
+            organs[one.organ].append(one.patient)
+    return {organ: organs[organ] for organ in sorted(organs)}
+
+
+def assign(fields: Iterable[Field], test: set[str], validation: set[str], seed: int) -> Split:
+    """The split with these patients held out."""
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for one in fields:
+        part = "test" if one.patient in test else "validation" if one.patient in validation else "train"
+        parts[part].append(one.name)
+    return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
+
+
+def _one_per_organ(
+    organs: dict[str, list[str]], rng: np.random.Generator, n_validation: int
+) -> tuple[set[str], set[str]]:
+    test, validation = set(), []
+    for organ in organs:
+        patients = list(rng.permutation(organs[organ]))
+        test.add(str(patients.pop()))
+        if len(patients) > 1:
+            validation.append(str(patients.pop()))
+    return test, set(validation[:n_validation])
+
+
+def draw_validation(organs: dict[str, list[str]], rng: np.random.Generator, count: int) -> set[str]:
+    """Draw patients for validation, from the organ with most patients left each time; one patient stays at least."""
+    left = {organ: [str(p) for p in rng.permutation(patients)] for organ, patients in organs.items() if patients}
+    chosen: set[str] = set()
+    taken = dict.fromkeys(left, 0)
+    while len(chosen) < count and sum(map(len, left.values())) > 1:
+        # Organs take turns; among those whose turn it is, the largest comes first.
+        organ = min((o for o in left if left[o]), key=lambda o: (taken[o], -len(left[o]), o))
+        chosen.add(left[organ].pop())
+        taken[organ] += 1
+    return chosen
+
+
+def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: np.random.Generator) -> set[str]:
+    everyone = [p for patients in organs.values() for p in patients]
+    if settings.method == "patients":
+        return _share(everyone, settings.test, rng)
+    if settings.method == "stratified":
+        # Rounding is carried from organ to organ, so that the whole keeps its share.
+        test: set[str] = set()
+        due = 0.0
+        for patients in organs.values():
+            due += settings.test * len(patients)
+            count = min(round(due), len(patients) - 1)
+            due -= count
+            test |= {str(p) for p in rng.permutation(patients)[:count]}
+        return test
+    if settings.method == "organs":
+        unknown = sorted(set(settings.organs) - set(organs))
+        if unknown:
+            raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(organs)}")
+        chosen = set(settings.organs) or _share(list(organs), settings.test, rng)
+        return {p for organ in chosen for p in organs[organ]}
+    if settings.method == "folds":
+        return fold_patients(organs, settings.folds, rng)[settings.fold]
+    missing = sorted({*KUMAR_TRAIN, *KUMAR_TEST} - set(everyone))
+    if missing:
+        raise PipelineError(f"split: kumar needs patient {missing[0]}", "complete the MoNuSeg folder")
+    return set(KUMAR_TEST)
+
+
+def _share(names: list[str], share: float, rng: np.random.Generator) -> set[str]:
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    return {str(name) for name in rng.permutation(names)[:count]}
+
+
+def fold_patients(organs: dict[str, list[str]], folds: int, rng: np.random.Generator) -> list[set[str]]:
+    """Divide patients into folds of nearly one size, each organ spread over as many folds as it has patients.
+
+    Raises
+    ------
+    PipelineError
+        When there are more folds than patients.
+    """
+    order = [str(p) for patients in organs.values() for p in rng.permutation(patients)]
+    if len(order) < folds:
+        raise PipelineError(f"split: {folds} folds of {len(order)} patients", "use fewer folds")
+    return [set(order[fold::folds]) for fold in range(folds)]
+
+
+def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int, n_validation: int) -> Split:
+    lists = {part: getattr(settings, f"{part}_list") for part in PARTS}
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    used: set[str] = set()
+    for one in fields:
+        found = []
+        for part, entries in lists.items():
+            entry = next((e for e in entries if one.patient == e or one.name.startswith(e)), None)
+            if entry is not None:
+                used.add(entry)
+                found.append(part)
+        if len(found) > 1:
+            raise PipelineError(f"split: field {one.name} is listed for {' and '.join(found)}", "list it once")
+        if found:
+            parts[found[0]].append(one.name)
+        elif not lists["train"] or one.source != source:
+            parts["train"].append(one.name)
+    unknown = [e for entries in lists.values() for e in entries if e not in used]
+    if unknown:
+        raise PipelineError(f"split: {unknown[0]!r} is no patient and begins no field's name", "correct the list")
+    if n_validation and not lists["validation"]:
+        rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source)
+        chosen = draw_validation(rest, np.random.default_rng(seed), n_validation)
+        patient = {f.name: f.patient for f in fields}
+        parts["validation"] = [name for name in parts["train"] if patient[name] in chosen]
+        parts["train"] = [name for name in parts["train"] if patient[name] not in chosen]
+    return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
+
+
+def check_split(split: Split, fields: Sequence[Field]) -> None:
+    """See to it that no patient is on two sides and that every part has nuclei.
+
+    Raises
+    ------
+    PipelineError
+        When that is not so.
+    """
+    by_name = {f.name: f for f in fields}
+    side: dict[str, tuple[str, str]] = {}
+    for part in PARTS:
+        names = getattr(split, part)
+        for name in names:
+            patient = by_name[name].patient
+            other, first = side.setdefault(patient, (part, name))
+            if other != part:
+                raise PipelineError(
+                    f"split: a leak: patient {patient} is in {other} ({first}) and in {part} ({name})",
+                    "keep all fields of a patient on one side",
+                )
+        if not names and part != "validation":
+            raise PipelineError(f"split: no field is left for {part}", "hold out other patients, or add data")
+        if names and not any(by_name[name].labels.any() for name in names):
+            raise PipelineError(
+                f"split: the {part} fields hold no nucleus ({', '.join(names[:3])})",
+                "check their annotations, or use another seed or fold",
+            )

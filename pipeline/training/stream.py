@@ -1,0 +1,44 @@
+"""An endless stream of training samples for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.training.samples import Augmentation, PreparedField, draw_sample
+
+
+class SampleStream(IterableDataset):
+    """An endless, seeded stream of training samples.
+
+    Parameters
+    ----------
+    fields : sequence of PreparedField
+        Where to draw from.
+    weights : numpy.ndarray
+        How often each field is drawn.
+    size : int
+        Side of the crops.
+    augmentation : Augmentation
+        Ranges of the changes.
+    seed : int
+        Seed; each worker draws a stream of its own.
+    """
+
+    def __init__(
+        self, fields: list[PreparedField], weights: np.ndarray, size: int, augmentation: Augmentation, seed: int
+    ) -> None:
+        self.fields = fields
+        self.weights = weights / weights.sum()
+        self.size = size
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            field = self.fields[rng.choice(len(self.fields), p=self.weights)]
+            yield draw_sample(field, self.size, self.augmentation, rng)

@@ -1,0 +1,170 @@
+"""Splits: whole patients, every part filled, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError
+from pipeline.training.data import MONUSEG_ORGANS, Field
+from pipeline.training.splits import KUMAR_TEST, KUMAR_TRAIN, METHODS, Split, SplitSettings, check_split, make_split
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def field(patient: str, organ: str = "", source: str = "monuseg", number: int = 0, nuclei: bool = True) -> Field:
+    labels = np.full((4, 4), int(nuclei), np.int32)
+    return Field(f"{source}-{patient}-{number}", source, patient, organ, 0.25, IMAGE, labels)
+
+
+MONUSEG = [field(p, organ) for organ, patients in MONUSEG_ORGANS.items() for p in patients]
+MANY = [field(f"{organ}{i}", organ, number=n) for organ in "abc" for i in range(5) for n in range(2)]
+OTHER = [field("t", "breast", "tnbc")]
+
+
+def split(fields: list[Field], seed: int = 1, n_validation: int = 2, **how: Any) -> Split:
+    return make_split(fields, SplitSettings(**how), "monuseg", seed, n_validation)
+
+
+def patients(fields: list[Field], names: tuple[str, ...]) -> set[str]:
+    return {f.patient for f in fields if f.name in names}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from([m for m in METHODS if m not in ("kumar", "lists")]),
+    seed=st.integers(0, 1000),
+    test=st.floats(0.1, 0.6),
+    fold=st.integers(0, 3),
+    n_validation=st.integers(0, 4),
+)
+def test_no_patient_on_two_sides(method: str, seed: int, test: float, fold: int, n_validation: int) -> None:
+    how = {"method": method, "test": test, "folds": 4, "fold": fold}
+    found = split(MANY + OTHER, seed, n_validation, **how)
+    parts = [set(found.train), set(found.validation), set(found.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(MANY) + 1
+    sides = [patients(MANY + OTHER, p) for p in (found.train, found.validation, found.test)]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    assert OTHER[0].name in found.train
+    assert found.test
+    again = split((MANY + OTHER)[::-1], seed, n_validation, **how)  # the order of the fields plays no part
+    assert [set(again.train), set(again.validation), set(again.test)] == parts
+
+
+def test_one_patient_an_organ() -> None:
+    found = split(MONUSEG, seed=42, n_validation=4)
+    assert sorted(f.organ for f in MONUSEG if f.name in found.test) == sorted(MONUSEG_ORGANS)
+    assert len(found.validation) == 4
+    # The draw of the shipped model: it must not change.
+    assert patients(MONUSEG, found.test) == {
+        "18-5592", "DK-A2I6", "E2-A1B5", "G9-6336", "HE-7128", "NH-A8F7", "RD-A8N9"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("test", "count"), [(0.3, 9), (0.2, 6)])
+@pytest.mark.parametrize("method", ["patients", "stratified"])
+def test_shares(method: str, test: float, count: int) -> None:
+    assert len(split(MONUSEG, method=method, test=test).test) == count
+
+
+def test_stratified_takes_from_every_large_organ() -> None:
+    found = split(MONUSEG, method="stratified", test=0.3)
+    organs = Counter(f.organ for f in MONUSEG if f.name in found.test)
+    assert all(1 <= organs[o] <= 2 for o, p in MONUSEG_ORGANS.items() if len(p) == 6)
+
+
+def test_folds_cover_everyone_once_and_spread_the_organs() -> None:
+    found = [split(MONUSEG, method="folds", folds=5, fold=fold) for fold in range(5)]
+    assert Counter(name for one in found for name in one.test) == Counter(f.name for f in MONUSEG)
+    assert {len(one.test) for one in found} == {6}
+    for one in found:
+        organs = Counter(f.organ for f in MONUSEG if f.name in one.test)
+        assert max(organs.values()) <= 2
+    with pytest.raises(PipelineError, match="40 folds of 30 patients"):
+        split(MONUSEG, method="folds", folds=40)
+
+
+def test_kumar() -> None:
+    found = split(MONUSEG, method="kumar", n_validation=0)
+    assert patients(MONUSEG, found.train) == set(KUMAR_TRAIN)
+    assert patients(MONUSEG, found.test) == set(KUMAR_TEST)
+    with pytest.raises(PipelineError, match="kumar needs patient"):
+        split(MONUSEG[1:], method="kumar")
+
+
+def test_kumar_is_that_of_the_data(shared_data: Any) -> None:
+    lists = json.loads((shared_data / "monuseg" / "splits.json").read_text())
+    assert {name.removeprefix("TCGA-") for name in lists["kumar_train_16"]} == set(KUMAR_TRAIN)
+    test = lists["kumar_test_8_same_organ"] + lists["kumar_test_6_other_organ"]
+    assert [name.removeprefix("TCGA-") for name in test] == list(KUMAR_TEST)
+
+
+def test_organs() -> None:
+    found = split(MONUSEG, method="organs", organs=("breast",))
+    assert patients(MONUSEG, found.test) == set(MONUSEG_ORGANS["breast"])
+    with pytest.raises(PipelineError, match="no patient of organ 'brain'"):
+        split(MONUSEG, method="organs", organs=("brain",))
+    without = split(MONUSEG, method="one-per-organ", exclude=("breast",))
+    assert not patients(MONUSEG, without.train + without.validation + without.test) & set(MONUSEG_ORGANS["breast"])
+
+
+def test_lists() -> None:
+    how = {"method": "lists", "test_list": ("a0", "monuseg-b1-1"), "validation_list": ("c0",)}
+    with pytest.raises(PipelineError, match=r"a leak: patient b1 is in train \(monuseg-b1-0\) and in test"):
+        split(MANY, **how)
+    found = split(MANY, **{**how, "test_list": ("a0", "b1")})
+    assert patients(MANY, found.test) == {"a0", "b1"}
+    assert patients(MANY, found.validation) == {"c0"}
+    listed = split(MANY + OTHER, method="lists", test_list=("a0",), train_list=("a1", "a2"), n_validation=1)
+    assert patients(MANY, listed.train) | patients(MANY, listed.validation) == {"a1", "a2"}
+    assert OTHER[0].name in listed.train
+    for test_list, train_list, message in [
+        (("zz",), (), "'zz' is no patient"),
+        (("a0",), ("a0",), "listed for train and test"),
+    ]:
+        with pytest.raises(PipelineError, match=message):
+            split(MANY, method="lists", test_list=test_list, train_list=train_list)
+
+
+def test_leak_by_another_source_is_refused() -> None:
+    shared = field("a0", "", "more")
+    with pytest.raises(PipelineError, match="a leak: patient a0"):
+        check_split(Split((shared.name,), (), (MANY[0].name,), 0), [*MANY, shared])
+    # The ways to split put all fields of a patient on one side, whatever their source.
+    found = split([*MANY, shared], method="organs", organs=("a",))
+    assert shared.name in found.test
+
+
+def test_fold_without_nuclei() -> None:
+    fields = [field(p, nuclei=p != "c") for p in "abc"]
+    with pytest.raises(PipelineError, match=r"the test fields hold no nucleus \(monuseg-c-0\)"):
+        split(fields, method="lists", test_list=("c",), n_validation=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "how", "message"),
+    [
+        (OTHER, {}, "no patients of 'monuseg'"),
+        ([field("a")], {}, "no field is left for train"),
+        (MANY, {"method": "guess"}, "unknown method 'guess'"),
+        (MANY, {"method": "folds", "folds": 3, "fold": 3}, "fold 3 of 3"),
+        (MANY, {"test": 1.0}, "no share"),
+        (MANY, {"method": "lists"}, "without a test_list"),
+    ],
+)
+def test_wrong_splits_are_one_line(fields: list[Field], how: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message) as caught:
+        split(fields, **how)
+    assert "\n" not in str(caught.value)
+
+
+def test_split_file_names_the_patients() -> None:
+    value = split(MANY, method="folds").to_json(MANY)
+    assert value["patients"]["test"] == sorted(patients(MANY, tuple(value["test"])))
+    assert json.dumps(value)

@@ -1,0 +1,84 @@
+"""The schema of the train section agrees with the classes that it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import PipelineError
+from pipeline.settings import check_settings, load_schema
+from pipeline.training.experiment import Experiment
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = load_schema(ROOT / "workflow/schemas/train.schema.yaml")
+EXPERIMENTS = sorted((ROOT / "config/experiments").glob("*.yaml"))
+SOURCE = {"kind": "monuseg", "path": "data"}
+
+
+def plain(value: Any) -> Any:
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def default_of(one: Field[Any]) -> Any:
+    return one.default_factory() if one.default_factory is not MISSING else one.default
+
+
+def compare(kind: Any, schema: dict[str, Any], where: str) -> None:
+    properties = schema["properties"]
+    assert set(properties) == {f.name for f in fields(kind)}, where
+    assert schema["additionalProperties"] is False, where
+    for one in fields(kind):
+        value, path = default_of(one), f"{where}.{one.name}"
+        if is_dataclass(value):
+            assert properties[one.name]["default"] == {}, path
+            compare(type(value), properties[one.name], path)
+        elif value is not MISSING:
+            assert properties[one.name]["default"] == plain(value), path
+
+
+def test_schema_agrees_with_the_classes() -> None:
+    compare(Experiment, SCHEMA, "train")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments_are_valid(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    whole = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    experiment = Experiment.from_json(check_settings(config, whole)["train"])
+    assert experiment.name == path.stem
+    assert experiment == Experiment.from_json(config["train"])  # the schema's defaults change nothing
+    assert experiment.description
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sedule": {}}, "unknown setting 'sedule' .did you mean schedule"),
+        ({"schedule": {"step": 3}}, "unknown setting 'schedule.step' .did you mean schedule.steps"),
+        ({"schedule": {"steps": 0}}, "'schedule.steps'"),
+        ({"split": {"method": "magic"}}, "'split.method'.*magic"),
+        ({"data": [SOURCE | {"wieght": 1}]}, "unknown setting 'data.0.wieght' .did you mean data.0.weight"),
+        ({"data": [{"kind": "monuseg"}]}, "data.0.*path"),
+        ({"augmentation": {"scale": [1]}}, "'augmentation.scale'"),
+    ],
+)
+def test_wrong_sections_are_refused_before_anything_runs(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message) as caught:
+        check_settings({"data": [SOURCE], **change}, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_the_command_line_come_as_text() -> None:
+    section = {
+        "data": [SOURCE | {"weight": "0.5", "mpp_of": {"TCGA-HE": "0.5"}}],
+        "network_args": {"widths": ["8", "16"], "name": "b3"},
+        "augmentation": {"scale": ["1", "1.5"]},
+    }
+    checked = check_settings(section, SCHEMA)
+    assert checked["data"][0]["weight"] == checked["data"][0]["mpp_of"]["TCGA-HE"] == 0.5
+    assert checked["network_args"] == {"widths": [8, 16], "name": "b3"}
+    assert checked["augmentation"]["scale"] == [1, 1.5]
