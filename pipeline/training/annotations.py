@@ -147,6 +147,14 @@ def repair(polygon: Any) -> Any:
     return max(parts, key=lambda part: part.area, default=None)
 
 
+def polygonal(shape: Any) -> Any:
+    """The polygons of a shape as a MultiPolygon, without the points and lines that cutting leaves."""
+    import shapely
+
+    parts = shapely.get_parts(shapely.get_parts(shape))  # of collections of multipolygons
+    return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])
+
+
 def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
     """Paint polygons as instances; a pixel keeps the first that covers its centre.
 
@@ -167,7 +175,7 @@ def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
     labels = np.zeros(shape, np.int32)
     index = np.array([i for i, one in enumerate(shapes) if one is not None and not one.is_empty], np.int64)
     if len(index):
-        many = np.array([shapely.multipolygons(shapely.get_parts(shapes[i])) for i in index])
+        many = np.array([shapely.MultiPolygon(list(shapely.get_parts(shapes[i]))) for i in index])
         _, points, (rings, polygons, parts) = shapely.to_ragged_array(many, include_z=False)
         runs = polygon_runs(points, rings[:-1], polygons[parts[:-1]])
         paint_runs(runs[:, 1:], index[runs[:, 0]] + 1, labels)
@@ -211,8 +219,7 @@ def rasterise(regions: Sequence[Region], shape: tuple[int, int]) -> tuple[np.nda
         report = replace(report, repaired=report.repaired + (not polygon.is_valid))
         x0, y0, x1, y1 = whole.bounds
         if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-            whole = shapely.intersection(whole, image)
-            whole = shapely.union_all([p for p in shapely.get_parts(whole) if p.geom_type == "Polygon" and p.area > 0])
+            whole = polygonal(shapely.intersection(whole, image))
             if whole.is_empty:
                 report = replace(report, outside=report.outside + 1)
                 shapes.append(None)

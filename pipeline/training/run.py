@@ -92,8 +92,6 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
     own_folder(experiment, work)
     fields = load_fields(list(experiment.data))
     by_name = {f.name: f for f in fields}
-    if len(by_name) != len(fields):
-        raise PipelineError("two training fields have the same name", "rename one")
     split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
     save_json(work / "split.json", split.to_json(fields))
     used = {*split.train, *split.validation, *split.test}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.training.data import Field, guess_mpp, load_fields
+from pipeline.training.data import Field, load_fields
+from pipeline.training.field import guess_mpp
 from pipeline.training.labels import craft_distance, seam_weight
 
 TOUCHING = np.zeros((20, 30), np.int32)

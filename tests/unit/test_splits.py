@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PipelineError
-from pipeline.training.data import MONUSEG_ORGANS, Field
+from pipeline.training.data import Field
+from pipeline.training.datasets.folders import MONUSEG_ORGANS
 from pipeline.training.splits import KUMAR_TEST, KUMAR_TRAIN, METHODS, Split, SplitSettings, check_split, make_split
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)

@@ -1,0 +1,141 @@
+"""NuCLS: breast cancer fields with outlines, boxes and classes (Amgad et al., GigaScience 11, 2022)."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.label_maps import load_npy
+from pipeline.training.annotations import burn, polygonal, repair
+from pipeline.training.datasets.source import Lazy, Source, beside, images_in, read_image, tcga_patient
+from pipeline.training.field import Field
+
+log = logging.getLogger(__name__)
+
+MPP = 0.2
+"""µm per pixel of all NuCLS fields."""
+
+UNKNOWN = {"", "unlabeled", "ambiguous"}
+"""Classes that say nothing."""
+
+_ELLIPSE = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+
+
+def nucls(source: Source) -> list[Lazy]:
+    """Either of two layouts.
+
+    ``images/`` with ``annotations/STEM.npy``, dicts of ``inst_map`` and ``type_map``, class names in
+    ``meta/label_map.yaml``; or as published: ``rgb/`` with ``csv/STEM.csv``, outlines and boxes with
+    ``main_classification``. A box is drawn as the ellipse inside it.
+    """
+    if (source.path / "rgb").is_dir():
+        tables = {p: _read_csv(source.path / "csv", p.stem) for p in images_in(source.path / "rgb")}
+        names = {row["main_classification"] for rows in tables.values() for row in rows}
+        classes = tuple(sorted(name for name in names if name.casefold() not in UNKNOWN))
+        return [partial(_csv_field, source, path, rows, classes) for path, rows in tables.items()]
+    classes = _class_names(source.path / "meta" / "label_map.yaml")
+    return [partial(_npy_field, source, path, classes) for path in images_in(source.path / "images")]
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    import yaml
+
+    if not path.is_file():
+        return ()
+    try:
+        names = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PipelineError(f"{path} cannot be read: {error}", "it names the classes: 1: NAME") from None
+    if not isinstance(names, dict) or sorted(names) != list(range(1, len(names) + 1)):
+        raise PipelineError(f"{path} does not name the classes from 1 on", "write 1: NAME, 2: NAME")
+    return tuple(str(names[number]) for number in sorted(names))
+
+
+def _npy_field(source: Source, path: Path, classes: tuple[str, ...]) -> Field:
+    file = beside(source.path / "annotations", path.stem, (".npy",))
+    if file is None:
+        raise PipelineError(f"{path.name} has no annotations/{path.stem}.npy", "complete the data folder")
+    content = load_npy(file)
+    if not isinstance(content, dict) or "inst_map" not in content:
+        raise PipelineError(f"{file} has no inst_map", "is it of NuCLS?")
+    for name, array in content.items():
+        if array.ndim != 2 or array.dtype.kind not in "biu" or array.min(initial=0) < 0:
+            raise PipelineError(f"{file}: {name} is {array.dtype} {array.shape}, no map of whole numbers")
+    types = content.get("type_map") if classes else None
+    if types is not None and int(types.max(initial=0)) > 255:
+        raise PipelineError(f"{file}: type_map has class {types.max()}", f"known are 1 to {len(classes)}")
+    return source.field(
+        path.stem,
+        read_image(path),
+        content["inst_map"],
+        patient=tcga_patient(path.stem),
+        organ="breast",
+        mpp=MPP,
+        types=None if types is None else types.astype(np.uint8),
+        classes=classes if types is not None else (),
+    )
+
+
+def _read_csv(folder: Path, stem: str) -> list[dict[str, str]]:
+    path = folder / f"{stem}.csv"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        raise PipelineError(f"{path} is missing", "complete the data folder") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PipelineError(f"{path} cannot be read: {error}", "copy it again") from None
+    needed = ("raw_classification", "main_classification", "type", "xmin", "ymin", "xmax", "ymax")
+    for row in rows:
+        lacking = [name for name in needed if row.get(name) is None]
+        if lacking:
+            raise PipelineError(f"{path} has no column {lacking[0]!r}", "is it of NuCLS?")
+    return [row for row in rows if row["raw_classification"] != "fov"]
+
+
+def _shape(row: dict[str, str]) -> Any:
+    import shapely
+
+    if row["type"] == "polyline" and (row.get("coords_x") or "").strip():
+        x, y = ([float(value) for value in row[key].split(",")] for key in ("coords_x", "coords_y"))
+        points = np.array([x, y]).T
+        if not np.isfinite(points).all():
+            raise ValueError("a coordinate is not finite")
+        return repair(shapely.Polygon(points)) if len(points) >= 3 else None
+    x0, y0, x1, y1 = (float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+    centre, half = np.array([x0 + x1, y0 + y1]) / 2, np.array([x1 - x0, y1 - y0]) / 2
+    if not (half > 0).all() or not np.isfinite(centre).all():
+        return None
+    return shapely.Polygon(centre + half * np.stack([np.cos(_ELLIPSE), np.sin(_ELLIPSE)], axis=1))
+
+
+def _csv_field(source: Source, path: Path, rows: list[dict[str, str]], classes: tuple[str, ...]) -> Field:
+    import shapely
+
+    image = read_image(path)
+    bounds = shapely.box(0, 0, image.shape[1], image.shape[0])
+    try:
+        shapes = [_shape(row) for row in rows]
+    except ValueError as error:
+        raise PipelineError(f"{path.stem}.csv: a coordinate is damaged: {error}", "copy it again") from None
+    cut = [None if one is None else polygonal(one.intersection(bounds)) for one in shapes]
+    labels = burn(cut, (image.shape[0], image.shape[1]))
+    codes = [classes.index(name) + 1 if name in classes else 0 for name in (r["main_classification"] for r in rows)]
+    boxes = sum(row["type"] != "polyline" for row in rows)
+    log.info("%s: %d nuclei, %d of them boxes", path.stem, len(rows), boxes)
+    return source.field(
+        path.stem,
+        image,
+        labels,
+        patient=tcga_patient(path.stem),
+        organ="breast",
+        mpp=MPP,
+        types=np.array([0, *codes], np.uint8)[labels],
+        classes=classes,
+    )

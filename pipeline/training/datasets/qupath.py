@@ -1,0 +1,303 @@
+"""Nuclei corrected in QuPath, on slides of one's own."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError, SlideError
+from pipeline.geojson import iter_features, read_geojson
+from pipeline.grid import Grid
+from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
+from pipeline.training.annotations import MAX_COORDINATE, burn, polygonal, repair
+from pipeline.training.datasets.source import Lazy, Source
+from pipeline.training.field import Field
+
+if TYPE_CHECKING:
+    from pipeline.slides.open import Slide
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
+
+OPTIONS = ("slides", "regions", "field_size", "table")
+"""Keys of a source of this kind."""
+
+REGIONS = ("region", "training")
+"""Beginnings of names and classes of annotations that outline what is completely annotated."""
+
+IGNORED = "ignore"
+"""Beginning of the class of objects that are no nuclei."""
+
+FIELD_SIZE = 1024
+"""Longest side of a field in pixels."""
+
+MIN_MPP = 0.2
+"""Slides of finer pixels are read at 0.25 µm."""
+
+MAX_NUCLEUS_UM2 = 2000.0
+"""Area from which an outline is no nucleus (one of 50 µm across)."""
+
+MIN_FIELD = 32
+"""Pixels below which a piece of a region is left out."""
+
+
+@dataclass
+class _Objects:
+    """What an export holds, in level-0 pixels."""
+
+    nuclei: list[Any] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    regions: list[Any] = field(default_factory=list)
+    dropped: int = 0
+
+
+def _class_name(properties: dict[str, Any]) -> str:
+    """Base class of an object: ``Tumor`` of ``Tumor: Positive``."""
+    value = properties.get("classification") or {}
+    if isinstance(value, str):
+        name = value
+    else:
+        names = value.get("names") or [value.get("name") or ""]
+        name = str(names[0])
+    return name.split(":")[0].strip()
+
+
+def _polygon(geometry: Any) -> Any:
+    """A geometry as its valid polygons; None when it encloses nothing."""
+    import shapely
+
+    kind = geometry["type"]
+    if kind not in ("Polygon", "MultiPolygon"):
+        return None
+    parts = []
+    for rings in geometry["coordinates"] if kind == "MultiPolygon" else [geometry["coordinates"]]:
+        arrays = [np.array(ring, np.float64) for ring in rings]
+        for ring in arrays:
+            if ring.ndim != 2 or ring.shape[1] < 2 or not (np.abs(ring[:, :2]) < MAX_COORDINATE).all():
+                raise ValueError("a ring is no list of points")
+        arrays = [ring[:, :2] for ring in arrays if len(ring) >= 3]
+        if arrays and (part := repair(shapely.Polygon(arrays[0], arrays[1:]))) is not None:
+            parts.append(part)
+    return shapely.union_all(parts) if parts else None
+
+
+def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
+    found = _Objects()
+    value = read_geojson(path)
+    try:
+        for feature in iter_features(value):
+            properties = feature.get("properties") or {}
+            # Before 0.4, QuPath told the type by the feature's id.
+            kind = str(properties.get("objectType") or feature.get("id") or "").casefold()
+            if "root" in kind or "tile" in kind or "tma" in kind:
+                continue
+            name, title = _class_name(properties), str(properties.get("name") or "")
+            outline = feature.get("nucleusGeometry") or feature["geometry"]
+            shape = None if outline is None else _polygon(outline)
+            starts = [text.casefold() for text in (name, title)]
+            if any(text.startswith(regions) for text in starts) and "detection" not in kind and "cell" not in kind:
+                if shape is None:
+                    raise PipelineError(f"{path}: region {title or name!r} encloses nothing", "draw it as an area")
+                found.regions.append(shape)
+            elif name.casefold().startswith(IGNORED):
+                continue
+            elif shape is None:
+                found.dropped += 1
+            else:
+                found.nuclei.append(shape)
+                found.names.append(name)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PipelineError(
+            f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
+            "export objects as GeoJSON (File, Export objects)",
+        ) from None
+    if found.dropped:
+        log.warning("%s: %d objects enclose no area (points, lines, damage) and are left out", path.name, found.dropped)
+    return found
+
+
+def _exports(root: Path) -> dict[str, Path]:
+    folder = next((f for f in (root / "annotations", root / "geojson") if f.is_dir()), root)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+        if suffix is None or path.name.startswith("."):
+            continue
+        name = path.name[: -len(suffix)]
+        if name in found:
+            raise PipelineError(f"{found[name]} and {path} are of one slide", "keep one of them")
+        found[name] = path
+    if not found:
+        raise PipelineError(f"no GeoJSON in {folder}", "export the corrected nuclei of each slide as SLIDE.geojson")
+    return found
+
+
+def _slides(source: Source) -> SlideTable:
+    setting = source.options.get("slides") or source.options.get("table")
+    if setting is None:
+        setting = source.path / "slides" if (source.path / "slides").is_dir() else source.path
+    return resolve_slides(str(setting))
+
+
+def qupath(source: Source) -> list[Lazy]:
+    """``annotations/SLIDE.geojson`` as QuPath exports them, and their slides.
+
+    Objects (detections, annotations, cells by their nucleus) are nuclei, their classes the nuclei's. Annotations whose
+    name or class begins with ``Region`` or ``Training`` outline what is completely annotated; without any it is the
+    bounding box of all nuclei. Objects of class ``Ignore*`` are left out.
+    """
+    size = source.options.get("field_size", FIELD_SIZE)
+    if not (isinstance(size, int) and size >= MIN_FIELD):
+        raise PipelineError(f"data source {source.name!r}: field_size {size!r}", f"a number of at least {MIN_FIELD}")
+    starts = tuple(str(name).casefold().rstrip("*") for name in source.options.get("regions", REGIONS))
+    if not all(starts) or not starts:
+        raise PipelineError(f"data source {source.name!r}: regions name nothing", "give beginnings of names")
+    slides = _slides(source)
+    by_name = {name: entry for entry in slides for name in (entry.name, entry.path.name)}
+    objects: dict[str, tuple[SlideEntry, _Objects]] = {}
+    for name, path in _exports(source.path).items():
+        if name not in by_name:
+            raise PipelineError(
+                f"{path.name} has no slide, there are {', '.join(list(slides.entries)[:3])}, ...",
+                "name the export as the slide",
+            )
+        objects[name] = (by_name[name], _read(path, starts))
+    classes = tuple(sorted({name for _, one in objects.values() for name in one.names} - {""}))
+    if len(classes) > 255:
+        raise PipelineError(f"data source {source.name!r} has {len(classes)} classes", "at most 255")
+    fields: list[Lazy] = []
+    for entry, one in objects.values():
+        fields += _fields_of(source, entry, one, classes, size)
+    return fields
+
+
+def _open(entry: SlideEntry) -> tuple[Slide, tuple[float, float]]:
+    from pipeline.slides.open import open_slide, resolve_mpp
+
+    try:
+        slide = open_slide(entry.path)
+        try:
+            return slide, resolve_mpp(slide, entry.mpp)[0]
+        except BaseException:
+            slide.close()
+            raise
+    except SlideError as error:
+        raise PipelineError(f"slide {entry.name}: {error.reason}", error.hint) from None
+
+
+def _fields_of(
+    source: Source, entry: SlideEntry, objects: _Objects, classes: tuple[str, ...], size: int
+) -> Iterator[Lazy]:
+    """Cut what is annotated of a slide into fields."""
+    import shapely
+
+    slide, (mpp_x, mpp_y) = _open(entry)
+    with slide:
+        width, height = slide.width, slide.height
+    native = math.sqrt(mpp_x * mpp_y)
+    mpp = source.mpp or (native if native >= MIN_MPP else 0.25)
+    grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)
+    areas = shapely.area(objects.nuclei) * mpp_x * mpp_y if objects.nuclei else np.empty(0)
+    if len(areas) and areas.max() > MAX_NUCLEUS_UM2:
+        x, y = objects.nuclei[int(areas.argmax())].bounds[:2]
+        raise PipelineError(
+            f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is no nucleus",
+            "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
+        )
+    inside = shapely.intersects(np.array(objects.nuclei, object), shapely.box(0, 0, width, height))
+    if objects.nuclei and not inside.any():
+        raise PipelineError(
+            f"{entry.name}: all {len(inside)} nuclei lie outside the slide of {width} x {height} pixels",
+            "export in pixels, from the image that this slide is",
+        )
+    if not inside.all():
+        log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, int((~inside).sum()))
+    whole = shapely.union_all(objects.regions) if objects.regions else None
+    if whole is None:
+        if not objects.nuclei:
+            raise PipelineError(f"{entry.name}: the export holds no nucleus", "export detections or annotations")
+        whole = shapely.box(*shapely.total_bounds(np.array(objects.nuclei, object)[inside]))
+        log.info("%s: no region tells what is annotated; taken is the box around all nuclei", entry.name)
+    # From here on in grid pixels.
+    scale = np.array([1 / grid.scale_x, 1 / grid.scale_y])
+    whole = shapely.transform(whole, lambda points: points * scale)
+    whole = whole.intersection(shapely.box(0, 0, grid.width, grid.height))
+    nuclei = shapely.transform(np.array(objects.nuclei, object), lambda points: points * scale)
+    tree = shapely.STRtree(nuclei)
+    codes = np.array([classes.index(name) + 1 if name else 0 for name in objects.names], np.uint8)
+    for part in shapely.get_parts(polygonal(whole)):
+        for window in _windows(part.bounds, size):
+            x, y, w, h = window
+            box = shapely.box(x, y, x + w, y + h)
+            known = part.intersection(box)
+            near = np.sort(tree.query(known, predicate="intersects"))
+            if min(w, h) < MIN_FIELD or known.area == 0 or (not objects.regions and not len(near)):
+                continue
+            yield partial(
+                _read_field,
+                source,
+                entry,
+                grid,
+                window,
+                known,
+                nuclei[near],
+                codes[near],
+                classes if codes.any() else (),
+            )
+
+
+def _windows(bounds: tuple[float, float, float, float], size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Divide a box evenly into windows ``x, y, width, height`` of at most `size` pixels a side."""
+    x0, y0, x1, y1 = (math.floor(v + 1e-6) if i < 2 else math.ceil(v - 1e-6) for i, v in enumerate(bounds))
+    columns, rows = max(1, -(-(x1 - x0) // size)), max(1, -(-(y1 - y0) // size))
+    xs, ys = np.linspace(x0, x1, columns + 1).round().astype(int), np.linspace(y0, y1, rows + 1).round().astype(int)
+    for top, bottom in itertools.pairwise(ys):
+        for left, right in itertools.pairwise(xs):
+            yield int(left), int(top), int(right - left), int(bottom - top)
+
+
+def _read_field(
+    source: Source,
+    entry: SlideEntry,
+    grid: Grid,
+    window: tuple[int, int, int, int],
+    known: Any,
+    nuclei: np.ndarray,
+    codes: np.ndarray,
+    classes: tuple[str, ...],
+) -> Field:
+    import shapely
+
+    from pipeline.slides.regions import read_region
+
+    x, y, w, h = window
+    slide, _ = _open(entry)
+    with slide:
+        try:
+            image = read_region(slide, grid, x, y, w, h)
+        except SlideError as error:
+            raise PipelineError(f"slide {entry.name}: {error.reason}", error.hint) from None
+    cut = [polygonal(one) for one in shapely.intersection(nuclei, known)]
+    labels = burn(list(shapely.transform(np.array(cut, object), lambda points: points - (x, y))), (h, w))
+    # Beyond the region there may be nuclei that nobody outlined: white, which teaches nothing wrong.
+    shown = burn([shapely.transform(known, lambda points: points - (x, y))], (h, w)) > 0
+    image[~shown] = 255
+    return source.field(
+        f"{entry.name}-{x}-{y}",
+        image,
+        labels,
+        patient=entry.extra.get("patient", "").strip() or f"{source.name}-{entry.name}",
+        organ=entry.extra.get("organ", "").strip(),
+        mpp=grid.mpp,
+        types=np.r_[np.uint8(0), codes][labels] if classes else None,
+        classes=classes,
+    )
