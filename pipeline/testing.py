@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.grid import Grid
+from pipeline.kernels.instances import InstanceRules
 from pipeline.layout import RunLayout, SlideLayout
+from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
 
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]
 
@@ -130,6 +132,50 @@ def write_failed_slide(results: Path, slide: str, stage: str, reason: str, hint:
         path.write_text(json.dumps({"stage": path.stem} | record))
     paths.export.write_text(json.dumps({"stage": "export"} | record))
     return paths
+
+
+def write_package(
+    folder: Path,
+    network: str,
+    args: dict[str, Any] | None = None,
+    *,
+    heads: tuple[str, ...] = ("nucleus", "distance"),
+    patch: int = 64,
+    overlap: int = 16,
+    mpp: float = 0.5,
+    seed: int = 0,
+) -> ModelPackage:
+    """Write a model package of an untrained network."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.networks.registry import build_network, head_channels
+
+    torch.manual_seed(seed)
+    built = build_network(network, head_channels(heads, 1), args, pretrained=False)
+    folder.mkdir(parents=True)
+    state = {k: v.contiguous() for k, v in built.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(state, folder / WEIGHTS)
+    package = ModelPackage(
+        name=network,
+        mpp=mpp,
+        patch=patch,
+        overlap=overlap,
+        network=network,
+        network_args=args or {},
+        heads=heads,
+        classes=(NucleusClass("Nucleus", (46, 160, 67)),),
+        stain={"method": "none", "reference": {}},
+        thresholds=InstanceRules(),
+        licence="CC0 1.0",
+        description="untrained",
+        data=(),
+        metrics={},
+        sha256=sha256_of(folder / WEIGHTS),
+        folder=folder,
+    )
+    (folder / CARD).write_text(json.dumps(package.to_json()))
+    return package
 
 
 def ring_of(wkb: bytes) -> list[list[float]]:

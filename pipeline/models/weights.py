@@ -41,7 +41,8 @@ def load_network(package: ModelPackage) -> nn.Module:
 
     from pipeline.networks.registry import build_network, head_channels
 
-    network = build_network(package.network, head_channels(package.heads, len(package.classes)), package.network_args)
+    channels = head_channels(package.heads, len(package.classes))
+    network = build_network(package.network, channels, package.network_args, pretrained=False)
     try:
         state = load_file(package.weights)
     except (SafetensorError, OSError) as error:

@@ -7,7 +7,7 @@ channel for each output of its heads, in the order of `HEAD_CHANNELS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,32 @@ class NetworkFamily:
         Where the design comes from.
     stride : int
         Patch sides must be a multiple of it.
+    heads : tuple of str
+        Heads that it is trained with unless others are asked for.
+    args : dict
+        Arguments of the constructor that make this name of it.
+    pretrained : bool
+        Whether its constructor takes ``encoder_weights``.
     """
 
     module: str
     factory: str
     source: str
     stride: int
+    heads: tuple[str, ...] = ("nucleus", "distance")
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+def _unet_plus_plus(size: str) -> NetworkFamily:
+    return NetworkFamily(
+        module="pipeline.networks.smp",
+        factory="unet_plus_plus",
+        source=f"U-Net++ (Zhou et al. 2020) on EfficientNet-{size.upper()} (Tan and Le 2019)",
+        stride=32,
+        args={"encoder": f"efficientnet-{size}"},
+        pretrained=True,
+    )
 
 
 NETWORKS = {
@@ -46,6 +66,83 @@ NETWORKS = {
         factory="ResidualUNet",
         source="U-Net (Ronneberger et al. 2015) with residual blocks (He et al. 2016) and additive skips",
         stride=16,
+    ),
+    "unet": NetworkFamily(
+        module="pipeline.networks.unet",
+        factory="UNet",
+        source="U-Net (Ronneberger et al. 2015), same-size convolutions",
+        stride=16,
+    ),
+    "resunet-full": NetworkFamily(
+        module="pipeline.networks.resunet_full",
+        factory="PreActivationUNet",
+        source="ResUNet (Zhang et al. 2018), pre-activation blocks",
+        stride=16,
+    ),
+    "linknet34": NetworkFamily(
+        module="pipeline.networks.linknet",
+        factory="LinkNet34",
+        source="LinkNet (Chaurasia and Culurciello 2017) on ResNet-34 (He et al. 2016)",
+        stride=32,
+        pretrained=True,
+    ),
+    "unet-vit": NetworkFamily(
+        module="pipeline.networks.unet",
+        factory="UNetViT",
+        source="U-Net with a vision transformer (Dosovitskiy et al. 2021) added at the bottleneck",
+        stride=16,
+    ),
+    "cenet": NetworkFamily(
+        module="pipeline.networks.cenet",
+        factory="CENet",
+        source="CE-Net (Gu et al. 2019) on ResNet-34",
+        stride=32,
+        pretrained=True,
+    ),
+    "mtl": NetworkFamily(
+        module="pipeline.networks.mtl",
+        factory="MultiTaskUNet",
+        source="multi-dilated residual U-Net with bottleneck transformer and attention gates (BSPC 112, 2026)",
+        stride=16,
+    ),
+    "mtl-base": NetworkFamily(
+        module="pipeline.networks.mtl",
+        factory="MultiTaskUNet",
+        source="the same, twice as wide",
+        stride=16,
+        args={"widths": (64, 128, 256, 512, 1024), "width": 512},
+    ),
+    "unetplusplus-b3": _unet_plus_plus("b3"),
+    "unetplusplus-b4": _unet_plus_plus("b4"),
+    "unetplusplus-b5": _unet_plus_plus("b5"),
+    "smp-unet": NetworkFamily(
+        module="pipeline.networks.smp",
+        factory="unet",
+        source="U-Net on any encoder of segmentation-models-pytorch, by default ResNet-34",
+        stride=32,
+        pretrained=True,
+    ),
+    "squeeze-unet": NetworkFamily(
+        module="pipeline.networks.squeeze",
+        factory="SqueezeUNet",
+        source="U-Net on SqueezeNet 1.0 (Iandola et al. 2016)",
+        stride=16,
+        pretrained=True,
+    ),
+    "hovernet-se": NetworkFamily(
+        module="pipeline.networks.hovernet",
+        factory="SharedHoVerNet",
+        source="HoVer-Net (Graham et al. 2019) with one decoder, on SE-ResNeXt-50 (Hu et al. 2018)",
+        stride=8,
+        pretrained=True,
+    ),
+    "hovernet-se-101": NetworkFamily(
+        module="pipeline.networks.hovernet",
+        factory="SharedHoVerNet",
+        source="the same on SE-ResNeXt-101",
+        stride=8,
+        args={"layers": (3, 4, 23, 3)},
+        pretrained=True,
     ),
 }
 
@@ -69,7 +166,9 @@ def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
     return total
 
 
-def build_network(name: str, out_channels: int, args: dict[str, Any] | None = None) -> nn.Module:
+def build_network(
+    name: str, out_channels: int, args: dict[str, Any] | None = None, *, pretrained: bool = True
+) -> nn.Module:
     """Build the network called `name`.
 
     Parameters
@@ -80,6 +179,9 @@ def build_network(name: str, out_channels: int, args: dict[str, Any] | None = No
         Logit channels.
     args : dict, optional
         Further arguments of the constructor.
+    pretrained : bool
+        Heed ``encoder_weights``; off where the network gets all its weights from elsewhere, so that nothing is fetched
+        or looked for.
 
     Raises
     ------
@@ -90,7 +192,10 @@ def build_network(name: str, out_channels: int, args: dict[str, Any] | None = No
         raise PipelineError(f"unknown network {name!r}", f"choose from {', '.join(sorted(NETWORKS))}")
     family = NETWORKS[name]
     factory: Callable[..., nn.Module] = getattr(import_module(family.module), family.factory)
+    options = family.args | (args or {})
+    if family.pretrained and not pretrained:
+        options["encoder_weights"] = None
     try:
-        return factory(out_channels=out_channels, **(args or {}))
-    except TypeError as error:
+        return factory(out_channels=out_channels, **options)
+    except (TypeError, ValueError) as error:
         raise PipelineError(f"network {name!r}: {error}", "check the network's arguments") from error

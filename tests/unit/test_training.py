@@ -20,20 +20,13 @@ from pipeline.slides.synthetic import make_field
 torch = pytest.importorskip("torch")
 
 from pipeline.models.weights import load_network  # noqa: E402
-from pipeline.networks.registry import NETWORKS, build_network, head_channels  # noqa: E402
+from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.fit import predict_field  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.run import run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
 from pipeline.training.scoring import bootstrap_interval  # noqa: E402
-
-
-@pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_networks_keep_the_size(name: str) -> None:
-    network = build_network(name, 3).eval()
-    with torch.inference_mode():
-        assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 3, 64, 96)
 
 
 def test_unknown_names() -> None:
