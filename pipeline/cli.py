@@ -45,6 +45,7 @@ STAGES = {
     "cohort": Command("pipeline.cohort", "tables and report of all slides, and what failed"),
 }
 TOOLS = {
+    "status": Command("pipeline.status", "how far a run has come: slides by stage, rate, time left, failures"),
     "slide-table": Command("pipeline.slide_table", "write the table of slides that a folder or table stands for"),
     "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1"),
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),

@@ -43,7 +43,9 @@ class Cohort:
         ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table) and
         ``total_seconds``.
     failed : list of dict
-        ``slide``, ``stage``, ``reason`` and ``hint`` of the others.
+        ``slide``, ``stage``, ``reason`` and ``hint`` of each slide that cannot be processed.
+    waiting : list of str
+        The others: slides that an unfinished run has not come to the end of.
     hashes : dict of str to str
         Quick hash of each slide that could be opened.
     """
@@ -51,6 +53,7 @@ class Cohort:
     table: SlideTable
     good: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
     hashes: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -81,8 +84,7 @@ def gather(results: Path, slides: Path) -> Cohort:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
             cohort.failed.append({"slide": entry.name} | record)
         elif not paths.metrics.exists():
-            record = {"stage": "summary", "reason": "the run has not come this far", "hint": "run snakemake again"}
-            cohort.failed.append({"slide": entry.name} | record)
+            cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
             more = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
@@ -222,6 +224,11 @@ def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: P
         first = cohort.good[0]
         card = {"name": first.get("model"), "sha256": first["hashes"].get("model")}
     good = {row["slide"]: row for row in cohort.good}
+    waiting = set(cohort.waiting)
+
+    def status(slide: str) -> str:
+        return "ok" if slide in good else "waiting" if slide in waiting else "failed"
+
     return {
         "created": provenance.now(),
         "platform": platform.platform(),
@@ -234,7 +241,7 @@ def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: P
             {
                 "slide": entry.name,
                 "path": str(entry.path),
-                "status": "ok" if entry.name in good else "failed",
+                "status": status(entry.name),
                 "quick_hash": cohort.hashes[entry.name],
                 "bytes": _size(entry.path),
                 "nuclei": good[entry.name]["nuclei"] if entry.name in good else None,
@@ -243,6 +250,7 @@ def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: P
         ],
         "slides_ok": len(cohort.good),
         "slides_failed": len(cohort.failed),
+        "slides_waiting": len(cohort.waiting),
     }
 
 
@@ -310,7 +318,9 @@ def run_cohort(
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-    log.info("%d slides finished, %d failed", len(cohort.good), len(cohort.failed))
+    log.info(
+        "%d slides finished, %d failed, %d not finished yet", len(cohort.good), len(cohort.failed), len(cohort.waiting)
+    )
     for item in cohort.failed:
         log.warning("slide %r failed at %s: %s", item["slide"], item["stage"], item["reason"])
     return record

@@ -13,6 +13,21 @@ LOG_EVERY_S = 60.0
 """Seconds between two progress lines where there is no terminal."""
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them, in two units at most.
+
+    >>> [duration(s) for s in (None, 59.4, 61, 7300, 200000)]
+    ['–', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h']
+    """
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small} {small_unit}"
+    return f"{whole} s"
+
+
 class Progress:
     """Count work done and show it.
 

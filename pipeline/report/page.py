@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pipeline.progress import duration
+
 log = logging.getLogger(__name__)
 
 IMAGE_BYTES = 24_000_000
@@ -81,22 +83,6 @@ def number(value: Any, digits: int = 0, missing: str = "–") -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return missing
     return f"{value:,.{digits}f}".replace(",", "\u202f")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them.
-
-    >>> duration(59.4), duration(61), duration(7300)
-    ('59 s', '1 min 1 s', '2 h 2 min')
-    """
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _axis(top: float, left: float, width: float) -> list[dict[str, Any]]:
@@ -230,6 +216,12 @@ def _columns(
     return columns
 
 
+def slides_note(failed: int, waiting: int) -> str:
+    """What became of the slides that the report does not show."""
+    notes = [f"{failed} failed" if failed else "none failed"]
+    return ", ".join([*notes, f"{waiting} not finished yet"] if waiting else notes)
+
+
 def _links(root: Path) -> list[dict[str, str]]:
     names = ("overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json")
     folder = f"slides/{quote(root.name, safe='')}"
@@ -290,7 +282,7 @@ def render(
     tissue = sum(row["tissue_mm2"] or 0 for row in rows)
     nuclei = sum(row["nuclei"] for row in rows)
     facts = [
-        ("slides", number(len(rows)), f"{len(failed)} failed" if failed else "none failed"),
+        ("slides", number(len(rows)), slides_note(len(failed), manifest.get("slides_waiting", 0))),
         ("nuclei", number(nuclei), "in all slides"),
         ("mm² of tissue", number(tissue, 2), "analysed"),
         ("nuclei per mm²", number(nuclei / tissue if tissue else None), "over all tissue"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.progress import duration
 from pipeline.report import page
 
 NASTY = "<script>alert(1)</script> \"q\" 'a' $x$ & 日本 {{ 7*7 }}"
@@ -175,5 +176,5 @@ def test_ticks_cover_the_values(top: float) -> None:
 def test_numbers_and_durations() -> None:
     assert page.number(1234567.8) == "1\u202f234\u202f568"
     assert page.number(None) == page.number(float("nan")) == "–"
-    assert page.duration(None) == "–"
-    assert page.duration(3661) == "1 h 1 min"
+    assert duration(None) == "–"
+    assert duration(3661) == "1 h 1 min"

@@ -1,0 +1,214 @@
+"""``python -m pipeline status RESULTS``: how far a run has come, while it is under way or after it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.layout import STAGES, RunLayout, SlideLayout
+from pipeline.progress import duration
+from pipeline.slide_table import resolve_slides
+from pipeline.stage import manifest_failure, read_manifest
+
+RATE_SLIDES = 100
+"""The rate is that of so many slides finished last."""
+
+SO_FAR = "so-far"
+"""Folder, in the results folder, for the tables and the report of an unfinished run."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run has come.
+
+    Parameters
+    ----------
+    slides, finished, failed : int
+        Slides of the run, those with metrics, and those that cannot be processed.
+    stages : dict of str to int
+        Slides that are under way, by the last stage that they have behind them; ``waiting`` has not begun.
+    per_hour : float or None
+        Finished and failed slides an hour, over the latest ones; None before there are two.
+    eta_seconds : float or None
+        Time for the slides that are left, at that rate.
+    idle_seconds : float or None
+        Time since a stage of any slide ended.
+    failures : tuple of dict
+        ``slide``, ``stage``, ``reason`` and ``hint`` of each failed slide.
+    """
+
+    slides: int
+    finished: int
+    failed: int
+    stages: dict[str, int]
+    per_hour: float | None
+    eta_seconds: float | None
+    idle_seconds: float | None
+    failures: tuple[dict[str, str], ...]
+
+
+def stage_manifests(paths: SlideLayout) -> list[Path]:
+    """Manifests of a slide's stages, in order."""
+    own = {"infer": paths.maps, "summary": paths.metrics}
+    return [own.get(stage) or getattr(paths, stage) for stage in STAGES]
+
+
+def stages_done(paths: SlideLayout) -> tuple[int, float | None]:
+    """How many stages a slide has behind it, and when the last one ended (seconds since the epoch).
+
+    A manifest that is older than the one before it is of an earlier run and will be made again.
+    """
+    ended: float | None = None
+    for count, path in enumerate(stage_manifests(paths)):
+        try:
+            changed = path.stat().st_mtime
+        except OSError:
+            return count, ended
+        if ended is not None and changed < ended:
+            return count, ended
+        ended = changed
+    return len(STAGES), ended
+
+
+def run_status(results: Path, slides: str | None = None, now: float | None = None) -> Status:
+    """Look at a run's results folder. Nothing is written.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+    slides : str, optional
+        The run's ``slides`` setting; without it, the table that the run wrote.
+    now : float, optional
+        Seconds since the epoch.
+
+    Raises
+    ------
+    PipelineError
+        When the folder is no results folder, or a manifest is damaged.
+    """
+    layout = RunLayout(results)
+    if slides is None and not layout.slide_table.is_file():
+        raise PipelineError(
+            f"{results} has no {layout.slide_table.name}", "give a results folder, or the run's slides: --slides PATH"
+        )
+    table = resolve_slides(layout.slide_table if slides is None else slides)
+    now = time.time() if now is None else now
+    stages: Counter[str] = Counter()
+    failures, ends, latest = [], [], None
+    for entry in table:
+        paths = layout.slide(entry.name)
+        done, ended = stages_done(paths)
+        if ended is not None:
+            latest = max(latest or ended, ended)
+        failure = manifest_failure(read_manifest(stage_manifests(paths)[done - 1])) if done else None
+        if failure is not None:
+            failures.append({"slide": entry.name, **asdict(failure)})
+        if done == len(STAGES):
+            ends.append(ended or now)
+        elif failure is None:
+            stages[STAGES[done - 1] if done else "waiting"] += 1
+    finished = len(table) - len(failures) - stages.total()
+    ends = sorted(ends)[-RATE_SLIDES:]
+    per_hour = None
+    if len(ends) > 1 and ends[-1] > ends[0]:
+        per_hour = (len(ends) - 1) / (ends[-1] - ends[0]) * 3600
+    left = stages.total()
+    return Status(
+        slides=len(table),
+        finished=finished,
+        failed=len(failures),
+        stages={name: stages[name] for name in ("waiting", *STAGES) if stages[name]},
+        per_hour=per_hour,
+        eta_seconds=left / per_hour * 3600 if per_hour else None,
+        idle_seconds=None if latest is None else max(0.0, now - latest),
+        failures=tuple(failures),
+    )
+
+
+def describe(status: Status) -> str:
+    """The status as lines for a terminal."""
+    left = status.slides - status.finished - status.failed
+    total = "1 slide" if status.slides == 1 else f"{status.slides} slides"
+    lines = [f"{total}: {status.finished} finished, {status.failed} failed, {left} to go"]
+    if status.stages:
+        parts = [
+            f"{count} {'waiting' if name == 'waiting' else f'after {name}'}" for name, count in status.stages.items()
+        ]
+        lines.append("under way: " + ", ".join(parts))
+    if left and status.per_hour is not None and status.eta_seconds is not None:
+        lines.append(f"rate: {status.per_hour:.3g} slides/h, about {duration(status.eta_seconds)} left")
+    if left and status.idle_seconds is not None:
+        lines.append(f"last change: {duration(status.idle_seconds)} ago")
+    lines += [f"failed: {item['slide']} at {item['stage']}: {item['reason']}" for item in status.failures]
+    return "\n".join(lines)
+
+
+def write_so_far(results: Path, slides: str | None = None) -> Path:
+    """Write tables and report of the slides that are finished, apart from those of the whole run.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+    slides : str, optional
+        See `run_status`.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder with ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
+    """
+    from pipeline.cohort import run_cohort
+    from pipeline.slide_table import write_table
+
+    layout = RunLayout(results)
+    out = results / SO_FAR
+    out.mkdir(parents=True, exist_ok=True)
+    table = layout.slide_table
+    if slides is not None:
+        table = out / layout.slide_table.name
+        write_table(resolve_slides(slides), table)
+    run_cohort(
+        results,
+        table,
+        tsv=out / layout.cohort_tsv.name,
+        parquet=out / layout.cohort_parquet.name,
+        failed=out / layout.failed.name,
+        report=out / layout.report.name,
+        manifest=out / layout.manifest.name,
+        config=layout.settings if layout.settings.is_file() else None,
+    )
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline status``."""
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="results folder of a run")
+    parser.add_argument("--slides", metavar="PATH", help="the run's slides, where it has not written their table yet")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--report", action="store_true", help=f"write tables and report of the finished slides to RESULTS/{SO_FAR}"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline status``."""
+    status = run_status(args.results, args.slides)
+    report: dict[str, Any] = {}
+    if args.report:
+        report = {"report": os.path.abspath(write_so_far(args.results, args.slides) / "report.html")}
+    if args.json:
+        print(json.dumps(asdict(status) | report, indent=1, ensure_ascii=False))
+    else:
+        print(describe(status))
+        if report:
+            print(f"so far: {report['report']}")
+    return 0

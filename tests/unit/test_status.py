@@ -1,0 +1,102 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli, status, testing
+from pipeline.errors import PipelineError
+from pipeline.layout import STAGES, RunLayout
+
+NAMES = ("done 1", "done 2", "under way", "bad", "new", "stale")
+START = 1_000_000.0
+
+
+def finish(results: Path, slide: str, stages: int, start: float) -> None:
+    """Write the manifests of a slide's first stages, a minute apart."""
+    paths = RunLayout(results).slide(slide)
+    paths.root.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(status.stage_manifests(paths)[:stages]):
+        path.write_text(json.dumps({"status": "ok", "failure": None}))
+        os.utime(path, (start + 60 * number,) * 2)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    rows = [f"{name}\t/data/{name}.svs" for name in NAMES]
+    (tmp_path / "slides.tsv").write_text("\n".join(["slide\tpath", *rows]) + "\n", encoding="utf-8")
+    finish(tmp_path, "done 1", len(STAGES), START)
+    finish(tmp_path, "done 2", len(STAGES), START + 1800)
+    finish(tmp_path, "under way", 4, START + 1800)
+    testing.write_failed_slide(tmp_path, "bad", "inspect", "file is empty", "copy it again")
+    # Its later stages are of a run before the slide was replaced.
+    finish(tmp_path, "stale", len(STAGES), START)
+    os.utime(RunLayout(tmp_path).slide("stale").inspect, (START + 5000,) * 2)
+    return tmp_path
+
+
+def test_slides_are_counted_by_stage(results: Path) -> None:
+    found = status.run_status(results, now=START + 6000)
+    assert (found.slides, found.finished, found.failed) == (6, 2, 1)
+    assert found.stages == {"waiting": 1, "inspect": 1, "stain": 1}
+    assert [item["slide"] for item in found.failures] == ["bad"]
+    assert found.failures[0]["reason"] == "file is empty"
+
+
+def test_rate_is_that_of_the_finished_slides(results: Path) -> None:
+    found = status.run_status(results, now=START + 6000)
+    assert found.per_hour == pytest.approx(2)
+    assert found.eta_seconds == pytest.approx(3 * 1800)
+
+
+def test_text_and_json(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(results)]) == 0
+    text = capsys.readouterr().out
+    assert "6 slides: 2 finished, 1 failed, 3 to go" in text
+    assert "under way: 1 waiting, 1 after inspect, 1 after stain" in text
+    assert "failed: bad at inspect: file is empty" in text
+    assert cli.main(["status", str(results), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] == 2
+
+
+def test_run_without_a_slide_table(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"slides\.tsv"):
+        status.run_status(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").write_bytes(b"")
+    found = status.run_status(tmp_path, str(tmp_path / "in"))
+    assert (found.slides, found.stages, found.per_hour, found.eta_seconds) == (1, {"waiting": 1}, None, None)
+
+
+def test_nothing_is_left_of_a_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "slides.tsv").write_text("slide\tpath\na\t/data/a.svs\n", encoding="utf-8")
+    finish(tmp_path, "a", len(STAGES), START)
+    text = status.describe(status.run_status(tmp_path, now=START + 600))
+    assert text == "1 slide: 1 finished, 0 failed, 0 to go"
+
+
+def test_report_of_what_is_finished(tmp_path: Path) -> None:
+    paths = [testing.write_slide(tmp_path, name, count=20) for name in ("whole", "half")]
+    rows = [f"{name}\t/data/{name}.svs" for name in ("whole", "half", "new")]
+    (tmp_path / "slides.tsv").write_text("\n".join(["slide\tpath", *rows]) + "\n", encoding="utf-8")
+    from pipeline import summary
+
+    summary.run_summary(
+        "whole",
+        {name: getattr(paths[0], name) for name in summary.MANIFESTS},
+        nuclei=paths[0].nuclei,
+        tissue_geojson=paths[0].tissue_geojson,
+        tiles_zarr=paths[0].tiles_zarr,
+        out=paths[0].metrics,
+        png=paths[0].overview,
+    )
+    out = status.write_so_far(tmp_path)
+    assert [row.split("\t")[0] for row in (out / "cohort.tsv").read_text().splitlines()] == ["slide", "whole"]
+    assert (out / "failed.tsv").read_text().splitlines() == ["slide\tstage\treason\thint"]
+    assert "2 not finished yet" in (out / "report.html").read_text()
+    assert json.loads((out / "manifest.json").read_text())["slides_waiting"] == 2
+    assert not RunLayout(tmp_path).cohort_tsv.exists()
