@@ -49,6 +49,7 @@ TOOLS = {
     "slide-table": Command("pipeline.slide_table", "write the table of slides that a folder or table stands for"),
     "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1"),
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),
+    "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
     "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
     "demo-slides": Command(
