@@ -187,7 +187,14 @@ def _read(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            return np.asarray(image)
+            if image.mode not in ("RGB", "RGBA"):
+                return np.asarray(image)
+    import cv2  # keeps 16 bits of colour, where Pillow drops half of them
+
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("OpenCV cannot decode it")
+    return np.asarray(pixels)
 
 
 def read_instances(path: Path) -> np.ndarray:

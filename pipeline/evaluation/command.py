@@ -65,10 +65,17 @@ def files_by_stem(path: Path) -> dict[str, Path]:
     return found
 
 
-def pairs(pred: Path, truth: Path) -> dict[str, tuple[Path, Path]]:
-    """Predictions and truths that belong together, by name.
+def pairs(pred: Path, truth: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, list[str]]]:
+    """Predictions and truths that belong together.
 
     Two files belong together whatever their names; of folders, files of the same stem.
+
+    Returns
+    -------
+    pairs : dict of str to tuple of pathlib.Path
+        Prediction and truth by name.
+    alone : dict of str to list of str
+        Names of what is left out for having no partner: of ``pred``, of ``truth``.
 
     Raises
     ------
@@ -77,18 +84,24 @@ def pairs(pred: Path, truth: Path) -> dict[str, tuple[Path, Path]]:
     """
     predictions, truths = files_by_stem(pred), files_by_stem(truth)
     if not pred.is_dir() and not truth.is_dir():
-        return {stem(truth): (pred, truth)}
+        return {stem(truth): (pred, truth)}, {"pred": [], "truth": []}
     common = sorted(predictions.keys() & truths.keys())
     if not common:
         raise PipelineError(
             f"{pred} and {truth} share no name: {next(iter(predictions))!r} ..., {next(iter(truths))!r} ...",
             "name them alike but for the suffix",
         )
-    for folder, files in ((pred, predictions), (truth, truths)):
-        alone = sorted(files.keys() - set(common))
-        if alone:
-            log.warning("%d of %s have no partner and are left out: %s", len(alone), folder, ", ".join(alone[:5]))
-    return {name: (predictions[name], truths[name]) for name in common}
+    alone = {
+        "pred": sorted(predictions.keys() - truths.keys()),
+        "truth": sorted(truths.keys() - predictions.keys()),
+    }
+    for folder, names in ((pred, alone["pred"]), (truth, alone["truth"])):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            log.warning(
+                "%d of %s have no partner and are left out: %s", len(names), folder, ", ".join(names[:5]) + more
+            )
+    return {name: (predictions[name], truths[name]) for name in common}, alone
 
 
 def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
@@ -102,7 +115,8 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``images``: the scores of each image by its name; ``mean``: the mean of each score over the images.
+        ``images``: the scores of each image by its name; ``mean``: the mean of each score over the images;
+        ``left_out``: names without a partner, of ``pred`` and of ``truth``.
 
     Raises
     ------
@@ -110,7 +124,8 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
         When something cannot be read or compared.
     """
     images: dict[str, dict[str, Any]] = {}
-    for name, (prediction, known) in pairs(pred, truth).items():
+    matched, alone = pairs(pred, truth)
+    for name, (prediction, known) in matched.items():
         try:
             images[name] = compare(load(known), load(prediction))
         except PipelineError as error:
@@ -118,7 +133,7 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
                 raise
             raise PipelineError(f"{prediction} and {known}: {error}") from None
     mean = {metric: sum(row[metric] for row in images.values()) / len(images) for metric in METRICS}
-    return {"images": images, "mean": mean}
+    return {"images": images, "mean": mean, "left_out": alone}
 
 
 def table(result: dict[str, Any]) -> str:

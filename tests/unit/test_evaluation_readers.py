@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -268,6 +269,8 @@ def test_command_on_folders(
     assert result["images"]["a"]["aji"] == 1
     assert result["images"]["b.c"]["aji"] == pytest.approx(0.5)
     assert result["mean"]["aji"] == pytest.approx(0.75)
+    assert result["left_out"] == {"pred": [], "truth": ["alone"]}
+    assert "1 of" in caplog.text
     assert "alone" in caplog.text
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -315,3 +318,25 @@ def test_real_truth(shared_data: Path) -> None:
     result = readers.compare(truth, truth)
     assert all(result[name] == 1 for name in METRICS)
     assert result["n_truth"] > 15_000
+
+
+def test_odd_label_maps(tmp_path: Path) -> None:
+    """What counts are the pixels of each number, not the numbers, their type or the file they are in."""
+    labels = labels_map()
+    np.save(tmp_path / "truth.npy", labels)
+    scattered = np.array([0, 9, 700, 3, 12_345, 60_000, 8])[labels // 10]
+    grey = np.array([0, 9, 200, 3, 123, 60, 8], np.uint8)[labels // 10]
+    np.save(tmp_path / "scattered.npy", scattered * 2**33)
+    np.save(tmp_path / "float.npy", labels.astype(np.float32))
+    np.save(tmp_path / "dict.npy", {"inst_map": labels.astype(np.int32)}, allow_pickle=True)  # type: ignore[arg-type]
+    Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "rgb.png")
+    cv2.imwrite(str(tmp_path / "rgb16.png"), np.dstack([scattered.astype(np.uint16)] * 3))
+    Image.fromarray(scattered.astype(np.int32)).save(tmp_path / "mode_i.tif")
+    tifffile.imwrite(tmp_path / "page.tif", scattered.astype(np.uint32)[None])
+    palette = Image.fromarray(grey)
+    palette.putpalette(list(range(255, -1, -1)) * 3)
+    palette.save(tmp_path / "palette.png")
+    for path in sorted(tmp_path.iterdir()):
+        result = command.evaluate(path, tmp_path / "truth.npy")
+        assert all(result["mean"][name] == 1 for name in METRICS), path.name
+        assert result["images"]["truth"]["n_pred"] == 6, path.name

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -31,6 +32,42 @@ def reference_aji(truth: np.ndarray, pred: np.ndarray) -> float:
         used.add(best)
     union += sum((pred == p).sum() for p in np.unique(pred[pred > 0]) if p not in used)
     return inter / union
+
+
+def reference_scores(truth: np.ndarray, pred: np.ndarray) -> dict[str, float]:
+    """All scores but AJI by their definitions, from sets of pixels; matchings by trying every one."""
+    truths = [set(np.flatnonzero(truth == t).tolist()) for t in np.unique(truth[truth > 0])]
+    preds = [set(np.flatnonzero(pred == p).tolist()) for p in np.unique(pred[pred > 0])]
+
+    def iou(t: set[int], p: set[int]) -> float:
+        return len(t & p) / len(t | p)
+
+    def plus(pairs: list[tuple[int, int]]) -> float:
+        union = sum(len(truths[t] | preds[p]) for t, p in pairs)
+        union += sum(len(truths[t]) for t in range(len(truths)) if t not in {t for t, _ in pairs})
+        union += sum(len(preds[p]) for p in range(len(preds)) if p not in {p for _, p in pairs})
+        return sum(len(truths[t] & preds[p]) for t, p in pairs) / union
+
+    slots = [*range(len(preds)), *[None] * len(truths)]
+    matchings = {
+        tuple((t, p) for t, p in enumerate(order) if p is not None and truths[t] & preds[p])
+        for order in itertools.permutations(slots, len(truths))
+    }
+    best = max(sum(iou(truths[t], preds[p]) for t, p in pairs) for pairs in matchings)
+    over = [iou(t, p) for t in truths for p in preds if iou(t, p) > 0.5]
+    half = max(sum(iou(truths[t], preds[p]) >= 0.5 for t, p in pairs) for pairs in matchings)
+    dq = len(over) / (len(over) + (len(preds) - len(over)) / 2 + (len(truths) - len(over)) / 2)
+    sq = sum(over) / len(over) if over else 0.0
+    a, b = set().union(*truths), set().union(*preds)
+    return {
+        "aji_plus": [plus(list(m)) for m in matchings if sum(iou(truths[t], preds[p]) for t, p in m) > best - 1e-9],
+        "pq": sq * dq,
+        "sq": sq,
+        "dq": dq,
+        "dice": 2 * len(a & b) / (len(a) + len(b)),
+        "iou": len(a & b) / len(a | b),
+        "f1": half / (half + (len(preds) - half) / 2 + (len(truths) - half) / 2),
+    }  # type: ignore[dict-item]
 
 
 def boxes(*spans: tuple[int, int], width: int = 40) -> np.ndarray:
@@ -142,3 +179,47 @@ def test_bands_change_nothing(truth: np.ndarray, pred: np.ndarray, cuts: list[in
     rows = [0, *sorted(cuts), len(truth)]
     bands = [(truth[a:b], pred[a:b]) for a, b in itertools.pairwise(rows)]
     assert score_overlaps(Overlaps.of_bands(bands)) == score(truth, pred)
+
+
+@settings(deadline=None, max_examples=150)
+@given(arrays(np.int32, (5, 6), elements=st.integers(0, 4)), arrays(np.int32, (5, 6), elements=st.integers(0, 4)))
+def test_scores_agree_with_their_definitions(truth: np.ndarray, pred: np.ndarray) -> None:
+    if truth.any() and pred.any():
+        result, expected = score(truth, pred), reference_scores(truth, pred)
+        # Of several best matchings any one will do.
+        assert any(result["aji_plus"] == pytest.approx(value) for value in expected.pop("aji_plus"))  # type: ignore[attr-defined]
+        assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
+def crowd(shift: int, seed: int = 0) -> np.ndarray:
+    """A field of 1000 x 1000 pixels with 800 nuclei."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-9:10, -9:10]
+    labels = np.zeros((1020, 1020), np.int32)
+    places = rng.permutation(np.stack(np.mgrid[10:990:33, 10:990:33], axis=-1).reshape(-1, 2))[:800]
+    for label, (row, column) in enumerate(places, 1):
+        radius = rng.integers(5, 9)
+        window = labels[row + shift : row + shift + 19, column : column + 19]
+        window[x**2 + y**2 <= radius**2] = label
+    return labels[:1000, :1000]
+
+
+def test_a_dense_field_is_fast_and_right() -> None:
+    truth, pred = crowd(0), crowd(2)
+    assert len(np.unique(truth)) == 801
+    start = time.process_time()
+    result = score(truth, pred)
+    assert time.process_time() - start < 2  # some 30 ms on an idle core
+    assert result["aji"] == pytest.approx(reference_aji(truth[:200, :200], pred[:200, :200]), abs=0.05)
+    assert result["aji"] == pytest.approx(result["aji_plus"])
+    assert result["tp"] == 800
+
+
+def test_nothing_matches() -> None:
+    far = score(boxes((0, 5), (10, 15)), boxes((20, 25), (30, 35), (36, 39)))
+    assert all(far[name] == 0 for name in METRICS)
+    assert (far["tp"], far["fp"], far["fn"]) == (0, 3, 2)
+    # They meet, but nowhere by half.
+    near = score(boxes((0, 10), (20, 30)), boxes((7, 17), (27, 37)))
+    assert near["pq"] == near["sq"] == near["dq"] == near["f1"] == 0
+    assert near["aji"] == near["iou"] == pytest.approx(6 / 34)
