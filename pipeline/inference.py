@@ -25,12 +25,12 @@ from pipeline.kernels.stain import StainTransform
 from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
+from pipeline.networks.outputs import Outputs, map_names
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -74,16 +74,16 @@ class Predictor:
         ``cpu`` or ``cuda``.
     batch : int
         Windows a forward pass; halves itself when the device runs out of memory.
-    n_sigmoid : int
-        The first channels are independent; those after them are one softmax.
+    outputs : Outputs
+        What its logits mean.
     """
 
-    def __init__(self, network: nn.Module, device: str, batch: int, n_sigmoid: int) -> None:
+    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs) -> None:
         import torch
 
         self.device = torch.device(device)
         self.batch = batch
-        self.n_sigmoid = n_sigmoid
+        self.outputs = outputs
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self._dtype = torch.float32
         if device == "cuda":
@@ -132,22 +132,13 @@ class Predictor:
             patches = np.concatenate([patches, padding])
         with torch.inference_mode(), torch.autocast(self.device.type, self._dtype, self._dtype != torch.float32):
             x = torch.from_numpy(patches).to(self.device).permute(0, 3, 1, 2)
-            logits: torch.Tensor = self.network(x.float().div(255))
-            maps = torch.sigmoid(logits[:count, : self.n_sigmoid].float())
-            if logits.shape[1] > self.n_sigmoid:
-                maps = torch.cat([maps, torch.softmax(logits[:count, self.n_sigmoid :].float(), dim=1)], dim=1)
+            maps = self.outputs.predict(self.network, x.float().div(255))[:count]
             return np.asarray(maps.mul(255).round().to(torch.uint8).cpu())
 
 
 def channel_names(package: ModelPackage) -> tuple[str, ...]:
     """Names of a model's maps in the order of the network's channels."""
-    names: list[str] = []
-    for head in package.heads:
-        if head == "type":
-            names += ["type:background", *(f"type:{c.name}" for c in package.classes)]
-        else:
-            names.append(head)
-    return tuple(names)
+    return map_names(package.heads, [c.name for c in package.classes])
 
 
 def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[tuple[int, int]]:
@@ -352,8 +343,8 @@ def run_infer(
         store = TileStore.open(zarr)
         transform = StainTransform.from_json(read_manifest(stain)["transform"])
         where = choose_device(device)
-        n_sigmoid = sum(head != "type" for head in package.heads)
-        predictor = Predictor(load_network(package), where, batch or DEFAULT_BATCH[where], n_sigmoid)
+        outputs = Outputs(channel_names(package), package.tta)
+        predictor = Predictor(load_network(package), where, batch or DEFAULT_BATCH[where], outputs)
         found = infer_slide(store, transform, predictor, package, staged["maps"])
         name = torch.cuda.get_device_name() if where == "cuda" else "cpu"
         log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], name)

@@ -25,7 +25,13 @@ import shapely
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.contours import drop_collinear, mask_runs, outline
-from pipeline.kernels.instances import InstanceRules, fill_small_holes, foreground_components, split_component
+from pipeline.kernels.instances import (
+    Channels,
+    InstanceRules,
+    fill_small_holes,
+    foreground_components,
+    split_component,
+)
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema
@@ -86,8 +92,9 @@ class Nuclei:
 class _Collector:
     """Gather the nuclei of a block."""
 
-    def __init__(self, n_classes: int) -> None:
+    def __init__(self, n_classes: int, channels: Channels) -> None:
         self.n_classes = n_classes
+        self.channels = channels
         self.ids: list[int] = []
         self.class_ids: list[int] = []
         self.probability: list[float] = []
@@ -109,9 +116,13 @@ class _Collector:
             self.runs.append(runs)
             self.ids.append(int(runs[0, 0]) << 32 | int(runs[0, 1]))
             inside = maps[(slice(None), *box)][:, mask]
-            self.probability.append(float(inside[0].sum(dtype=np.int64)) / (255.0 * inside.shape[1]))
-            types = inside[3:].sum(axis=1, dtype=np.int64)  # nucleus, distance, background, then the classes
-            self.class_ids.append(int(types.argmax()) if self.n_classes > 1 and types.size else 0)
+            nucleus = inside[self.channels.nucleus]
+            self.probability.append(float(nucleus.sum(dtype=np.int64)) / (255.0 * len(nucleus)))
+            kind = 0
+            if self.n_classes > 1 and self.channels.types is not None:
+                first = self.channels.types + 1  # after the background
+                kind = int(inside[first : first + self.n_classes].sum(axis=1, dtype=np.int64).argmax())
+            self.class_ids.append(kind)
             # Watershed and components are 4-connected, so a nucleus has one shell; its holes follow.
             for points, _ in rings:
                 self.points.append(points + np.array([2 * left, 2 * top], np.int32))
@@ -156,7 +167,12 @@ def _first_pixel(mask: np.ndarray) -> tuple[int, int]:
 
 
 def _follow(
-    store: MapStore, rules: InstanceRules, seed: tuple[int, int], box: tuple[int, int, int, int], core: Block
+    store: MapStore,
+    nucleus: int,
+    threshold: int,
+    seed: tuple[int, int],
+    box: tuple[int, int, int, int],
+    core: Block,
 ) -> tuple[np.ndarray, np.ndarray, int, int] | None:
     """Follow a component that runs out of its window until it is whole.
 
@@ -164,8 +180,8 @@ def _follow(
     ----------
     store : MapStore
         The maps.
-    rules : InstanceRules
-        Thresholds.
+    nucleus, threshold : int
+        Channel of the nucleus map, and what its foreground reaches.
     seed : (int, int)
         x, y of one of its pixels.
     box : (int, int, int, int)
@@ -189,7 +205,7 @@ def _follow(
         x0, y0 = max(left - grow_x, 0), max(top - grow_y, 0)
         x1, y1 = min(right + grow_x, grid.width), min(bottom + grow_y, grid.height)
         maps = store.read(x0, y0, x1 - x0, y1 - y0)
-        components, boxes = foreground_components(maps[0], rules.nucleus)
+        components, boxes = foreground_components(maps[nucleus], threshold)
         index = int(components[seed[1] - y0, seed[0] - x0])
         bx, by, bw, bh, _ = (int(v) for v in boxes[index - 1])
         left, top, right, bottom = x0 + bx, y0 + by, x0 + bx + bw, y0 + by + bh
@@ -227,11 +243,12 @@ def find_nuclei(
         Nuclei whose centre lies outside are left out; level-0 pixels.
     """
     grid = store.grid
-    collector = _Collector(n_classes)
+    channels = Channels.of(store.channels)
+    collector = _Collector(n_classes, channels)
     x0, y0 = max(block.x - halo, 0), max(block.y - halo, 0)
     x1, y1 = min(block.x + block.width + halo, grid.width), min(block.y + block.height + halo, grid.height)
     maps = store.read(x0, y0, x1 - x0, y1 - y0)
-    components, boxes = foreground_components(maps[0], rules.nucleus)
+    components, boxes = foreground_components(maps[channels.nucleus], rules.nucleus)
     core_x0, core_y0 = block.x - x0, block.y - y0
     core_x1, core_y1 = core_x0 + block.width, core_y0 + block.height
     followed: set[tuple[int, int]] = set()
@@ -254,7 +271,8 @@ def find_nuclei(
             if len(inside) == 0:
                 continue
             seed = (int(inside[0, 1]) + bx + x0, int(inside[0, 0]) + by + y0)
-            whole = _follow(store, rules, seed, (x0 + bx, y0 + by, x0 + bx + bw, y0 + by + bh), block)
+            known = (x0 + bx, y0 + by, x0 + bx + bw, y0 + by + bh)
+            whole = _follow(store, channels.nucleus, rules.nucleus, seed, known, block)
             if whole is None:
                 continue
             part, labelled, left, top = whole
@@ -271,7 +289,7 @@ def find_nuclei(
                 continue
             followed.add((row, column))
         mask = fill_small_holes(mask, other, rules.max_hole)
-        labels = split_component(part[1], mask, rules)
+        labels = split_component(part, mask, rules, channels)
         collector.add(labels, part, left, top)
     return collector.finish((grid.scale_x, grid.scale_y), tissue)
 

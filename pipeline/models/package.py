@@ -75,6 +75,8 @@ class ModelPackage:
         Scores on unseen patients and how they were held out.
     sha256 : str
         Hash of the weights file.
+    tta : str
+        Test-time augmentation that inference repeats, see `pipeline.networks.outputs.TTA`.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ModelPackage:
     data: tuple[dict[str, Any], ...]
     metrics: dict[str, Any]
     sha256: str
+    tta: str = "none"
     folder: Path = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +150,7 @@ class ModelPackage:
                 data=tuple(value["data"]),
                 metrics=value["metrics"],
                 sha256=value["sha256"],
+                tta=value.get("tta", "none"),
                 folder=Path(folder),
             )
         except FileNotFoundError:
@@ -174,6 +178,7 @@ class ModelPackage:
             "network": {"name": self.network, "args": self.network_args},
             "heads": list(self.heads),
             "classes": self.colors,
+            "tta": self.tta,
             "thresholds": asdict(self.thresholds),
             "metrics": self.metrics,
             "data": list(self.data),

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from torch import nn
 
-HEAD_CHANNELS = {"nucleus": 1, "distance": 1}
+HEAD_CHANNELS = {"nucleus": 1, "distance": 1, "contour": 1, "hv": 2}
 """Channels of the heads with a fixed number; the ``type`` head has one channel a class, background first."""
 
 

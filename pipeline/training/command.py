@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and scores")
     parser.add_argument("--out", type=Path, required=True, help="model package to write")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument(
+        "--max-minutes", type=float, default=0, help="stop after this time, to go on when run again; 0: as configured"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
 
 
@@ -32,12 +35,15 @@ def main(args: argparse.Namespace) -> int:
 
     from pipeline.training.experiment import Experiment
     from pipeline.training.run import run_experiment
+    from pipeline.training.schedule import Deadline
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[args.device]
-    evaluation = run_experiment(Experiment.from_json(section), args.work, args.out, accelerator)
+    experiment = Experiment.from_json(section)
+    deadline = Deadline(args.max_minutes or experiment.schedule.max_minutes)
+    evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline)
     mean = evaluation["mean"]
     log.info(
         "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients", args.out,

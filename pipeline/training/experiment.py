@@ -8,14 +8,43 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.kernels.stain import METHODS
+from pipeline.networks.outputs import TTA, map_names
 from pipeline.networks.registry import NETWORKS
 from pipeline.training.samples import Augmentation
 from pipeline.training.schedule import Schedule
 from pipeline.training.splits import SplitSettings
 
-HEADS = ("nucleus", "distance")
-"""Heads that are trained."""
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the network is scored, and what inference repeats of it.
+
+    Parameters
+    ----------
+    tta : str
+        Test-time augmentation: ``none``, ``flips``, ``dihedral``. It goes into the package.
+    windows : bool
+        Predict fields in the windows of inference (`patch`, `overlap`) instead of in one pass.
+    rules : dict
+        Thresholds to begin with, see `pipeline.kernels.instances.InstanceRules`.
+    tune : bool
+        Tune thresholds on the validation fields.
+    """
+
+    tta: str = "none"
+    windows: bool = False
+    rules: dict[str, Any] = field(default_factory=dict)
+    tune: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tta not in TTA:
+            raise PipelineError(f"train: evaluation.tta {self.tta!r}", f"choose from {', '.join(TTA)}")
+
+
+RESULT_ONLY = ("final_steps", "patch", "overlap", "licence", "description", "evaluation")
+SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "devices", "max_minutes")
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,16 @@ class Experiment:
         The model's pixel size in µm.
     network, network_args
         The network.
+    heads : tuple of str
+        Its heads, nucleus first, type last.
+    classes : tuple of str
+        Classes of the type head; without any, those that the data have.
+    class_names : dict
+        Class of the type head by class in the data, where they differ.
+    loss : tuple of dict
+        Terms of the loss, see `pipeline.training.losses.loss_terms`; none: the heads' defaults.
+    start_from : str, optional
+        Model package whose weights (and stain reference) to start from.
     patch, overlap : int
         The window that inference uses.
     stain : str
@@ -52,6 +91,8 @@ class Experiment:
         Steps of training on with all fields; 0 packs the first network.
     augmentation : Augmentation
         Changes to the samples.
+    evaluation : EvaluationSettings
+        How it is scored.
     licence, description : str
         For the card.
     """
@@ -61,6 +102,11 @@ class Experiment:
     mpp: float = 0.5
     network: str = "resunet"
     network_args: dict[str, Any] = field(default_factory=dict)
+    heads: tuple[str, ...] = ("nucleus", "distance")
+    classes: tuple[str, ...] = ()
+    class_names: dict[str, str] = field(default_factory=dict)
+    loss: tuple[dict[str, Any], ...] = ()
+    start_from: str | None = None
     patch: int = 320
     overlap: int = 32
     stain: str = "macenko"
@@ -71,6 +117,7 @@ class Experiment:
     schedule: Schedule = field(default_factory=Schedule)
     final_steps: int = 1000
     augmentation: Augmentation = field(default_factory=Augmentation)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     licence: str = "unknown"
     description: str = ""
 
@@ -85,14 +132,29 @@ class Experiment:
                 raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")
         if self.stain not in METHODS or self.stain == "vahadane":
             raise PipelineError(f"train: stain {self.stain!r}", "use none, macenko, reinhard or histogram")
+        map_names(self.heads, self.classes)
+        try:
+            rules = self.rules
+        except (TypeError, ValueError) as error:
+            raise PipelineError(f"train: evaluation.rules: {error}", "see docs/models.md for the thresholds") from None
+        if rules.markers != "nucleus" and rules.markers not in self.heads:
+            raise PipelineError(
+                f"train: evaluation.rules.markers {rules.markers!r}", f"the heads are {', '.join(self.heads)}"
+            )
+
+    @property
+    def rules(self) -> InstanceRules:
+        """Thresholds to begin with."""
+        markers = self.evaluation.rules.get("markers", Channels.of(map_names(self.heads)).marker_source)
+        return InstanceRules(**{**asdict(InstanceRules.default_for(markers)), **self.evaluation.rules})
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the checkpoints depend on, the number of steps apart."""
         kept = asdict(self)
-        for name in ("final_steps", "patch", "overlap", "licence", "description"):
+        for name in RESULT_ONLY:
             del kept[name]
-        for name in ("steps", "workers", "validate_every"):
+        for name in SPEED_ONLY:
             del kept["schedule"][name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -107,7 +169,12 @@ class Experiment:
         """
         if not value.get("data"):
             raise PipelineError("train: no data", "list data sources under train.data, see config/experiments")
-        parts = {"schedule": Schedule, "augmentation": Augmentation, "split": SplitSettings}
+        parts: dict[str, Any] = {
+            "schedule": Schedule,
+            "augmentation": Augmentation,
+            "split": SplitSettings,
+            "evaluation": EvaluationSettings,
+        }
         try:
             built: dict[str, Any] = {
                 key: parts[key](**_tuples(part)) if key in parts else part for key, part in _tuples(value).items()

@@ -3,115 +3,120 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
+import warnings
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.metrics import score
-from pipeline.kernels.instances import InstanceRules, segment
+from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.models.weights import load_weights
-from pipeline.networks.registry import build_network, head_channels
+from pipeline.networks.outputs import Outputs
 from pipeline.training.data import Field
-from pipeline.training.losses import nucleus_distance_loss
+from pipeline.training.losses import CombinedLoss
+from pipeline.training.predict import predict_field
 from pipeline.training.samples import Augmentation, PreparedField
-from pipeline.training.schedule import Schedule
+from pipeline.training.schedule import Deadline, Schedule, Unfinished
+from pipeline.training.scoring import field_loss, score_maps
 from pipeline.training.stream import SampleStream
+from pipeline.training.targets import Targets
 
 log = logging.getLogger(__name__)
 
+VALIDATION = {
+    "aji": "aji", "pq": "pq", "dice": "dice", "iou": "iou",
+    "accuracy": "pixel_accuracy", "pixel_dice": "pixel_dice", "pixel_iou": "pixel_iou",
+}  # fmt: skip
+"""Scores that are logged at each validation, and what they are called in the scores of a field."""
 
-def predict_field(network: nn.Module, image: np.ndarray, flips: bool = False) -> np.ndarray:
-    """Maps of a whole field in one pass, its borders mirrored.
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """A field that checkpoints are chosen on.
+
+    Parameters
+    ----------
+    field : Field
+        The field.
+    prepared : PreparedField
+        Its image and targets at the model's pixel size.
+    """
+
+    field: Field
+    prepared: PreparedField
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is trained, whatever the data and the time.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Gives logits.
-    image : numpy.ndarray
-        uint8 ``(H, W, 3)`` at the model's pixel size.
-    flips : bool
-        Average over the four flips.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 ``(C, H, W)``: each head's sigmoid, 255 is 1.
+        The network.
+    loss : CombinedLoss
+        Its loss.
+    targets : Targets
+        What the samples hold.
+    outputs : Outputs
+        What its logits mean.
+    rules : InstanceRules
+        Thresholds for validation.
+    window : (int, int), optional
+        Windows for validation, see `pipeline.training.predict.predict_field`.
+    augmentation : Augmentation
+        Changes to the samples.
     """
-    height, width = image.shape[:2]
-    margin = 32
-    bottom, right = -height % 32 + margin, -width % 32 + margin
-    padded = cv2.copyMakeBorder(image, margin, bottom, margin, right, cv2.BORDER_REFLECT)
-    device = next(network.parameters()).device
-    x = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
-    turns: list[tuple[int, ...]] = [(), (2,), (3,), (2, 3)] if flips else [()]
-    was_training = network.training
-    network.eval()
-    with torch.inference_mode():
-        total = torch.stack([torch.sigmoid(network(x.flip(turn)).float()).flip(turn) for turn in turns])
-    network.train(was_training)
-    maps = total.mean(dim=0)[0, :, margin : margin + height, margin : margin + width]
-    return np.asarray((maps * 255).round().to(torch.uint8).cpu())
+
+    network: nn.Module
+    loss: CombinedLoss
+    targets: Targets
+    outputs: Outputs
+    rules: InstanceRules
+    window: tuple[int, int] | None
+    augmentation: Augmentation
 
 
-def resize_to_model(image: np.ndarray, mpp: float, model_mpp: float) -> np.ndarray:
-    """Bring a field's image to the model's pixel size."""
-    factor = mpp / model_mpp
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
-
-
-def score_maps(maps: np.ndarray, field: Field, rules: InstanceRules) -> dict[str, float]:
-    """Score a field's maps against its labels, at the field's own resolution."""
-    labels = segment(maps[0], maps[1], rules)
-    height, width = field.labels.shape
-    rows = np.minimum((np.arange(height) + 0.5) * labels.shape[0] / height, labels.shape[0] - 1).astype(int)
-    columns = np.minimum((np.arange(width) + 0.5) * labels.shape[1] / width, labels.shape[1] - 1).astype(int)
-    return score(field.labels, labels[rows[:, None], columns])
-
-
-class NucleusModule(lightning.LightningModule):
+class TrainingModule(lightning.LightningModule):
     """A network under training.
 
     Parameters
     ----------
-    network : str
-        Name of the network.
-    network_args : dict
-        Its arguments.
-    heads : list of str
-        Its heads.
-    mpp : float
-        The model's pixel size in µm.
+    job : Job
+        What is trained.
     schedule : Schedule
-        How to train.
-    validation : list of Field
+        How.
+    validation : list of Examined
         Fields that the checkpoints are chosen on.
+    stream : SampleStream
+        Where its samples come from.
     """
 
-    def __init__(
-        self,
-        network: str,
-        network_args: dict[str, Any],
-        heads: list[str],
-        mpp: float,
-        schedule: Schedule,
-        validation: list[Field],
-    ) -> None:
+    def __init__(self, job: Job, schedule: Schedule, validation: list[Examined], stream: SampleStream) -> None:
         super().__init__()
-        self.network = build_network(network, head_channels(heads), network_args).to(memory_format=torch.channels_last)
-        self.mpp = mpp
+        self.network = job.network.to(memory_format=torch.channels_last)
+        self.job = job
         self.schedule = schedule
-        self.validation = [(resize_to_model(f.image, f.mpp, mpp), f) for f in validation]
+        self.validation = validation
+        self.stream = stream
+        self.plateau = 1.0
+        """Factor on the learning rate that `decay: plateau` has come to."""
+
+    def setup(self, stage: str) -> None:
+        """Called by the trainer on each device, before samples are drawn."""
+        self.stream.rank = self.global_rank
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch in [0, 1]."""
@@ -119,59 +124,180 @@ class NucleusModule(lightning.LightningModule):
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Loss of one batch of uint8 images and targets ``(N, H, W, 3)``."""
-        image, targets = (part.permute(0, 3, 1, 2).float().div(255) for part in batch)
-        parts = nucleus_distance_loss(self(image.contiguous(memory_format=torch.channels_last)), targets)
+        """Loss of one batch of uint8 images and targets ``(N, H, W, C)``."""
+        image, sample = batch
+        image = image.permute(0, 3, 1, 2).float().div(255)
+        logits = self(image.contiguous(memory_format=torch.channels_last))
+        parts = self.job.loss(logits, self.job.targets.unpack(sample))
         if not torch.isfinite(parts["loss"]):
             raise PipelineError(
-                f"the loss is {float(parts['loss'])} at step {self.global_step}",
+                f"the loss is {float(parts['loss'].detach())} at step {self.global_step}",
                 "lower the learning rate; the last checkpoint is kept",
             )
         self.log_dict({f"train/{name}": part for name, part in parts.items()}, on_step=True, on_epoch=False)
         return parts["loss"]
 
     def validation_step(self, batch: Tensor, index: int) -> None:
-        """Instance scores of one validation field."""
-        image, field = self.validation[int(batch)]
-        result = score_maps(predict_field(self.network, image), field, InstanceRules())
-        self.log_dict({f"val/{name}": float(result[name]) for name in ("aji", "pq", "dice", "iou")}, batch_size=1)
+        """Scores of one validation field."""
+        one = self.validation[int(batch)]
+        maps = predict_field(self.network, one.prepared.images[0], self.job.outputs, self.job.window)
+        scores = score_maps(maps, one.field, self.job.rules, Channels.of(self.job.outputs.names)).scores
+        values = {name: float(scores[key]) for name, key in VALIDATION.items()}
+        values["loss"] = field_loss(maps, one.prepared, self.job.loss)
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and cosine decay by step."""
+        """The schedule's optimiser and, by step, its rate."""
         schedule = self.schedule
-        optimizer = torch.optim.AdamW(self.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+        rate: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+        kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+        optimizer = kinds[schedule.optimizer](self.parameters(), **rate)
         # A function of the step alone, so that a resumed run may be longer than the one before.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.plateau * schedule.rate_at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class KeepLast(Callback):
-    """Keep the newest state, to go on from after a kill, whatever the scores are.
+class Plateau(Callback):
+    """Lower the learning rate when the mean training loss does not fall any more (``decay: plateau``)."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.factor, self.best, self.bad = 1.0, math.inf, 0
+        self.total, self.count = 0.0, 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take up the factor of an earlier run."""
+        pl_module.plateau = self.factor  # type: ignore[assignment]
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather the loss; look at its mean every `validate_every` steps."""
+        self.total += float(outputs["loss"])
+        self.count += 1
+        if trainer.global_step % self.schedule.validate_every:
+            return
+        mean = trainer.strategy.reduce(torch.tensor(self.total / self.count), reduce_op="mean")
+        self.total, self.count = 0.0, 0
+        if float(mean) < self.best:
+            self.best, self.bad = float(mean), 0
+            return
+        self.bad += 1
+        if self.bad > self.schedule.patience:
+            self.factor, self.bad = self.factor * self.schedule.gamma, 0
+            pl_module.plateau = self.factor  # type: ignore[assignment]
+            log.info("step %d: the loss has stopped falling, the rate is now %.3g of the first", trainer.global_step,
+                     self.factor)  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"factor": self.factor, "best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up an earlier run's state."""
+        self.factor, self.best, self.bad = state_dict["factor"], state_dict["best"], state_dict["bad"]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Write checkpoints beside their place, then rename: a full disk leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Called by the trainer.
+
+        Raises
+        ------
+        PipelineError
+            When it cannot be written.
+        """
+        path = Path(path)
+        staged = path.with_name(f".part-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, staged)
+            staged.replace(path)
+        except (OSError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:120]
+            raise PipelineError(
+                f"checkpoint {path} cannot be written: {first}",
+                "make room and run again: the training goes on from the checkpoint before",
+            ) from None
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+class Checkpoints(Callback):
+    """Keep the newest state, to go on from, and the best; stop when the time is over.
 
     Parameters
     ----------
-    path : pathlib.Path
-        The checkpoint; replaced as a whole.
-    every : int
-        Steps between two checkpoints; the last step has one too.
+    folder : pathlib.Path
+        Gets ``last.ckpt`` and ``best.ckpt``.
+    schedule : Schedule
+        How often, and by which score.
+    validation : bool
+        Whether there is a validation, after which the state is kept; else it is every `validate_every` steps.
+    deadline : Deadline
+        When to stop.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path = path
-        self.every = every
+    def __init__(self, folder: Path, schedule: Schedule, validation: bool, deadline: Deadline) -> None:
+        self.folder = folder
+        self.schedule = schedule
+        self.validation = validation
+        self.deadline = deadline
+        self.best: float | None = None
+        self.saved = -1
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Called by the trainer, after the weights have been averaged."""
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            staged = self.path.with_name(f".part-{self.path.name}")
-            trainer.save_checkpoint(staged)
-            staged.replace(self.path)
+    def _save(self, trainer: lightning.Trainer) -> None:
+        self.saved = trainer.global_step
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    # Here the step before is complete in all the trainer's counts, which it is not at its end.
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called by the trainer."""
+        step, schedule = trainer.global_step, self.schedule
+        late = self.deadline.passed
+        if trainer.world_size > 1:
+            late = trainer.strategy.reduce_boolean_decision(late, all=False)
+        due = not self.validation and step > 0 and step % schedule.validate_every == 0
+        if (due or late) and step != self.saved:
+            self._save(trainer)
+        if late:
+            raise Unfinished(
+                f"the training stopped after {self.deadline.minutes:g} minutes, at step {step} of {schedule.steps}",
+                "run the same command again to go on",
+            )
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Called by the trainer."""
+        if self.schedule.keep != "last":
+            value = float(trainer.callback_metrics[f"val/{self.schedule.keep}"])
+            value = -value if self.schedule.keep == "loss" else value
+            if self.best is None or value > self.best:
+                self.best = value
+                trainer.save_checkpoint(self.folder / "best.ckpt")
+        self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Called by the trainer."""
+        if trainer.global_step != self.saved:
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up an earlier run's state."""
+        self.best = state_dict["best"]
 
 
 class Report(Callback):
     """Log the validation scores in one line each."""
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by the trainer."""
         values = {k.split("/")[1]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         loss = trainer.callback_metrics.get("train/loss")
@@ -183,41 +309,45 @@ class Report(Callback):
         )
 
 
+def _precision(name: str, accelerator: str) -> Any:
+    if name == "auto":
+        if accelerator == "cpu" or not torch.cuda.is_available():
+            return "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[name]
+
+
 def fit(
+    job: Job,
     fields: list[PreparedField],
     weights: np.ndarray,
-    validation: list[Field],
+    validation: list[Examined],
     *,
-    network: str,
-    network_args: dict[str, Any],
-    heads: list[str],
-    mpp: float,
     schedule: Schedule,
-    augmentation: Augmentation,
     folder: Path,
-    start_from: dict[str, Tensor] | None = None,
     accelerator: str = "auto",
+    deadline: Deadline | None = None,
 ) -> nn.Module:
     """Train a network; goes on where a run in the same folder stopped.
 
     Parameters
     ----------
+    job : Job
+        What is trained, its network with the weights to start from.
     fields : list of PreparedField
         Training fields.
     weights : numpy.ndarray
         How often each is drawn.
-    validation : list of Field
-        The checkpoint with the best AJI on them is kept; without any, the last one.
-    network, network_args, heads, mpp
-        The network and its pixel size.
-    schedule, augmentation
-        How to train.
+    validation : list of Examined
+        The checkpoint with the best score on them is kept; without any, the last one.
+    schedule : Schedule
+        How.
     folder : pathlib.Path
         Checkpoints and logs go here.
-    start_from : dict, optional
-        Weights to start from.
     accelerator : str
         Lightning's name of the device.
+    deadline : Deadline, optional
+        When to stop for the time being.
 
     Returns
     -------
@@ -227,61 +357,88 @@ def fit(
     Raises
     ------
     PipelineError
-        When the loss is not finite or a checkpoint belongs to another network.
+        When the loss is not finite, a checkpoint belongs to another network or cannot be written.
+    Unfinished
+        When the time is over.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(schedule.seed, verbose=False)
-    module = NucleusModule(network, network_args, heads, mpp, schedule, validation)
-    if start_from is not None:
-        load_weights(module.network, start_from)
-    last = folder / "last.ckpt"
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
     resume = last if last.is_file() else None
     done = 0
     if resume is not None:
         checkpoint = _read_checkpoint(resume)
-        load_weights(module.network, _network_state(checkpoint))
+        load_weights(job.network, _network_state(checkpoint))
+        if any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
+            raise PipelineError(f"checkpoint {resume} is of another version of the pipeline", "delete its folder")
         done = int(checkpoint["global_step"])
         log.info("going on at step %d of %d", done, schedule.steps)
-    stream = SampleStream(fields, weights, schedule.size, augmentation, schedule.seed + done)
+    if done < schedule.steps:
+        _train(job, fields, weights, validation, schedule, folder, accelerator, deadline or Deadline(), resume, done)
+    chosen = best if validation and schedule.keep != "last" and best.is_file() else last
+    load_weights(job.network, _network_state(_read_checkpoint(chosen)))
+    return job.network.cpu().eval()
+
+
+def _train(
+    job: Job,
+    fields: list[PreparedField],
+    weights: np.ndarray,
+    validation: list[Examined],
+    schedule: Schedule,
+    folder: Path,
+    accelerator: str,
+    deadline: Deadline,
+    resume: Path | None,
+    done: int,
+) -> None:
+    stream = SampleStream(
+        fields, weights, schedule.size, job.augmentation, schedule.seed + done, stride=schedule.stride
+    )
+    module = TrainingModule(job, schedule, validation, stream)
     loader: DataLoader[Any] = DataLoader(
-        stream, schedule.batch, num_workers=schedule.workers, persistent_workers=schedule.workers > 0
+        stream,
+        schedule.batch,
+        num_workers=schedule.workers,
+        persistent_workers=schedule.workers > 0,
+        pin_memory=torch.cuda.is_available() and accelerator != "cpu",
     )
-    best = ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="val/aji",
-        mode="max",
-        enable_version_counter=False,
-    )
-    trainer = lightning.Trainer(
-        accelerator=accelerator,
-        max_steps=schedule.steps,
-        val_check_interval=schedule.validate_every if validation else None,
-        check_val_every_n_epoch=None,
-        limit_val_batches=None if validation else 0,
-        num_sanity_val_steps=0,
-        callbacks=[
-            EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5),
-            KeepLast(last, schedule.validate_every),
-            *([best] if validation else []),
-            Report(),
-        ],
-        enable_checkpointing=bool(validation),
-        logger=CSVLogger(folder, name="", version="log"),
-        log_every_n_steps=10,
-        gradient_clip_val=1.0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(
-        module,
-        loader,
-        DataLoader(range(len(validation))) if validation else None,  # type: ignore[arg-type]
-        ckpt_path=resume,
-        weights_only=True,
-    )
-    chosen = folder / "best.ckpt"
-    load_weights(module.network, _network_state(_read_checkpoint(chosen if chosen.is_file() else last)))
-    return module.network.cpu().eval()
+    every = min(schedule.validate_every, schedule.steps)
+    callbacks: list[Callback] = [Checkpoints(folder, schedule, bool(validation), deadline), Report()]
+    if schedule.ema > 0:
+        callbacks.append(EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5))
+    if schedule.decay == "plateau":
+        callbacks.append(Plateau(schedule))
+    with warnings.catch_warnings():
+        # Advice that does not apply: one worker is enough, folders are meant to hold earlier runs.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=schedule.devices,
+            strategy="ddp" if schedule.devices > 1 else "auto",
+            precision=_precision(schedule.precision, accelerator),
+            max_steps=schedule.steps,
+            val_check_interval=every if validation else None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if validation else 0,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            plugins=[WholeCheckpoints()],
+            enable_checkpointing=False,
+            logger=CSVLogger(folder, name="", version=f"log-{done:07d}"),
+            log_every_n_steps=10,
+            gradient_clip_val=schedule.clip or None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            module,
+            loader,
+            DataLoader(range(len(validation))) if validation else None,  # type: ignore[arg-type]
+            ckpt_path=resume,
+            weights_only=True,
+        )
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -68,3 +68,60 @@ def seam_weight(labels: np.ndarray, radius: int = 2) -> np.ndarray:
     highest = cv2.dilate(signed, kernel)
     lowest = -cv2.dilate(np.where(signed > 0, -signed, -np.float32(2**30)), kernel)
     return ((highest > 0) & (lowest < 2**30) & (highest != lowest)).astype(np.float32)
+
+
+def craft_contour(labels: np.ndarray, radius: int = 2) -> np.ndarray:
+    """Outlines of the nuclei: 1 within `radius` of where one ends, to both sides, else 0.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        int32 label map ``(H, W)``.
+    radius : int
+        Half the width of the outline in pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``(H, W)``.
+
+    References
+    ----------
+    Chen et al., "DCAN: deep contour-aware networks for accurate gland segmentation", CVPR 2016.
+    """
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    signed = labels.astype(np.float32)
+    return (cv2.dilate(signed, kernel) != cv2.erode(signed, kernel)).astype(np.float32)
+
+
+def craft_hv(labels: np.ndarray, min_area: int = 8) -> np.ndarray:
+    """Where a pixel lies in its nucleus: from -1 at the left (top) end over 0 at the centre of mass to 1 at the other.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        int32 label map ``(H, W)``.
+    min_area : int
+        Smaller nuclei (pixels) are 0 throughout.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``(H, W, 2)``: horizontal, vertical; 0 in the background.
+
+    References
+    ----------
+    Graham et al., "HoVer-Net: simultaneous segmentation and classification of nuclei in multi-tissue histology images",
+    Medical Image Analysis 2019.
+    """
+    result = np.zeros((*labels.shape, 2), np.float32)
+    for label, box in instance_boxes(labels):
+        rows, columns = np.nonzero(labels[box] == label)
+        if len(rows) < min_area:
+            continue
+        for axis, place in enumerate((columns, rows)):
+            offset = place - np.round(place.mean())
+            low, high = -offset.min(), offset.max()
+            offset = np.where(offset < 0, offset / max(low, 1), offset / max(high, 1))
+            result[box[0].start + rows, box[1].start + columns, axis] = offset
+    return result

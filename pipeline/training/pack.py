@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
 from pipeline.stage import write_json
 from pipeline.training.data import Field, source_name
-from pipeline.training.experiment import HEADS, Experiment
+from pipeline.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
+
+METRICS = ("protocol", "mean", "interval_95", "organs", "batchwise", "images")
+"""What the card tells of an evaluation."""
+
+COLORS = ((46, 160, 67), (214, 69, 65), (52, 120, 200), (240, 170, 40), (140, 90, 190), (60, 180, 180), (120, 120, 120))
+"""Colours of classes, in their order."""
 
 
 def pack(
@@ -23,6 +30,7 @@ def pack(
     reference: dict[str, Any],
     fields: list[Field],
     out: Path,
+    classes: Sequence[str] = (),
 ) -> ModelPackage:
     """Write a model package.
 
@@ -42,6 +50,8 @@ def pack(
         The training data.
     out : pathlib.Path
         Folder of the package.
+    classes : sequence of str
+        Classes of the type head.
     """
     from safetensors.torch import save_file
 
@@ -56,8 +66,10 @@ def pack(
         overlap=experiment.overlap,
         network=experiment.network,
         network_args=experiment.network_args,
-        heads=HEADS,
-        classes=(NucleusClass("Nucleus", (46, 160, 67)),),
+        heads=experiment.heads,
+        classes=tuple(
+            NucleusClass(name, COLORS[index % len(COLORS)]) for index, name in enumerate(classes or ["Nucleus"])
+        ),
         stain={"method": experiment.stain, "reference": reference},
         thresholds=rules,
         licence=experiment.licence,
@@ -70,8 +82,9 @@ def pack(
             }
             for source in experiment.data
         ),
-        metrics={k: evaluation[k] for k in ("protocol", "mean", "interval_95", "images")},
+        metrics={k: evaluation[k] for k in METRICS if k in evaluation},
         sha256=sha256_of(staged),
+        tta=experiment.evaluation.tta,
     )
     staged.chmod(0o644)  # safetensors keeps its files to their owner
     staged.rename(out / WEIGHTS)

@@ -8,40 +8,57 @@ folder and is not repeated by a later run, so a killed experiment goes on where 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lightning
 import numpy as np
+from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
+from pipeline.models.package import ModelPackage
+from pipeline.models.weights import load_network, load_weights
+from pipeline.networks.outputs import Outputs, map_names
+from pipeline.networks.registry import build_network
 from pipeline.training.data import Field, load_fields, source_name
-from pipeline.training.experiment import HEADS, Experiment
+from pipeline.training.evaluate import Evaluator
+from pipeline.training.experiment import Experiment
 from pipeline.training.files import read_json, save_json
-from pipeline.training.fit import fit, predict_field, resize_to_model
+from pipeline.training.fit import Examined, Job, fit
+from pipeline.training.losses import CombinedLoss
 from pipeline.training.pack import pack
 from pipeline.training.reference import choose_reference, normalise
 from pipeline.training.samples import PreparedField, prepare_field
-from pipeline.training.scoring import evaluate
+from pipeline.training.schedule import Deadline, Schedule
 from pipeline.training.splits import Split, make_split
+from pipeline.training.targets import Targets, classes_of
 from pipeline.training.tuning import tune_rules
 
 log = logging.getLogger(__name__)
 
 
-def _prepare(fields: list[Field], experiment: Experiment, reference: dict[str, Any]) -> list[PreparedField]:
-    prepared = []
-    for one in fields:
-        version = normalise(one.image, experiment.stain, reference)
-        prepared.append(prepare_field(one, experiment.mpp, () if version is None else (version,)))
-    return prepared
+@dataclass(frozen=True, eq=False)
+class Data:
+    """An experiment's fields.
 
+    Parameters
+    ----------
+    fields : list of Field
+        All that take part.
+    split : Split
+        Who is for what.
+    """
 
-def _weights(fields: list[Field], experiment: Experiment) -> np.ndarray:
-    share = {source_name(source): float(source.get("weight", 1.0)) for source in experiment.data}
-    count = {name: sum(f.source == name for f in fields) for name in share}
-    return np.array([share[f.source] / count[f.source] for f in fields])
+    fields: list[Field]
+    split: Split
+
+    def part(self, name: str) -> list[Field]:
+        """Fields of ``train``, ``validation`` or ``test``."""
+        by_name = {f.name: f for f in self.fields}
+        return [by_name[n] for n in getattr(self.split, name)]
 
 
 def own_folder(experiment: Experiment, work: Path) -> None:
@@ -52,10 +69,11 @@ def own_folder(experiment: Experiment, work: Path) -> None:
     PipelineError
         When it is that of another experiment.
     """
+    work.mkdir(parents=True, exist_ok=True)
     owner = work / "experiment.json"
     if owner.is_file():
         recorded = read_json(owner)
-        del recorded["fingerprint"]  # settings may have been added since it was made
+        recorded.pop("fingerprint", None)  # settings may have been added since it was made
         if Experiment.from_json(recorded).fingerprint != experiment.fingerprint:
             raise PipelineError(
                 f"{work} holds the training of another experiment called {experiment.name!r}",
@@ -64,7 +82,169 @@ def own_folder(experiment: Experiment, work: Path) -> None:
     save_json(owner, {"fingerprint": experiment.fingerprint, **asdict(experiment)})
 
 
-def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: str = "auto") -> dict[str, Any]:
+def load_data(experiment: Experiment) -> Data:
+    """Read an experiment's fields and split them.
+
+    Raises
+    ------
+    PipelineError
+        When data are missing or do not fit.
+    """
+    fields = load_fields(list(experiment.data))
+    split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
+    used = {*split.train, *split.validation, *split.test}
+    return Data([f for f in fields if f.name in used], split)
+
+
+class Run:
+    """An experiment in its folder.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to train.
+    work : pathlib.Path
+        Checkpoints, logs, split and scores.
+    accelerator : str
+        ``auto``, ``cpu`` or ``gpu``.
+    deadline : Deadline, optional
+        When to stop for the time being.
+    """
+
+    def __init__(
+        self, experiment: Experiment, work: Path, accelerator: str = "auto", deadline: Deadline | None = None
+    ) -> None:
+        own_folder(experiment, work)
+        self.work = work
+        self.accelerator = accelerator
+        self.deadline = deadline or Deadline()
+        self.data = load_data(experiment)
+        save_json(work / "split.json", self.data.split.to_json(self.data.fields))
+        train = self.data.part("train")
+        area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
+        self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
+        self.start: ModelPackage | None = None
+        if experiment.start_from is not None:
+            self.start = ModelPackage.load(Path(experiment.start_from), verify=True)
+            self.reference = self.start.stain["reference"]
+        else:
+            main = [f for f in train if f.source == experiment.holdout] or train
+            chosen, reference = choose_reference(main)
+            self.reference = {"name": chosen.name, **reference}
+        log.info("stain reference: %s", self.reference.get("name"))
+        classes: tuple[str, ...] = ()
+        if "type" in experiment.heads:
+            classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
+            if not classes:
+                raise PipelineError("train: a type head, but no field has classes", "leave the head out")
+        self.targets = Targets(experiment.heads, classes)
+        self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
+        self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
+        self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
+
+    def build(self) -> nn.Module:
+        """The network with the weights that training starts from."""
+        one = self.experiment
+        lightning.seed_everything(one.schedule.seed, verbose=False)
+        network = build_network(one.network, len(self.outputs.names), one.network_args)
+        if self.start is not None:
+            load_weights(network, load_network(self.start).state_dict())
+        return network
+
+    def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
+        """Fields as training draws from them: as they are and in the model's stain."""
+        one = self.experiment
+        prepared = []
+        for field in fields:
+            version = normalise(field.image, one.stain, self.reference)
+            versions = () if version is None else (version,)
+            prepared.append(prepare_field(field, one.mpp, versions, self.targets, one.class_names))
+        return prepared
+
+    def weights(self, fields: Sequence[Field]) -> np.ndarray:
+        """How often each field is drawn."""
+        share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
+        count = {name: sum(f.source == name for f in fields) for name in share}
+        return np.array([share[f.source] / count[f.source] for f in fields])
+
+    def fit(
+        self,
+        network: nn.Module,
+        fields: Sequence[Field],
+        validation: Sequence[Field],
+        schedule: Schedule,
+        folder: Path,
+    ) -> nn.Module:
+        """Train in a folder, or take up what is there."""
+        one = self.experiment
+        job = Job(
+            network, self.loss, self.targets, replace(self.outputs, tta="none"), one.rules, self.evaluator.window,
+            one.augmentation,
+        )  # fmt: skip
+        examined = [
+            Examined(f, prepare_field(f, one.mpp, spec=self.targets, class_names=one.class_names)) for f in validation
+        ]
+        return fit(
+            job,
+            self.prepare(fields),
+            self.weights(fields),
+            examined,
+            schedule=schedule,
+            folder=folder,
+            accelerator=self.accelerator,
+            deadline=self.deadline,
+        )
+
+    def train(self) -> nn.Module:
+        """Train without the patients held out."""
+        train, validation = self.data.part("train"), self.data.part("validation")
+        return self.fit(self.build(), train, validation, self.experiment.schedule, self.work / "heldout")
+
+    def train_on(self, network: nn.Module) -> nn.Module:
+        """Train on with all fields."""
+        one = self.experiment
+        schedule = replace(
+            one.schedule,
+            steps=one.final_steps,
+            seed=one.schedule.seed + 1,
+            learning_rate=one.schedule.learning_rate / 4,  # the network has learned already
+        )
+        return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
+
+    def evaluate(self, network: nn.Module) -> dict[str, Any]:
+        """Tune thresholds on the validation fields and score the test fields, once."""
+        one = self.experiment
+        file = self.work / f"evaluation-{one.schedule.steps}.json"
+        settings = {**asdict(one.evaluation), "patch": one.patch, "overlap": one.overlap}
+        if file.is_file():
+            known: dict[str, Any] = read_json(file)
+            if known.get("settings", settings) == settings:
+                return known
+        validation, test = self.data.part("validation"), self.data.part("test")
+        rules = one.rules
+        if validation and one.evaluation.tune:
+            maps = self.evaluator.maps(network, validation)
+            rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels)
+            log.info("thresholds: %s (%s)", rules, tuned)
+        evaluation, _ = self.evaluator.score(network, test, rules)
+        protocol = (
+            f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); checkpoint and thresholds "
+            f"chosen on {len(validation)} fields of other patients"
+        )
+        evaluation |= {"protocol": protocol, "test": list(self.data.split.test), "settings": settings}
+        save_json(file, evaluation)
+        return evaluation
+
+    def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:
+        """Write the model package."""
+        rules = InstanceRules(**evaluation["rules"])
+        classes = self.targets.classes
+        return pack(network, self.experiment, evaluation, rules, self.reference, self.data.fields, out, classes)
+
+
+def run_experiment(
+    experiment: Experiment, work: Path, out: Path, accelerator: str = "auto", deadline: Deadline | None = None
+) -> dict[str, Any]:
     """Run an experiment, or what is left of it.
 
     Parameters
@@ -77,6 +257,8 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
         The model package.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
+    deadline : Deadline, optional
+        When to stop for the time being.
 
     Returns
     -------
@@ -87,79 +269,13 @@ def run_experiment(experiment: Experiment, work: Path, out: Path, accelerator: s
     ------
     PipelineError
         When data are missing or do not fit.
+    pipeline.training.schedule.Unfinished
+        When the time is over; what there is has been kept.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    own_folder(experiment, work)
-    fields = load_fields(list(experiment.data))
-    by_name = {f.name: f for f in fields}
-    split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
-    save_json(work / "split.json", split.to_json(fields))
-    used = {*split.train, *split.validation, *split.test}
-    fields = [f for f in fields if f.name in used]
-    train = [by_name[name] for name in split.train]
-    main = [f for f in train if f.source == experiment.holdout] or train
-    chosen, reference = choose_reference(main)
-    log.info("stain reference: %s", chosen.name)
-    common: dict[str, Any] = {
-        "network": experiment.network,
-        "network_args": experiment.network_args,
-        "heads": list(HEADS),
-        "mpp": experiment.mpp,
-        "augmentation": experiment.augmentation,
-        "accelerator": accelerator,
-    }
-    network = fit(
-        _prepare(train, experiment, reference),
-        _weights(train, experiment),
-        [by_name[name] for name in split.validation],
-        schedule=experiment.schedule,
-        folder=work / "heldout",
-        **common,
-    )
-    steps = experiment.schedule.steps
-    evaluation_file = work / f"evaluation-{steps}.json"
-    if evaluation_file.is_file():
-        evaluation = read_json(evaluation_file)
-        rules = InstanceRules(**evaluation["rules"])
-    else:
-        evaluation, rules = _tune_and_test(network, experiment, split, by_name, reference)
-        save_json(evaluation_file, evaluation)
+    run = Run(experiment, work, accelerator, deadline)
+    network = run.train()
+    evaluation = run.evaluate(network)
     if experiment.final_steps:
-        network = fit(
-            _prepare(fields, experiment, reference),
-            _weights(fields, experiment),
-            [],
-            schedule=replace(
-                experiment.schedule,
-                steps=experiment.final_steps,
-                seed=experiment.schedule.seed + 1,
-                learning_rate=experiment.schedule.learning_rate / 4,  # the network has learned already
-            ),
-            folder=work / f"final-{steps}",
-            start_from=network.state_dict(),
-            **common,
-        )
-    pack(network, experiment, evaluation, rules, {"name": chosen.name, **reference}, fields, out)
+        network = run.train_on(network)
+    run.pack(network, evaluation, out)
     return evaluation
-
-
-def _tune_and_test(
-    network: Any, experiment: Experiment, split: Split, by_name: dict[str, Field], reference: dict[str, Any]
-) -> tuple[dict[str, Any], InstanceRules]:
-    validation = [by_name[name] for name in split.validation]
-    test = [by_name[name] for name in split.test]
-    maps = []
-    for one in validation:
-        version = normalise(one.image, experiment.stain, reference)
-        maps.append(
-            predict_field(network, resize_to_model(one.image if version is None else version, one.mpp, experiment.mpp))
-        )
-    rules, tuned = tune_rules(maps, validation) if validation else (InstanceRules(), {})
-    log.info("thresholds: %s (%s)", rules, tuned)
-    evaluation = evaluate(network, test, experiment, reference, rules)
-    protocol = (
-        f"{experiment.split.describe(experiment.holdout)} (seed {split.seed}, {len(test)} fields); checkpoint and "
-        f"thresholds chosen on {len(validation)} fields of other patients"
-    )
-    evaluation |= {"protocol": protocol, "rules": asdict(rules), "test": list(split.test)}
-    return evaluation, rules

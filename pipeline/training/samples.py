@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,18 @@ import cv2
 import numpy as np
 
 from pipeline.training.data import Field
-from pipeline.training.labels import craft_distance, seam_weight
+from pipeline.training.targets import Targets, class_map
 
 RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], np.float32)
 """Hematoxylin, eosin and residual OD vectors (Ruifrok and Johnston 2001)."""
+
+
+NUCLEUS_DISTANCE = Targets()
+
+FLIPS = ("horizontal", "vertical")
+
+MARGIN = 24
+"""Pixels around a sample that are looked at too, so that nuclei on its edges are whole when targets are crafted."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +35,38 @@ class Augmentation:
         Range of the zoom factor, drawn log-uniformly.
     rotation : float
         Largest rotation in degrees, beyond quarter turns and flips.
+    quarter_turns : bool
+        Turn by a random multiple of 90 degrees.
+    flips : tuple of str
+        Directions in which half of the samples are mirrored: ``horizontal``, ``vertical``.
     stain : float
         Spread of the stain jitter (factor on each stain's OD; half of it as an offset), 0 for none.
-    brightness : float
-        Spread of the brightness factor.
+    brightness, contrast, saturation : float
+        Spread of the factor on each.
+    hue : float
+        Largest shift of the hue in degrees.
     blur, noise : float
         Largest Gaussian blur (sigma, px) and camera noise (grey levels).
     """
 
     scale: tuple[float, float] = (0.7, 1.4)
     rotation: float = 180.0
+    quarter_turns: bool = False
+    flips: tuple[str, ...] = ("horizontal",)
     stain: float = 0.25
     brightness: float = 0.08
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
     blur: float = 1.0
     noise: float = 4.0
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be a growing positive range, got {self.scale}")
+        unknown = set(self.flips) - set(FLIPS)
+        if unknown:
+            raise ValueError(f"flips are horizontal and vertical, got {min(unknown)!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +80,28 @@ class PreparedField:
     images : tuple of numpy.ndarray
         uint8 ``(H, W, 3)`` versions of the image (as scanned, stain-normalised); each sample takes one.
     targets : numpy.ndarray
-        uint8 ``(H, W, 3)``: nucleus, distance, seam weight; 255 is 1.
+        uint8 ``(H, W, n)``: the warped targets; 255 is 1.
+    spec : Targets
+        What they are.
+    labels, types : numpy.ndarray, optional
+        float32 label map and uint8 class map ``(H, W)``, where targets are crafted from them.
     """
 
     name: str
     images: tuple[np.ndarray, ...]
     targets: np.ndarray
+    spec: Targets = NUCLEUS_DISTANCE
+    labels: np.ndarray | None = None
+    types: np.ndarray | None = None
 
 
-def prepare_field(field: Field, mpp: float, versions: tuple[np.ndarray, ...] = ()) -> PreparedField:
+def prepare_field(
+    field: Field,
+    mpp: float,
+    versions: tuple[np.ndarray, ...] = (),
+    spec: Targets = NUCLEUS_DISTANCE,
+    class_names: Mapping[str, str] | None = None,
+) -> PreparedField:
     """Bring a field to the model's pixel size and craft its targets.
 
     Parameters
@@ -76,17 +112,28 @@ def prepare_field(field: Field, mpp: float, versions: tuple[np.ndarray, ...] = (
         The model's pixel size in µm.
     versions : tuple of numpy.ndarray
         Further versions of the field's image.
+    spec : Targets
+        Which targets.
+    class_names : mapping of str to str, optional
+        Class of the type head by class of the field, where they differ.
     """
     factor = field.mpp / mpp
     size = (max(1, round(field.image.shape[1] * factor)), max(1, round(field.image.shape[0] * factor)))
-    targets = np.dstack(
-        [(field.labels > 0).astype(np.float32), craft_distance(field.labels), seam_weight(field.labels)]
-    )
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    labels = types = None
+    if spec.crafted:
+        # As float, which OpenCV warps; exact up to 2**24.
+        labels = cv2.resize(field.labels.astype(np.float32), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        types = class_map(field, spec.classes, class_names)
+        if types is not None:
+            types = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
     return PreparedField(
         field.name,
         tuple(cv2.resize(image, size, interpolation=how) for image in (field.image, *versions)),
-        np.round(cv2.resize(targets, size, interpolation=how) * 255).astype(np.uint8),
+        np.round(cv2.resize(spec.of_field(field), size, interpolation=how) * 255).astype(np.uint8),
+        spec,
+        labels,
+        types,
     )
 
 
@@ -114,8 +161,23 @@ def jitter_stain(image: np.ndarray, rng: np.random.Generator, spread: float) -> 
     return np.clip(256.0 * np.exp(-changed) - 1.0, 0, 255).astype(np.uint8)
 
 
+def jitter_colour(
+    image: np.ndarray, rng: np.random.Generator, *, hue: float = 0, saturation: float = 0, contrast: float = 0
+) -> np.ndarray:
+    """Change hue (degrees), saturation and contrast (relative) of a uint8 RGB image by up to these amounts."""
+    if hue > 0 or saturation > 0:
+        hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0] + rng.uniform(-hue, hue)) % 360
+        hsv[..., 1] = np.clip(hsv[..., 1] * (1 + rng.uniform(-saturation, saturation)), 0, 1)
+        image = np.round(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255).astype(np.uint8)
+    if contrast > 0:
+        gain = 1 + rng.uniform(-contrast, contrast)
+        image = cv2.convertScaleAbs(image, alpha=gain, beta=float(np.clip((1 - gain) * image.mean(), 0, None)))
+    return image
+
+
 def draw_sample(
-    field: PreparedField, size: int, augmentation: Augmentation, rng: np.random.Generator
+    field: PreparedField, size: int, augmentation: Augmentation, rng: np.random.Generator, stride: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one augmented crop.
 
@@ -129,33 +191,44 @@ def draw_sample(
         Ranges of the changes.
     rng : numpy.random.Generator
         Source of randomness.
+    stride : int
+        Crops lie on a grid of this many pixels, the last ones at the field's end; 0: anywhere.
 
     Returns
     -------
     image : numpy.ndarray
         uint8 ``(size, size, 3)``.
     targets : numpy.ndarray
-        uint8 ``(size, size, 3)``: nucleus, distance, seam weight; 255 is 1.
+        uint8 ``(size, size, n)``, see `Targets`.
     """
     image = field.images[rng.integers(len(field.images))]
     height, width = image.shape[:2]
     zoom = math.exp(rng.uniform(math.log(augmentation.scale[0]), math.log(augmentation.scale[1])))
     angle = math.radians(rng.uniform(-augmentation.rotation, augmentation.rotation))
-    flip = 1.0 if rng.random() < 0.5 else -1.0
+    mirror = [-1.0 if name in augmentation.flips and rng.random() >= 0.5 else 1.0 for name in FLIPS]
+    if augmentation.quarter_turns:
+        angle += math.pi / 2 * rng.integers(4)
     # Crop pixel -> field pixel: turn, mirror and shrink about the crop's centre, which lands anywhere inside.
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag([flip, 1.0])
-    reach = min(size / zoom / 2, width / 2, height / 2)
-    centre = np.array([rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)])
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag(mirror)
+    if stride:
+        centre = np.array([_on_grid(side, size, stride, rng) for side in (width, height)])
+    else:
+        reach = min(size / zoom / 2, width / 2, height / 2)
+        centre = np.array([rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)])
     matrix = turn / zoom
     offset = centre - matrix @ np.array([size / 2, size / 2])
     affine = np.column_stack([matrix, offset]).astype(np.float32)
-    options: dict[str, Any] = {
-        "dsize": (size, size),
-        "flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        "borderMode": cv2.BORDER_REFLECT_101,
-    }
-    image = cv2.warpAffine(image, affine, **options)
-    targets = cv2.warpAffine(field.targets, affine, **options)
+    options: dict[str, Any] = {"borderMode": cv2.BORDER_REFLECT_101}
+    linear = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    image = cv2.warpAffine(image, affine, dsize=(size, size), flags=linear, **options)
+    targets = cv2.warpAffine(field.targets, affine, dsize=(size, size), flags=linear, **options)
+    if field.labels is not None:
+        wide = np.column_stack([matrix, offset - matrix @ np.full(2, MARGIN)]).astype(np.float32)
+        options |= {"dsize": (size + 2 * MARGIN,) * 2, "flags": cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP}
+        labels = cv2.warpAffine(field.labels, wide, **options).astype(np.int32)
+        types = None if field.types is None else cv2.warpAffine(field.types, wide, **options)
+        inner = np.s_[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
+        targets = np.dstack([targets, field.spec.of_sample(labels, types)[inner]])
     if augmentation.blur > 0 and rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, augmentation.blur))
     if augmentation.stain > 0:
@@ -163,7 +236,17 @@ def draw_sample(
     if augmentation.brightness > 0:
         gain = 1 + rng.uniform(-augmentation.brightness, augmentation.brightness)
         image = cv2.convertScaleAbs(image, alpha=gain)
+    colour = {name: getattr(augmentation, name) for name in ("hue", "saturation", "contrast")}
+    if any(colour.values()):
+        image = jitter_colour(image, rng, **colour)
     if augmentation.noise > 0 and rng.random() < 0.3:
         noise = rng.normal(0, rng.uniform(0, augmentation.noise), image.shape)
         image = np.clip(image + noise, 0, 255).astype(np.uint8)
     return image, targets
+
+
+def _on_grid(side: int, size: int, stride: int, rng: np.random.Generator) -> float:
+    """Centre of a crop whose start is a multiple of `stride`, or the last that fits."""
+    last = max(0, side - size)
+    start = min(int(rng.integers(-(-last // stride) + 1)) * stride, last)
+    return min(start + size / 2, side - min(size, side) / 2)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 
 from pipeline.errors import PipelineError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+DECAYS = ("cosine", "steps", "plateau", "constant")
+KEEP = ("aji", "pq", "dice", "iou", "accuracy", "loss", "last")
+PRECISIONS = ("auto", "32", "bf16", "16")
 
 
 @dataclass(frozen=True)
@@ -16,43 +23,131 @@ class Schedule:
     ----------
     steps : int
         Optimiser steps.
+    epochs : float, optional
+        Instead of `steps`: how often the area of the training fields is gone through.
     batch, size : int
-        Crops a step and their side in pixels.
+        Crops a step and device, and their side in pixels.
+    stride : int
+        Crops lie on a grid of this many pixels; 0: anywhere.
+    optimizer : str
+        ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
     learning_rate, weight_decay : float
-        AdamW's; the rate warms up and falls along a cosine.
+        The optimiser's.
+    decay : str
+        How the rate falls after warming up. ``cosine``: along half a cosine to `floor`. ``steps``: by `gamma` at each
+        of the `milestones`. ``plateau``: by `gamma` whenever the mean training loss has not reached a new low for
+        `patience` checks. ``constant``: not at all.
+    floor : float
+        Share of the rate at the end of the cosine.
+    milestones : tuple of float
+        Shares of the steps.
+    gamma : float
+        Factor on the rate.
+    patience : int
+        Checks of the training loss, one every `validate_every` steps.
     warmup : float
         Share of the steps that warm up.
+    clip : float
+        Largest norm of the gradient; 0 for any.
     ema : float
-        Decay of the averaged weights, which are the ones that are kept.
+        Decay of the averaged weights, which are the ones that are kept; 0 for no averaging.
+    keep : str
+        The checkpoint that is kept: that of the best of this score on the validation fields, or ``last``.
     validate_every : int
         Steps between two validations.
+    precision : str
+        ``auto`` (mixed on a GPU: bf16 where it can, else 16), ``32``, ``bf16``, ``16``.
+    devices : int
+        GPUs (or CPU processes) to train on; each has a batch of its own.
     workers : int
         Processes that draw samples; 0 draws them in the trainer's own.
     seed : int
         Seed of weights and samples.
+    max_minutes : float, optional
+        Stop after this time, to go on when the training is started again.
     """
 
     steps: int = 2000
+    epochs: float | None = None
     batch: int = 8
     size: int = 192
+    stride: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
+    decay: str = "cosine"
+    floor: float = 0.01
+    milestones: tuple[float, ...] = (0.6, 0.85)
+    gamma: float = 0.1
+    patience: int = 10
     warmup: float = 0.05
+    clip: float = 1.0
     ema: float = 0.995
+    keep: str = "aji"
     validate_every: int = 250
+    precision: str = "auto"
+    devices: int = 1
     workers: int = 1
     seed: int = 42
+    max_minutes: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.size < 32:
             raise PipelineError(
                 f"schedule: steps {self.steps}, batch {self.batch}, size {self.size}", "use at least 1, 1 and 32"
             )
+        for name, known in (("optimizer", OPTIMIZERS), ("decay", DECAYS), ("keep", KEEP), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise PipelineError(f"schedule: {name} {getattr(self, name)!r}", f"choose from {', '.join(known)}")
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
+            raise PipelineError(
+                f"schedule: milestones {', '.join(map(str, self.milestones))}", "give growing shares between 0 and 1"
+            )
+
+    def resolved(self, pixels: float) -> Schedule:
+        """The schedule with `steps` in place of `epochs`.
+
+        Parameters
+        ----------
+        pixels : float
+            Area of the training fields at the model's pixel size.
+        """
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * pixels / (self.size**2 * self.batch * self.devices))
+        return replace(self, steps=max(1, steps), epochs=None)
 
     def rate_at(self, step: int) -> float:
-        """Factor on the learning rate at a step: a linear rise, then half a cosine down to a hundredth."""
+        """Factor on the learning rate at a step, that of ``plateau`` apart."""
         rise = max(1.0, self.warmup * self.steps)
-        if step < rise:
+        if step < rise and self.warmup > 0:
             return (step + 1) / (rise + 1)
-        share = min(1.0, (step - rise) / max(1.0, self.steps - rise))
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+        if self.decay == "cosine":
+            share = min(1.0, (step - rise) / max(1.0, self.steps - rise))
+            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+        if self.decay == "steps":
+            return float(self.gamma ** bisect_right(self.milestones, step / self.steps))
+        return 1.0
+
+
+class Deadline:
+    """When to stop for the time being.
+
+    Parameters
+    ----------
+    minutes : float, optional
+        From now on; None: never.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.minutes = minutes
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self._end
+
+
+class Unfinished(PipelineError):
+    """The time was over before the training was; what there is has been kept."""

@@ -1,21 +1,143 @@
-"""Scores of a network on fields it has not seen."""
+"""Scores of maps against annotated fields: nuclei, pixels, and how a batch-wise evaluation would put it."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
 
-from pipeline.kernels.instances import InstanceRules
+from pipeline.evaluation.errors import kinds_of_error
+from pipeline.evaluation.metrics import Overlaps, score_overlaps
+from pipeline.kernels.instances import Channels, InstanceRules, segment
 from pipeline.training.data import Field
-from pipeline.training.experiment import Experiment
-from pipeline.training.fit import predict_field, resize_to_model, score_maps
-from pipeline.training.reference import normalise
-
-log = logging.getLogger(__name__)
+from pipeline.training.losses import CombinedLoss, bce, dice, focal
+from pipeline.training.predict import to_field
+from pipeline.training.samples import PreparedField
+from pipeline.training.targets import Targets
 
 SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
+"""Scores of the nuclei."""
+
+PIXEL_SCORES = ("pixel_accuracy", "pixel_dice", "pixel_iou")
+"""Scores of the thresholded nucleus map, before nuclei are made of it."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A field's nuclei as they were found, and their scores.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        int32 label map ``(H, W)`` at the field's own resolution.
+    scores : dict
+        Scores, counts and kinds of error.
+    """
+
+    labels: np.ndarray
+    scores: dict[str, Any]
+
+
+def score_maps(maps: np.ndarray, field: Field, rules: InstanceRules, channels: Channels) -> Scored:
+    """Score a field's maps against its labels, at the field's own resolution.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray
+        uint8 ``(C, h, w)`` at the model's pixel size.
+    field : Field
+        The field.
+    rules : InstanceRules
+        Thresholds.
+    channels : Channels
+        Where the maps are.
+    """
+    labels = to_field(segment(maps, rules, channels), field.labels.shape)
+    overlaps = Overlaps.of(field.labels, labels)
+    nucleus = to_field(maps[channels.nucleus], field.labels.shape) >= rules.nucleus
+    scores = score_overlaps(overlaps) | pixel_scores(nucleus, field.labels > 0) | kinds_of_error(overlaps)
+    return Scored(labels, scores)
+
+
+def pixel_scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Accuracy, Dice and IoU of two masks, bool ``(H, W)``; two empty ones agree fully."""
+    both, total = int((found & truth).sum()), int(found.sum() + truth.sum())
+    return {
+        "pixel_accuracy": float((found == truth).mean()),
+        "pixel_dice": 2 * both / total if total else 1.0,
+        "pixel_iou": both / (total - both) if total else 1.0,
+    }
+
+
+def as_logits(maps: np.ndarray, n_types: int = 0) -> torch.Tensor:
+    """Logits ``(1, C, H, W)`` that uint8 maps may have come from; the last `n_types` maps are one softmax."""
+    values = torch.from_numpy(np.ascontiguousarray(maps)).float()[None].add(0.5).div(256)
+    count = values.shape[1] - n_types
+    return torch.cat([torch.logit(values[:, :count]), torch.log(values[:, count:])], dim=1)
+
+
+def field_loss(maps: np.ndarray, prepared: PreparedField, loss: CombinedLoss) -> float:
+    """The training's loss on the maps of a whole field, as uint8 maps tell it (no pixel is surer than 1 in 512)."""
+    spec = prepared.spec
+    target = prepared.targets
+    if prepared.labels is not None:
+        target = np.dstack([target, spec.of_sample(prepared.labels.astype(np.int32), prepared.types)])
+    n_types = len(spec.classes) + 1 if "type" in spec.heads else 0
+    with torch.inference_mode():
+        return float(loss(as_logits(maps, n_types), spec.unpack(torch.from_numpy(target)[None]))["loss"])
+
+
+def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Targets, truth: np.ndarray) -> dict[str, Any]:
+    """How often the class of a nucleus that was found (IoU > 0.5) is right, and F1 of each class.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        Nuclei found, int32 ``(H, W)``, at the field's resolution.
+    maps : numpy.ndarray
+        uint8 ``(1 + classes, h, w)``: maps of background and classes at the model's.
+    field : Field
+        The field.
+    spec : Targets
+        Heads and classes.
+    truth : numpy.ndarray
+        Known classes, see `pipeline.training.targets.class_map`.
+
+    Returns
+    -------
+    dict
+        ``type_accuracy`` over matched nuclei of known class and ``type_f1`` by class; None where there are none.
+    """
+    from scipy import ndimage
+
+    overlaps = Overlaps.of(field.labels, labels)
+    pairs = np.flatnonzero(overlaps.iou > 0.5)
+    ids = [_first_labels(x) for x in (field.labels, labels)]
+    sums = [ndimage.sum_labels(to_field(m, labels.shape), labels, ids[1]) for m in maps[1:]]
+    found = np.argmax(sums, axis=0) + 1 if len(ids[1]) else np.zeros(0, int)
+    known = np.array([int(truth[field.labels == i][0]) for i in ids[0]], int)
+    counted = (known >= 1) & (known <= len(spec.classes))
+    t, p = overlaps.truth_index[pairs], overlaps.pred_index[pairs]
+    use = counted[t]
+    right = known[t[use]] == found[p[use]]
+    unsure = set(p[~use].tolist())  # nuclei on truths of unknown class are neither right nor wrong
+    f1: dict[str, float | None] = {}
+    for index, name in enumerate(spec.classes, start=1):
+        hits = int((right & (known[t[use]] == index)).sum())
+        n_truth = int((known == index).sum())
+        n_found = sum(int(kind) == index for k, kind in enumerate(found) if k not in unsure)
+        f1[name] = 2 * hits / (n_truth + n_found) if n_truth + n_found else None
+    return {"type_accuracy": float(right.mean()) if use.any() else None, "type_f1": f1}
+
+
+def _first_labels(labels: np.ndarray) -> np.ndarray:
+    values, first = np.unique(labels, return_index=True)
+    order = np.argsort(first)
+    return values[order][values[order] > 0]
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
@@ -26,22 +148,80 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, rounds: int = 2000) ->
     return float(low), float(high)
 
 
-def evaluate(
-    network: Any, fields: list[Field], experiment: Experiment, reference: dict[str, Any], rules: InstanceRules
-) -> dict[str, Any]:
-    """Scores of each field, their mean and its bootstrap interval."""
-    images: dict[str, Any] = {}
-    for one in fields:
-        version = normalise(one.image, experiment.stain, reference)
-        image = resize_to_model(one.image if version is None else version, one.mpp, experiment.mpp)
-        result = score_maps(predict_field(network, image), one, rules)
-        images[one.name] = {name: round(float(result[name]), 4) for name in SCORES} | {"organ": one.organ}
-        log.info(
-            "%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(result[k] for k in ("aji", "pq", "dice"))
-        )
-    mean = {name: round(float(np.mean([i[name] for i in images.values()])), 4) for name in SCORES}
+def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of the scores of fields with 95 % bootstrap intervals, and the mean of each organ's.
+
+    Parameters
+    ----------
+    images : mapping of str to mapping
+        Scores of each field, with ``organ``.
+    """
+    if not images:
+        return {"mean": {}, "interval_95": {}, "organs": {}}
+    names = [name for name in (*SCORES, *PIXEL_SCORES, "loss") if all(name in i for i in images.values())]
+    organs: dict[str, list[Mapping[str, Any]]] = {}
+    for one in images.values():
+        organs.setdefault(one.get("organ") or "", []).append(one)
+
+    def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
+
     interval = {
-        name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]))]
-        for name in ("aji", "pq", "dice")
+        name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]))] for name in names
     }
-    return {"mean": mean, "interval_95": interval, "images": images}
+    return {
+        "mean": mean(list(images.values())),
+        "interval_95": interval,
+        "organs": {organ: mean(rows) | {"fields": len(rows)} for organ, rows in sorted(organs.items())},
+    }
+
+
+def batchwise_scores(
+    maps: Sequence[np.ndarray], fields: Sequence[Field], side: int = 1024, patch: int = 256, batch: int = 8
+) -> dict[str, float]:
+    """Pixel scores over batches of patches, not over images.
+
+    Field by field, the probability map and the mask are stretched to a square by bilinear interpolation and cut into
+    patches; what is summed up in each batch of consecutive patches gives loss, Dice, accuracy and IoU, whose means over
+    the batches are returned. The mask's edges are fractions by then, and accuracy wants equality with them. Such
+    numbers cannot be compared with means over images.
+
+    Parameters
+    ----------
+    maps : sequence of numpy.ndarray
+        uint8 nucleus maps ``(h, w)``, in the order of `fields`.
+    fields : sequence of Field
+        The fields.
+    side, patch, batch : int
+        Side of the square, side of a patch, patches in a batch.
+
+    Returns
+    -------
+    dict
+        ``loss`` (BCE + focal + Dice), ``dice``, ``accuracy``, ``iou``, ``batches``.
+    """
+    probabilities: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    for one, field in zip(maps, fields, strict=True):
+        for patches, source in ((probabilities, one), (masks, (field.labels > 0).astype(np.uint8) * 255)):
+            square = cv2.resize(source.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+            cut = square.reshape(side // patch, patch, side // patch, patch).swapaxes(1, 2)
+            patches.extend(cut.reshape(-1, patch, patch))
+    rows = []
+    for start in range(0, len(probabilities), batch):
+        p = torch.from_numpy(np.stack(probabilities[start : start + batch])).add(0.5).div(256)
+        y = torch.from_numpy(np.stack(masks[start : start + batch])).div(255)
+        logits, target = torch.logit(p)[:, None], {"nucleus": y}
+        loss = float(sum((f(logits, target, "nucleus") for f in (bce, focal, dice)), start=torch.zeros(())))
+        found = (p > 0.5).float()
+        both, total = float((found * y).sum()), float(found.sum() + y.sum())
+        rows.append(
+            {
+                "loss": loss,
+                "dice": (2 * both + 1e-6) / (total + 1e-6),
+                "accuracy": float((found == y).float().mean()),
+                "iou": (both + 1e-6) / (total - both + 1e-6),
+            }
+        )
+    mean = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
+    return mean | {"batches": len(rows)}

@@ -24,21 +24,33 @@ class SampleStream(IterableDataset):
     augmentation : Augmentation
         Ranges of the changes.
     seed : int
-        Seed; each worker draws a stream of its own.
+        Seed; each worker of each device draws a stream of its own.
+    stride : int
+        Grid of the crops, see `draw_sample`.
     """
 
     def __init__(
-        self, fields: list[PreparedField], weights: np.ndarray, size: int, augmentation: Augmentation, seed: int
+        self,
+        fields: list[PreparedField],
+        weights: np.ndarray,
+        size: int,
+        augmentation: Augmentation,
+        seed: int,
+        stride: int = 0,
     ) -> None:
         self.fields = fields
         self.weights = weights / weights.sum()
         self.size = size
         self.augmentation = augmentation
         self.seed = seed
+        self.stride = stride
+        self.rank = 0
+        """Number of the device, set by the trainer."""
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        own = [self.seed, worker.id if worker else 0]
+        rng = np.random.default_rng([*own, self.rank] if self.rank else own)
         while True:
             field = self.fields[rng.choice(len(self.fields), p=self.weights)]
-            yield draw_sample(field, self.size, self.augmentation, rng)
+            yield draw_sample(field, self.size, self.augmentation, rng, self.stride)

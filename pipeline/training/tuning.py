@@ -6,20 +6,28 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.kernels.instances import InstanceRules
+from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.training.data import Field
-from pipeline.training.fit import score_maps
+from pipeline.training.scoring import score_maps
 
-TUNING_GRID = {
-    "nucleus": (96, 112, 128, 144, 160),
-    "marker": (90, 110, 130, 150, 170, 190),
-    "min_area": (12, 20, 30),
+TUNING_GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "distance": {"marker": (90, 110, 130, 150, 170, 190)},
+    "contour": {"marker": (90, 110, 130, 150, 170, 190)},
+    "hv": {"marker": (115, 125, 135, 145, 155, 165)},
+    "nucleus": {"depth": (3, 5, 8, 12, 16)},
 }
-"""Thresholds tried on the validation fields (map values 0 to 255, pixels)."""
+"""Values tried of what divides touching nuclei (see `InstanceRules`), by where the markers come from."""
 
 
-def tune_rules(maps: list[np.ndarray], fields: list[Field]) -> tuple[InstanceRules, dict[str, float]]:
-    """Thresholds with the best mean of AJI and PQ, one at a time around the defaults.
+def tuning_grid(markers: str) -> dict[str, tuple[int, ...]]:
+    """Thresholds tried on the validation fields (map values 0 to 255, pixels)."""
+    return {"nucleus": (96, 112, 128, 144, 160), **TUNING_GRIDS[markers], "min_area": (12, 20, 30)}
+
+
+def tune_rules(
+    maps: list[np.ndarray], fields: list[Field], rules: InstanceRules, channels: Channels
+) -> tuple[InstanceRules, dict[str, float]]:
+    """Thresholds with the best mean of AJI and PQ, one at a time around those given.
 
     Parameters
     ----------
@@ -27,18 +35,21 @@ def tune_rules(maps: list[np.ndarray], fields: list[Field]) -> tuple[InstanceRul
         uint8 ``(C, H, W)`` maps of each field.
     fields : list of Field
         Validation fields.
+    rules : InstanceRules
+        Where to begin.
+    channels : Channels
+        Where the maps are.
     """
 
-    def quality(rules: InstanceRules) -> float:
-        results = [score_maps(m, f, rules) for m, f in zip(maps, fields, strict=True)]
-        return float(np.mean([(r["aji"] + r["pq"]) / 2 for r in results]))
+    def quality(tried: InstanceRules) -> float:
+        scores = [score_maps(m, f, tried, channels).scores for m, f in zip(maps, fields, strict=True)]
+        return float(np.mean([(s["aji"] + s["pq"]) / 2 for s in scores]))
 
-    rules = InstanceRules()
     best = quality(rules)
     for _ in range(2):
-        for name, values in TUNING_GRID.items():
+        for name, values in tuning_grid(rules.markers).items():
             for value in values:
-                tried = replace(rules, **{name: value})
+                tried = replace(rules, **{name: value})  # type: ignore[arg-type]
                 if tried != rules and (found := quality(tried)) > best:
                     best, rules = found, tried
     return rules, {"aji_pq_mean": best}

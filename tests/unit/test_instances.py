@@ -15,7 +15,16 @@ from scipy import ndimage
 
 from pipeline.grid import Grid
 from pipeline.instances import Block, find_nuclei, slide_nuclei
-from pipeline.kernels.instances import InstanceRules, fill_small_holes, segment
+from pipeline.kernels.instances import (
+    MARKER_SOURCES,
+    Channels,
+    InstanceRules,
+    fill_small_holes,
+    marker_map,
+    segment,
+    split_component,
+    standing_out,
+)
 from pipeline.maps import MapStore
 
 RULES = InstanceRules(nucleus=128, marker=140, min_marker=2, min_area=4, max_hole=20)
@@ -31,11 +40,34 @@ def random_maps(height: int, width: int, seed: int, density: float = 0.5) -> np.
     return np.stack([nucleus, distance.astype(np.uint8)])
 
 
-def make_store(path: Path, maps: np.ndarray, chunk: tuple[int, int] = (37, 53)) -> Path:
+ALL_MAPS = ("nucleus", "distance", "contour", "h", "v")
+MODES = {
+    "hv": InstanceRules(marker=132, min_marker=2, min_area=4, max_hole=20, markers="hv"),
+    "contour": InstanceRules(marker=70, min_marker=2, min_area=4, max_hole=20, markers="contour"),
+    "nucleus": InstanceRules(marker=8, min_marker=1, min_area=4, max_hole=20, markers="nucleus", depth=4, smooth=1.0),
+    "smooth distance": InstanceRules(marker=100, min_marker=2, min_area=4, max_hole=20, smooth=1.5, depth=10),
+}
+
+
+def all_maps(height: int, width: int, seed: int, density: float = 0.5) -> np.ndarray:
+    """Maps of every head; h and v bend back and forth as they do over many nuclei."""
+    rng = np.random.default_rng(seed + 1)
+    waves = [ndimage.gaussian_filter(rng.normal(size=(height, width)), 3) * 1500 + 128 for _ in range(2)]
+    contour = ndimage.gaussian_filter(rng.normal(size=(height, width)), 1.5) * 500 + 60
+    extra = np.clip(np.stack([contour, *waves]), 0, 255).astype(np.uint8)
+    return np.concatenate([random_maps(height, width, seed, density), extra])
+
+
+def make_store(
+    path: Path,
+    maps: np.ndarray,
+    chunk: tuple[int, int] = (37, 53),
+    names: tuple[str, ...] = ("nucleus", "distance"),
+) -> Path:
     height, width = maps.shape[1:]
     grid = Grid(width, height, 0.5, 2.0, 2.0)
     active = np.ones((-(-height // 64), -(-width // 64)), bool)
-    store = MapStore.create(path, grid, ("nucleus", "distance"), active, 64, chunk)
+    store = MapStore.create(path, grid, names, active, 64, chunk)
     store.array[:] = maps
     return path
 
@@ -81,7 +113,42 @@ def test_any_blocks_give_the_whole(
     parts = flat(list(slide_nuclei(path, RULES, block=block, halo=halo)))
     assert parts == whole
     assert [n[0] for n in whole] == sorted({n[0] for n in whole})
-    assert same_partition(label_map(whole, height, width), segment(*maps, RULES))
+    assert same_partition(label_map(whole, height, width), segment(maps, RULES))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(1, 120),
+    width=st.integers(1, 120),
+    density=st.floats(0.35, 0.7),
+    block=st.integers(16, 120),
+    halo=st.integers(0, 30),
+)
+def test_any_blocks_give_the_whole_for_every_kind_of_marker(
+    tmp_path_factory: pytest.TempPathFactory,
+    mode: str,
+    seed: int,
+    height: int,
+    width: int,
+    density: float,
+    block: int,
+    halo: int,
+) -> None:
+    rules = MODES[mode]
+    maps = all_maps(height, width, seed, density)
+    path = make_store(tmp_path_factory.mktemp("maps") / "maps.zarr", maps, names=ALL_MAPS)
+    whole = flat(list(slide_nuclei(path, rules, block=1000)))
+    assert flat(list(slide_nuclei(path, rules, block=block, halo=halo))) == whole
+    assert same_partition(label_map(whole, height, width), segment(maps, rules, Channels.of(ALL_MAPS)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_kind_of_marker_divides(mode: str) -> None:
+    maps = all_maps(250, 250, 4, 0.62)
+    components = ndimage.label(maps[0] >= 128)[1]
+    assert segment(maps, MODES[mode], Channels.of(ALL_MAPS)).max() > components
 
 
 def test_blocks_in_any_order(tmp_path: Path) -> None:
@@ -188,3 +255,79 @@ def test_table_is_a_geoparquet(tmp_path: Path) -> None:
         assert table.column("probability").to_numpy().max() <= 1
         assert b"geo" in pq.read_schema(out).metadata
     assert len(digests) == len(files) == 1
+
+
+def two_discs(radius: int = 12, apart: int = 20) -> np.ndarray:
+    """Label map of two nuclei that touch."""
+    y, x = np.mgrid[:50, :80]
+    labels = np.zeros((50, 80), np.int32)
+    labels[(y - 25) ** 2 + (x - 28 - apart) ** 2 <= radius**2] = 2
+    labels[((y - 25) ** 2 + (x - 28) ** 2 <= radius**2) & ((x < 28 + apart / 2) | (labels == 0))] = 1
+    return labels
+
+
+@pytest.mark.parametrize("markers", MARKER_SOURCES)
+def test_true_maps_give_the_nuclei_back(markers: str) -> None:
+    from pipeline.evaluation.metrics import score
+    from pipeline.training.labels import craft_contour, craft_distance, craft_hv
+
+    labels = two_discs()
+    assert ndimage.label(labels)[1] == 1
+    hv = np.round(128 + 127 * np.moveaxis(craft_hv(labels), 2, 0))
+    plain = np.round(255 * np.stack([labels > 0, craft_distance(labels), craft_contour(labels)]))
+    maps = np.concatenate([plain, hv]).astype(np.uint8)
+    found = segment(maps, InstanceRules.default_for(markers), Channels.of(ALL_MAPS))
+    assert found.max() == 2
+    assert score(labels, found)["aji"] > 0.9
+
+
+def test_the_channels_are_found_by_name() -> None:
+    names = ("nucleus", "h", "v", "type:background", "type:a")
+    channels = Channels.of(names)
+    assert (channels.nucleus, channels.hv, channels.types, channels.distance) == (0, 1, 3, None)
+    assert channels.marker_source == "hv"
+    with pytest.raises(ValueError, match="contour map, which is not there"):
+        marker_map(np.zeros((5, 4, 4), np.uint8), np.ones((4, 4), bool), "contour", channels)
+
+
+def test_h_and_v_rise_within_a_nucleus_and_fall_between_two() -> None:
+    h = np.tile(np.r_[np.linspace(0, 255, 21), np.linspace(0, 255, 21)].astype(np.uint8), (40, 1))
+    v = np.tile(np.linspace(0, 255, 40).astype(np.uint8)[:, None], (1, 42))
+    maps = np.stack([np.full_like(h, 255), h, v])
+    found = marker_map(maps, np.ones(h.shape, bool), "hv", Channels(hv=1))
+    assert found[5:-5, 5:15].min() > 140
+    assert found[5:-5, 20:22].max() < 60
+
+
+def test_standing_out() -> None:
+    values = np.array([[0, 9, 7, 8, 3, 20, 0]], np.uint8)
+    assert standing_out(values, 1).tolist() == [[False, True, False, False, False, True, False]]
+    assert standing_out(values, 3)[0].nonzero()[0].tolist() == [1, 2, 3, 5]  # down to 7, the lower top goes along
+    assert standing_out(values, 8)[0].nonzero()[0].tolist() == [5]
+    assert standing_out(np.full((3, 3), 5, np.uint8), 9).all()
+
+
+def test_small_components_are_not_divided_by_their_depth() -> None:
+    mask = two_discs(4, 6) > 0
+    rules = InstanceRules.default_for("nucleus")
+    assert split_component(np.zeros((1, *mask.shape), np.uint8), mask, rules, Channels()).max() == 1
+
+
+def test_rules_know_their_markers() -> None:
+    with pytest.raises(ValueError, match="markers must be one of"):
+        InstanceRules(markers="magic")
+    with pytest.raises(ValueError, match="depth must not be negative"):
+        InstanceRules(depth=-1)
+    assert InstanceRules.default_for("distance") == InstanceRules()
+
+
+def test_classes_come_from_the_maps_of_the_types(tmp_path: Path) -> None:
+    names = ("nucleus", "h", "v", "type:background", "type:a", "type:b", "type:c")
+    maps = np.zeros((7, 40, 60), np.uint8)
+    for column, kind in ((5, 4), (25, 6)):
+        maps[[0, 3], 5:15, column : column + 10] = 200  # the background's own map plays no part
+        maps[kind, 5:15, column : column + 10] = 55
+    path = make_store(tmp_path / "maps.zarr", maps, names=names)
+    found = flat(list(slide_nuclei(path, InstanceRules(markers="hv"), n_classes=3)))
+    assert [n[2] for n in found] == [0, 2]
+    assert found[0][3] == pytest.approx(200 / 255)

@@ -20,10 +20,11 @@ from pipeline.slides.synthetic import make_field
 torch = pytest.importorskip("torch")
 
 from pipeline.models.weights import load_network  # noqa: E402
+from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
-from pipeline.training.fit import predict_field  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
+from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
 from pipeline.training.scoring import bootstrap_interval  # noqa: E402
@@ -40,9 +41,10 @@ def test_unknown_names() -> None:
 
 
 def test_loss_is_least_at_the_truth() -> None:
-    targets = torch.zeros(1, 3, 16, 16)
-    targets[:, :2, 4:12, 4:12] = 1
-    right = (targets[:, :2] - 0.5) * 20
+    square = torch.zeros(1, 16, 16)
+    square[:, 4:12, 4:12] = 1
+    targets = {"nucleus": square, "distance": square, "seam": torch.zeros_like(square)}
+    right = (torch.stack([square, square], 1) - 0.5) * 20
     assert nucleus_distance_loss(right, targets)["loss"] < 0.1 < nucleus_distance_loss(-right, targets)["loss"]
 
 
@@ -87,7 +89,7 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     assert package.licence == "CC0 1.0"
     assert package.metrics["mean"] == evaluation["mean"]
     image, _ = make_field(100, 90, 0.5, seed=9)
-    maps = predict_field(load_network(package), image)
+    maps = predict_field(load_network(package), image, Outputs(map_names(package.heads)))
     assert maps.shape == (2, *image.shape[:2])
     # A second run finds everything done and packs the same weights.
     before = (tmp_path / "model" / "weights.safetensors").read_bytes()
@@ -134,7 +136,7 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"speed": 3}, "speed"),
-        ({"schedule": {"epochs": 3}}, "epochs"),
+        ({"schedule": {"epoch": 3}}, "epoch"),
         ({"augmentation": {"scale": [2, 1]}}, "scale"),
         ({"network": "unet9"}, "unet9"),
         ({"patch": 100}, "multiple of 16"),

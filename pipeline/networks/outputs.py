@@ -1,0 +1,109 @@
+"""What a network's logits mean: maps by name, and their mean over turned and mirrored inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HEAD_MAPS = {"nucleus": ("nucleus",), "distance": ("distance",), "contour": ("contour",), "hv": ("h", "v")}
+"""Maps of each head; the ``type`` head has the background and one map a class."""
+
+TTA = {"none": 1, "flips": 4, "dihedral": 8}
+"""Test-time augmentation by name: over how many mirrored (and turned) inputs the maps are averaged."""
+
+
+def map_names(heads: Sequence[str], classes: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the maps of these heads, in the order of the network's channels.
+
+    >>> map_names(["nucleus", "hv", "type"], ["Tumour"])
+    ('nucleus', 'h', 'v', 'type:background', 'type:Tumour')
+
+    Raises
+    ------
+    PipelineError
+        When a head is unknown, or the nucleus head is not the first or the type head not the last.
+    """
+    names: list[str] = []
+    for head in heads:
+        if head == "type":
+            names += ["type:background", *(f"type:{name}" for name in classes)]
+        elif head in HEAD_MAPS:
+            names += HEAD_MAPS[head]
+        else:
+            raise PipelineError(f"unknown head {head!r}", f"choose from {', '.join([*HEAD_MAPS, 'type'])}")
+    if not names or heads[0] != "nucleus" or "type" in heads[:-1] or len(set(names)) != len(names):
+        raise PipelineError(
+            f"heads {', '.join(heads) or 'none'}", "list each once, nucleus first, type last (where there is one)"
+        )
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """How logits become maps.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Names of the maps, see `map_names`. All are independent (sigmoid) but those of the types, which are one softmax.
+        The maps ``h`` and ``v`` go from 0 to 1, the middle of the nucleus being at one half.
+    tta : str
+        A key of `TTA`.
+    """
+
+    names: tuple[str, ...]
+    tta: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.tta not in TTA:
+            raise PipelineError(f"unknown test-time augmentation {self.tta!r}", f"choose from {', '.join(TTA)}")
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Maps in [0, 1], float32 ``(N, C, H, W)``, of logits of that shape."""
+        import torch
+
+        count = sum(not name.startswith("type:") for name in self.names)
+        maps = torch.sigmoid(logits[:, :count].float())
+        if logits.shape[1] > count:
+            maps = torch.cat([maps, torch.softmax(logits[:, count:].float(), dim=1)], dim=1)
+        return maps
+
+    def predict(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Maps of images, averaged as `tta` says.
+
+        Parameters
+        ----------
+        network : torch.nn.Module
+            Gives logits.
+        images : torch.Tensor
+            float ``(N, 3, H, W)`` in [0, 1].
+        """
+        total: Tensor | None = None
+        for index in range(TTA[self.tta]):
+            turned, rows, columns = bool(index & 4), bool(index & 1), bool(index & 2)
+            flips = tuple(axis for axis, on in ((2, rows), (3, columns)) if on)
+            x = images.transpose(2, 3) if turned else images
+            maps = self.activate(network(x.flip(flips) if flips else x))
+            maps = self._back(maps.flip(flips) if flips else maps, turned, rows, columns)
+            total = maps if total is None else total + maps
+        assert total is not None
+        return total if TTA[self.tta] == 1 else total / TTA[self.tta]
+
+    def _back(self, maps: Tensor, turned: bool, rows: bool, columns: bool) -> Tensor:
+        """Make maps whose pixels are back in place point the right way again."""
+        if "h" in self.names and (turned or rows or columns):
+            h, v = self.names.index("h"), self.names.index("v")
+            maps = maps.clone()
+            if columns:
+                maps[:, h] = 1 - maps[:, h]
+            if rows:
+                maps[:, v] = 1 - maps[:, v]
+            if turned:
+                maps[:, [h, v]] = maps[:, [v, h]]
+        return maps.transpose(2, 3) if turned else maps

@@ -1,0 +1,110 @@
+"""A trained network on fields it has not seen: maps, thresholds, scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.evaluation.errors import ERRORS
+from pipeline.evaluation.metrics import COUNTS
+from pipeline.kernels.instances import Channels, InstanceRules
+from pipeline.networks.outputs import Outputs
+from pipeline.training.data import Field
+from pipeline.training.experiment import Experiment
+from pipeline.training.losses import CombinedLoss
+from pipeline.training.predict import predict_field, resize_to_model
+from pipeline.training.reference import normalise
+from pipeline.training.samples import prepare_field
+from pipeline.training.scoring import (
+    PIXEL_SCORES,
+    SCORES,
+    batchwise_scores,
+    field_loss,
+    score_maps,
+    summarise,
+    type_scores,
+)
+from pipeline.training.targets import Targets, class_map
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Scores networks as an experiment says.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The experiment.
+    spec : Targets
+        Heads and classes.
+    outputs : Outputs
+        What the logits mean.
+    reference : dict
+        Stain reference.
+    loss : CombinedLoss
+        The training's loss.
+    accelerator : str
+        ``auto``, ``cpu`` or ``gpu``.
+    """
+
+    experiment: Experiment
+    spec: Targets
+    outputs: Outputs
+    reference: dict[str, Any]
+    loss: CombinedLoss
+    accelerator: str = "auto"
+
+    @property
+    def channels(self) -> Channels:
+        """Where the maps are."""
+        return Channels.of(self.outputs.names)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Windows of prediction, where the experiment wants them."""
+        one = self.experiment
+        return (one.patch, one.overlap) if one.evaluation.windows else None
+
+    def maps(self, network: nn.Module, fields: Sequence[Field]) -> list[np.ndarray]:
+        """Maps of each field as inference would make them, uint8 ``(C, H, W)`` at the model's pixel size."""
+        device = "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+        network.to(device)
+        found = []
+        for one in fields:
+            version = normalise(one.image, self.experiment.stain, self.reference)
+            image = resize_to_model(one.image if version is None else version, one.mpp, self.experiment.mpp)
+            found.append(predict_field(network, image, self.outputs, self.window))
+        network.cpu()
+        return found
+
+    def score(
+        self, network: nn.Module, fields: Sequence[Field], rules: InstanceRules
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Scores of each field, their means and intervals; and the nuclei found, by field."""
+        images: dict[str, Any] = {}
+        found: dict[str, np.ndarray] = {}
+        maps = self.maps(network, fields)
+        for one, values in zip(fields, maps, strict=True):
+            scored = score_maps(values, one, rules, self.channels)
+            row = {name: round(float(scored.scores[name]), 4) for name in (*SCORES, *PIXEL_SCORES)}
+            row |= {name: int(scored.scores[name]) for name in (*COUNTS, *ERRORS)}
+            prepared = prepare_field(one, self.experiment.mpp, spec=self.spec, class_names=self.experiment.class_names)
+            row["loss"] = round(field_loss(values, prepared, self.loss), 4)
+            truth = class_map(one, self.spec.classes, self.experiment.class_names)
+            if self.channels.types is not None and truth is not None:
+                row |= type_scores(scored.labels, values[self.channels.types :], one, self.spec, truth)
+            images[one.name] = row | {"organ": one.organ, "source": one.source, "patient": one.patient}
+            found[one.name] = scored.labels
+            log.info(
+                "%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(row[k] for k in ("aji", "pq", "dice"))
+            )
+        batchwise = batchwise_scores([m[self.channels.nucleus] for m in maps], fields)
+        return {**summarise(images), "batchwise": batchwise, "images": images, "rules": asdict(rules)}, found

@@ -1,0 +1,92 @@
+"""Maps of whole annotated fields."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.kernels.blend import Blender, PatchGrid
+from pipeline.networks.outputs import Outputs
+
+WINDOWS_AT_ONCE = 8
+
+
+def resize_to_model(image: np.ndarray, mpp: float, model_mpp: float) -> np.ndarray:
+    """Bring a field's image to the model's pixel size."""
+    factor = mpp / model_mpp
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+
+
+def to_field(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bring a map or label map ``(h, w)`` to a field's own size by taking the nearest pixel."""
+    height, width = shape
+    rows = np.minimum((np.arange(height) + 0.5) * values.shape[0] / height, values.shape[0] - 1).astype(int)
+    columns = np.minimum((np.arange(width) + 0.5) * values.shape[1] / width, values.shape[1] - 1).astype(int)
+    return np.asarray(values[rows[:, None], columns])
+
+
+def predict_field(
+    network: nn.Module, image: np.ndarray, outputs: Outputs, window: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Maps of a whole field, its borders mirrored.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Gives logits.
+    image : numpy.ndarray
+        uint8 ``(H, W, 3)`` at the model's pixel size.
+    outputs : Outputs
+        What the logits mean, and over how many turned inputs the maps are averaged.
+    window : (int, int), optional
+        Side and overlap of the windows in which the field is predicted, as on a slide; without it, in one pass.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 ``(C, H, W)``, 255 is 1.
+    """
+    was_training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, mixed):
+        maps = _in_one(network, image, outputs) if window is None else _in_windows(network, image, outputs, *window)
+    network.train(was_training)
+    return maps
+
+
+def _forward(network: nn.Module, images: np.ndarray, outputs: Outputs) -> np.ndarray:
+    device = next(network.parameters()).device
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    return np.asarray((outputs.predict(network, x) * 255).round().to(torch.uint8).cpu())
+
+
+def _in_one(network: nn.Module, image: np.ndarray, outputs: Outputs) -> np.ndarray:
+    height, width = image.shape[:2]
+    margin = 32
+    bottom, right = -height % 32 + margin, -width % 32 + margin
+    padded = cv2.copyMakeBorder(image, margin, bottom, margin, right, cv2.BORDER_REFLECT)
+    maps = _forward(network, padded[None], outputs)[0]
+    return maps[:, margin : margin + height, margin : margin + width]
+
+
+def _in_windows(network: nn.Module, image: np.ndarray, outputs: Outputs, patch: int, overlap: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    grid = PatchGrid(width, height, patch, overlap)
+    bottom, right = (count * grid.stride - side for count, side in ((grid.rows, height), (grid.columns, width)))
+    padded = cv2.copyMakeBorder(image, overlap, bottom, overlap, right, cv2.BORDER_REFLECT)
+    blender = Blender(grid, len(outputs.names))
+    bands = []
+    for row in range(grid.rows):
+        corners = [(row * grid.stride, column * grid.stride) for column in range(grid.columns)]
+        for start in range(0, len(corners), WINDOWS_AT_ONCE):
+            part = corners[start : start + WINDOWS_AT_ONCE]
+            windows = np.stack([padded[y : y + patch, x : x + patch] for y, x in part])
+            for column, maps in enumerate(_forward(network, windows, outputs), start):
+                blender.add(column, maps)
+        bands.append(blender.finish_row())
+    return np.concatenate(bands, axis=1)[:, overlap : overlap + height, overlap : overlap + width]
