@@ -106,7 +106,7 @@ class TrainingModule(lightning.LightningModule):
 
     def __init__(self, job: Job, schedule: Schedule, validation: list[Examined], stream: SampleStream) -> None:
         super().__init__()
-        self.network = job.network.to(memory_format=torch.channels_last)
+        self.network = job.network.to(memory_format=torch.channels_last).train()
         self.job = job
         self.schedule = schedule
         self.validation = validation
@@ -150,7 +150,11 @@ class TrainingModule(lightning.LightningModule):
         """The schedule's optimiser and, by step, its rate."""
         schedule = self.schedule
         rate: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
-        kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+        kinds: dict[str, Any] = {
+            "adamw": torch.optim.AdamW,
+            "adam": torch.optim.Adam,
+            "sgd": partial(torch.optim.SGD, momentum=0.9),
+        }
         optimizer = kinds[schedule.optimizer](self.parameters(), **rate)
         # A function of the step alone, so that a resumed run may be longer than the one before.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.plateau * schedule.rate_at(step))

@@ -16,9 +16,11 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.models.package import ModelPackage
 from pipeline.slides.synthetic import make_field
+from pipeline.training.field import Field
 
 torch = pytest.importorskip("torch")
 
+from pipeline.inference import channel_names  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
@@ -103,6 +105,54 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_every_head_trains_and_goes_into_the_package(data: Path, tmp_path: Path) -> None:
+    conic = tmp_path / "conic"
+    conic.mkdir()
+    image, labels = make_field(128, 128, 0.5, seed=8)
+    types = np.where(labels > 0, labels % 2 + 1, 0)
+    np.save(conic / "images.npy", np.stack([image] * 2))
+    np.save(conic / "labels.npy", np.stack([np.dstack([labels, types])] * 2).astype(np.int32))
+    (conic / "patch_info.csv").write_text("patch_info\np_1-0\np_2-0\n")
+    heads = ["nucleus", "distance", "contour", "hv", "type"]
+    value = section(data) | {
+        "data": [{"kind": "monuseg", "path": str(data)}, {"kind": "conic", "path": str(conic)}],
+        "heads": heads,
+        "classes": ["a", "b"],
+        "class_names": {"Neutrophil": "a", "Epithelial": "b"},
+        "holdout": "conic",
+        "validation": 0,
+        "split": {"method": "patients", "test": 0.5},
+        "evaluation": {"tta": "flips", "windows": True},
+        "patch": 64,
+        "overlap": 8,
+        "final_steps": 0,
+    }
+    evaluation = run_experiment(Experiment.from_json(value), tmp_path / "work", tmp_path / "model", "cpu")
+    (scores,) = evaluation["images"].values()
+    assert set(scores["type_f1"]) == {"a", "b"}
+    assert evaluation["batchwise"]["batches"] == 2
+    package = ModelPackage.load(tmp_path / "model", verify=True)
+    assert (package.heads, package.tta, package.thresholds.markers) == (tuple(heads), "flips", "distance")
+    assert [c.name for c in package.classes] == ["a", "b"]
+    names = channel_names(package)
+    maps = predict_field(load_network(package), image, Outputs(names, package.tta), (64, 8))
+    assert maps.shape == (8, *image.shape[:2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 2, "batch": 2, "size": 64, "workers": 0, "keep": "last"}
+    run_experiment(Experiment.from_json(section(data, schedule=schedule)), tmp_path / "w", tmp_path / "m", "cpu")
+    first, last = (
+        torch.load(tmp_path / "w" / folder / "last.ckpt", weights_only=True)["current_model_state"]
+        for folder in ("heldout", "final-2")
+    )
+    # Weights, and what batch normalisation has seen: a network is left in evaluation mode between two trainings.
+    for name in ("network.stem.0.weight", "network.stem.1.running_mean"):
+        assert not torch.equal(first[name], last[name])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_another_experiment_of_the_same_name_is_one_line(data: Path, tmp_path: Path) -> None:
     run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
     other = Experiment.from_json(section(data, final_steps=0, network_args={"widths": [6, 8, 12]}))
@@ -149,8 +199,6 @@ def test_wrong_section_is_one_line(data: Path, change: dict[str, Any], message: 
 
 
 def test_samples_are_seeded_and_aligned() -> None:
-    from pipeline.training.data import Field
-
     image, labels = make_field(200, 200, 0.5, seed=3)
     prepared = prepare_field(Field("f", "s", "p", "", 0.5, image, labels), 0.5)
     plain = Augmentation(stain=0, brightness=0, blur=0, noise=0)
