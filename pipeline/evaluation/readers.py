@@ -22,6 +22,9 @@ SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", *LABEL_M
 BAND_PIXELS = 1 << 24
 """Pixels that are compared at once."""
 
+MAX_COORDINATE = 1e7
+"""Pixels beyond which a coordinate is taken for damage."""
+
 _POLYGONS_AT_ONCE = 50_000
 
 Box = tuple[int, int, int, int]
@@ -183,8 +186,10 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
         polygons.append(len(points))
         for ring in (ring for part in parts for ring in part):
             corners = np.array(ring, np.float64)
-            if corners.ndim != 2 or corners.shape[1] < 2 or not np.isfinite(corners).all():
+            if corners.ndim != 2 or corners.shape[1] < 2:
                 raise ValueError("a ring is no list of points")
+            if not (np.abs(corners[:, :2]) < MAX_COORDINATE).all():
+                raise ValueError("a corner is no number of pixels")
             points.append(corners[:, :2])
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)

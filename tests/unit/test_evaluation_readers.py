@@ -210,6 +210,8 @@ def write_bad(folder: Path) -> dict[str, Path]:
         "cut.geojson.gz": gzip.compress(b"[]" * 100)[:20],
         "point.geojson": collection({"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}),
         "ring.geojson": collection(feature([[1, 2], "x"])),
+        "far.geojson": collection(feature(box(0, 0, 1e300, 5))),
+        "nowhere.geojson": collection({"type": "Feature", "properties": {}}),
         "table.parquet": b"PAR1",
         "note.txt": b"hello",
     }.items():
@@ -231,6 +233,8 @@ def write_bad(folder: Path) -> dict[str, Path]:
         ("cut.geojson.gz", "is no GeoJSON"),
         ("point.geojson", "found a Point"),
         ("ring.geojson", "no GeoJSON of polygons"),
+        ("far.geojson", "no number of pixels"),
+        ("nowhere.geojson", "no GeoJSON of polygons: KeyError 'geometry'"),
         ("table.parquet", "no table of nuclei"),
         ("note.txt", "unknown kind of file"),
         ("absent.png", "is missing"),
