@@ -75,8 +75,10 @@ class Experiment:
     patch, overlap : int
         The window that inference uses.
     stain : str
-        Normalisation of the slides: ``none``, ``macenko``, ``reinhard`` or ``histogram``. In training the network sees
-        fields as they are and normalised.
+        Normalisation of the slides, one of `pipeline.kernels.stain.METHODS`. In training the network sees fields as
+        they are and normalised.
+    reference : str
+        The field whose stain the others are brought to; ``auto`` chooses it.
     holdout : str
         Data source from which patients are held out.
     split : SplitSettings
@@ -110,6 +112,7 @@ class Experiment:
     patch: int = 320
     overlap: int = 32
     stain: str = "macenko"
+    reference: str = "auto"
     holdout: str = "monuseg"
     validation: int = 4
     seed: int = 42
@@ -130,8 +133,8 @@ class Experiment:
         for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):
             if side % stride:
                 raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")
-        if self.stain not in METHODS or self.stain == "vahadane":
-            raise PipelineError(f"train: stain {self.stain!r}", "use none, macenko, reinhard or histogram")
+        if self.stain not in METHODS:
+            raise PipelineError(f"train: stain {self.stain!r}", f"choose from {', '.join(METHODS)}")
         map_names(self.heads, self.classes)
         try:
             rules = self.rules

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -443,9 +444,12 @@ def write_selection(fields: Sequence[Field], selection: Selection, folder: Path)
 
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "reference.json", selection.to_json())
-    staged = folder / ".part-reference.png"
-    contact_sheet(fields, selection).save(staged)
-    staged.replace(folder / "reference.png")
+    staged = folder / f".part-{os.getpid()}-reference.png"
+    try:
+        contact_sheet(fields, selection).save(staged)
+        staged.replace(folder / "reference.png")
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class Run:
             self.reference = self.start.stain["reference"]
         else:
             main = [f for f in train if f.source == experiment.holdout] or train
-            chosen, reference = choose_reference(main)
+            chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
             self.reference = {"name": chosen.name, **reference}
         log.info("stain reference: %s", self.reference.get("name"))
         classes: tuple[str, ...] = ()
@@ -158,7 +158,8 @@ class Run:
         for field in fields:
             version = normalise(field.image, one.stain, self.reference)
             versions = () if version is None else (version,)
-            prepared.append(prepare_field(field, one.mpp, versions, self.targets, one.class_names))
+            styled = one.augmentation.style > 0
+            prepared.append(prepare_field(field, one.mpp, versions, self.targets, one.class_names, styled))
         return prepared
 
     def weights(self, fields: Sequence[Field]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from pipeline.training.data import Field
+from pipeline.training.style import random_style, tones
 from pipeline.training.targets import Targets, class_map
 
 RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], np.float32)
@@ -39,6 +40,10 @@ class Augmentation:
         Turn by a random multiple of 90 degrees.
     flips : tuple of str
         Directions in which half of the samples are mirrored: ``horizontal``, ``vertical``.
+    shear : float
+        Largest shear in degrees.
+    style : float
+        Share of samples that take on the look of another field, see `pipeline.training.style`.
     stain : float
         Spread of the stain jitter (factor on each stain's OD; half of it as an offset), 0 for none.
     brightness, contrast, saturation : float
@@ -53,6 +58,8 @@ class Augmentation:
     rotation: float = 180.0
     quarter_turns: bool = False
     flips: tuple[str, ...] = ("horizontal",)
+    shear: float = 0.0
+    style: float = 0.0
     stain: float = 0.25
     brightness: float = 0.08
     contrast: float = 0.0
@@ -64,6 +71,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be a growing positive range, got {self.scale}")
+        if not 0 <= self.style <= 1:
+            raise ValueError(f"style is a share of the samples, got {self.style}")
+        if not 0 <= self.shear < 45:
+            raise ValueError(f"shear must be 0 to 45 degrees, got {self.shear}")
         unknown = set(self.flips) - set(FLIPS)
         if unknown:
             raise ValueError(f"flips are horizontal and vertical, got {min(unknown)!r}")
@@ -85,6 +96,8 @@ class PreparedField:
         What they are.
     labels, types : numpy.ndarray, optional
         float32 label map and uint8 class map ``(H, W)``, where targets are crafted from them.
+    tones : tuple of numpy.ndarray or None
+        Of each of `images`, see `pipeline.training.style.tones`; empty where no style is wanted.
     """
 
     name: str
@@ -93,6 +106,7 @@ class PreparedField:
     spec: Targets = NUCLEUS_DISTANCE
     labels: np.ndarray | None = None
     types: np.ndarray | None = None
+    tones: tuple[np.ndarray | None, ...] = ()
 
 
 def prepare_field(
@@ -101,6 +115,7 @@ def prepare_field(
     versions: tuple[np.ndarray, ...] = (),
     spec: Targets = NUCLEUS_DISTANCE,
     class_names: Mapping[str, str] | None = None,
+    styled: bool = False,
 ) -> PreparedField:
     """Bring a field to the model's pixel size and craft its targets.
 
@@ -116,6 +131,8 @@ def prepare_field(
         Which targets.
     class_names : mapping of str to str, optional
         Class of the type head by class of the field, where they differ.
+    styled : bool
+        Whether samples shall take on the looks of other fields.
     """
     factor = field.mpp / mpp
     size = (max(1, round(field.image.shape[1] * factor)), max(1, round(field.image.shape[0] * factor)))
@@ -127,13 +144,15 @@ def prepare_field(
         types = class_map(field, spec.classes, class_names)
         if types is not None:
             types = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    images = tuple(cv2.resize(image, size, interpolation=how) for image in (field.image, *versions))
     return PreparedField(
         field.name,
-        tuple(cv2.resize(image, size, interpolation=how) for image in (field.image, *versions)),
+        images,
         np.round(cv2.resize(spec.of_field(field), size, interpolation=how) * 255).astype(np.uint8),
         spec,
         labels,
         types,
+        tuple(tones(image) for image in images) if styled else (),
     )
 
 
@@ -177,7 +196,12 @@ def jitter_colour(
 
 
 def draw_sample(
-    field: PreparedField, size: int, augmentation: Augmentation, rng: np.random.Generator, stride: int = 0
+    field: PreparedField,
+    size: int,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+    stride: int = 0,
+    styles: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one augmented crop.
 
@@ -193,6 +217,8 @@ def draw_sample(
         Source of randomness.
     stride : int
         Crops lie on a grid of this many pixels, the last ones at the field's end; 0: anywhere.
+    styles : sequence of numpy.ndarray
+        Tones that samples may take on.
 
     Returns
     -------
@@ -201,7 +227,8 @@ def draw_sample(
     targets : numpy.ndarray
         uint8 ``(size, size, n)``, see `Targets`.
     """
-    image = field.images[rng.integers(len(field.images))]
+    version = int(rng.integers(len(field.images)))
+    image = field.images[version]
     height, width = image.shape[:2]
     zoom = math.exp(rng.uniform(math.log(augmentation.scale[0]), math.log(augmentation.scale[1])))
     angle = math.radians(rng.uniform(-augmentation.rotation, augmentation.rotation))
@@ -210,6 +237,9 @@ def draw_sample(
         angle += math.pi / 2 * rng.integers(4)
     # Crop pixel -> field pixel: turn, mirror and shrink about the crop's centre, which lands anywhere inside.
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag(mirror)
+    if augmentation.shear > 0:
+        slant = math.tan(math.radians(rng.uniform(-augmentation.shear, augmentation.shear)))
+        turn = turn @ np.array([[1.0, slant], [0.0, 1.0]])
     if stride:
         centre = np.array([_on_grid(side, size, stride, rng) for side in (width, height)])
     else:
@@ -229,6 +259,8 @@ def draw_sample(
         types = None if field.types is None else cv2.warpAffine(field.types, wide, **options)
         inner = np.s_[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
         targets = np.dstack([targets, field.spec.of_sample(labels, types)[inner]])
+    if augmentation.style > 0 and field.tones and rng.random() < augmentation.style:
+        image = random_style(image, field.tones[version], styles, rng)
     if augmentation.blur > 0 and rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, augmentation.blur))
     if augmentation.stain > 0:

@@ -46,6 +46,7 @@ class SampleStream(IterableDataset):
         self.stride = stride
         self.rank = 0
         """Number of the device, set by the trainer."""
+        self.styles = [one for field in fields for one in field.tones if one is not None]
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         worker = get_worker_info()
@@ -53,4 +54,4 @@ class SampleStream(IterableDataset):
         rng = np.random.default_rng([*own, self.rank] if self.rank else own)
         while True:
             field = self.fields[rng.choice(len(self.fields), p=self.weights)]
-            yield draw_sample(field, self.size, self.augmentation, rng, self.stride)
+            yield draw_sample(field, self.size, self.augmentation, rng, self.stride, self.styles)

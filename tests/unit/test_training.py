@@ -89,6 +89,9 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     assert set(evaluation["images"]) == set(json.loads((tmp_path / "work" / "split.json").read_text())["test"])
     package = ModelPackage.load(tmp_path / "model", verify=True)
     assert package.licence == "CC0 1.0"
+    reasons = json.loads((tmp_path / "work" / "reference.json").read_text())
+    assert reasons["chosen"] == [package.stain["reference"]["name"]]
+    assert (tmp_path / "work" / "reference.png").is_file()
     assert package.metrics["mean"] == evaluation["mean"]
     image, _ = make_field(100, 90, 0.5, seed=9)
     maps = predict_field(load_network(package), image, Outputs(map_names(package.heads)))
