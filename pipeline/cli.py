@@ -51,6 +51,7 @@ TOOLS = {
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
+    "networks": Command("pipeline.networks.command", "list the networks: size, cost, heads, source"),
     "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
     "demo-slides": Command(
         "pipeline.demo", "write synthetic slides with known nuclei", "add_slides_arguments", "main_slides"

@@ -108,7 +108,7 @@ NETWORKS = {
     "mtl-base": NetworkFamily(
         module="pipeline.networks.mtl",
         factory="MultiTaskUNet",
-        source="the same, twice as wide",
+        source="multi-dilated residual U-Net as mtl, twice as wide",
         stride=16,
         args={"widths": (64, 128, 256, 512, 1024), "width": 512},
     ),
@@ -139,7 +139,7 @@ NETWORKS = {
     "hovernet-se-101": NetworkFamily(
         module="pipeline.networks.hovernet",
         factory="SharedHoVerNet",
-        source="the same on SE-ResNeXt-101",
+        source="HoVer-Net with one decoder as hovernet-se, on SE-ResNeXt-101",
         stride=8,
         args={"layers": (3, 4, 23, 3)},
         pretrained=True,

@@ -21,11 +21,13 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.blocks import PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
+from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
 from pipeline.networks.registry import NETWORKS, build_network  # noqa: E402
@@ -249,6 +251,39 @@ def test_multi_dilated_block() -> None:
     assert (reached.min(), reached.max()) == (6, 14)
     assert MultiDilatedBlock(8, 8).eval()(torch.rand(1, 8, 4, 4)).shape == (1, 8, 4, 4)
     assert isinstance(MultiDilatedBlock(8, 8).shortcut, nn.Identity)
+
+
+# The command
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    with torch.device("meta"):
+        network, image = build_network(name, 2, SMALL[name]).eval(), torch.empty(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    assert count_multiply_adds(network, image) * 2 == counter.get_total_flops()
+
+
+def test_networks_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_fetching(monkeypatch)
+    assert main(["networks", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == list(NETWORKS)
+    for one in listed.values():
+        assert {"parameters", "heads", "multiply_adds_per_pixel", "image", "stride", "source"} <= set(one)
+        assert one["parameters"] > 0
+        assert one["multiply_adds_per_pixel"] > 0
+    # The U-Net's by hand: two convolutions a level of the encoder, two and the enlargement of the decoder.
+    by_hand = 9 * (3 * 64 + 64 * 64)
+    by_hand += sum(9 * (w * w // 2 + w * w) // (w // 64) ** 2 for w in (128, 256, 512, 1024))
+    by_hand += sum((9 * (2 * w * w + w * w) + 2 * w * w) // (w // 64) ** 2 for w in (64, 128, 256, 512))
+    assert listed["unet"]["multiply_adds_per_pixel"] == by_hand + 2 * 64
+    assert main(["networks", "resunet", "mtl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["network", "resunet", "mtl"]
+    assert lines[1].split()[1] == "3,320,714"
+    assert main(["networks", "unet9"]) == 2
 
 
 # Pretrained encoders
