@@ -26,6 +26,7 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import Outputs, map_names
+from pipeline.networks.registry import NETWORKS
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
@@ -265,7 +266,10 @@ def infer_slide(
         path, tiles.grid, channels, active, CELL, (grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride)
     )
     windows = list(active_windows(grid, active, CELL))
-    blender, writer = Blender(grid, len(channels)), MapWriter(store, grid)
+    draws = NETWORKS[package.network].instances
+    if draws:  # each window draws the nuclei of its core alone
+        predictor.network.margin = package.overlap // 2  # type: ignore[assignment]
+    blender, writer = Blender(grid, len(channels), largest=draws), MapWriter(store, grid)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
         patches = [tiles.read(*grid.origin(*window), grid.patch, grid.patch) for window in batch]

@@ -95,10 +95,14 @@ class Blender:
         Where the windows lie.
     channels : int
         Maps.
+    largest : bool
+        Take the largest value of the windows over a pixel instead of their weighted mean; for maps of instances, of
+        which each window draws its own alone.
     """
 
-    def __init__(self, grid: PatchGrid, channels: int) -> None:
+    def __init__(self, grid: PatchGrid, channels: int, largest: bool = False) -> None:
         self.grid = grid
+        self._largest = largest
         self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
         width = grid.columns * grid.stride
@@ -119,16 +123,20 @@ class Blender:
             uint8 ``(C, patch, patch)``.
         """
         stride, overlap = self.grid.stride, self.grid.overlap
-        total = prediction * self._weights
+        join = np.maximum if self._largest else np.add
+        total = prediction.astype(np.int32) if self._largest else prediction * self._weights
         if column == self._column + 1:
-            total[:, :, :overlap] += self._left
+            edge = total[:, :, :overlap]
+            join(edge, self._left, out=edge)
         self._left = total[:, :, stride:].copy()
         self._column = column
         here = np.s_[:, :, column * stride : (column + 1) * stride]
         strip = total[:, :, :stride]
-        strip[:, :overlap] += self._above[here]
+        edge = strip[:, :overlap]
+        join(edge, self._above[here], out=edge)
         self._below[here] = strip[:, stride:]
-        self._rows[here] = (strip[:, :stride] + self._sum // 2) // self._sum
+        done = strip[:, :stride]
+        self._rows[here] = done if self._largest else (done + self._sum // 2) // self._sum
 
     def finish_row(self) -> np.ndarray:
         """End the current row of windows.

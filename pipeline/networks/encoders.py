@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -69,21 +69,22 @@ def _first(error: Exception) -> str:
 def encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an encoder by their own names.
 
-    Prefixes of wrappers are dropped; of a whole segmentation network, such as a model package, only what is below
-    ``encoder.`` is kept.
+    Prefixes of wrappers are dropped; of a whole segmentation network, such as a model package, only its encoder is
+    kept.
     """
     for prefix in ("module.", "network.", "model."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if any(name.startswith("encoder.") for name in state):
-        state = {n.removeprefix("encoder."): t for n, t in state.items() if n.startswith("encoder.")}
+    for prefix in ("encoder.", "backbone.body."):
+        if any(name.startswith(prefix) for name in state):
+            state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     return {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIERS)}
 
 
 def load_encoder(
     encoder: nn.Module,
     weights: str | None,
-    fetch: Callable[[], dict[str, Tensor]],
+    fetch: Mapping[str, Callable[[], dict[str, Tensor]]],
     name: str,
     translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = encoder_part,
 ) -> None:
@@ -94,9 +95,9 @@ def load_encoder(
     encoder : torch.nn.Module
         The encoder.
     weights : str or None
-        ``imagenet``, a file, or None for none.
-    fetch : callable
-        Fetches the state dict for ``imagenet``; used then alone.
+        A key of `fetch`, a file, or None for none.
+    fetch : mapping of str to callable
+        What fetches a state dict from the internet, by names such as ``imagenet``; used for that name alone.
     name : str
         The encoder's name, for messages.
     translate : callable
@@ -109,15 +110,15 @@ def load_encoder(
     """
     if weights is None:
         return
-    if weights == IMAGENET:
+    if weights in fetch:
         try:
-            state = fetch()
+            state = fetch[weights]()
         except PipelineError:
             raise
         except Exception as error:  # the libraries raise whatever their transport raises
             log.debug("fetching the weights of %s", name, exc_info=True)
             raise PipelineError(
-                f"encoder_weights imagenet: the weights of {name} cannot be fetched: {_first(error)}",
+                f"encoder_weights {weights}: the weights of {name} cannot be fetched: {_first(error)}",
                 "connect this machine to the internet, give encoder_weights a file, or set it to null",
             ) from None
     else:
@@ -161,7 +162,7 @@ class ResNet34Encoder(nn.Module):
         load_encoder(
             self,
             weights,
-            lambda: dict(ResNet34_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)),
+            {IMAGENET: lambda: dict(ResNet34_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))},
             "ResNet-34",
         )
 

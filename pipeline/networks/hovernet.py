@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pipeline.errors import PipelineError
 from pipeline.networks.blocks import ImageNetNormalise
-from pipeline.networks.encoders import load_encoder
+from pipeline.networks.encoders import IMAGENET, load_encoder
 
 PRETRAINED: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "seresnext50_32x4d.racm_in1k",
@@ -62,7 +62,7 @@ class SEResNeXt(nn.Module):
                 raise PipelineError(f"encoder_weights imagenet: there are none for {name}", "use null or a file")
             return dict(create_model(PRETRAINED[tuple(layers)], pretrained=True).state_dict())
 
-        load_encoder(self, weights, fetch, name)
+        load_encoder(self, weights, {IMAGENET: fetch}, name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = functional.relu(self.bn1(self.conv1(x)))

@@ -38,6 +38,8 @@ class NetworkFamily:
         Arguments of the constructor that make this name of it.
     pretrained : bool
         Whether its constructor takes ``encoder_weights``.
+    instances : bool
+        Whether it finds instances by itself: its maps are drawn from them, and it has a loss of its own.
     """
 
     module: str
@@ -47,6 +49,7 @@ class NetworkFamily:
     heads: tuple[str, ...] = ("nucleus", "distance")
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    instances: bool = False
 
 
 def _unet_plus_plus(size: str) -> NetworkFamily:
@@ -143,6 +146,23 @@ NETWORKS = {
         stride=8,
         args={"layers": (3, 4, 23, 3)},
         pretrained=True,
+    ),
+    "maskrcnn": NetworkFamily(
+        module="pipeline.networks.maskrcnn",
+        factory="MaskRCNNetwork",
+        source="Mask R-CNN (He et al. 2017), torchvision's second version on ResNet-50, anchors 8 to 128 px",
+        stride=32,
+        pretrained=True,
+        instances=True,
+    ),
+    "maskrcnn-small": NetworkFamily(
+        module="pipeline.networks.maskrcnn",
+        factory="MaskRCNNetwork",
+        source="Mask R-CNN on ResNet-18 with a narrow pyramid and light heads, for CPUs",
+        stride=32,
+        args={"backbone": "resnet18", "channels": 64, "hidden": 256, "convolutions": 2, "proposals": 500},
+        pretrained=True,
+        instances=True,
     ),
 }
 

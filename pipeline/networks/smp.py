@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.networks.blocks import ImageNetNormalise
-from pipeline.networks.encoders import load_encoder
+from pipeline.networks.encoders import IMAGENET, load_encoder
 
 DEPTH = 5
 """Times that the encoders halve the resolution."""
@@ -57,7 +57,7 @@ def _build(
         weights = True if encoder.startswith("tu-") else "imagenet"
         return dict(get_encoder(encoder, weights=weights).state_dict())
 
-    load_encoder(network.encoder, encoder_weights, fetch, encoder)
+    load_encoder(network.encoder, encoder_weights, {IMAGENET: fetch}, encoder)
     return _Segmenter(network)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.blocks import IMAGENET_MEAN, IMAGENET_STD, conv_norm_relu
-from pipeline.networks.encoders import encoder_part, load_encoder
+from pipeline.networks.encoders import IMAGENET, encoder_part, load_encoder
 
 CAFFE_MEAN = (104.0, 117.0, 123.0)
 """What Caffe's ImageNet networks subtract from blue, green and red in 0 to 255."""
@@ -102,7 +102,7 @@ class SqueezeEncoder(nn.Module):
 
             return dict(SqueezeNet1_0_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
 
-        load_encoder(self, weights, fetch, "SqueezeNet 1.0", translate)
+        load_encoder(self, weights, {IMAGENET: fetch}, "SqueezeNet 1.0", translate)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = x.flip(1) * 255 - self.mean
