@@ -297,7 +297,7 @@ class TinyEncoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels, 3)
         self.bn1 = nn.BatchNorm2d(channels)
-        load_encoder(self, weights, dict, "the tiny network")
+        load_encoder(self, weights, {}, "the tiny network")
 
 
 def tiny_state() -> dict[str, Any]:
@@ -321,7 +321,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(name: str, monkeypatch: pyt
     forbid_fetching(monkeypatch)
     args = {} if name == "hovernet-se" else SMALL[name]
     with pytest.raises(PipelineError, match=r"imagenet: the weights of .* cannot be fetched: .*no route to host"):
-        build_network(name, 1, args | {"encoder_weights": "imagenet"})
+        build_network(name, 2, args | {"encoder_weights": "imagenet"})
 
 
 def test_fetched_weights_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
