@@ -72,7 +72,7 @@ def test_depth_has_one_peak(seed: int, lobes: int) -> None:
 def test_drawn_nuclei_are_found_again(seed: int) -> None:
     _, labels = make_field(300, 260, 0.5, seed=seed)
     maps = draw_instances(detections(labels), labels.shape)
-    found = segment(maps[0], maps[1], RULES)
+    found = segment(maps, RULES)
     sizes = np.bincount(labels.ravel())[1:]
     assert found.max() == pytest.approx((sizes >= RULES.min_area).sum(), rel=0.02)
     result = score(labels, found)
@@ -86,8 +86,8 @@ def test_the_threshold_of_the_nucleus_map_is_the_least_score() -> None:
     found = detections(labels)
     maps = draw_instances(Detections(found.boxes, np.array([0.9, 0.4]), found.masks), (60, 60))
     assert set(np.unique(maps[0])) == {0, round(0.9 * 255), round(0.4 * 255)}
-    assert segment(maps[0], maps[1], InstanceRules(nucleus=128)).max() == 1
-    assert segment(maps[0], maps[1], InstanceRules(nucleus=90)).max() == 2
+    assert segment(maps, InstanceRules(nucleus=128)).max() == 1
+    assert segment(maps, InstanceRules(nucleus=90)).max() == 2
 
 
 def test_a_second_view_of_a_nucleus_is_left_out() -> None:
@@ -97,7 +97,7 @@ def test_a_second_view_of_a_nucleus_is_left_out() -> None:
     # The better of the two views is drawn; the neighbour keeps what is left.
     assert set(np.unique(maps[0])) == {0, round(0.9 * 255), round(0.7 * 255)}
     assert (maps[0][11:31, 12:31] == round(0.9 * 255)).all()
-    assert segment(maps[0], maps[1], InstanceRules()).max() == 2
+    assert segment(maps, InstanceRules()).max() == 2
 
 
 def test_equal_scores_keep_their_order() -> None:
@@ -124,7 +124,7 @@ def test_windows_draw_each_nucleus_once(patch: int, overlap: int) -> None:
             blender.add(column, draw_instances(detections(window), window.shape, margin=overlap // 2))
         rows.append(blender.finish_row())
     maps = np.concatenate(rows, axis=1)[:, overlap : overlap + height, overlap : overlap + width]
-    found, expected = (segment(m[0], m[1], RULES) for m in (maps, whole))
+    found, expected = (segment(m, RULES) for m in (maps, whole))
     assert found.max() == expected.max()
     assert score(expected, found)["aji"] > 0.97
 
