@@ -57,3 +57,15 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
         yield from iter_features(value["geometries"])
     else:
         yield {"type": "Feature", "geometry": value}
+
+
+def class_names(feature: dict[str, Any]) -> list[str]:
+    """Classes of a QuPath object, the base class first: ``[Tumor, Positive]``; empty where it has none."""
+    value = (feature.get("properties") or {}).get("classification") or {}
+    names = [value] if isinstance(value, str) else value.get("names") or [value.get("name") or ""]
+    return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
+
+
+def nucleus_geometry(feature: dict[str, Any]) -> Any:
+    """Geometry of a feature; of a QuPath cell, that of its nucleus."""
+    return feature.get("nucleusGeometry") or feature["geometry"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import Overlaps, score_overlaps
-from pipeline.geojson import iter_features, read_geojson
+from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
 from pipeline.label_maps import read_instances
@@ -177,8 +177,8 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     points: list[np.ndarray] = []
     polygons: list[int] = []
     for feature in iter_features(value):
-        geometry = feature["geometry"]
-        if geometry is None:
+        geometry = nucleus_geometry(feature)
+        if geometry is None or any(name.endswith("*") for name in class_names(feature)):
             continue
         if geometry["type"] not in ("Polygon", "MultiPolygon"):
             raise ValueError(f"found a {geometry['type']}")

@@ -344,3 +344,17 @@ def test_odd_label_maps(tmp_path: Path) -> None:
         result = command.evaluate(path, tmp_path / "truth.npy")
         assert all(result["mean"][name] == 1 for name in METRICS), path.name
         assert result["images"]["truth"]["n_pred"] == 6, path.name
+
+
+def test_what_qupath_ignores_is_no_nucleus(tmp_path: Path) -> None:
+    """Classes with a star, as QuPath has it; cells count by their nucleus."""
+    region, none, cell = feature(box(0, 0, 30, 30)), feature(box(2, 2, 9, 9)), feature(box(10, 10, 25, 25))
+    region["properties"] = {"classification": {"name": "Region*"}}
+    none["properties"] = {"classification": {"names": ["Ignore*"]}}
+    cell["nucleusGeometry"] = {"type": "Polygon", "coordinates": [box(14, 14, 20, 20)]}
+    named = feature(box(2, 14, 9, 20)) | {"properties": {"classification": "Tumor: Positive"}}
+    (tmp_path / "a.geojson").write_bytes(collection(region, none, cell, named))
+    (tmp_path / "b.geojson").write_bytes(collection(feature(box(14, 14, 20, 20)), feature(box(2, 14, 9, 20))))
+    result = command.evaluate(tmp_path / "a.geojson", tmp_path / "b.geojson")["images"]["b"]
+    assert result["aji"] == 1
+    assert result["n_pred"] == 2

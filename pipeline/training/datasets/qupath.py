@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import iter_features, read_geojson
+from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson
 from pipeline.grid import Grid
 from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
 from pipeline.training.annotations import MAX_COORDINATE, burn, polygonal, repair
@@ -60,17 +60,6 @@ class _Objects:
     dropped: int = 0
 
 
-def _class_name(properties: dict[str, Any]) -> str:
-    """Base class of an object: ``Tumor`` of ``Tumor: Positive``."""
-    value = properties.get("classification") or {}
-    if isinstance(value, str):
-        name = value
-    else:
-        names = value.get("names") or [value.get("name") or ""]
-        name = str(names[0])
-    return name.split(":")[0].strip()
-
-
 def _polygon(geometry: Any) -> Any:
     """A geometry as its valid polygons; None when it encloses nothing."""
     import shapely
@@ -100,8 +89,8 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
             kind = str(properties.get("objectType") or feature.get("id") or "").casefold()
             if "root" in kind or "tile" in kind or "tma" in kind:
                 continue
-            name, title = _class_name(properties), str(properties.get("name") or "")
-            outline = feature.get("nucleusGeometry") or feature["geometry"]
+            name, title = next(iter(class_names(feature)), ""), str(properties.get("name") or "")
+            outline = nucleus_geometry(feature)
             shape = None if outline is None else _polygon(outline)
             starts = [text.casefold() for text in (name, title)]
             if any(text.startswith(regions) for text in starts) and "detection" not in kind and "cell" not in kind:
