@@ -184,7 +184,7 @@ def own_gpus(device):
 
     The default profile lends one at a time; a cluster's profile asks for its own.
     """
-    return int(device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")))
+    return int(device != "cpu" and any(Path(os.devnull).parent.glob("nvidia[0-9]*")))
 
 
 def model_folder(wildcards, input):
