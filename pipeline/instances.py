@@ -1,9 +1,15 @@
 """Instances stage: from maps to nuclei, exactly, whatever the blocks.
 
-The unit of work is the foreground component. A block looks at its core and a halo around it; a component belongs to
-the block whose core holds the component's first pixel in raster order. One that runs out of the halo is followed on a
-window that grows with it, by every block it reaches, until it is whole or found to begin elsewhere. Nothing is merged
-and nothing is dropped: the nuclei do not depend on blocks, halo, workers or order.
+The unit of work is the foreground component. A block looks at its core and a halo around it, and makes the nuclei of
+the components whose first pixel in raster order lies in its core and that it sees whole. The others are found by their
+seams: blocks hand in which of their components reach the edges of their cores, joining these across blocks gives each
+component's box, and what no block has seen whole is looked at once more, on a window of just that size. Nothing is
+merged and nothing is dropped: the nuclei do not depend on blocks, halo, workers or order, and the work grows with the
+slide's area alone.
+
+A component whose box holds more than `MAX_COMPONENT` pixels is no nucleus nor a clump of nuclei, and would not fit the
+memory: it is cut along the lines of a grid of `CUT` pixels that is tied to the slide, each piece counts as a component,
+and the manifest says so.
 """
 
 from __future__ import annotations
@@ -11,10 +17,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-from collections.abc import Iterator
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +33,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.errors import PipelineError
-from pipeline.kernels.contours import drop_collinear, mask_runs, outline
-from pipeline.kernels.instances import (
-    Channels,
-    InstanceRules,
-    fill_small_holes,
-    foreground_components,
-    split_component,
-)
+from pipeline.kernels.contours import centroids, outlines, pixel_runs, polygon_wkb
+from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema
@@ -47,15 +50,24 @@ DEFAULT_HALO = 128
 ROW_GROUP = 1 << 15
 """Nuclei in a row group of the table."""
 
+MAX_COMPONENT = 1 << 23
+"""Pixels in the box of the largest component that is looked at whole: 1.4 mm by 1.4 mm at 0.5 µm."""
+
+CUT = 2048
+"""Side of the squares that larger components are cut into."""
+
+BAND = 256
+"""Rows of the grid whose nuclei are sorted at once."""
+
 
 @dataclass(frozen=True)
 class Block:
-    """A square of the slide's grid: its core.
+    """A rectangle of the slide's grid.
 
     Parameters
     ----------
     x, y, width, height : int
-        Core in grid pixels.
+        In grid pixels.
     """
 
     x: int
@@ -64,289 +76,512 @@ class Block:
     height: int
 
 
-@dataclass(frozen=True, eq=False)
-class Nuclei:
-    """Nuclei of a block as flat arrays.
+@dataclass(frozen=True)
+class Task:
+    """What a worker does with a block.
 
     Parameters
     ----------
-    ids : numpy.ndarray
-        uint64 ``(n,)``.
-    geometry : numpy.ndarray
-        WKB polygons in level-0 pixels, object ``(n,)``.
-    class_ids : numpy.ndarray
-        uint8 ``(n,)``.
-    probability : numpy.ndarray
-        float32 ``(n,)``.
-    runs : list of numpy.ndarray
-        int32 ``(k, 3)`` pixel runs of each nucleus in grid pixels.
-    """
-
-    ids: np.ndarray
-    geometry: np.ndarray
-    class_ids: np.ndarray
-    probability: np.ndarray
-    runs: list[np.ndarray]
-
-
-class _Collector:
-    """Gather the nuclei of a block."""
-
-    def __init__(self, n_classes: int, channels: Channels) -> None:
-        self.n_classes = n_classes
-        self.channels = channels
-        self.ids: list[int] = []
-        self.class_ids: list[int] = []
-        self.probability: list[float] = []
-        self.runs: list[np.ndarray] = []
-        self.points: list[np.ndarray] = []
-        self.ring_of: list[int] = []
-
-    def add(self, labels: np.ndarray, maps: np.ndarray, x: int, y: int) -> None:
-        """Add the nuclei of a component, whose box begins at grid pixel (x, y)."""
-        from scipy import ndimage
-
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            if box is None:
-                continue
-            mask = labels[box] == label
-            top, left = box[0].start + y, box[1].start + x
-            rings = list(outline(mask))
-            runs = mask_runs(mask) + np.array([top, left, left], np.int32)
-            self.runs.append(runs)
-            self.ids.append(int(runs[0, 0]) << 32 | int(runs[0, 1]))
-            inside = maps[(slice(None), *box)][:, mask]
-            nucleus = inside[self.channels.nucleus]
-            self.probability.append(float(nucleus.sum(dtype=np.int64)) / (255.0 * len(nucleus)))
-            kind = 0
-            if self.n_classes > 1 and self.channels.types is not None:
-                first = self.channels.types + 1  # after the background
-                kind = int(inside[first : first + self.n_classes].sum(axis=1, dtype=np.int64).argmax())
-            self.class_ids.append(kind)
-            # Watershed and components are 4-connected, so a nucleus has one shell; its holes follow.
-            for points, _ in rings:
-                self.points.append(points + np.array([2 * left, 2 * top], np.int32))
-                self.ring_of.append(len(self.ids) - 1)
-
-    def finish(self, scale: tuple[float, float], tissue: Any) -> Nuclei:
-        """Polygons in level-0 pixels; nuclei whose centre lies outside `tissue` are left out."""
-        if not self.ids:
-            empty = np.array([], object)
-            return Nuclei(np.array([], np.uint64), empty, np.array([], np.uint8), np.array([], np.float32), [])
-        offsets = np.concatenate([[0], np.cumsum([len(p) for p in self.points])])
-        points, offsets = drop_collinear(np.concatenate(self.points), offsets)
-        ring_index = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        rings = shapely.linearrings(points * (0.5 * scale[0], 0.5 * scale[1]), indices=ring_index)
-        polygons = shapely.polygons(rings, indices=np.array(self.ring_of))
-        broken = ~shapely.is_valid(polygons)
-        if broken.any():
-            polygons[broken] = [_largest(p) for p in shapely.make_valid(polygons[broken])]
-        keep = np.ones(len(polygons), bool)
-        if tissue is not None:
-            centres = shapely.centroid(polygons)
-            keep = shapely.contains_xy(tissue, shapely.get_x(centres), shapely.get_y(centres))
-        chosen = np.flatnonzero(keep)
-        return Nuclei(
-            np.array(self.ids, np.uint64)[keep],
-            np.asarray(shapely.to_wkb(polygons[keep]), object),
-            np.array(self.class_ids, np.uint8)[keep],
-            np.array(self.probability, np.float32)[keep],
-            [self.runs[i] for i in chosen],
-        )
-
-
-def _largest(geometry: Any) -> Any:
-    parts = [g for g in shapely.get_parts(geometry) if g.geom_type == "Polygon"]
-    nested = [p for g in shapely.get_parts(geometry) if g.geom_type == "MultiPolygon" for p in g.geoms]
-    return max([*parts, *nested], key=lambda p: p.area)
-
-
-def _first_pixel(mask: np.ndarray) -> tuple[int, int]:
-    """Row and column of the first pixel in raster order; `mask` is cut to its bounding box."""
-    return 0, int(mask[0].argmax())
-
-
-def _follow(
-    store: MapStore,
-    nucleus: int,
-    threshold: int,
-    seed: tuple[int, int],
-    box: tuple[int, int, int, int],
-    core: Block,
-) -> tuple[np.ndarray, np.ndarray, int, int] | None:
-    """Follow a component that runs out of its window until it is whole.
-
-    Parameters
-    ----------
-    store : MapStore
-        The maps.
-    nucleus, threshold : int
-        Channel of the nucleus map, and what its foreground reaches.
-    seed : (int, int)
-        x, y of one of its pixels.
-    box : (int, int, int, int)
-        Left, top, right, bottom of what is known of it, in grid pixels.
-    core : Block
-        The block that asks.
-
-    Returns
-    -------
-    tuple or None
-        Maps and components of the window, the component's number, and the window's left and top, packed as
-        ``(maps, mask, x, y)`` cut to the component's box; None when the component begins before the block's core.
-    """
-    grid = store.grid
-    left, top, right, bottom = box
-    while True:
-        if top < core.y:
-            return None
-        # Twice its size in every direction that is open, so that the work stays in proportion.
-        grow_x, grow_y = max(right - left, 256), max(bottom - top, 256)
-        x0, y0 = max(left - grow_x, 0), max(top - grow_y, 0)
-        x1, y1 = min(right + grow_x, grid.width), min(bottom + grow_y, grid.height)
-        maps = store.read(x0, y0, x1 - x0, y1 - y0)
-        components, boxes = foreground_components(maps[nucleus], threshold)
-        index = int(components[seed[1] - y0, seed[0] - x0])
-        bx, by, bw, bh, _ = (int(v) for v in boxes[index - 1])
-        left, top, right, bottom = x0 + bx, y0 + by, x0 + bx + bw, y0 + by + bh
-        open_side = (
-            (bx == 0 and x0 > 0)
-            or (by == 0 and y0 > 0)
-            or (bx + bw == x1 - x0 and x1 < grid.width)
-            or (by + bh == y1 - y0 and y1 < grid.height)
-        )
-        if not open_side:
-            window = np.s_[by : by + bh, bx : bx + bw]
-            here = components[window]
-            labelled = np.where(here == index, 1, np.where(here > 0, 2, 0)).astype(np.uint8)
-            return maps[:, by : by + bh, bx : bx + bw], labelled, left, top
-
-
-def find_nuclei(
-    store: MapStore, block: Block, halo: int, rules: InstanceRules, n_classes: int = 1, tissue: Any = None
-) -> Nuclei:
-    """The nuclei whose components begin in a block's core.
-
-    Parameters
-    ----------
-    store : MapStore
-        The maps.
     block : Block
-        The core.
+        Where to look.
     halo : int
-        Pixels around the core that are looked at first.
+        Pixels around the block that are looked at with it.
+    chosen : tuple of int, optional
+        First pixels (``row << 32 | column``) of the components to make nuclei of, all of them whole within the block.
+        Without them: those that begin in the block and do not run out of the halo.
+    survey : bool
+        Tell which components reach the block's edges; not together with `chosen`.
+    nuclei : bool
+        Make nuclei.
+    """
+
+    block: Block
+    halo: int = 0
+    chosen: tuple[int, ...] | None = None
+    survey: bool = False
+    nuclei: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Seam:
+    """Components that reach the edges of a block, or begin in it and are too large to be looked at whole.
+
+    Parameters
+    ----------
+    sides : tuple of numpy.ndarray
+        int32: number of the component at each pixel of the top, bottom, left and right side of the block; 0 is none.
+    first : numpy.ndarray
+        int64 ``(k,)``: first pixel (``row << 32 | column``) of what the block sees of components 1 to k.
+    boxes : numpy.ndarray
+        int64 ``(k, 4)``: left, top, right, bottom of what the block sees of them, in grid pixels.
+    done : numpy.ndarray
+        bool ``(k,)``: the block has made its nuclei.
+    """
+
+    sides: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    first: np.ndarray
+    boxes: np.ndarray
+    done: np.ndarray
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Nuclei of one band in a file.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    offset, size : int
+        Where in it, in bytes.
+    """
+
+    path: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What all tasks of a slide have in common.
+
+    Parameters
+    ----------
+    maps : pathlib.Path
+        Store of maps.
     rules : InstanceRules
         Thresholds.
-    n_classes : int
-        Classes of the model.
-    tissue : shapely geometry, optional
-        Nuclei whose centre lies outside are left out; level-0 pixels.
+    classes : tuple of str
+        Names of the model's classes.
+    spool : pathlib.Path
+        Folder for nuclei that are not yet in order.
+    tissue : bytes, optional
+        WKB in level-0 pixels; nuclei whose centre lies outside are left out.
+    max_component, cut : int
+        See `MAX_COMPONENT` and `CUT`. Unlike blocks, they are part of what a nucleus is.
     """
-    grid = store.grid
-    channels = Channels.of(store.channels)
-    collector = _Collector(n_classes, channels)
-    x0, y0 = max(block.x - halo, 0), max(block.y - halo, 0)
-    x1, y1 = min(block.x + block.width + halo, grid.width), min(block.y + block.height + halo, grid.height)
-    maps = store.read(x0, y0, x1 - x0, y1 - y0)
-    components, boxes = foreground_components(maps[channels.nucleus], rules.nucleus)
-    core_x0, core_y0 = block.x - x0, block.y - y0
-    core_x1, core_y1 = core_x0 + block.width, core_y0 + block.height
-    followed: set[tuple[int, int]] = set()
-    for index, (bx, by, bw, bh, area) in enumerate(boxes.tolist(), start=1):
-        if bx >= core_x1 or by >= core_y1 or bx + bw <= core_x0 or by + bh <= core_y0:
-            continue
-        runs_out = (
-            (bx == 0 and x0 > 0)
-            or (by == 0 and y0 > 0)
-            or (bx + bw == x1 - x0 and x1 < grid.width)
-            or (by + bh == y1 - y0 and y1 < grid.height)
-        )
-        if by < core_y0 or (area < rules.min_area and not runs_out):
-            continue
-        window = np.s_[by : by + bh, bx : bx + bw]
-        here = components[window]
-        mask = here == index
-        if runs_out:
-            inside = np.argwhere(mask & _core_mask(mask.shape, by, bx, core_y0, core_x0, core_y1, core_x1))
-            if len(inside) == 0:
-                continue
-            seed = (int(inside[0, 1]) + bx + x0, int(inside[0, 0]) + by + y0)
-            known = (x0 + bx, y0 + by, x0 + bx + bw, y0 + by + bh)
-            whole = _follow(store, channels.nucleus, rules.nucleus, seed, known, block)
-            if whole is None:
-                continue
-            part, labelled, left, top = whole
-            mask, other = labelled == 1, labelled == 2
+
+    maps: Path
+    rules: InstanceRules
+    classes: tuple[str, ...]
+    spool: Path
+    tissue: bytes | None = None
+    max_component: int = MAX_COMPONENT
+    cut: int = CUT
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cut**2 <= self.max_component:
+            raise ValueError(f"cut must be within 1 and {self.max_component**0.5:.0f}, got {self.cut}")
+
+
+BATCH_SCHEMA = pa.schema(nuclei_schema({}, [RUNS_FIELD]), metadata={})
+"""Columns of nuclei on their way to the table."""
+
+
+class Worker:
+    """Does tasks of one slide, one after another.
+
+    Parameters
+    ----------
+    setup : Setup
+        The slide.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.store = MapStore.open(setup.maps)
+        self.names = pa.array(list(setup.classes), pa.string())
+        self.channels = Channels.of(self.store.channels)
+        first = None if self.channels.types is None else self.channels.types + 1  # after the background
+        several = len(setup.classes) > 1
+        self.types = range(first, first + len(setup.classes)) if several and first is not None else range(0)
+        self.tissue = None if setup.tissue is None else shapely.from_wkb(setup.tissue)
+        if self.tissue is not None:
+            shapely.prepare(self.tissue)
+        self.path = setup.spool / f"{os.getpid()}.spool"
+
+    def run(self, task: Task) -> tuple[Seam | None, dict[int, Entry]]:
+        """Do a task; the block's seam, if asked for, and where its nuclei are by band."""
+        grid, block = self.store.grid, task.block
+        x0, y0 = max(block.x - task.halo, 0), max(block.y - task.halo, 0)
+        x1 = min(block.x + block.width + task.halo, grid.width)
+        y1 = min(block.y + block.height + task.halo, grid.height)
+        maps = self.store.read(x0, y0, x1 - x0 + 1, y1 - y0)
+        maps[:, :, -1] = 0  # a window's last column is empty
+        front = foreground(maps[self.channels.nucleus], self.setup.rules.nucleus)
+        if front.count == 0:
+            return None, {}
+        row, column = np.divmod(front.first, maps.shape[2])
+        row, column = row + y0, column + x0
+        if task.chosen is not None:
+            pixels = np.array(task.chosen, np.int64)
+            make = np.zeros(front.count, bool)
+            make[front.image[(pixels >> 32) - y0, (pixels & 0xFFFFFFFF) - x0] - 1] = True
+            giant = np.zeros_like(make)
         else:
-            part, left, top = maps[:, by : by + bh, bx : bx + bw], x0 + bx, y0 + by
-            other = (here != 0) & ~mask
-        row, column = _first_pixel(mask)
-        row, column = row + top, column + left
-        if not (block.y <= row < block.y + block.height and block.x <= column < block.x + block.width):
-            continue
-        if runs_out:
-            if (row, column) in followed:  # the window held two pieces of it
+            mine = (row >= block.y) & (row < block.y + block.height)
+            mine &= (column >= block.x) & (column < block.x + block.width)
+            left, top, width, height = front.boxes.T
+            right, bottom = left + width, top + height
+            out = ((left == 0) & (x0 > 0)) | ((top == 0) & (y0 > 0))
+            out |= ((right == x1 - x0) & (x1 < grid.width)) | ((bottom == y1 - y0) & (y1 < grid.height))
+            large = width * height > self.setup.max_component
+            make, giant = mine & ~out & ~large, mine & large
+        seam = None
+        if task.survey:
+            core = front.image[block.y - y0 :, block.x - x0 :][: block.height, : block.width]
+            boxes = front.boxes.copy()
+            boxes[:, 2:] += boxes[:, :2]
+            seam = _seam(core, row << 32 | column, boxes + np.array([x0, y0, x0, y0]), make, giant)
+        make &= front.areas >= self.setup.rules.min_area
+        if not task.nuclei or not make.any():
+            return seam, {}
+        return seam, self._spool(self._nuclei(maps, front, make, x0, y0))
+
+    def _nuclei(self, maps: np.ndarray, front: Foreground, make: np.ndarray, x: int, y: int) -> pa.RecordBatch:
+        """Nuclei of the components to `make` of a window that begins at grid pixel (x, y), ordered by id."""
+        grid = self.store.grid
+        pixels = split_components(maps, front, make, self.setup.rules, self.channels)
+        runs, starts = pixel_runs(pixels)
+        shapes = outlines(runs, starts)
+
+        def total(channel: np.ndarray) -> np.ndarray:
+            return np.bincount(pixels.label, channel.ravel()[pixels.index], pixels.count + 1)[1:]  # exact: integers
+
+        areas = np.bincount(pixels.label, minlength=pixels.count + 1)[1:]
+        probability = (total(maps[self.channels.nucleus]) / (255.0 * areas)).astype(np.float32)
+        class_ids = np.zeros(pixels.count, np.uint8)
+        if self.types:
+            class_ids = np.argmax([total(maps[i]) for i in self.types], axis=0).astype(np.uint8)
+        runs += np.array([y, x, x], np.int32)
+        firsts = runs[starts[:-1]].astype(np.uint64)
+        ids = firsts[:, 0] << np.uint64(32) | firsts[:, 1]
+        half = np.array([grid.scale_x, grid.scale_y]) / 2
+        shapes = replace(shapes, points=(shapes.points + np.array([2 * x, 2 * y])) * half)
+        data, offsets = polygon_wkb(shapes)
+        batch = pa.RecordBatch.from_arrays(
+            [
+                pa.array(ids, pa.uint64()),
+                pa.BinaryArray.from_buffers(
+                    pa.binary(), len(ids), [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data)]
+                ),
+                self.names.take(pa.array(class_ids, pa.uint8())),
+                pa.array(class_ids, pa.uint8()),
+                pa.array(probability, pa.float32()),
+                pa.ListArray.from_arrays(
+                    pa.array((3 * starts).astype(np.int32)), pa.array(runs.ravel(), pa.int32()), type=RUNS_FIELD.type
+                ),
+            ],
+            schema=BATCH_SCHEMA,
+        )
+        order = np.argsort(ids)
+        if self.tissue is not None:
+            centres = centroids(shapes)[order]
+            order = order[shapely.contains_xy(self.tissue, centres[:, 0], centres[:, 1])]
+        return batch.take(pa.array(order))
+
+    def _spool(self, batch: pa.RecordBatch) -> dict[int, Entry]:
+        """Append nuclei to the worker's file, one piece a band."""
+        entries: dict[int, Entry] = {}
+        if batch.num_rows == 0:
+            return entries
+        bands = (batch.column("id").to_numpy() >> np.uint64(32)).astype(np.int64) // BAND
+        found, begins = np.unique(bands, return_index=True)
+        with self.path.open("ab") as file:
+            for band, start, stop in zip(found, begins, np.r_[begins[1:], len(bands)], strict=True):
+                buffer = batch.slice(start, stop - start).serialize()
+                entries[int(band)] = Entry(str(self.path), file.tell(), buffer.size)
+                file.write(buffer)
+        return entries
+
+
+def _seam(core: np.ndarray, first: np.ndarray, corners: np.ndarray, done: np.ndarray, giant: np.ndarray) -> Seam | None:
+    sides = [core[0], core[-1], core[:, 0], core[:, -1]]
+    used = np.unique(np.concatenate([*sides, np.flatnonzero(giant) + 1]))
+    used = used[used > 0]
+    if len(used) == 0:
+        return None
+    number = np.zeros(len(first) + 1, np.int32)
+    number[used] = np.arange(1, len(used) + 1)
+    top, bottom, left, right = (number[side] for side in sides)
+    return Seam((top, bottom, left, right), first[used - 1], corners[used - 1], done[used - 1])
+
+
+class Seams:
+    """Joins the components of blocks across their edges; blocks come in any order.
+
+    Parameters
+    ----------
+    block : int
+        Distance between blocks, which begin at multiples of it.
+    """
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.count = 0
+        self._first: list[np.ndarray] = []
+        self._boxes: list[np.ndarray] = []
+        self._done: list[np.ndarray] = []
+        self._pairs: list[np.ndarray] = []
+        # A side that waits for its counterpart, by the place of the edge: row, column, and whether it is vertical.
+        self._waiting: dict[tuple[int, int, bool], np.ndarray] = {}
+
+    def add(self, block: Block, seam: Seam | None) -> None:
+        """Take what a block tells; None is nothing at its edges."""
+        row, column = block.y // self.block, block.x // self.block
+        base = self.count
+        places = [(row, column, False), (row + 1, column, False), (row, column, True), (row, column + 1, True)]
+        for number, place in enumerate(places):
+            side = np.zeros(0, np.int64)
+            if seam is not None:
+                side = seam.sides[number].astype(np.int64)
+                side[side > 0] += base
+            other = self._waiting.pop(place, None)
+            if other is None:
+                self._waiting[place] = side
+            elif len(side) and len(other):
+                both = (side > 0) & (other > 0)
+                if both.any():
+                    self._pairs.append(np.unique(np.stack([side[both], other[both]], axis=1), axis=0) - 1)
+        if seam is not None:
+            self.count += len(seam.first)
+            self._first.append(seam.first)
+            self._boxes.append(seam.boxes)
+            self._done.append(seam.done)
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What the blocks saw.
+
+        Returns
+        -------
+        group, first, boxes, done : numpy.ndarray
+            For each part of a component that reaches an edge: number of its component from 0 on, and as in `Seam`.
+        """
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        if self.count == 0:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros((0, 4), np.int64), np.zeros(0, bool)
+        pairs = np.concatenate([np.zeros((0, 2), np.int64), *self._pairs])
+        graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(self.count, self.count))
+        _, group = connected_components(graph, directed=False)
+        return group, np.concatenate(self._first), np.concatenate(self._boxes), np.concatenate(self._done)
+
+
+def _whole(
+    group: np.ndarray, first: np.ndarray, boxes: np.ndarray, done: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First pixel, box and state of each component from those of its parts."""
+    count = int(group.max(initial=-1)) + 1
+    start = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(start, group, first)
+    box = np.empty((count, 4), np.int64)
+    box[:, :2], box[:, 2:] = np.iinfo(np.int64).max, -1
+    np.minimum.at(box[:, 0], group, boxes[:, 0])
+    np.minimum.at(box[:, 1], group, boxes[:, 1])
+    np.maximum.at(box[:, 2], group, boxes[:, 2])
+    np.maximum.at(box[:, 3], group, boxes[:, 3])
+    finished = np.zeros(count, bool)
+    finished[group[done]] = True
+    return start, box, finished
+
+
+def _windows(first: np.ndarray, boxes: np.ndarray, limit: int) -> list[Task]:
+    """Tasks for components: neighbours share a window of at most `limit` pixels, larger ones have their own."""
+    tasks: list[Task] = []
+    chosen: list[int] = []
+    window: np.ndarray | None = None
+
+    def finish() -> None:
+        if window is not None:
+            x0, y0, x1, y1 = (int(v) for v in window)
+            tasks.append(Task(Block(x0, y0, x1 - x0, y1 - y0), chosen=tuple(chosen)))
+
+    side = max(int(limit**0.5), 1)
+    order = np.lexsort((first, boxes[:, 0] // side, boxes[:, 1] // side))
+    for index in order:
+        box = boxes[index]
+        if window is not None:
+            joined = np.r_[np.minimum(window[:2], box[:2]), np.maximum(window[2:], box[2:])]
+            if np.prod(joined[2:] - joined[:2]) <= limit:
+                window = joined
+                chosen.append(int(first[index]))
                 continue
-            followed.add((row, column))
-        mask = fill_small_holes(mask, other, rules.max_hole)
-        labels = split_component(part, mask, rules, channels)
-        collector.add(labels, part, left, top)
-    return collector.finish((grid.scale_x, grid.scale_y), tissue)
+        finish()
+        window, chosen = box, [int(first[index])]
+    finish()
+    return tasks
 
 
-def _core_mask(shape: tuple[int, ...], top: int, left: int, y0: int, x0: int, y1: int, x1: int) -> np.ndarray:
-    mask = np.zeros(shape, bool)
-    mask[max(y0 - top, 0) : max(y1 - top, 0), max(x0 - left, 0) : max(x1 - left, 0)] = True
-    return mask
+def slide_blocks(store: MapStore, side: int) -> list[Block]:
+    """Squares of a slide's grid that hold anything, in raster order."""
+    width, height = store.grid.width, store.grid.height
+    squares = [
+        Block(x, y, min(side, width - x), min(side, height - y))
+        for y in range(0, height, side)
+        for x in range(0, width, side)
+    ]
+    return [b for b in squares if store.is_active(b.x, b.y, b.width, b.height)]
 
 
-_worker: dict[str, Any] = {}
-"""What a worker process keeps between blocks."""
+_worker: list[Worker] = []
+"""The worker of this process."""
 
 
-def _start_worker(maps: Path, rules: InstanceRules, halo: int, n_classes: int, tissue: bytes | None) -> None:
-    geometry = None if tissue is None else shapely.from_wkb(tissue)
-    if geometry is not None:
-        shapely.prepare(geometry)
-    _worker.update(store=MapStore.open(maps), rules=rules, halo=halo, n_classes=n_classes, tissue=geometry)
+def _start_worker(setup: Setup) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+    _worker[:] = [Worker(setup)]
 
 
-def _run_block(block: Block) -> Nuclei:
-    return find_nuclei(
-        _worker["store"], block, _worker["halo"], _worker["rules"], _worker["n_classes"], _worker["tissue"]
-    )
+def _run_task(task: Task) -> tuple[Seam | None, dict[int, Entry]]:
+    return _worker[0].run(task)
 
 
 class _Inline(Executor):
     """Runs what it is given at once."""
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
-
-def _merge(parts: list[Nuclei]) -> Nuclei:
-    ids = np.concatenate([p.ids for p in parts])
-    order = np.argsort(ids, kind="stable")
-    runs = [r for p in parts for r in p.runs]
-    return Nuclei(
-        ids[order],
-        np.concatenate([p.geometry for p in parts])[order],
-        np.concatenate([p.class_ids for p in parts])[order],
-        np.concatenate([p.probability for p in parts])[order],
-        [runs[i] for i in order],
-    )
+    def map(self, fn: Callable[..., Any], *iterables: Any, **kwargs: Any) -> Iterator[Any]:
+        return map(fn, *iterables)
 
 
-def _take(nuclei: Nuclei, chosen: np.ndarray) -> Nuclei:
-    return Nuclei(
-        nuclei.ids[chosen],
-        nuclei.geometry[chosen],
-        nuclei.class_ids[chosen],
-        nuclei.probability[chosen],
-        [nuclei.runs[i] for i in np.flatnonzero(chosen)],
-    )
+def _executor(setup: Setup, workers: int) -> Executor:
+    if workers == 1:
+        _start_worker(setup)
+        return _Inline()
+    # Forked from a server that has imported everything once, and has no threads.
+    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    context = get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__, "scipy.sparse.csgraph", "skimage.segmentation"])
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(setup,))
+
+
+@dataclass
+class Census:
+    """All nuclei of a slide, on disk, not yet in order.
+
+    Parameters
+    ----------
+    entries : dict of int to list of Entry
+        Where the nuclei that begin in each band are.
+    followed : int
+        Components that no block saw whole.
+    cut : int
+        Components that were too large to be looked at whole.
+    """
+
+    entries: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    followed: int = 0
+    cut: int = 0
+
+    def batches(self) -> Iterator[pa.Table]:
+        """The nuclei in the order of their ids, a band at a time."""
+        for band in sorted(self.entries):
+            pieces = []
+            for entry in self.entries[band]:
+                with open(entry.path, "rb") as file:
+                    file.seek(entry.offset)
+                    pieces.append(pa.ipc.read_record_batch(pa.py_buffer(file.read(entry.size)), BATCH_SCHEMA))
+            table = pa.Table.from_batches(pieces)
+            yield table.take(pa.array(np.argsort(table.column("id").to_numpy())))
+
+
+def take_census(
+    setup: Setup,
+    *,
+    block: int = DEFAULT_BLOCK,
+    halo: int = DEFAULT_HALO,
+    workers: int = 1,
+) -> Census:
+    """Find all nuclei of a slide.
+
+    Parameters
+    ----------
+    setup : Setup
+        The slide.
+    block, halo : int
+        Side of a block and width of its halo in grid pixels. They change the speed, never the result.
+    workers : int
+        Processes.
+    """
+    if block < 1 or halo < 0 or workers < 1:
+        raise PipelineError(f"block {block}, halo {halo}, workers {workers}", "use at least 1, 0 and 1")
+    census = Census()
+    limit, cut = setup.max_component, setup.cut
+    store = MapStore.open(setup.maps)
+    blocks = slide_blocks(store, block)
+    total = sum(b.width * b.height for b in blocks) / 1e6
+    # A worker costs a second to start: none has less than two blocks.
+    with _executor(setup, min(workers, max(1, len(blocks) // 2))) as pool, Progress(total, "instances", "MP") as done:
+
+        def results(tasks: Iterable[Task]) -> Iterator[tuple[Task, Seam | None]]:
+            listed = list(tasks)
+            for task, (seam, entries) in zip(listed, pool.map(_run_task, listed), strict=True):
+                for band, entry in entries.items():
+                    census.entries[band].append(entry)
+                yield task, seam
+
+        seams = Seams(block)
+        for task, seam in results(Task(b, halo, survey=True) for b in blocks):
+            seams.add(task.block, seam)
+            done.advance(task.block.width * task.block.height / 1e6)
+        group, *parts = seams.parts()
+        first, boxes, finished = _whole(group, *parts)
+        size = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        giant = size > limit
+        follow = ~finished & ~giant
+        census.followed, census.cut = int(follow.sum()), int(giant.sum())
+        for _ in results(_windows(first[follow], boxes[follow], min(DEFAULT_BLOCK**2, limit))):
+            pass
+        if census.cut:
+            squares = _squares(store, parts[1][giant[group]], cut)
+            seams = Seams(cut)
+            for task, seam in results(Task(s, survey=True, nuclei=False) for s in squares):
+                seams.add(task.block, seam)
+            group, *parts = seams.parts()
+            _, boxes, _ = _whole(group, *parts)
+            giant = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) > limit
+            pieces = defaultdict(list)
+            for pixel in parts[0][giant[group]].tolist():
+                pieces[(pixel >> 32) // cut, (pixel & 0xFFFFFFFF) // cut].append(pixel)
+            tasks = [Task(s, chosen=tuple(pieces[s.y // cut, s.x // cut])) for s in squares]
+            for _ in results(t for t in tasks if t.chosen):
+                pass
+    return census
+
+
+def _squares(store: MapStore, boxes: np.ndarray, side: int) -> list[Block]:
+    """Squares of the slide's grid that meet any of the boxes."""
+    width, height = store.grid.width, store.grid.height
+    met = np.zeros((-(-height // side), -(-width // side)), bool)
+    for x0, y0, x1, y1 in boxes.tolist():
+        met[y0 // side : -(-y1 // side), x0 // side : -(-x1 // side)] = True
+    return [
+        Block(c * side, r * side, min(side, width - c * side), min(side, height - r * side))
+        for r, c in np.argwhere(met).tolist()
+    ]
+
+
+def regroup(parts: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Nuclei in groups of exactly `size` (the last may be smaller), each in one piece."""
+    held: list[pa.Table] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += part.num_rows
+        while count >= size:
+            joined = pa.concat_tables(held)
+            yield joined.slice(0, size).combine_chunks()
+            held, count = [joined.slice(size)], count - size
+    if count:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def slide_nuclei(
@@ -356,10 +591,11 @@ def slide_nuclei(
     block: int = DEFAULT_BLOCK,
     halo: int = DEFAULT_HALO,
     workers: int = 1,
-    n_classes: int = 1,
+    classes: Sequence[str] = ("Nucleus",),
     tissue: Any = None,
-) -> Iterator[Nuclei]:
-    """All nuclei of a slide in the order of their ids, a row of blocks at a time.
+    **limits: int,
+) -> pa.Table:
+    """All nuclei of a slide that fit into memory, in the order of their ids.
 
     Parameters
     ----------
@@ -367,87 +603,27 @@ def slide_nuclei(
         Store of maps.
     rules : InstanceRules
         Thresholds.
-    block, halo : int
-        Side of a block and width of its halo in grid pixels. They change the speed, never the result.
-    workers : int
-        Processes.
-    n_classes : int
-        Classes of the model.
+    block, halo, workers : int
+        See `take_census`.
+    classes : sequence of str
+        Names of the model's classes.
     tissue : shapely geometry, optional
         Nuclei whose centre lies outside are left out; level-0 pixels.
+    **limits : int
+        `max_component` and `cut` of `Setup`.
     """
-    if block < 1 or halo < 0 or workers < 1:
-        raise PipelineError(f"block {block}, halo {halo}, workers {workers}", "use at least 1, 0 and 1")
-    store = MapStore.open(maps)
-    grid = store.grid
-    start = (maps, rules, halo, n_classes, None if tissue is None else shapely.to_wkb(tissue))
-    rows: list[list[Block]] = []
-    for y in range(0, grid.height, block):
-        row = [
-            Block(x, y, min(block, grid.width - x), min(block, grid.height - y)) for x in range(0, grid.width, block)
-        ]
-        rows.append([b for b in row if store.is_active(b.x, b.y, b.width, b.height)])
-    pool: Executor
-    if workers == 1:
-        _start_worker(*start)
-        pool = _Inline()
-    else:
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=start)
-    total = sum(b.width * b.height for row in rows for b in row) / 1e6
-    with pool, Progress(total, "instances", "MP") as progress:
-        running: list[list[tuple[Block, Future[Nuclei]]]] = []
-        waiting: Nuclei | None = None
-        for index in range(len(rows)):
-            while len(running) <= 1 and index + len(running) < len(rows):  # this row and the next
-                running.append([(b, pool.submit(_run_block, b)) for b in rows[index + len(running)]])
-            parts = [] if waiting is None else [waiting]
-            for one, future in running.pop(0):
-                parts.append(future.result())
-                progress.advance(one.width * one.height / 1e6)
-            if not parts:
-                continue
-            merged = _merge(parts)
-            # Components of later rows begin later, so what begins above the next row is complete.
-            ready = merged.ids < np.uint64(min((index + 1) * block, grid.height) << 32)
-            waiting = _take(merged, ~ready)
-            if ready.any():
-                yield _take(merged, ready)
-        if waiting is not None and len(waiting.ids):
-            yield waiting
+    outline = None if tissue is None else shapely.to_wkb(tissue)
+    with tempfile.TemporaryDirectory() as spool:
+        setup = Setup(maps, rules, tuple(classes), Path(spool), outline, **limits)
+        found = take_census(setup, block=block, halo=halo, workers=workers)
+        return pa.concat_tables([BATCH_SCHEMA.empty_table(), *found.batches()]).combine_chunks()
 
 
-def regroup(parts: Iterator[Nuclei], size: int) -> Iterator[Nuclei]:
-    """Nuclei in groups of exactly `size` (the last may be smaller), so that files do not tell of the blocks."""
-    held: list[Nuclei] = []
-    count = 0
-    for part in parts:
-        held.append(part)
-        count += len(part.ids)
-        while count >= size:
-            merged = _merge(held)
-            first = np.arange(count) < size
-            yield _take(merged, first)
-            held, count = [_take(merged, ~first)], count - size
-    if count:
-        yield _merge(held)
-
-
-def _table(nuclei: Nuclei, schema: pa.Schema, names: list[str]) -> pa.Table:
-    lengths = np.array([r.size for r in nuclei.runs], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    flat = np.concatenate([r.ravel() for r in nuclei.runs]) if nuclei.runs else np.array([], np.int32)
-    runs = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()), type=RUNS_FIELD.type)
-    return pa.Table.from_arrays(
-        [
-            pa.array(nuclei.ids, pa.uint64()),
-            pa.array(nuclei.geometry, pa.binary()),
-            pa.array([names[i] for i in nuclei.class_ids], pa.string()),
-            pa.array(nuclei.class_ids, pa.uint8()),
-            pa.array(nuclei.probability, pa.float32()),
-            runs,
-        ],
-        schema=schema,
-    )
+def _bytes_of(geometry: pa.ChunkedArray) -> memoryview:
+    """The polygons of a column in one piece, one after another."""
+    array = geometry.chunk(0)
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+    return memoryview(array.buffers()[2])[int(offsets[0]) : int(offsets[-1])]
 
 
 def write_instances(
@@ -458,39 +634,43 @@ def write_instances(
     Returns
     -------
     dict
-        ``nuclei``, ``nuclei_per_s`` and ``digest``, the sha256 of ids, polygons and classes.
+        ``nuclei``, ``nuclei_per_s``, ``components_followed`` (that no block saw whole), ``components_cut`` (too large)
+        and ``digest``, the sha256 of ids, polygons and classes.
     """
-    store = MapStore.open(maps)
     about = {
         "slide": slide,
-        "grid": store.grid.to_json(),
+        "grid": MapStore.open(maps).grid.to_json(),
         "classes": package.colors,
         "model": {"name": package.name, "sha256": package.sha256},
     }
     schema = nuclei_schema(about, [RUNS_FIELD])
-    names = [c.name for c in package.classes]
     digest = hashlib.sha256()
     count = 0
-    with Progress(1, "nuclei", "slide") as clock, pq.ParquetWriter(out, schema, **COMPRESSION) as writer:
-        found = slide_nuclei(
-            maps,
-            package.thresholds,
-            block=block,
-            halo=halo,
-            workers=workers,
-            n_classes=len(names),
-            tissue=tissue,
-        )
-        for nuclei in regroup(found, ROW_GROUP):
-            count += len(nuclei.ids)
-            digest.update(nuclei.ids.tobytes())
-            digest.update(nuclei.class_ids.tobytes())
-            for polygon in nuclei.geometry:
-                digest.update(polygon)
-            writer.write_table(_table(nuclei, schema, names))
+    # Beside the table, under a name that `run_stage` clears away after a killed run.
+    with (
+        Progress(1, "nuclei", "slide") as clock,
+        tempfile.TemporaryDirectory(prefix=".part-spool-", suffix=f"-{out.name}", dir=out.parent) as spool,
+        pq.ParquetWriter(out, schema, **COMPRESSION) as writer,
+    ):
+        outline = None if tissue is None else shapely.to_wkb(tissue)
+        setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), Path(spool), outline)
+        census = take_census(setup, block=block, halo=halo, workers=workers)
+        for table in regroup(census.batches(), ROW_GROUP):
+            count += table.num_rows
+            digest.update(table.column("id").to_numpy().tobytes())
+            digest.update(table.column("class_id").to_numpy().tobytes())
+            digest.update(_bytes_of(table.column("geometry")))
+            writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
+        if census.cut:
+            log.warning(
+                "slide %r: %d components of more than %d pixels were cut along a grid of %d pixels: is the nucleus "
+                "map sound?", slide, census.cut, setup.max_component, setup.cut,
+            )  # fmt: skip
         return {
             "nuclei": count,
             "nuclei_per_s": round(count / max(clock.seconds, 1e-9), 1),
+            "components_followed": census.followed,
+            "components_cut": census.cut,
             "digest": digest.hexdigest(),
         }
 

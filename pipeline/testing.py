@@ -12,11 +12,18 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.grid import Grid
-from pipeline.kernels.instances import InstanceRules
+from pipeline.kernels.instances import InstanceRules, Pixels
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
 
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]
+
+
+def pixels_of(labels: np.ndarray) -> Pixels:
+    """The pixels of a label map, int ``(H, W)``."""
+    padded = np.pad(labels, ((0, 0), (0, 1)))
+    index = np.flatnonzero(padded)
+    return Pixels(index, padded.ravel()[index].astype(np.int32), int(labels.max(initial=0)), padded.shape[1])
 
 
 def nuclei_table(count: int, width: float, height: float, mpp: float = 0.25, seed: int = 0) -> pa.Table:

@@ -1,54 +1,126 @@
-"""Outlines of instances as polygons."""
+"""Pixel runs, outlines and polygons of many instances at once."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from pipeline.kernels.instances import Packing, Pixels, expand
+
 _KERNEL = np.ones((3, 3), np.uint8)
 
 
-def outline(mask: np.ndarray) -> list[tuple[np.ndarray, bool]]:
-    """Outlines of one instance through the middles of its border pixels' outer edges.
-
-    This is the marching-squares outline of a binary image: its area is the number of pixels less a half for an
-    instance without holes, unlike outlines through pixel centres, which lose half a pixel all round.
+def pixel_runs(pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
+    """Horizontal runs of instances.
 
     Parameters
     ----------
-    mask : numpy.ndarray
-        bool or uint8 ``(h, w)``.
+    pixels : Pixels
+        Their pixels.
 
     Returns
     -------
-    list of (numpy.ndarray, bool)
-        Open rings, int32 ``(n, 2)`` of x, y in *half* pixels from the mask's corner, and whether the ring is a hole.
-        Each hole follows its shell.
+    runs : numpy.ndarray
+        int32 ``(m, 3)``: row, first column, column after the last; instance by instance in the order of their labels,
+        within one in raster order.
+    starts : numpy.ndarray
+        int64 ``(count + 1,)``: where the runs of each instance begin, and `m`.
     """
-    height, width = mask.shape
+    index, label = pixels.index, pixels.label
+    if len(index) == 0:
+        return np.zeros((0, 3), np.int32), np.zeros(pixels.count + 1, np.int64)
+    first = np.flatnonzero(np.r_[True, (index[1:] != index[:-1] + 1) | (label[1:] != label[:-1])])
+    lengths = np.diff(np.r_[first, len(index)])
+    owner = label[first]
+    order = np.argsort(owner, kind="stable")
+    rows, starts = np.divmod(index[first], pixels.stride)
+    runs = np.stack([rows, starts, starts + lengths], axis=1).astype(np.int32)[order]
+    return runs, np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=pixels.count + 1)[1:])])
+
+
+def run_boxes(runs: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Left, top, width, height of instances, none of them empty, from what `pixel_runs` gave; int64 ``(n, 4)``."""
+    if len(starts) < 2:
+        return np.zeros((0, 4), np.int64)
+    left = np.minimum.reduceat(runs[:, 1], starts[:-1])
+    right = np.maximum.reduceat(runs[:, 2], starts[:-1])
+    top, bottom = runs[starts[:-1], 0], runs[starts[1:] - 1, 0] + 1
+    return np.stack([left, top, right - left, bottom - top], axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Outlines:
+    """Polygons as flat arrays.
+
+    Parameters
+    ----------
+    points : numpy.ndarray
+        ``(p, 2)`` of x, y: the points of all rings one after another; rings are open.
+    rings : numpy.ndarray
+        int64 ``(r + 1,)``: where each ring begins in `points`, and `p`.
+    polygons : numpy.ndarray
+        int64 ``(n + 1,)``: where each polygon begins among the rings, and `r`; the shell comes first.
+    """
+
+    points: np.ndarray
+    rings: np.ndarray
+    polygons: np.ndarray
+
+
+def outlines(runs: np.ndarray, starts: np.ndarray) -> Outlines:
+    """Outlines of instances through the middles of their border pixels' outer edges.
+
+    This is the marching-squares outline of a binary image: its area is the number of pixels less a half for an
+    instance without holes, unlike outlines through pixel centres, which lose half a pixel all round. Each middle lies
+    on one ring only, so the polygons are valid; pixels that touch at a corner are joined there.
+
+    Parameters
+    ----------
+    runs, starts : numpy.ndarray
+        What `pixel_runs` gave; each instance is 8-connected and none is empty.
+
+    Returns
+    -------
+    Outlines
+        Points int32 in *half* pixels from the window's corner, none of them in the middle of a straight run.
+    """
+    count = len(starts) - 1
+    if count == 0:
+        return Outlines(np.zeros((0, 2), np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64))
+    # Each instance has a place of its own in a packed image, so that neighbours do not touch there.
+    packing = Packing.of(run_boxes(runs, starts))
+    owner = np.repeat(np.arange(1, count + 1), np.diff(starts))
+    rows, columns = runs[:, 0] + packing.down[owner], runs[:, 1] + packing.right[owner]
     # On a lattice of half pixels, pixel centres are odd, edges and corners even; one step of padding all round.
-    lattice = np.zeros((2 * height + 3, 2 * width + 3), np.uint8)
-    lattice[2 : 2 * height + 1 : 2, 2 : 2 * width + 1 : 2] = mask
-    lattice = cv2.dilate(lattice, _KERNEL)
-    contours, hierarchy = cv2.findContours(lattice, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    rings: list[tuple[np.ndarray, bool]] = []
-    if not contours:
-        return rings
-    links = np.reshape(hierarchy, (-1, 4))
-    index = 0
-    while index >= 0:
-        rings.append((_midpoints(contours[index]), False))
-        hole = int(links[index, 2])
-        while hole >= 0:
-            rings.append((_midpoints(contours[hole]), True))
-            hole = int(links[hole, 0])
-        index = int(links[index, 0])
-    return [ring for ring in rings if len(ring[0]) >= 3]
+    lattice = np.zeros((2 * packing.shape[0] + 3, 2 * packing.shape[1] + 3), np.uint8)
+    stride = lattice.shape[1]
+    lattice.ravel()[expand((2 * rows + 2) * stride + 2 * columns + 2, runs[:, 2] - runs[:, 1], 2)] = 1
+    contours, hierarchy = cv2.findContours(cv2.dilate(lattice, _KERNEL), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    parent = np.reshape(hierarchy, (-1, 4))[:, 3]
+    lengths = np.fromiter(map(len, contours), np.int64, len(contours))
+    begins = np.cumsum(lengths) - lengths
+    points = np.concatenate(contours).reshape(-1, 2).astype(np.int32, copy=False) - 1
+    # A ring is known by its first point in raster order; that of a shell is the corner of its instance's first pixel.
+    key = np.minimum.reduceat(points[:, 1].astype(np.int64) * stride + points[:, 0], begins)
+    corners = 2 * rows[starts[:-1]] * stride + 2 * columns[starts[:-1]]
+    order = np.argsort(corners)
+    shell = parent < 0
+    label = np.zeros(len(contours), np.int64)
+    label[shell] = order[np.searchsorted(corners[order], key[shell])]
+    label[~shell] = label[parent[~shell]]
+    order = np.lexsort((key, ~shell, label))
 
-
-def _midpoints(contour: np.ndarray) -> np.ndarray:
-    points = contour.reshape(-1, 2) - 1
-    return points[((points[:, 0] ^ points[:, 1]) & 1) == 1]
+    middle = ((points[:, 0] ^ points[:, 1]) & 1) == 1
+    kept = np.add.reduceat(middle, begins, dtype=np.int64)
+    points, begins = points[middle], np.cumsum(kept) - kept
+    lengths = kept[order]
+    points = points[expand(begins[order], lengths)]
+    back = -2 * np.stack([packing.right, packing.down], axis=1).astype(np.int32)[1:]
+    points += np.repeat(back[label[order]], lengths, axis=0)
+    points, rings = drop_collinear(points, np.concatenate([[0], np.cumsum(lengths)]))
+    return Outlines(points, rings, np.concatenate([[0], np.cumsum(np.bincount(label, minlength=count))]))
 
 
 def drop_collinear(points: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,34 +140,82 @@ def drop_collinear(points: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
     """
     if len(points) == 0:
         return points, offsets
-    before = np.arange(-1, len(points) - 1)
-    after = np.arange(1, len(points) + 1)
     filled = offsets[:-1] < offsets[1:]
-    before[offsets[:-1][filled]] = offsets[1:][filled] - 1
-    after[offsets[1:][filled] - 1] = offsets[:-1][filled]
-    a = points - points[before]
-    b = points[after] - points
-    keep = (a[:, 0] * b[:, 1] != a[:, 1] * b[:, 0]) | ((a * b).sum(axis=1) < 0)
+    first, last = offsets[:-1][filled], offsets[1:][filled] - 1
+    step = np.empty_like(points)  # from each point to the next
+    np.subtract(points[1:], points[:-1], out=step[:-1])
+    step[last] = points[first] - points[last]
+    came = np.empty_like(step)
+    came[1:] = step[:-1]
+    came[first] = step[last]
+    keep = (came[:, 0] * step[:, 1] != came[:, 1] * step[:, 0]) | ((came * step).sum(axis=1) < 0)
     count = np.concatenate([[0], np.cumsum(keep)])
     return points[keep], count[offsets]
 
 
-def mask_runs(mask: np.ndarray) -> np.ndarray:
-    """Horizontal runs of an instance.
+def centroids(shapes: Outlines) -> np.ndarray:
+    """Centres of gravity of polygons with an area, float64 ``(n, 2)``; holes count as such."""
+    n = len(shapes.polygons) - 1
+    if n == 0:
+        return np.zeros((0, 2))
+    first, last = shapes.rings[:-1], shapes.rings[1:] - 1
+    shell = shapes.polygons[:-1]
+    # Coordinates from each polygon's first point on: the sums of small shapes far out would cancel otherwise.
+    origin = shapes.points[first[shell]].astype(np.float64)
+    owner = np.repeat(np.arange(n), np.diff(shapes.polygons))
+    here = shapes.points - np.repeat(origin[owner], np.diff(shapes.rings), axis=0)
+    following = np.empty_like(here)
+    following[:-1] = here[1:]
+    following[last] = here[first]
+    cross = here[:, 0] * following[:, 1] - following[:, 0] * here[:, 1]
+    area = np.add.reduceat(cross, first)
+    moments = np.add.reduceat((here + following) * cross[:, None], first)
+    # Whichever way a ring turns: shells count, holes are taken off.
+    sign = np.where(area < 0, -1.0, 1.0)
+    sign[np.setdiff1d(np.arange(len(area)), shell)] *= -1
+    total = np.add.reduceat(area * sign, shell)
+    return np.asarray(origin + np.add.reduceat(moments * sign[:, None], shell) / (3 * total)[:, None])
+
+
+def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
+    """Polygons as well-known binary, little-endian.
 
     Parameters
     ----------
-    mask : numpy.ndarray
-        bool ``(h, w)``.
+    shapes : Outlines
+        Polygons.
 
     Returns
     -------
-    numpy.ndarray
-        int32 ``(n, 3)``: row, first column, column after the last; in raster order.
+    data : numpy.ndarray
+        uint8: all polygons one after another.
+    offsets : numpy.ndarray
+        int64 ``(n + 1,)``: where each begins in `data`, and its size.
+
+    References
+    ----------
+    OGC 06-103r4, Simple feature access, part 1, section 8.
     """
-    edges = np.zeros((mask.shape[0], mask.shape[1] + 2), np.int8)
-    edges[:, 1:-1] = mask
-    steps = np.diff(edges, axis=1)
-    rows, starts = np.nonzero(steps == 1)
-    ends = np.nonzero(steps == -1)[1]
-    return np.column_stack([rows, starts, ends]).astype(np.int32)
+    lengths = np.diff(shapes.rings)
+    # A ring: its number of points, then the points, the first one again at the end.
+    ring_sizes = 4 + 16 * (lengths + 1)
+    ring_ends = np.concatenate([[0], np.cumsum(ring_sizes)])
+    polygons = len(shapes.polygons) - 1
+    offsets = ring_ends[shapes.polygons] + 9 * np.arange(polygons + 1)
+    data = np.zeros(int(offsets[-1]), np.uint8)
+    if polygons == 0:
+        return data, offsets
+    counts = np.diff(shapes.polygons)
+    ring_at = ring_ends[:-1] + 9 * (np.repeat(np.arange(polygons), counts) + 1)
+    words = np.ndarray((len(data) - 3,), "<u4", data, strides=(1,))
+    data[offsets[:-1]] = 1
+    words[offsets[:-1] + 1] = 3
+    words[offsets[:-1] + 5] = counts
+    words[ring_at] = lengths + 1
+    # Both coordinates of a point are moved as one piece of 16 bytes to wherever they belong.
+    places = np.ndarray((len(data) - 15,), "V16", data, strides=(1,))
+    values = np.ascontiguousarray(shapes.points, "<f8").view("V16").ravel()
+    at = np.repeat(ring_at + 4 - 16 * shapes.rings[:-1], lengths) + 16 * np.arange(len(values))
+    places[at] = values
+    places[ring_at + 4 + 16 * lengths] = values[shapes.rings[:-1]]
+    return data, offsets

@@ -1,8 +1,12 @@
-"""Instances from maps, one foreground component at a time.
+"""Instances from maps, all foreground components of a window at once.
 
 The nuclei of a foreground component depend on the component's own pixels (and the background pixels of its holes)
-and on nothing else: thresholds are fixed integers, markers are connected components, and the watershed runs on the
-component's own bounding box. Whoever holds the whole component gets the same nuclei.
+and on nothing else: thresholds are fixed integers, markers are connected components, and a flood never leaves its
+component nor depends on what else is flooded in the same call. Whoever holds the whole component gets the same
+nuclei.
+
+Regions are runs and lists of pixels here, hardly ever masks of the window, so that the work is in proportion to the
+foreground.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ a pixel, since a slope of one gives 128."""
 
 DEPTH_STEPS = 8
 """Steps of the marker map made from the nucleus map alone, a pixel of depth."""
+
+MARKER_REACH = 2
+"""Pixels around a component that `marker_map` looks at: half of the Sobel operator's."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,10 @@ class InstanceRules:
     markers : str
         What the marker map is made from, see `marker_map`.
     smooth : float
-        Sigma in pixels by which the marker map is smoothed; 0 for none.
+        Sigma in pixels by which the marker map is smoothed, 0 outside the component; 0 for none.
     depth : int
         Markers are the maxima that stand out by more than this (h-maxima) instead of all that reaches `marker`; 0 for
-        all.
+        all. Ways from one maximum to the next stay in the component.
     """
 
     nucleus: int = 128
@@ -113,78 +120,265 @@ class InstanceRules:
         return cls(markers=markers, **started.get(markers, {}))  # type: ignore[arg-type]
 
 
-def foreground_components(nucleus: np.ndarray, threshold: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """The pixels of labelled regions of a window in raster order.
+
+    Parameters
+    ----------
+    index : numpy.ndarray
+        int64 ``(n,)``: ``row * stride + column``, growing. The window's last column is empty, so that pixels with
+        consecutive numbers are neighbours.
+    label : numpy.ndarray
+        int32 ``(n,)``: 1 to `count`.
+    count : int
+        Number of labels.
+    stride : int
+        Columns of the window.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    count: int
+    stride: int
+
+
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """The 4-connected components of a window's foreground.
+
+    Parameters
+    ----------
+    image : numpy.ndarray
+        int32 ``(H, W)``: number of the component at each pixel, 0 is background. The last column is empty.
+    starts, ends : numpy.ndarray
+        int64 ``(m,)``: horizontal runs in raster order, as ``row * W + column`` of the first pixel and after the last.
+    label : numpy.ndarray
+        int32 ``(m,)``: component of each run.
+    first : numpy.ndarray
+        int64 ``(n,)``: first pixel of components 1 to n in raster order, ``row * W + column``.
+    boxes : numpy.ndarray
+        int64 ``(n, 4)``: left, top, width, height of the components.
+    areas : numpy.ndarray
+        int64 ``(n,)``: pixels.
+    """
+
+    image: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    label: np.ndarray
+    first: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Number of components."""
+        return len(self.first)
+
+
+def _components(mask: np.ndarray, connectivity: int) -> tuple[int, np.ndarray]:
+    """Number of components and background, and their numbers at each pixel, int32."""
+    # Without OpenCV's statistics, which take three times as long as the labels.
+    count, image = cv2.connectedComponentsWithAlgorithm(mask, connectivity, cv2.CV_32S, cv2.CCL_SPAGHETTI)
+    return count, image
+
+
+def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
     """4-connected components of the foreground.
 
     Parameters
     ----------
     nucleus : numpy.ndarray
-        uint8 nucleus map ``(H, W)``.
+        uint8 nucleus map ``(H, W)``; its last column is 0.
     threshold : int
         Foreground is at least this.
-
-    Returns
-    -------
-    components : numpy.ndarray
-        int32 ``(H, W)``, 0 is background.
-    boxes : numpy.ndarray
-        int32 ``(n, 5)``: left, top, width, height, area of components 1 to n.
     """
-    mask = (nucleus >= threshold).astype(np.uint8)
-    _, components, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4, ltype=cv2.CV_32S)
-    return components, stats[1:]
+    width = nucleus.shape[1]
+    mask = (nucleus >= threshold).view(np.uint8)
+    if mask[:, -1].any():
+        raise ValueError("the last column of a window must be empty")
+    count, image = _components(mask, 4)
+    borders = np.flatnonzero(np.diff(mask.ravel(), prepend=np.uint8(0)))
+    starts, ends = borders[0::2], borders[1::2]
+    label = image.ravel()[starts]
+    rows = starts // width
+    left, right = starts - rows * width, ends - rows * width
+    # Where several values go to one place the last one stays.
+    order = np.arange(len(starts))
+    first, last = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    first[label[::-1]], last[label] = order[::-1], order
+    first, last = first[1:], last[1:]
+    low, high = np.full(count, width), np.zeros(count, np.int64)
+    np.minimum.at(low, label, left)
+    np.maximum.at(high, label, right)
+    boxes = np.stack([low[1:], rows[first], (high - low)[1:], rows[last] - rows[first] + 1], axis=1)
+    areas = np.bincount(label, ends - starts, count)[1:].astype(np.int64)
+    return Foreground(image, starts, ends, label, starts[first], boxes, areas)
 
 
-def fill_small_holes(mask: np.ndarray, other: np.ndarray, max_hole: int) -> np.ndarray:
-    """Fill the holes of one component.
+def expand(starts: np.ndarray, lengths: np.ndarray, step: int = 1) -> np.ndarray:
+    """Numbers of runs: `lengths` numbers from each of `starts` on, `step` apart; int64."""
+    numbers = np.arange(0, step * int(lengths.sum()), step)
+    numbers += np.repeat(starts - step * (np.cumsum(lengths) - lengths), lengths)
+    return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Boxes side by side in an image of their own, some pixels apart from each other and from its edges.
 
     Parameters
     ----------
-    mask : numpy.ndarray
-        bool ``(H, W)``: the component, within its bounding box.
-    other : numpy.ndarray
-        bool ``(H, W)``: foreground of other components; a hole that holds some is left open.
-    max_hole : int
-        Larger holes (pixels) are left open.
+    shape : (int, int)
+        Rows and columns of the image.
+    down, right : numpy.ndarray
+        int64 ``(n + 1,)``: rows and columns from the window to the image for boxes 1 to n.
+    """
+
+    shape: tuple[int, int]
+    down: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, boxes: np.ndarray, used: np.ndarray | None = None, gap: int = 1) -> Packing:
+        """Pack boxes.
+
+        Parameters
+        ----------
+        boxes : numpy.ndarray
+            int ``(n, 4)``: left, top, width, height.
+        used : numpy.ndarray, optional
+            bool ``(n,)``: the boxes that need a place.
+        gap : int
+            Pixels between them.
+        """
+        down, right = np.zeros(len(boxes) + 1, np.int64), np.zeros(len(boxes) + 1, np.int64)
+        chosen = np.arange(len(boxes)) if used is None else np.flatnonzero(used)
+        if len(chosen) == 0:
+            return cls((1, 1), down, right)
+        # Shelves of boxes of falling height; a shelf's last box may reach beyond its nominal width.
+        width, height = boxes[chosen, 2] + gap, boxes[chosen, 3] + gap
+        order = np.argsort(-height, kind="stable")
+        chosen, width, height = chosen[order], width[order], height[order]
+        begins = np.cumsum(width) - width
+        shelf = begins // (int(float((width * height).sum()) ** 0.5) + 1)
+        change = np.r_[True, shelf[1:] != shelf[:-1]]
+        shelf = np.cumsum(change) - 1
+        tall = height[change]
+        left = begins - begins[change][shelf] + gap
+        down[chosen + 1] = (np.cumsum(tall) - tall)[shelf] + gap - boxes[chosen, 1]
+        right[chosen + 1] = left - boxes[chosen, 0]
+        return cls((int(tall.sum()) + gap, int((left + width).max())), down, right)
+
+    def place(self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Numbers in the image of pixels of the window, int64."""
+        return np.asarray((rows + self.down[label]) * self.shape[1] + columns + self.right[label])
+
+
+def _holes(
+    front: Foreground, packing: Packing, place: np.ndarray, label: np.ndarray, largest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of small holes in raster order, and the component around each.
+
+    A hole that holds another component is none.
+    """
+    none = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    image = np.ones(packing.shape, np.uint8)
+    image.ravel()[place] = 0
+    count, regions = _components(image, 8)
+    if count <= 2:  # the components and what is around them
+        return none
+    found = np.flatnonzero((regions != 0) & (regions != regions[0, 0]))
+    number = regions.ravel()[found]
+    small = np.bincount(number, minlength=count) <= largest
+    found, number = found[small[number]], number[small[number]]
+    if len(found) == 0:
+        return none
+    # Above a hole's first pixel is the component that it belongs to.
+    names = np.zeros(packing.shape, np.int32)
+    names.ravel()[place] = label
+    owner = np.zeros(count, np.int32)
+    owner[number[::-1]] = names.ravel()[found[::-1] - packing.shape[1]]
+    around = owner[number]
+    rows, columns = np.divmod(found, packing.shape[1])
+    index = (rows - packing.down[around]) * front.image.shape[1] + columns - packing.right[around]
+    empty = np.ones(count, bool)
+    empty[number[front.image.ravel()[index] != 0]] = False
+    index, around = index[empty[number]], around[empty[number]]
+    order = np.argsort(index)
+    return index[order], around[order]
+
+
+def _flood(
+    index: np.ndarray, label: np.ndarray, stride: int, boxes: np.ndarray, marker: np.ndarray, priority: np.ndarray
+) -> np.ndarray:
+    """Marker-controlled watershed of components, each on its own.
+
+    Markers flood in raster order, then pixel by pixel in the order of the highest `priority` on the way to it, and
+    among equals in the order in which they were reached; over 4-neighbours.
+
+    Parameters
+    ----------
+    index, label : numpy.ndarray
+        Pixels of the components and their component, as in `Pixels`.
+    stride : int
+        Columns of the window.
+    boxes : numpy.ndarray
+        Boxes of all components of the window.
+    marker : numpy.ndarray
+        int32 ``(n,)``: number of the marker that a pixel belongs to, or 0. Each component has at least one.
+    priority : numpy.ndarray
+        uint8 ``(n,)``: low comes first.
 
     Returns
     -------
     numpy.ndarray
-        bool ``(H, W)``.
+        int32 ``(n,)``: the marker that each pixel falls to.
+
+    References
+    ----------
+    Meyer and Beucher, J. Vis. Commun. Image Represent. 1990.
     """
-    # The frame joins all background that reaches the box's edge, which is no hole.
-    background = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
-    count, holes, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8, ltype=cv2.CV_32S)
-    if count <= 2:
-        return mask
-    holes = holes[1:-1, 1:-1]
-    fill = stats[:, cv2.CC_STAT_AREA] <= max_hole
-    outside = np.bincount(
-        np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]])[
-            ~np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-        ],
-        minlength=count,
-    )
-    fill &= outside == 0
-    fill &= np.bincount(holes[other], minlength=count) == 0
-    fill[0] = False  # label 0 is the component itself
-    return np.asarray(mask | fill[holes])
+    from skimage.segmentation import watershed
+
+    packing = Packing.of(boxes, np.bincount(label, minlength=len(boxes) + 1)[1:] > 0)
+    rows, columns = np.divmod(index, stride)
+    place = packing.place(rows, columns, label)
+    mask = np.zeros(packing.shape, bool)
+    mask.ravel()[place] = True
+    markers = np.zeros(packing.shape, np.int32)
+    markers.ravel()[place] = marker
+    # Inside a marker there is nothing left to flood: only its rim needs to enter the queue.
+    solid = markers > 0
+    inner = np.zeros_like(solid)
+    inner[1:-1, 1:-1] = solid[:-2, 1:-1] & solid[2:, 1:-1] & solid[1:-1, :-2] & solid[1:-1, 2:] & solid[1:-1, 1:-1]
+    mask &= ~inner
+    rim = np.where(inner, 0, markers)
+    # Of equal entries that are in the queue from the start, which comes first would depend on what else is in it: each
+    # pixel of a marker gets a value of its own, below all others.
+    value = np.zeros(packing.shape, np.float64)
+    value.ravel()[place] = priority
+    starts = np.flatnonzero(rim)
+    value.ravel()[starts] = np.arange(-len(starts), 0)
+    labels = watershed(value, rim, mask=mask)
+    return np.where(marker > 0, marker, labels.ravel()[place]).astype(np.int32)
 
 
 def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Channels) -> np.ndarray:
-    """Where the nuclei of one component have their middles: high there, low at their borders.
+    """Where nuclei have their middles: high there, low at their borders.
 
     ``distance``: the distance map as it is. ``contour``: the nucleus map where there is no contour. ``hv``: how fast
     the horizontal map rises to the right and the vertical one downwards, the smaller of both; inside a nucleus both
     rise, from one nucleus to the next they fall. ``nucleus``: the depth within the component. Scales are fixed, so
-    the map depends on the component alone.
+    a component's values depend on it alone, as long as no other is within `MARKER_REACH` pixels.
 
     Parameters
     ----------
     maps : numpy.ndarray
-        uint8 ``(C, H, W)`` on the component's bounding box.
+        uint8 ``(C, H, W)``.
     mask : numpy.ndarray
-        bool ``(H, W)``: the component.
+        bool ``(H, W)``: the components.
     markers : str
         One of `MARKER_SOURCES`.
     channels : Channels
@@ -217,7 +411,7 @@ def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Chann
         return np.asarray((product + 127) // 255, np.uint8)
     slopes = []
     for index, (dx, dy) in enumerate(((1, 0), (0, 1))):
-        # Background is the middle of the range; beyond the box there is none but background.
+        # Background is the middle of the range, and so is what lies beyond the image.
         level = np.pad(np.where(mask, maps[place + index], 128).astype(np.int16) - 128, 2)
         slopes.append(cv2.Sobel(level, cv2.CV_16S, dx, dy, ksize=5)[2:-2, 2:-2])
     return np.clip(128 + np.minimum(*slopes) // RISE, 0, 255).astype(np.uint8)
@@ -234,7 +428,7 @@ def standing_out(values: np.ndarray, depth: int) -> np.ndarray:
     Parameters
     ----------
     values : numpy.ndarray
-        uint8 ``(H, W)``.
+        uint8 or int16 ``(H, W)``, all far from the ends of int16.
     depth : int
         How far one has to go down from one maximum to get to a higher one, at most.
 
@@ -247,20 +441,56 @@ def standing_out(values: np.ndarray, depth: int) -> np.ndarray:
     # Everything is raised, so that maxima of less than the depth count too.
     raised = values.astype(np.int16) + depth
     flattened = reconstruction(raised - depth, raised, method="dilation")
-    return np.asarray(local_maxima(np.pad(flattened, 1, constant_values=-1), connectivity=2)[1:-1, 1:-1], bool)
+    padded = np.pad(flattened, 1, constant_values=flattened.min() - 1)
+    return np.asarray(local_maxima(padded, connectivity=2)[1:-1, 1:-1], bool)
 
 
-def split_component(
-    maps: np.ndarray, mask: np.ndarray, rules: InstanceRules, channels: Channels = Channels(distance=1)
-) -> np.ndarray:
-    """Divide one component into nuclei.
+def _marker_values(
+    maps: np.ndarray, index: np.ndarray, label: np.ndarray, boxes: np.ndarray, rules: InstanceRules, channels: Channels
+) -> tuple[np.ndarray, np.ndarray]:
+    """The marker map at pixels of components, uint8 ``(n,)``, and whether they belong to a marker, bool ``(n,)``."""
+    stride = maps.shape[2]
+    if rules.markers == "distance" and not rules.smooth and not rules.depth and channels.distance is not None:
+        values = maps[channels.distance].ravel()[index]
+        return values, values >= rules.marker
+    # Far enough apart that no component is within the other's reach.
+    gap = MARKER_REACH + 4 * int(np.ceil(rules.smooth))
+    packing = Packing.of(boxes, np.bincount(label, minlength=len(boxes) + 1)[1:] > 0, gap)
+    rows, columns = np.divmod(index, stride)
+    place = packing.place(rows, columns, label)
+    mask = np.zeros(packing.shape, bool)
+    mask.ravel()[place] = True
+    source: int | None = getattr(channels, rules.markers)
+    planes = [channels.nucleus]
+    if rules.markers != "nucleus" and source is not None:
+        planes += [source, source + 1] if rules.markers == "hv" else [source]
+    packed = np.zeros((len(planes), *packing.shape), np.uint8)
+    for plane, target in zip(planes, packed, strict=True):
+        target.ravel()[place] = maps[plane].ravel()[index]
+    places = {rules.markers: 1} if len(planes) > 1 else {}
+    image = marker_map(packed, mask, rules.markers, Channels(**places))
+    if rules.smooth > 0:
+        image = cv2.GaussianBlur(np.where(mask, image, 0).astype(np.uint8), (0, 0), rules.smooth)
+    values = image.ravel()[place]
+    seeds = values >= rules.marker
+    if rules.depth > 0 and seeds.any():
+        seeds &= standing_out(np.where(mask, image, -1000).astype(np.int16), rules.depth).ravel()[place]
+    return values, seeds
+
+
+def split_components(
+    maps: np.ndarray, front: Foreground, chosen: np.ndarray, rules: InstanceRules, channels: Channels
+) -> Pixels:
+    """Divide components into nuclei.
 
     Parameters
     ----------
     maps : numpy.ndarray
-        uint8 maps ``(C, H, W)`` on the component's bounding box.
-    mask : numpy.ndarray
-        bool ``(H, W)``: the component.
+        uint8 maps ``(C, H, W)`` of a window whose last column is empty.
+    front : Foreground
+        The components of the window.
+    chosen : numpy.ndarray
+        bool ``(n,)``: those to divide, each of them whole in the window.
     rules : InstanceRules
         Thresholds.
     channels : Channels
@@ -268,39 +498,50 @@ def split_component(
 
     Returns
     -------
-    numpy.ndarray
-        int32 ``(H, W)``: 1 to n in no particular order; too small nuclei are 0.
-
-    References
-    ----------
-    Marker-controlled watershed: Meyer and Beucher, J. Vis. Commun. Image Represent. 1990.
+    Pixels
+        The nuclei's pixels, nuclei in no particular order.
     """
-    labels = _divide(maps, mask, rules, channels)
-    if rules.min_area > 1:
-        labels[(np.bincount(labels.ravel()) < rules.min_area)[labels]] = 0
-    return labels
+    stride, count = front.image.shape[1], front.count
+    used = np.r_[False, chosen][front.label]
+    starts, label = front.starts[used], front.label[used]
+    lengths = front.ends[used] - starts
+    packing = Packing.of(front.boxes, chosen)
+    rows, columns = np.divmod(starts, stride)
+    place = expand(packing.place(rows, columns, label), lengths)
+    index, label = expand(starts, lengths), np.repeat(label, lengths)
+    if rules.max_hole:
+        filled, around = _holes(front, packing, place, label, rules.max_hole)
+        if len(filled):
+            before = np.searchsorted(index, filled)
+            index, label = np.insert(index, before, filled), np.insert(label, before, around)
+            rows, columns = np.divmod(filled, stride)
+            place = np.insert(place, before, packing.place(rows, columns, around))
 
-
-def _divide(maps: np.ndarray, mask: np.ndarray, rules: InstanceRules, channels: Channels) -> np.ndarray:
-    if rules.markers != "distance" and np.count_nonzero(mask) < 2 * rules.min_area:
-        return mask.astype(np.int32)  # no room for two nuclei
-    values = marker_map(maps, mask, rules.markers, channels)
-    if rules.smooth > 0:
-        values = cv2.GaussianBlur(np.where(mask, values, 0).astype(np.uint8), (0, 0), rules.smooth)
-    seeds = mask & (values >= rules.marker)
-    if rules.depth > 0 and seeds.any():
-        seeds &= standing_out(np.where(mask, values, 0), rules.depth)
-    count, markers, stats, _ = cv2.connectedComponentsWithStats(
-        seeds.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S
-    )
-    keep = stats[:, cv2.CC_STAT_AREA] >= rules.min_marker
-    keep[0] = False
-    if count > 2 and keep.sum() > 1:
-        from skimage.segmentation import watershed
-
-        markers[~keep[markers]] = 0
-        return np.asarray(watershed(255 - values, markers, mask=mask), np.int32)
-    return mask.astype(np.int32)
+    here: np.ndarray | slice = slice(None)
+    if rules.markers != "distance":  # which alone can tell where there is hardly room for two nuclei
+        here = np.flatnonzero((np.bincount(label, minlength=count + 1) >= 2 * rules.min_area)[label])
+    part, owner, at = index[here], label[here], place[here]
+    values, seeds = _marker_values(maps, part, owner, front.boxes, rules, channels)
+    image = np.zeros(packing.shape, np.uint8)
+    image.ravel()[at[seeds]] = 1
+    markers, found = _components(image, 8)
+    number = found.ravel()[at[seeds]]
+    component = np.zeros(markers, np.int32)
+    component[number] = owner[seeds]
+    keep = np.bincount(number, minlength=markers) >= max(rules.min_marker, 1)
+    several = np.bincount(component[keep], minlength=count + 1) > 1
+    result = label.copy()
+    where = np.flatnonzero(several[owner])
+    if len(where):
+        marker = np.zeros(len(part), np.int32)
+        marker[seeds] = np.where(keep[number], number, 0)
+        flooded = _flood(part[where], owner[where], stride, front.boxes, marker[where], 255 - values[where])
+        result[where if isinstance(here, slice) else here[where]] = count + flooded
+    keep = np.bincount(result, minlength=1) >= max(rules.min_area, 1)
+    numbers = np.cumsum(keep, dtype=np.int32)
+    if not keep[result].all():
+        index, result = index[keep[result]], result[keep[result]]
+    return Pixels(index, numbers[result], int(numbers[-1]), stride)
 
 
 def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channels(distance=1)) -> np.ndarray:
@@ -320,19 +561,9 @@ def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channel
     numpy.ndarray
         int32 label map ``(H, W)``, 0 is background.
     """
-    components, boxes = foreground_components(maps[channels.nucleus], rules.nucleus)
-    result = np.zeros(components.shape, np.int32)
-    used = 0
-    for index, (left, top, width, height, area) in enumerate(boxes, start=1):
-        if area < rules.min_area:
-            continue
-        box = np.s_[top : top + height, left : left + width]
-        here = components[box]
-        mask = here == index
-        if area < width * height:
-            mask = fill_small_holes(mask, (here != 0) & ~mask, rules.max_hole)
-        labels = split_component(maps[(slice(None), *box)], mask, rules, channels)
-        window = result[box]
-        np.copyto(window, labels + used, where=labels > 0)
-        used += int(labels.max(initial=0))
-    return result
+    padded = np.pad(maps, ((0, 0), (0, 0), (0, 1)))
+    front = foreground(padded[channels.nucleus], rules.nucleus)
+    pixels = split_components(padded, front, front.areas >= rules.min_area, rules, channels)
+    result = np.zeros(padded.shape[1:], np.int32)
+    result.ravel()[pixels.index] = pixels.label
+    return np.ascontiguousarray(result[:, :-1])

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.kernels.contours import drop_collinear, mask_runs, outline
+from pipeline.kernels.contours import centroids, drop_collinear, outlines, pixel_runs, polygon_wkb
+from pipeline.testing import pixels_of
+
+
+def polygons(labels: np.ndarray) -> np.ndarray:
+    shapes = outlines(*pixel_runs(pixels_of(labels)))
+    data, offsets = polygon_wkb(replace(shapes, points=shapes.points / 2))
+    return shapely.from_wkb([data[a:b].tobytes() for a, b in itertools.pairwise(offsets)])
 
 
 def polygon(mask: np.ndarray) -> shapely.Polygon:
-    rings = outline(mask)
-    points, offsets = drop_collinear(
-        np.concatenate([r for r, _ in rings]), np.concatenate([[0], np.cumsum([len(r) for r, _ in rings])])
-    )
-    parts = [points[a:b] / 2 for a, b in itertools.pairwise(offsets)]
-    return shapely.Polygon(parts[0], parts[1:])
+    return polygons(mask.astype(np.int32))[0]
 
 
 def blob(seed: int, size: int = 24) -> np.ndarray:
@@ -34,7 +38,7 @@ def blob(seed: int, size: int = 24) -> np.ndarray:
     return mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31))
 def test_area_and_place(seed: int) -> None:
     mask = blob(seed)
@@ -64,14 +68,78 @@ def test_hole_is_kept() -> None:
     assert not shape.contains(shapely.Point(3.5, 3.5))
 
 
+def touching(seed: int) -> np.ndarray:
+    """A field of 4-connected regions that touch each other, some with holes that hold others."""
+    random = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(random.normal(size=(random.integers(1, 32), random.integers(1, 32))), 1.2)
+    levels = np.digitize(noise, np.quantile(noise, [0.3, 0.5, 0.8]))
+    labels, count = np.zeros(noise.shape, np.int32), 0
+    for level in range(1, 4):
+        parts, found = ndimage.label(levels == level)
+        labels[parts > 0] = parts[parts > 0] + count
+        count += found
+    return labels
+
+
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31))
-def test_runs_are_the_mask(seed: int) -> None:
-    mask = blob(seed)
-    again = np.zeros_like(mask)
-    for row, start, end in mask_runs(mask):
-        assert not again[row, start:end].any()
-        again[row, start:end] = True
-    np.testing.assert_array_equal(again, mask)
+def test_many_at_once_are_each_alone(seed: int) -> None:
+    labels = touching(seed)
+    found = polygons(labels)
+    assert len(found) == labels.max()
+    assert shapely.is_valid(found).all()
+    for label, shape in enumerate(found, start=1):
+        rows, columns = np.nonzero(labels == label)
+        top, left = rows.min(), columns.min()
+        mask = labels[top : rows.max() + 1, left : columns.max() + 1] == label
+        assert shapely.to_wkb(shapely.affinity.translate(polygon(mask), left, top)) == shapely.to_wkb(shape)
+        assert shapely.contains_xy(shape, columns + 0.5, rows + 0.5).all()
+    # Outlines of neighbours cut corners, so no two of them overlap.
+    tree = shapely.STRtree(found)
+    for a, b in tree.query(found, "overlaps").T:
+        assert found[a].intersection(found[b]).area == 0
+
+
+def test_pixels_that_touch_at_a_corner_are_joined() -> None:
+    shape = polygon(np.eye(3, dtype=bool))
+    assert shape.is_valid
+    assert shape.area == 3 * 0.5 + 2 * 0.5
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31))
+def test_runs_are_the_labels(seed: int) -> None:
+    labels = touching(seed)
+    runs, starts = pixel_runs(pixels_of(labels))
+    again = np.zeros_like(labels)
+    for label, (a, b) in enumerate(itertools.pairwise(starts), start=1):
+        for row, start, end in runs[a:b]:
+            assert not again[row, start:end].any()
+            again[row, start:end] = label
+        assert (np.diff(runs[a:b, 0].astype(np.int64) * 100 + runs[a:b, 1]) > 0).all()
+    np.testing.assert_array_equal(again, labels)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31))
+def test_wkb_and_centres_are_those_of_geos(seed: int) -> None:
+    shapes = outlines(*pixel_runs(pixels_of(touching(seed))))
+    shapes = replace(shapes, points=shapes.points * np.array([0.51, 0.49]) + 70_000)
+    rings = shapely.linearrings(
+        shapes.points, indices=np.repeat(np.arange(len(shapes.rings) - 1), np.diff(shapes.rings))
+    )
+    expected = shapely.polygons(rings, indices=np.repeat(np.arange(len(shapes.polygons) - 1), np.diff(shapes.polygons)))
+    data, offsets = polygon_wkb(shapes)
+    assert [data[a:b].tobytes() for a, b in itertools.pairwise(offsets)] == list(shapely.to_wkb(expected))
+    np.testing.assert_allclose(centroids(shapes), shapely.get_coordinates(shapely.centroid(expected)), atol=1e-6)
+
+
+def test_no_pixels() -> None:
+    runs, starts = pixel_runs(pixels_of(np.zeros((4, 4), np.int32)))
+    assert runs.shape == (0, 3)
+    shapes = outlines(runs, starts)
+    data, offsets = polygon_wkb(shapes)
+    assert (len(data), offsets.tolist(), centroids(shapes).shape) == (0, [0], (0, 2))
 
 
 def test_drop_collinear_without_points() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from pipeline import measure
 from pipeline.grid import Grid
 from pipeline.kernels import stain as stain_kernel
-from pipeline.kernels.contours import mask_runs, outline
+from pipeline.kernels.contours import outlines, pixel_runs
 from pipeline.kernels.measure import StainSums, cut_runs, polygon_shapes
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema, open_nuclei
 from pipeline.stage import write_json
+from pipeline.testing import pixels_of
 
 GRID = Grid(700, 500, 0.5, 2.0, 2.0)
 
@@ -43,7 +45,9 @@ def blobs(count: int, seed: int = 1) -> np.ndarray:
 
 
 def polygon_of(mask: np.ndarray, top: int, left: int, scale: float = 1.0) -> shapely.Polygon:
-    rings = [(points / 2 + (left, top)) * scale for points, _ in outline(mask)]
+    found = outlines(*pixel_runs(pixels_of(mask.astype(np.int32))))
+    points = (found.points / 2 + (left, top)) * scale
+    rings = [points[a:b] for a, b in itertools.pairwise(found.rings)]
     return shapely.Polygon(rings[0], rings[1:])
 
 
@@ -205,7 +209,9 @@ def scene() -> tuple[np.ndarray, np.ndarray, pa.Table]:
                 "class": "nucleus",
                 "class_id": 0,
                 "probability": 0.5,
-                "runs": (mask_runs(mask) + np.array([top, left, left], np.int32)).ravel().tolist(),
+                "runs": (pixel_runs(pixels_of(mask.astype(np.int32)))[0] + np.array([top, left, left], np.int32))
+                .ravel()
+                .tolist(),
             }
         )
     rows.sort(key=lambda row: row["id"])
