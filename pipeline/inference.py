@@ -25,8 +25,7 @@ from pipeline.kernels.stain import StainTransform
 from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
-from pipeline.networks.outputs import Outputs, map_names
-from pipeline.networks.registry import NETWORKS
+from pipeline.networks.outputs import FindsInstances, Outputs, map_names
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
@@ -266,10 +265,10 @@ def infer_slide(
         path, tiles.grid, channels, active, CELL, (grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride)
     )
     windows = list(active_windows(grid, active, CELL))
-    draws = NETWORKS[package.network].instances
-    if draws:  # each window draws the nuclei of its core alone
-        predictor.network.margin = package.overlap // 2  # type: ignore[assignment]
-    blender, writer = Blender(grid, len(channels), largest=draws), MapWriter(store, grid)
+    if isinstance(predictor.network, FindsInstances):
+        predictor.network.margin = grid.overlap // 2
+    blender = Blender(grid, len(channels), largest=isinstance(predictor.network, FindsInstances))
+    writer = MapWriter(store, grid)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
         patches = [tiles.read(*grid.origin(*window), grid.patch, grid.patch) for window in batch]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipeline.errors import PipelineError
 
@@ -42,6 +42,20 @@ def map_names(heads: Sequence[str], classes: Sequence[str] = ()) -> tuple[str, .
             f"heads {', '.join(heads) or 'none'}", "list each once, nucleus first, type last (where there is one)"
         )
     return tuple(names)
+
+
+@runtime_checkable
+class FindsInstances(Protocol):
+    """A network that finds instances by itself and draws its maps from them.
+
+    Neighbouring windows' maps are then joined by taking the larger value.
+    """
+
+    margin: int
+    """Pixels from a window's border to its core; nuclei are drawn whose middle lies in the core."""
+
+    def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss of images ``(N, 3, H, W)`` in [0, 1] and their label maps ``(N, H, W)``: ``loss`` and its parts."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,16 @@ class Outputs:
             Gives logits.
         images : torch.Tensor
             float ``(N, 3, H, W)`` in [0, 1].
+
+        Raises
+        ------
+        PipelineError
+            When drawn instances would be averaged.
         """
+        if self.tta != "none" and isinstance(network, FindsInstances):
+            raise PipelineError(
+                f"test-time augmentation {self.tta!r} of a network that finds instances itself", "use none"
+            )
         total: Tensor | None = None
         for index in range(TTA[self.tta]):
             turned, rows, columns = bool(index & 4), bool(index & 1), bool(index & 2)

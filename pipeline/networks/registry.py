@@ -100,6 +100,7 @@ NETWORKS = {
         factory="CENet",
         source="CE-Net (Gu et al. 2019) on ResNet-34",
         stride=32,
+        heads=("nucleus", "contour"),
         pretrained=True,
     ),
     "mtl": NetworkFamily(
@@ -137,6 +138,7 @@ NETWORKS = {
         factory="SharedHoVerNet",
         source="HoVer-Net (Graham et al. 2019) with one decoder, on SE-ResNeXt-50 (Hu et al. 2018)",
         stride=8,
+        heads=("nucleus", "hv"),
         pretrained=True,
     ),
     "hovernet-se-101": NetworkFamily(
@@ -144,6 +146,7 @@ NETWORKS = {
         factory="SharedHoVerNet",
         source="HoVer-Net with one decoder as hovernet-se, on SE-ResNeXt-101",
         stride=8,
+        heads=("nucleus", "hv"),
         args={"layers": (3, 4, 23, 3)},
         pretrained=True,
     ),

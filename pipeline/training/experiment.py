@@ -63,7 +63,7 @@ class Experiment:
     network, network_args
         The network.
     heads : tuple of str
-        Its heads, nucleus first, type last.
+        Its heads, nucleus first, type last; none: those that the network is listed with.
     classes : tuple of str
         Classes of the type head; without any, those that the data have.
     class_names : dict
@@ -104,7 +104,7 @@ class Experiment:
     mpp: float = 0.5
     network: str = "resunet"
     network_args: dict[str, Any] = field(default_factory=dict)
-    heads: tuple[str, ...] = ("nucleus", "distance")
+    heads: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     class_names: dict[str, str] = field(default_factory=dict)
     loss: tuple[dict[str, Any], ...] = ()
@@ -128,6 +128,14 @@ class Experiment:
         if self.network not in NETWORKS:
             raise PipelineError(
                 f"train: unknown network {self.network!r}", f"choose from {', '.join(sorted(NETWORKS))}"
+            )
+        if not self.heads:
+            object.__setattr__(self, "heads", NETWORKS[self.network].heads)
+        drawn = self.heads == ("nucleus", "distance") and self.evaluation.tta == "none"
+        if NETWORKS[self.network].instances and not drawn:
+            raise PipelineError(
+                f"train: {self.network} with heads {', '.join(self.heads)} and evaluation.tta {self.evaluation.tta}",
+                "it finds instances itself: use heads nucleus, distance and tta none",
             )
         stride = NETWORKS[self.network].stride
         for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.models.weights import load_weights
-from pipeline.networks.outputs import Outputs
+from pipeline.networks.outputs import FindsInstances, Outputs
 from pipeline.training.data import Field
 from pipeline.training.losses import CombinedLoss
 from pipeline.training.predict import predict_field
@@ -126,9 +126,12 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Loss of one batch of uint8 images and targets ``(N, H, W, C)``."""
         image, sample = batch
-        image = image.permute(0, 3, 1, 2).float().div(255)
-        logits = self(image.contiguous(memory_format=torch.channels_last))
-        parts = self.job.loss(logits, self.job.targets.unpack(sample))
+        image = image.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+        targets = self.job.targets.unpack(sample)
+        if isinstance(self.network, FindsInstances):
+            parts = self.network.loss(image, targets["label"])
+        else:
+            parts = self.job.loss(self(image), targets)
         if not torch.isfinite(parts["loss"]):
             raise PipelineError(
                 f"the loss is {float(parts['loss'].detach())} at step {self.global_step}",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.kernels.blend import Blender, PatchGrid
-from pipeline.networks.outputs import Outputs
+from pipeline.networks.outputs import FindsInstances, Outputs
 
 WINDOWS_AT_ONCE = 8
 
@@ -53,6 +53,8 @@ def predict_field(
     network.eval()
     device = next(network.parameters()).device
     mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if isinstance(network, FindsInstances):
+        network.margin = 0 if window is None else window[1] // 2
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, mixed):
         maps = _in_one(network, image, outputs) if window is None else _in_windows(network, image, outputs, *window)
     network.train(was_training)
@@ -79,7 +81,7 @@ def _in_windows(network: nn.Module, image: np.ndarray, outputs: Outputs, patch: 
     grid = PatchGrid(width, height, patch, overlap)
     bottom, right = (count * grid.stride - side for count, side in ((grid.rows, height), (grid.columns, width)))
     padded = cv2.copyMakeBorder(image, overlap, bottom, overlap, right, cv2.BORDER_REFLECT)
-    blender = Blender(grid, len(outputs.names))
+    blender = Blender(grid, len(outputs.names), largest=isinstance(network, FindsInstances))
     bands = []
     for row in range(grid.rows):
         corners = [(row * grid.stride, column * grid.stride) for column in range(grid.columns)]

@@ -22,7 +22,7 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network, load_weights
 from pipeline.networks.outputs import Outputs, map_names
-from pipeline.networks.registry import build_network
+from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.training.data import Field, load_fields, source_name
 from pipeline.training.evaluate import Evaluator
 from pipeline.training.experiment import Experiment
@@ -137,7 +137,7 @@ class Run:
             classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
             if not classes:
                 raise PipelineError("train: a type head, but no field has classes", "leave the head out")
-        self.targets = Targets(experiment.heads, classes)
+        self.targets = Targets(experiment.heads, classes, NETWORKS[experiment.network].instances)
         self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)

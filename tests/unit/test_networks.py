@@ -30,7 +30,7 @@ from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
-from pipeline.networks.registry import NETWORKS, build_network  # noqa: E402
+from pipeline.networks.registry import NETWORKS, build_network, head_channels  # noqa: E402
 from pipeline.networks.squeeze import SqueezeEncoder  # noqa: E402
 
 NARROW = {"widths": [4, 6, 8, 8, 12]}
@@ -127,34 +127,49 @@ def test_shapes_and_gradients(name: str) -> None:
             assert network(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
 
 
+def infer(folder: Path, model: Path, batch: int = 2) -> np.ndarray:
+    """Maps of a small slide of tiles, made by the command."""
+    write_tiles(folder / "tiles.zarr", Grid(192, 192, 0.5, 2.0, 2.0))
+    ok = {"status": "ok", "failure": None}
+    (folder / "tiles.json").write_text(json.dumps({"stage": "tiles", **ok}))
+    (folder / "stain.json").write_text(json.dumps({"stage": "stain", **ok, "transform": {"method": "none"}}))
+    options = {
+        "slide": "s",
+        "tiles": folder / "tiles.json",
+        "zarr": folder / "tiles.zarr",
+        "stain": folder / "stain.json",
+        "model": model,
+        "device": "cpu",
+        "batch": batch,
+        "threads": 1,
+        "out": folder / "maps.json",
+        "zarr-out": folder / "maps.zarr",
+    }
+    assert main(["infer", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    return MapStore.open(folder / "maps.zarr").read(0, 0, 192, 192)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_infer_takes_a_package_of_every_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_fetching(monkeypatch)
     args = SMALL[name] | ({"encoder_weights": "imagenet"} if NETWORKS[name].pretrained else {})
-    package = write_package(tmp_path / "model", name, args)
-    write_tiles(tmp_path / "tiles.zarr", Grid(192, 192, 0.5, 2.0, 2.0))
-    ok = {"status": "ok", "failure": None}
-    (tmp_path / "tiles.json").write_text(json.dumps({"stage": "tiles", **ok}))
-    (tmp_path / "stain.json").write_text(json.dumps({"stage": "stain", **ok, "transform": {"method": "none"}}))
-    options = {
-        "slide": "s",
-        "tiles": tmp_path / "tiles.json",
-        "zarr": tmp_path / "tiles.zarr",
-        "stain": tmp_path / "stain.json",
-        "model": package.folder,
-        "device": "cpu",
-        "batch": 2,
-        "threads": 1,
-        "out": tmp_path / "maps.json",
-        "zarr-out": tmp_path / "maps.zarr",
-    }
-    assert main(["infer", *(f"--{key}={value}" for key, value in options.items())]) == 0
-    maps = MapStore.open(tmp_path / "maps.zarr").read(0, 0, 192, 192)
-    assert maps.shape == (2, 192, 192)
+    package = write_package(tmp_path / "model", name, args, heads=NETWORKS[name].heads)
+    maps = infer(tmp_path, package.folder)
+    assert maps.shape == (head_channels(NETWORKS[name].heads), 192, 192)
     assert len(np.unique(maps[:, 64:128, 64:128])) > 1
     # The packed weights are all that the network has.
     loaded = {k: v for k, v in load_network(package).state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.testing.assert_close(loaded, load_file(package.weights))
+
+
+def test_drawn_instances_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    package = write_package(tmp_path / "model", "maskrcnn", MASK, overlap=24)
+    maps = []
+    for batch in (1, 3):
+        (tmp_path / str(batch)).mkdir()
+        maps.append(infer(tmp_path / str(batch), package.folder, batch))
+    assert maps[0].any()
+    np.testing.assert_array_equal(maps[0], maps[1])
 
 
 def test_wrong_arguments_are_one_line() -> None:

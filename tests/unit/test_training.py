@@ -156,6 +156,24 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_network_that_finds_instances_trains_and_packs(data: Path, tmp_path: Path) -> None:
+    args = {"backbone": "resnet18", "channels": 8, "hidden": 8, "convolutions": 1, "proposals": 20, "score": 0.1}
+    value = section(data, network="maskrcnn", network_args=args, final_steps=0, validation=1)
+    value |= {"patch": 64, "overlap": 32, "evaluation": {"tune": False}}
+    experiment = Experiment.from_json(value)
+    assert experiment.heads == ("nucleus", "distance")
+    evaluation = run_experiment(experiment, tmp_path / "work", tmp_path / "model", "cpu")
+    package = ModelPackage.load(tmp_path / "model", verify=True)
+    assert package.metrics["mean"] == evaluation["mean"]
+    image, _ = make_field(100, 90, 0.5, seed=9)
+    maps = predict_field(load_network(package), image, Outputs(map_names(package.heads)), (64, 32))
+    assert maps.shape == (2, *image.shape[:2])
+    for change in ({"heads": ["nucleus"]}, {"evaluation": {"tta": "flips"}}):
+        with pytest.raises(PipelineError, match="maskrcnn with heads"):
+            Experiment.from_json(value | change)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_another_experiment_of_the_same_name_is_one_line(data: Path, tmp_path: Path) -> None:
     run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
     other = Experiment.from_json(section(data, final_steps=0, network_args={"widths": [6, 8, 12]}))
