@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ METRICS = ("protocol", "mean", "interval_95", "organs", "batchwise", "images")
 
 COLORS = ((46, 160, 67), (214, 69, 65), (52, 120, 200), (240, 170, 40), (140, 90, 190), (60, 180, 180), (120, 120, 120))
 """Colours of classes, in their order."""
+
+
+def recorded_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's arguments for the card: of a file of encoder weights, its name alone."""
+    weights = args.get("encoder_weights")
+    return {**args, "encoder_weights": Path(weights).name} if weights else dict(args)
 
 
 def pack(
@@ -65,7 +71,7 @@ def pack(
         patch=experiment.patch,
         overlap=experiment.overlap,
         network=experiment.network,
-        network_args=experiment.network_args,
+        network_args=recorded_args(experiment.network_args),
         heads=experiment.heads,
         classes=tuple(
             NucleusClass(name, COLORS[index % len(COLORS)]) for index, name in enumerate(classes or ["Nucleus"])

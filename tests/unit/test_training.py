@@ -26,6 +26,7 @@ from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
+from pipeline.training.pack import recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
@@ -237,3 +238,10 @@ def test_bootstrap_interval_holds_the_mean() -> None:
     low, high = bootstrap_interval(values)
     assert low < values.mean() < high
     assert math.isclose(high - low, 4 * 0.05 / math.sqrt(14), rel_tol=0.5)
+
+
+def test_the_card_does_not_tell_of_the_trainers_folders() -> None:
+    args = {"encoder_weights": "/home/somebody/weights/resnet34.pth", "normalise": True}
+    assert recorded_args(args) == {"encoder_weights": "resnet34.pth", "normalise": True}
+    assert recorded_args({"encoder_weights": None}) == {"encoder_weights": None}
+    assert recorded_args({"encoder_weights": "imagenet"}) == {"encoder_weights": "imagenet"}
