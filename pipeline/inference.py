@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances, Outputs, map_names
+from pipeline.networks.registry import build_method, needs_torch
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
-"""Windows a batch by device."""
+DEFAULT_BATCH = 64
+"""Windows a forward pass on a GPU."""
 
 READ_AHEAD = 3
 """Batches that are read ahead of the network."""
@@ -63,15 +65,89 @@ def choose_device(name: str) -> str:
     return name
 
 
-class Predictor:
-    """A model's network on a device.
+class Predictor(Protocol):
+    """What makes maps of windows.
+
+    Parameters
+    ----------
+    batch : int
+        Windows that it is given at once.
+    network : torch.nn.Module, optional
+        The network, where there is one.
+    """
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def network(self) -> Any: ...
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)``."""
+
+
+class WindowPredictor:
+    """One window at a time, on several threads: what comes out of a window depends on nothing else.
+
+    On CPUs this is also faster than batches, whose layers outgrow the caches.
+
+    Parameters
+    ----------
+    maps : callable
+        Makes uint8 maps ``(C, H, W)`` of a window uint8 ``(H, W, 3)``.
+    threads : int
+        Windows at once.
+    batch : int
+        Windows that it is given at once.
+    network : torch.nn.Module, optional
+        The network behind it.
+    """
+
+    def __init__(
+        self, maps: Callable[[np.ndarray], np.ndarray], threads: int, batch: int = 0, network: nn.Module | None = None
+    ) -> None:
+        self.maps = maps
+        self.batch = batch or 4 * threads
+        self.network = network
+        self._pool = ThreadPoolExecutor(threads, "maps")
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        """Maps of windows, see `Predictor`."""
+        return np.stack(list(self._pool.map(self.maps, patches)))
+
+
+def network_on_cpu(network: nn.Module, outputs: Outputs) -> Callable[[np.ndarray], np.ndarray]:
+    """A network as a function from a window to its maps, for `WindowPredictor`.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Gives logits ``(N, C, H, W)`` for images in [0, 1].
+    outputs : Outputs
+        What its logits mean.
+    """
+    import torch
+
+    network.to(memory_format=torch.channels_last).eval()
+
+    def maps(window: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            x = torch.from_numpy(window[None]).permute(0, 3, 1, 2)
+            found = outputs.predict(network, x.float().div(255))[0]
+            return np.asarray(found.mul(255).round().to(torch.uint8))
+
+    return maps
+
+
+class BatchPredictor:
+    """Batches of one size on a GPU.
 
     Parameters
     ----------
     network : torch.nn.Module
         Gives logits ``(N, C, H, W)`` for images in [0, 1].
     device : str
-        ``cpu`` or ``cuda``.
+        ``cuda``, or ``cpu`` for comparison.
     batch : int
         Windows a forward pass; halves itself when the device runs out of memory.
     outputs : Outputs
@@ -90,18 +166,7 @@ class Predictor:
             self._dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Predict windows.
-
-        Parameters
-        ----------
-        patches : numpy.ndarray
-            uint8 ``(N, H, W, 3)``.
-
-        Returns
-        -------
-        numpy.ndarray
-            uint8 ``(N, C, H, W)``; 255 is probability 1.
-        """
+        """Maps of windows, see `Predictor`."""
         import torch
 
         done: list[np.ndarray] = []
@@ -134,6 +199,61 @@ class Predictor:
             x = torch.from_numpy(patches).to(self.device).permute(0, 3, 1, 2)
             maps = self.outputs.predict(self.network, x.float().div(255))[:count]
             return np.asarray(maps.mul(255).round().to(torch.uint8).cpu())
+
+
+@contextmanager
+def one_result() -> Iterator[None]:
+    """Let torch choose kernels that give the same bits in every run on the same machine; undone at the end."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    cudnn = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, torch.get_num_threads()
+    filled = memory.fill_uninitialized_memory
+    # Warned of, not refused: a network may hold an operation that has no such kernel.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # which costs time and is for finding bugs
+    cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = filled
+        cudnn.benchmark = before[1]
+        torch.set_num_threads(before[2])
+
+
+def choose_predictor(package: ModelPackage, device: str, batch: int, threads: int) -> tuple[Predictor, str]:
+    """A package's predictor, and the name of the device that it runs on.
+
+    Parameters
+    ----------
+    package : ModelPackage
+        The model.
+    device : {"auto", "cpu", "cuda"}
+        Where it shall run.
+    batch : int
+        Windows at once; 0 chooses by device.
+    threads : int
+        CPU threads.
+    """
+    if not needs_torch(package.network):
+        import cv2
+
+        cv2.setNumThreads(1)
+        return WindowPredictor(build_method(package.network, package.network_args), threads, batch), "cpu"
+    import torch
+
+    from pipeline.models.weights import load_network
+
+    outputs = Outputs(channel_names(package), package.tta)
+    if choose_device(device) == "cuda":
+        predictor = BatchPredictor(load_network(package), "cuda", batch or DEFAULT_BATCH, outputs)
+        return predictor, torch.cuda.get_device_name()
+    torch.set_num_threads(1)  # a thread a window
+    network = load_network(package)
+    return WindowPredictor(network_on_cpu(network, outputs), threads, batch, network), "cpu"
 
 
 def channel_names(package: ModelPackage) -> tuple[str, ...]:
@@ -271,8 +391,20 @@ def infer_slide(
     writer = MapWriter(store, grid)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
-        patches = [tiles.read(*grid.origin(*window), grid.patch, grid.patch) for window in batch]
-        return transform.apply(np.stack(patches))
+        patches = np.empty((len(batch), grid.patch, grid.patch, 3), np.uint8)
+        start = 0
+        for end in range(1, len(batch) + 1):
+            if end < len(batch) and batch[end] == (batch[end - 1][0], batch[end - 1][1] + 1):
+                continue
+            # Neighbours are read as one strip, for tiles are larger than windows.
+            x, y = grid.origin(*batch[start])
+            strip = tiles.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
+            strip = transform.apply(strip)
+            for index in range(start, end):
+                left = (index - start) * grid.stride
+                patches[index] = strip[:, left : left + grid.patch]
+            start = end
+        return patches
 
     current: int | None = None
     megapixels = grid.stride**2 / 1e6
@@ -337,19 +469,12 @@ def run_infer(
     """Run the inference stage of one slide; see `add_arguments` for the parameters."""
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        import torch
-
-        from pipeline.models.weights import load_network
-
-        torch.set_num_threads(threads or os.cpu_count() or 1)
         package = ModelPackage.load(model, verify=True)
         store = TileStore.open(zarr)
         transform = StainTransform.from_json(read_manifest(stain)["transform"])
-        where = choose_device(device)
-        outputs = Outputs(channel_names(package), package.tta)
-        predictor = Predictor(load_network(package), where, batch or DEFAULT_BATCH[where], outputs)
-        found = infer_slide(store, transform, predictor, package, staged["maps"])
-        name = torch.cuda.get_device_name() if where == "cuda" else "cpu"
+        with one_result() if needs_torch(package.network) else nullcontext():
+            predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
+            found = infer_slide(store, transform, predictor, package, staged["maps"])
         log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], name)
         return {
             "grid": store.grid.to_json(),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 HEAD_CHANNELS = {"nucleus": 1, "distance": 1, "contour": 1, "hv": 2}
@@ -168,6 +170,69 @@ NETWORKS = {
         instances=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """Maps by rules alone: nothing is trained, and torch is not needed.
+
+    Parameters
+    ----------
+    module, rules, maps : str
+        Where they are: the class of the rules, and the function that makes uint8 maps ``(C, H, W)`` of an RGB image
+        uint8 ``(H, W, 3)`` and rules.
+    source : str
+        Where it comes from.
+    heads : tuple of str
+        Heads whose maps it makes.
+    """
+
+    module: str
+    rules: str
+    maps: str
+    source: str
+    heads: tuple[str, ...]
+
+
+METHODS = {
+    "hematoxylin": Method(
+        module="pipeline.kernels.hematoxylin",
+        rules="HematoxylinRules",
+        maps="hematoxylin_maps",
+        source="density of hematoxylin (Ruifrok and Johnston 2001) against its surroundings",
+        heads=("nucleus", "distance"),
+    ),
+}
+"""What a model package may name in place of a network."""
+
+
+def needs_torch(name: str) -> bool:
+    """Whether the network called `name` is one, or a method that does without."""
+    return name not in METHODS
+
+
+def build_method(name: str, args: dict[str, Any] | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """The method called `name`, as a function from an image to its maps.
+
+    Parameters
+    ----------
+    name : str
+        A key of `METHODS`.
+    args : dict, optional
+        Rules that differ from the defaults.
+
+    Raises
+    ------
+    PipelineError
+        When an argument does not fit.
+    """
+    method = METHODS[name]
+    module = import_module(method.module)
+    try:
+        rules = getattr(module, method.rules)(**(args or {}))
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"method {name!r}: {error}", "check the card's network.args") from None
+    return partial(getattr(module, method.maps), rules=rules)
 
 
 def head_channels(heads: Sequence[str], n_types: int = 0) -> int:

@@ -1,0 +1,177 @@
+"""Inference: maps that depend on the slide and the model alone, with a network and without."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from pipeline import testing as fabricated
+from pipeline.errors import PipelineError
+from pipeline.grid import Grid
+from pipeline.inference import one_result, run_infer
+from pipeline.kernels.hematoxylin import HematoxylinRules, hematoxylin_density, hematoxylin_maps
+from pipeline.kernels.instances import InstanceRules, segment
+from pipeline.kernels.stain import RUIFROK, od_to_rgb
+from pipeline.maps import MapStore
+from pipeline.models.package import ModelPackage
+from pipeline.networks.registry import build_method, needs_torch
+from pipeline.stage import write_json
+
+ROOT = Path(__file__).parents[2]
+BASELINE = ROOT / "models/hematoxylin"
+
+
+def stained(height: int, width: int, seed: int) -> np.ndarray:
+    """Random H&E tissue, uint8 RGB."""
+    rng = np.random.default_rng(seed)
+    amounts = np.stack([ndimage.gaussian_filter(rng.normal(size=(height, width)), s) * s for s in (3, 6)], axis=-1)
+    return od_to_rgb(np.clip(amounts * 2 + 0.4, 0, 3) @ RUIFROK)
+
+
+def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, Path]:
+    """What the stages before inference leave of a slide of these pixels, one corner of it not tissue."""
+    import zarr
+
+    height, width = rgb.shape[:2]
+    grid = Grid(width, height, 0.5, 2.0, 2.0)
+    folder.mkdir(parents=True)
+    active = np.ones((-(-height // 64), -(-width // 64)), bool)
+    active[:2, :2] = False
+    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": 64})
+    group.create_array("rgb", shape=rgb.shape, chunks=(chunk, chunk, 3), dtype="uint8", fill_value=255)[:] = rgb
+    group.create_array("active", data=active)
+    transform = {"method": "matrix", "matrix": (np.eye(3) * 0.9 + 0.03).tolist()}
+    write_json(folder / "tiles.json", {"stage": "tiles", "status": "ok"})
+    write_json(folder / "stain.json", {"stage": "stain", "status": "ok", "transform": transform})
+    return {"tiles": folder / "tiles.json", "zarr": folder / "tiles.zarr", "stain": folder / "stain.json"}
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of all files of a folder."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def run(inputs: dict[str, Path], model: Path, out: Path, **options: Any) -> tuple[str, str]:
+    """The hash of the maps by the manifest and that of their files."""
+    found = run_infer("s", **inputs, model=model, out=out / "maps.json", zarr_out=out / "maps.zarr", **options)
+    assert found["maps_sha256"] == json.loads((out / "maps.json").read_text())["maps_sha256"]
+    return found["maps_sha256"], digest(out / "maps.zarr")
+
+
+def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "in", stained(300, 420, 1))
+    args = {"widths": [4, 6, 8]}
+    fabricated.write_package(tmp_path / "model", "resunet", args, patch=96, overlap=24)
+    results = {
+        run(inputs, tmp_path / "model", tmp_path / f"{batch}-{threads}", device="cpu", batch=batch, threads=threads)
+        for batch, threads in ((1, 1), (1, 1), (3, 2), (50, 1), (0, 4))
+    }
+    assert len(results) == 1
+    other = write_inputs(tmp_path / "tiles", stained(300, 420, 1), chunk=320)
+    assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", threads=1) in results
+    fabricated.write_package(tmp_path / "second", "resunet", args, patch=96, overlap=24, seed=1)
+    assert run(inputs, tmp_path / "second", tmp_path / "p", device="cpu", threads=1) not in results
+
+
+def test_one_result_leaves_torch_as_it_was() -> None:
+    import torch
+
+    def state() -> tuple[Any, ...]:
+        memory: Any = torch.utils.deterministic
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.get_num_threads(),
+            memory.fill_uninitialized_memory,
+        )
+
+    before = state()
+    with pytest.raises(KeyError), one_result():
+        torch.set_num_threads(1)
+        assert state()[:2] == (True, False)
+        raise KeyError
+    assert state() == before
+
+
+class TestHematoxylin:
+    def test_runs_without_torch(self, tmp_path: Path) -> None:
+        inputs = write_inputs(tmp_path / "in", stained(200, 260, 2))
+        code = f"""
+import sys
+from pipeline.cli import main
+folder = {str(tmp_path)!r}
+status = main(["infer", "--slide=s", "--tiles", folder + "/in/tiles.json", "--zarr", folder + "/in/tiles.zarr",
+    "--stain", folder + "/in/stain.json", "--model", {str(BASELINE)!r}, "--threads=1",
+    "--out", folder + "/maps.json", "--zarr-out", folder + "/maps.zarr"])
+status = status or main(["instances", "--maps", folder + "/maps.zarr", "--model", {str(BASELINE)!r},
+    "--out", folder + "/nuclei.parquet"])
+sys.exit(status or ("torch" in sys.modules and "torch was imported"))
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        again = run(inputs, BASELINE, tmp_path / "again", threads=3)[0]
+        assert again == json.loads((tmp_path / "maps.json").read_text())["maps_sha256"]
+
+    def test_batches_and_threads_change_nothing(self, tmp_path: Path) -> None:
+        inputs = write_inputs(tmp_path / "in", stained(300, 420, 3))
+        card = json.loads((BASELINE / "model.json").read_text())
+        small = tmp_path / "model"
+        small.mkdir()
+        (small / "weights.safetensors").write_bytes((BASELINE / "weights.safetensors").read_bytes())
+        (small / "model.json").write_text(json.dumps(card | {"patch": 96, "overlap": 24}))
+        results = {run(inputs, small, tmp_path / str(b), batch=b, threads=t) for b, t in ((1, 1), (4, 2), (7, 1))}
+        assert len(results) == 1
+        maps = MapStore.open(tmp_path / "1" / "maps.zarr").read(0, 0, 420, 300)
+        assert (maps[0] >= 128).mean() > 0.05
+        assert not maps[:, :128, :128].any(), "outside the tissue"
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5))
+    def test_values_depend_on_what_is_within_reach(self, seed: int, surround: int, peak: int) -> None:
+        rules = HematoxylinRules(smooth=0.5, surround=surround, depth_smooth=0.5, peak=peak)
+        random = np.random.default_rng(seed)
+        rgb = stained(160, 160, seed)
+        y, x = random.integers(0, 160, 2)
+        other = rgb.copy()
+        other[y, x] ^= 255
+        changed = np.argwhere((hematoxylin_maps(rgb, rules) != hematoxylin_maps(other, rules)).any(axis=0))
+        assert np.abs(changed - (y, x)).max(initial=0) <= rules.reach
+
+    def test_finds_discs_and_divides_them(self) -> None:
+        rows, columns = np.mgrid[:120, :200]
+        density = np.zeros((120, 200, 2))
+        density[..., 1] = 0.4
+        for y, x in ((30, 40), (60, 120), (60, 138), (100, 180)):
+            density[(rows - y) ** 2 + (columns - x) ** 2 <= 10**2, 0] = 1.5
+        rgb = od_to_rgb(density @ RUIFROK)
+        np.testing.assert_allclose(hematoxylin_density(rgb)[30, 40], 1.5, atol=0.05)
+        rules = ModelPackage.load(BASELINE, verify=True).thresholds
+        found = segment(hematoxylin_maps(rgb, HematoxylinRules()), rules)
+        assert found.max() == 4
+        np.testing.assert_allclose(np.bincount(found.ravel())[1:], 314, rtol=0.25)
+
+    def test_plain_tissue_has_none(self) -> None:
+        rgb = od_to_rgb(np.full((64, 64, 2), (0.2, 0.5)) @ RUIFROK)
+        assert segment(hematoxylin_maps(rgb, HematoxylinRules()), InstanceRules()).max() == 0
+
+    def test_wrong_rules(self) -> None:
+        with pytest.raises(PipelineError, match="smooth must be positive, got 0"):
+            build_method("hematoxylin", {"smooth": 0})
+        with pytest.raises(ValueError, match="peak must be at least 1"):
+            HematoxylinRules(peak=0)
+        assert not needs_torch("hematoxylin")
+        assert needs_torch("resunet")
