@@ -13,6 +13,7 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/slide.smk"
 include: "workflow/rules/cohort.smk"
+include: "workflow/rules/plans.smk"
 include: "workflow/rules/train.smk"
 
 
@@ -22,6 +23,12 @@ localrules:
     slide_table,
     train,
     train_settings,
+    crossval,
+    crossval_table,
+    compare,
+    compare_table,
+    transfer,
+    transfer_table,
 
 
 rule all:

@@ -52,6 +52,12 @@ TOOLS = {
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
     "networks": Command("pipeline.networks.command", "list the networks: size, cost, heads, source"),
+    "training-summary": Command(
+        "pipeline.training.command",
+        "tables of a cross-validation, a comparison or a transfer",
+        "add_summary_arguments",
+        "main_summary",
+    ),
     "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
     "demo-slides": Command(
         "pipeline.demo", "write synthetic slides with known nuclei", "add_slides_arguments", "main_slides"

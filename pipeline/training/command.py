@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -18,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-json", type=Path, required=True, help="the train section of the configuration")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and scores")
     parser.add_argument("--out", type=Path, required=True, help="model package to write")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train, before the settings' device")
     parser.add_argument(
         "--max-minutes", type=float, default=0, help="stop after this time, to go on when run again; 0: as configured"
     )
+    parser.add_argument("--start-from", type=Path, help="model package to start from; before the settings'")
+    parser.add_argument("--scores", type=Path, help="scores of a cross-validation, for a model of all fields")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
 
 
@@ -35,18 +38,48 @@ def main(args: argparse.Namespace) -> int:
 
     from pipeline.training.experiment import Experiment
     from pipeline.training.run import run_experiment
-    from pipeline.training.schedule import Deadline
+    from pipeline.training.schedule import DEVICES, Deadline
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[args.device]
+    if args.start_from is not None:
+        section["start_from"] = str(args.start_from)
     experiment = Experiment.from_json(section)
+    accelerator = DEVICES[args.device or experiment.schedule.device]
     deadline = Deadline(args.max_minutes or experiment.schedule.max_minutes)
-    evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline)
+    evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline, args.scores)
     mean = evaluation["mean"]
     log.info(
         "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients", args.out,
         *(mean[k] for k in ("aji", "pq", "dice", "f1")),
     )  # fmt: skip
+    return 0
+
+
+def add_summary_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline training-summary``."""
+    parser.add_argument("kind", choices=("crossval", "compare", "transfer"), help="the protocol")
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="NAME=FOLDER", help="a training of the protocol, in order"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write KIND.tsv and KIND.json to")
+
+
+def main_summary(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline training-summary``."""
+    from pipeline.training.protocols import write_summary
+
+    folders = {}
+    for entry in args.run:
+        name, separator, folder = entry.partition("=")
+        if not separator:
+            raise PipelineError(f"--run {entry}", "give NAME=FOLDER")
+        folders[name] = Path(folder)
+    summary = write_summary(args.kind, folders, args.out)
+    for row in summary["rows"]:
+        log.info("%s", ", ".join(f"{key} {value}" for key, value in row.items() if value not in (None, "")))
+    for note in summary.get("notes", []):
+        log.warning("%s", note)
     return 0

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.evaluation.errors import ERRORS
+from pipeline.evaluation.means import PIXEL_SCORES, SCORES, summarise
 from pipeline.evaluation.metrics import COUNTS
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.networks.outputs import Outputs
@@ -21,15 +22,7 @@ from pipeline.training.losses import CombinedLoss
 from pipeline.training.predict import predict_field, resize_to_model
 from pipeline.training.reference import normalise
 from pipeline.training.samples import prepare_field
-from pipeline.training.scoring import (
-    PIXEL_SCORES,
-    SCORES,
-    batchwise_scores,
-    field_loss,
-    score_maps,
-    summarise,
-    type_scores,
-)
+from pipeline.training.scoring import batchwise_scores, field_loss, score_maps, type_scores
 from pipeline.training.targets import Targets, class_map
 
 log = logging.getLogger(__name__)

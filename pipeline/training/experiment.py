@@ -44,7 +44,7 @@ class EvaluationSettings:
 
 
 RESULT_ONLY = ("final_steps", "patch", "overlap", "licence", "description", "evaluation")
-SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "devices", "max_minutes")
+SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
 
 
 @dataclass(frozen=True)

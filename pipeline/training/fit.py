@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.models.weights import load_weights
 from pipeline.networks.outputs import FindsInstances, Outputs
 from pipeline.training.data import Field
+from pipeline.training.files import save_json
 from pipeline.training.losses import CombinedLoss
 from pipeline.training.predict import predict_field
 from pipeline.training.samples import Augmentation, PreparedField
@@ -158,7 +160,13 @@ class TrainingModule(lightning.LightningModule):
             "adam": torch.optim.Adam,
             "sgd": partial(torch.optim.SGD, momentum=0.9),
         }
-        optimizer = kinds[schedule.optimizer](self.parameters(), **rate)
+        weights: Any = self.parameters()
+        if schedule.encoder_rate != 1:
+            named = list(self.network.named_parameters())
+            slow = [p for name, p in named if name.startswith("encoder.")]
+            rest = [p for name, p in named if not name.startswith("encoder.")]
+            weights = [{"params": rest}, {"params": slow, "lr": schedule.learning_rate * schedule.encoder_rate}]
+        optimizer = kinds[schedule.optimizer](weights, **rate)
         # A function of the step alone, so that a resumed run may be longer than the one before.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.plateau * schedule.rate_at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -254,10 +262,31 @@ class Checkpoints(Callback):
         self.deadline = deadline
         self.best: float | None = None
         self.saved = -1
+        self.seconds = 0.0
+        """Seconds of training up to the last checkpoint, earlier runs included."""
+        self._since = time.monotonic()
 
     def _save(self, trainer: lightning.Trainer) -> None:
         self.saved = trainer.global_step
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
         trainer.save_checkpoint(self.folder / "last.ckpt")
+        if trainer.is_global_zero:
+            device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu"
+            spent = {"seconds": round(self.seconds, 1), "steps": self.saved, "device": device}
+            save_json(self.folder / "time.json", spent | {"devices": trainer.world_size})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Called by the trainer."""
+        self._since = time.monotonic()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count a batch that has only been fetched as not yet begun, so that validations stay at their steps."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            progress[part]["ready"] = progress[part]["started"] = progress[part]["completed"]
 
     # Here the step before is complete in all the trainer's counts, which it is not at its end.
     def on_train_batch_start(
@@ -294,11 +323,11 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"best": self.best}
+        return {"best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier run's state."""
-        self.best = state_dict["best"]
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
 
 class Report(Callback):
@@ -309,7 +338,7 @@ class Report(Callback):
         values = {k.split("/")[1]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         loss = trainer.callback_metrics.get("train/loss")
         log.info(
-            "step %d: loss %s, %s",
+            "step %d: training loss %s, %s",
             trainer.global_step,
             "-" if loss is None else f"{float(loss):.4f}",
             ", ".join(f"{name} {value:.4f}" for name, value in values.items()),

@@ -197,7 +197,9 @@ class Run:
         )
 
     def train(self) -> nn.Module:
-        """Train without the patients held out."""
+        """Train without the patients held out; without any other, the network stays as it is."""
+        if not self.data.split.train:
+            return self.build().eval()
         train, validation = self.data.part("train"), self.data.part("validation")
         return self.fit(self.build(), train, validation, self.experiment.schedule, self.work / "heldout")
 
@@ -223,6 +225,8 @@ class Run:
                 return known
         validation, test = self.data.part("validation"), self.data.part("test")
         rules = one.rules
+        if self.start is not None and not self.data.split.train:
+            rules = self.start.thresholds
         if validation and one.evaluation.tune:
             maps = self.evaluator.maps(network, validation)
             rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels)
@@ -232,7 +236,15 @@ class Run:
             f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); checkpoint and thresholds "
             f"chosen on {len(validation)} fields of other patients"
         )
-        evaluation |= {"protocol": protocol, "test": list(self.data.split.test), "settings": settings}
+        spent = self.work / "heldout" / "time.json"
+        evaluation |= {
+            "protocol": protocol,
+            "test": list(self.data.split.test),
+            "settings": settings,
+            "steps": one.schedule.steps if self.data.split.train else 0,
+            "parameters_m": round(sum(p.numel() for p in network.parameters()) / 1e6, 3),
+            "time": read_json(spent) if spent.is_file() else {},
+        }
         save_json(file, evaluation)
         return evaluation
 
@@ -244,7 +256,12 @@ class Run:
 
 
 def run_experiment(
-    experiment: Experiment, work: Path, out: Path, accelerator: str = "auto", deadline: Deadline | None = None
+    experiment: Experiment,
+    work: Path,
+    out: Path,
+    accelerator: str = "auto",
+    deadline: Deadline | None = None,
+    scores: Path | None = None,
 ) -> dict[str, Any]:
     """Run an experiment, or what is left of it.
 
@@ -260,6 +277,8 @@ def run_experiment(
         ``auto``, ``cpu`` or ``gpu``.
     deadline : Deadline, optional
         When to stop for the time being.
+    scores : pathlib.Path, optional
+        Evaluation (with thresholds) of an experiment that holds nobody out, from its cross-validation.
 
     Returns
     -------
@@ -274,8 +293,13 @@ def run_experiment(
         When the time is over; what there is has been kept.
     """
     run = Run(experiment, work, accelerator, deadline)
+    if not run.data.split.train and run.start is None:
+        raise PipelineError("train: split.method all-test without start_from", "name the model package to score")
+    if not run.data.split.test and scores is None:
+        raise PipelineError("train: split.method all-train leaves nothing to score", "use it in cross-validation alone")
     network = run.train()
-    evaluation = run.evaluate(network)
+    evaluation = run.evaluate(network) if scores is None else read_json(scores)
+    save_json(work / "evaluation.json", evaluation)
     if experiment.final_steps:
         network = run.train_on(network)
     run.pack(network, evaluation, out)

@@ -12,6 +12,9 @@ from pipeline.errors import PipelineError
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DECAYS = ("cosine", "steps", "plateau", "constant")
 KEEP = ("aji", "pq", "dice", "iou", "accuracy", "loss", "last")
+DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
+"""Lightning's names of the devices."""
+
 PRECISIONS = ("auto", "32", "bf16", "16")
 
 
@@ -33,6 +36,8 @@ class Schedule:
         ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
     learning_rate, weight_decay : float
         The optimiser's.
+    encoder_rate : float
+        Factor on the learning rate of a network's encoder.
     decay : str
         How the rate falls after warming up. ``cosine``: along half a cosine to `floor`. ``steps``: by `gamma` at each
         of the `milestones`. ``plateau``: by `gamma` whenever the mean training loss has not reached a new low for
@@ -57,6 +62,8 @@ class Schedule:
         Steps between two validations.
     precision : str
         ``auto`` (mixed on a GPU: bf16 where it can, else 16), ``32``, ``bf16``, ``16``.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
     devices : int
         GPUs (or CPU processes) to train on; each has a batch of its own.
     workers : int
@@ -75,6 +82,7 @@ class Schedule:
     optimizer: str = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
+    encoder_rate: float = 1.0
     decay: str = "cosine"
     floor: float = 0.01
     milestones: tuple[float, ...] = (0.6, 0.85)
@@ -86,6 +94,7 @@ class Schedule:
     keep: str = "aji"
     validate_every: int = 250
     precision: str = "auto"
+    device: str = "auto"
     devices: int = 1
     workers: int = 1
     seed: int = 42
@@ -96,7 +105,8 @@ class Schedule:
             raise PipelineError(
                 f"schedule: steps {self.steps}, batch {self.batch}, size {self.size}", "use at least 1, 1 and 32"
             )
-        for name, known in (("optimizer", OPTIMIZERS), ("decay", DECAYS), ("keep", KEEP), ("precision", PRECISIONS)):
+        choices = {"optimizer": OPTIMIZERS, "decay": DECAYS, "keep": KEEP, "precision": PRECISIONS, "device": DEVICES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise PipelineError(f"schedule: {name} {getattr(self, name)!r}", f"choose from {', '.join(known)}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):

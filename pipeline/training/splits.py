@@ -14,7 +14,7 @@ from pipeline.training.data import Field
 
 log = logging.getLogger(__name__)
 
-METHODS = ("one-per-organ", "patients", "stratified", "organs", "folds", "kumar", "lists")
+METHODS = ("one-per-organ", "patients", "stratified", "organs", "folds", "kumar", "lists", "all-train", "all-test")
 """Ways to hold patients out."""
 
 PARTS = ("train", "validation", "test")
@@ -42,7 +42,8 @@ class SplitSettings:
         ``one-per-organ``: one patient of each organ for testing. ``patients``: a share of all patients.
         ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by name or as
         a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the folds.
-        ``kumar``: the 16 and 14 patients of Kumar et al. ``lists``: as listed.
+        ``kumar``: the 16 and 14 patients of Kumar et al. ``lists``: as listed. ``all-train``: nobody is for testing.
+        ``all-test``: everybody is, for a network that was trained before.
     test : float
         Share for testing of ``patients``, ``stratified`` and ``organs``.
     folds, fold : int
@@ -89,6 +90,8 @@ class SplitSettings:
             "folds": f"fold {self.fold + 1} of {self.folds} of the {source} patients held out",
             "kumar": "the 14 test patients of Kumar et al. held out",
             "lists": "listed fields held out",
+            "all-train": "no field held out",
+            "all-test": f"all {source} fields, none of them for training",
         }
         left_out = f", without {', '.join(self.exclude)}" if self.exclude else ""
         return words[self.method] + left_out
@@ -156,7 +159,7 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
             rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
             validation = draw_validation(rest, rng, n_validation)
         split = assign(fields, test, validation, seed)
-    check_split(split, fields)
+    check_split(split, fields, {"all-train": "test", "all-test": "train"}.get(settings.method))
     return split
 
 
@@ -223,6 +226,8 @@ def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: n
             raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(organs)}")
         chosen = set(settings.organs) or _share(list(organs), settings.test, rng)
         return {p for organ in chosen for p in organs[organ]}
+    if settings.method in ("all-train", "all-test"):
+        return set(everyone) if settings.method == "all-test" else set()
     if settings.method == "folds":
         return fold_patients(organs, settings.folds, rng)[settings.fold]
     missing = sorted({*KUMAR_TRAIN, *KUMAR_TEST} - set(everyone))
@@ -279,8 +284,8 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
 
 
-def check_split(split: Split, fields: Sequence[Field]) -> None:
-    """See to it that no patient is on two sides and that every part has nuclei.
+def check_split(split: Split, fields: Sequence[Field], spare: str | None = None) -> None:
+    """See to it that no patient is on two sides and that every part but `spare` has nuclei.
 
     Raises
     ------
@@ -299,7 +304,7 @@ def check_split(split: Split, fields: Sequence[Field]) -> None:
                     f"split: a leak: patient {patient} is in {other} ({first}) and in {part} ({name})",
                     "keep all fields of a patient on one side",
                 )
-        if not names and part != "validation":
+        if not names and part not in ("validation", spare):
             raise PipelineError(f"split: no field is left for {part}", "hold out other patients, or add data")
         if names and not any(by_name[name].labels.any() for name in names):
             raise PipelineError(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.means import bootstrap_interval
 from pipeline.models.package import ModelPackage
 from pipeline.slides.synthetic import make_field
 from pipeline.training.field import Field
@@ -30,7 +31,6 @@ from pipeline.training.pack import recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
-from pipeline.training.scoring import bootstrap_interval  # noqa: E402
 
 
 def test_unknown_names() -> None:

@@ -29,9 +29,9 @@ def stop(error):
     sys.exit(f"error: {error}")
 
 
-SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
+SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 try:
-    config.update(check_settings(config, load_schema(SCHEMA)))
+    config.update(check_settings(config, SCHEMA))
 except PipelineError as error:
     stop(error)
 
@@ -45,7 +45,9 @@ if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
 # Asked for nothing that needs slides or a model, the run can do without them.
-NEEDS_SLIDES = not {"train", "--lint", "--unlock", "--list-rules", "-l"} & set(sys.argv[1:])
+NEEDS_SLIDES = not {"train", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"} & set(
+    sys.argv[1:]
+)
 
 SLIDES = None
 try:

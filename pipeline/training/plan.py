@@ -1,0 +1,184 @@
+"""Which trainings a protocol is made of: cross-validation, comparison, transfer.
+
+Run while Snakemake parses the workflow: settings in, settings out, nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.settings import check_settings
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of a protocol.
+
+    Parameters
+    ----------
+    settings : dict
+        Its ``train:`` section.
+    start : str, optional
+        The run whose model it starts from.
+    """
+
+    settings: dict[str, Any]
+    start: str | None = None
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid over it; mappings are merged, anything else is replaced.
+
+    >>> merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]})
+    {'a': {'b': 3, 'c': 2}, 'd': [2]}
+    """
+    result = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def plan_crossval(train: Mapping[str, Any], crossval: Mapping[str, Any]) -> dict[str, PlannedRun]:
+    """A training for each fold and, where wanted, one with all fields.
+
+    Parameters
+    ----------
+    train : mapping
+        The experiment.
+    crossval : mapping
+        ``folds`` and ``final``.
+
+    Returns
+    -------
+    dict of str to PlannedRun
+        ``fold-0`` and so on, ``final``.
+    """
+    runs = {}
+    for fold in range(crossval["folds"]):
+        change = {
+            "name": f"{train['name']}-fold-{fold}",
+            "split": {"method": "folds", "folds": crossval["folds"], "fold": fold},
+            "final_steps": 0,
+        }
+        runs[f"fold-{fold}"] = PlannedRun(merged(train, change))
+    if crossval["final"]:
+        change = {
+            "name": f"{train['name']}-cv",
+            "split": {"method": "all-train"},
+            "validation": 0,
+            "final_steps": 0,
+            "schedule": {"keep": "last"},
+        }
+        runs["final"] = PlannedRun(merged(train, change))
+    return runs
+
+
+def plan_compare(compare: Mapping[str, Any], folders: list[Path], schema: dict[str, Any]) -> dict[str, PlannedRun]:
+    """A training for each experiment of a comparison.
+
+    Parameters
+    ----------
+    compare : mapping
+        ``experiments``: names of files in `folders`, or paths of files, or mappings with ``experiment`` (name or path),
+        ``name`` and ``train`` (settings laid over the file's); ``common``: settings laid over all of them.
+    folders : list of pathlib.Path
+        Where experiments are looked for.
+    schema : dict
+        Schema of the ``train:`` section.
+
+    Returns
+    -------
+    dict of str to PlannedRun
+        By the experiments' names.
+
+    Raises
+    ------
+    PipelineError
+        When a file is missing or damaged, a setting is wrong, or two experiments have one name.
+    """
+    runs: dict[str, PlannedRun] = {}
+    for entry in compare["experiments"]:
+        one: Mapping[str, Any] = {"experiment": entry} if isinstance(entry, str) else entry
+        wanted = one["experiment"]
+        section = merged(merged(_read_experiment(wanted, folders), compare["common"]), one.get("train", {}))
+        name = str(one.get("name", section.get("name", Path(wanted).stem)))
+        if name in runs:
+            raise PipelineError(f"compare: two experiments are called {name!r}", "give one of them a name")
+        try:
+            runs[name] = PlannedRun(check_settings(section | {"name": name}, schema))
+        except PipelineError as error:
+            raise PipelineError(f"compare: experiment {name!r}: {Exception.__str__(error)}", error.hint) from None
+    return runs
+
+
+def _read_experiment(wanted: str, folders: list[Path]) -> dict[str, Any]:
+    import yaml
+
+    places = [Path(wanted)] if Path(wanted).suffix else [folder / f"{wanted}.yaml" for folder in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise PipelineError(f"compare: no experiment {wanted!r}", "give a name in config/experiments, or a file's path")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PipelineError(f"experiment {path} cannot be read: {error}", "correct it") from None
+    if not isinstance(content, dict) or not isinstance(content.get("train"), dict):
+        raise PipelineError(
+            f"experiment {path} has no train section", "compare it with config/experiments/default.yaml"
+        )
+    section: dict[str, Any] = content["train"]
+    return section
+
+
+def plan_transfer(train: Mapping[str, Any], transfer: Mapping[str, Any]) -> dict[str, PlannedRun]:
+    """Trainings that show what pre-training on other organs is worth.
+
+    Parameters
+    ----------
+    train : mapping
+        The experiment, with the data of both sides.
+    transfer : mapping
+        ``source`` (name of the target's data source), ``exclude`` (organs left out of pre-training), ``folds`` (of the
+        target's patients), ``validation`` (patients), ``rate`` (factor on the learning rate when fine-tuning),
+        ``schedule`` (settings laid over the schedule for the target).
+
+    Returns
+    -------
+    dict of str to PlannedRun
+        ``pretrain``: all but the target; ``zero-shot``: its model on all of the target's fields; for each fold
+        ``scratch-K`` and ``finetune-K``, trained on the other folds' patients without and with pre-training.
+
+    Raises
+    ------
+    PipelineError
+        When the target or anything to pre-train on is missing.
+    """
+    target = [s for s in train["data"] if s.get("name", s["kind"]) == transfer["source"]]
+    others = [s for s in train["data"] if s not in target]
+    if train["data"] and not (target and others):
+        raise PipelineError(
+            f"transfer: data source {transfer['source']!r} and another are needed", "list both under train.data"
+        )
+    name = train["name"]
+    split = {"exclude": [*train["split"]["exclude"], *transfer["exclude"]]}
+    pretrain = {"name": f"{name}-pretrain", "data": others, "split": split, "final_steps": 0}
+    runs = {"pretrain": PlannedRun(merged(train, pretrain))}
+    side = {"data": target, "holdout": transfer["source"], "final_steps": 0, "validation": transfer["validation"]}
+    zero = side | {"name": f"{name}-zero-shot", "split": {"method": "all-test", "exclude": []}, "validation": 0}
+    runs["zero-shot"] = PlannedRun(merged(train, zero), "pretrain")
+    for fold in range(transfer["folds"]):
+        part = {"method": "folds", "folds": transfer["folds"], "fold": fold, "exclude": []}
+        one = merged(merged(train, side | {"split": part}), {"schedule": transfer["schedule"]})
+        runs[f"scratch-{fold}"] = PlannedRun(one | {"name": f"{name}-scratch-{fold}"})
+        rate = one["schedule"]["learning_rate"] * transfer["rate"]
+        tuned = merged(one, {"name": f"{name}-finetune-{fold}", "schedule": {"learning_rate": rate}})
+        runs[f"finetune-{fold}"] = PlannedRun(tuned, "pretrain")
+    return runs

@@ -1,0 +1,80 @@
+# Which trainings there are, and their settings. Parsed again in every cluster job, like common.smk.
+import re
+
+from pipeline.training.plan import plan_compare, plan_crossval, plan_transfer
+
+NAME = config["train"]["name"]
+
+# In the environment, no parameter of any rule: when to stop for the time being changes no result.
+os.environ.update(TRAIN_MAX_MINUTES=str(config["train"]["schedule"].pop("max_minutes") or 0))
+
+try:
+    FOLDS = plan_crossval(config["train"], config["crossval"])
+    FINAL = FOLDS.pop("final", None)
+    COMPARED = plan_compare(
+        config["compare"],
+        [Path("config/experiments"), Path(workflow.basedir, "config/experiments")],
+        SCHEMA["properties"]["train"],
+    )
+    if COMPARED and config["compare"]["name"] == NAME:
+        raise PipelineError(f"compare.name and train.name are both {NAME!r}", "give one of them another name")
+except PipelineError as error:
+    stop(error)
+try:
+    ARMS, NO_ARMS = plan_transfer(config["train"], config["transfer"]), None
+except PipelineError as error:  # no matter to those who ask for something else
+    ARMS, NO_ARMS = {}, str(error)
+
+# Trainings by the name of their folder under RESULTS/training.
+TRAININGS = {f"{NAME}/{name}": run for name, run in (FOLDS | ARMS).items()}
+TRAININGS |= {f"{config['compare']['name']}/{name}": run for name, run in COMPARED.items()}
+SECTIONS = {NAME: config["train"]} | {name: run.settings for name, run in TRAININGS.items()}
+if FINAL is not None:
+    SECTIONS[f"{NAME}/final"] = FINAL.settings
+for section in SECTIONS.values():
+    section["schedule"].pop("max_minutes", None)
+
+
+wildcard_constraints:
+    training="|".join(map(re.escape, SECTIONS)),
+
+
+def package(folder):
+    """The files of a model package."""
+    return [str(Path(folder) / name) for name in ("model.json", "weights.safetensors")]
+
+
+def training_gpus(training):
+    """GPUs for a training on this machine."""
+    schedule = SECTIONS[training]["schedule"]
+    return own_gpus(schedule["device"]) * schedule["devices"]
+
+
+def start_package(wildcards):
+    """The model that a training of a protocol starts from, where it does."""
+    start = TRAININGS[wildcards.training].start
+    return [] if start is None else package(RUN.training(wildcards.training).parent / start / "model")
+
+
+def start_option(wildcards, input):
+    """The option that names it."""
+    return [f"--start-from={os.path.dirname(input.start[0])}"] if input.start else []
+
+
+def run_options(group, names):
+    """Options that name the folders of a protocol's trainings."""
+    return [f"--run={name}={RUN.training(f'{group}/{name}')}" for name in names]
+
+
+def evaluations(group, names):
+    """Scores of a protocol's trainings."""
+    return [str(RUN.training(f"{group}/{name}") / "evaluation.json") for name in names]
+
+
+NOTHING = {
+    "compare": None if COMPARED else "compare: no experiments (list them in the setting compare.experiments)",
+    "transfer": NO_ARMS,
+}
+for target, reason in NOTHING.items():
+    if reason and target in sys.argv[1:] and workflow.is_main_process:
+        stop(reason)
