@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def pack(
 
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    staged = out / f".part-{WEIGHTS}"
+    staged = out / f".part-{os.getpid()}-{WEIGHTS}"
     save_file(state, staged)
     package = ModelPackage(
         name=experiment.name,
