@@ -39,7 +39,7 @@ def patients(fields: list[Field], names: tuple[str, ...]) -> set[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    method=st.sampled_from([m for m in METHODS if m not in ("kumar", "lists")]),
+    method=st.sampled_from([m for m in METHODS if m not in ("kumar", "lists", "all-train", "all-test")]),
     seed=st.integers(0, 1000),
     test=st.floats(0.1, 0.6),
     fold=st.integers(0, 3),
@@ -113,6 +113,13 @@ def test_organs() -> None:
         split(MONUSEG, method="organs", organs=("brain",))
     without = split(MONUSEG, method="one-per-organ", exclude=("breast",))
     assert not patients(MONUSEG, without.train + without.validation + without.test) & set(MONUSEG_ORGANS["breast"])
+
+
+def test_nobody_and_everybody() -> None:
+    nobody = split(MANY + OTHER, method="all-train", n_validation=0)
+    assert (len(nobody.train), nobody.validation, nobody.test) == (len(MANY) + 1, (), ())
+    everybody = split(MANY, method="all-test", n_validation=0)
+    assert (everybody.train, len(everybody.test)) == ((), len(MANY))
 
 
 def test_lists() -> None:
