@@ -228,6 +228,22 @@ def _links(root: Path) -> list[dict[str, str]]:
     return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
 
 
+def environment() -> Any:
+    """Where the templates are, with their filters."""
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["number"] = number
+    found.filters["duration"] = duration
+    return found
+
+
 def render(
     *,
     rows: Sequence[Mapping[str, Any]],
@@ -256,17 +272,6 @@ def render(
     str
         One page without references to anything outside but links to the results beside it.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["duration"] = duration
     classes = class_list(rows)
     limit = min(IMAGE_BYTES_EACH, IMAGE_BYTES // max(1, len(rows)))
     cards = [
@@ -289,15 +294,21 @@ def render(
         ("median density", number(densities[len(densities) // 2] if densities else None), "nuclei/mm², of the slides"),
         ("of computing", duration(sum(row["total_seconds"] for row in rows)), "sum of all stages"),
     ]
-    return environment.get_template("report.html.j2").render(
-        cards=cards,
-        columns=_columns(rows, extra, classes),
-        chart=chart(rows, classes),
-        failed=failed,
-        facts=facts,
-        manifest=manifest,
-        model=manifest.get("model") or {},
-        settings=json.dumps(manifest.get("config"), indent=2, ensure_ascii=False) if manifest.get("config") else None,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            cards=cards,
+            columns=_columns(rows, extra, classes),
+            chart=chart(rows, classes),
+            failed=failed,
+            facts=facts,
+            manifest=manifest,
+            model=manifest.get("model") or {},
+            settings=json.dumps(manifest.get("config"), indent=2, ensure_ascii=False)
+            if manifest.get("config")
+            else None,
+        )
     )
 
 

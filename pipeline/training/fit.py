@@ -463,7 +463,7 @@ def _train(
             plugins=[WholeCheckpoints()],
             enable_checkpointing=False,
             logger=CSVLogger(folder, name="", version=f"log-{done:07d}"),
-            log_every_n_steps=10,
+            log_every_n_steps=max(1, min(10, schedule.steps // 20)),
             gradient_clip_val=schedule.clip or None,
             enable_progress_bar=False,
             enable_model_summary=False,

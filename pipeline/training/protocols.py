@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval, summarise
+from pipeline.report.training import write_protocol_report
 from pipeline.training.files import read_json, save_json
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def transfer_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_summary(kind: str, folders: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write table and summary of a protocol: ``KIND.tsv`` and ``KIND.json``.
+    """Write table, summary and report of a protocol: ``KIND.tsv``, ``KIND.json``, ``KIND.html``, ``KIND.png``.
 
     Parameters
     ----------
@@ -229,4 +230,5 @@ def write_summary(kind: str, folders: Mapping[str, Path], out: Path) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / f"{kind}.tsv", summary["rows"])
     save_json(out / f"{kind}.json", summary)
+    write_protocol_report(kind, summary, runs, out)
     return summary

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
+import torch.distributed
 from torch import nn
 
 from pipeline.errors import PipelineError
@@ -23,6 +24,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network, load_weights
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
+from pipeline.report.training import write_training_report
 from pipeline.training.data import Field, load_fields, source_name
 from pipeline.training.evaluate import Evaluator
 from pipeline.training.experiment import Experiment
@@ -30,6 +32,7 @@ from pipeline.training.files import read_json, save_json
 from pipeline.training.fit import Examined, Job, fit
 from pipeline.training.losses import CombinedLoss
 from pipeline.training.pack import pack
+from pipeline.training.panel import write_panel
 from pipeline.training.reference import choose_reference, normalise
 from pipeline.training.samples import PreparedField, prepare_field
 from pipeline.training.schedule import Deadline, Schedule
@@ -96,6 +99,11 @@ def load_data(experiment: Experiment) -> Data:
     return Data([f for f in fields if f.name in used], split)
 
 
+def leads() -> bool:
+    """Whether this is the process that writes what only one of several should."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 class Run:
     """An experiment in its folder.
 
@@ -121,7 +129,7 @@ class Run:
         self.data = load_data(experiment)
         save_json(work / "split.json", self.data.split.to_json(self.data.fields))
         train = self.data.part("train")
-        area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
+        self.area = area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
         self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
         self.start: ModelPackage | None = None
         if experiment.start_from is not None:
@@ -219,7 +227,8 @@ class Run:
         one = self.experiment
         file = self.work / f"evaluation-{one.schedule.steps}.json"
         settings = {**asdict(one.evaluation), "patch": one.patch, "overlap": one.overlap}
-        if file.is_file():
+        panel = self.work / "panel.png"
+        if file.is_file() and panel.is_file():
             known: dict[str, Any] = read_json(file)
             if known.get("settings", settings) == settings:
                 return known
@@ -231,7 +240,9 @@ class Run:
             maps = self.evaluator.maps(network, validation)
             rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels)
             log.info("thresholds: %s (%s)", rules, tuned)
-        evaluation, _ = self.evaluator.score(network, test, rules)
+        evaluation, found = self.evaluator.score(network, test, rules)
+        if leads():
+            write_panel(panel, test, found, evaluation["images"])
         protocol = (
             f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); checkpoint and thresholds "
             f"chosen on {len(validation)} fields of other patients"
@@ -303,4 +314,6 @@ def run_experiment(
     if experiment.final_steps:
         network = run.train_on(network)
     run.pack(network, evaluation, out)
+    if leads():
+        write_training_report(work, run.area or None)
     return evaluation

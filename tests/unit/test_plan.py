@@ -121,7 +121,7 @@ def write_run(folder: Path, images: dict[str, float], **split: list[str]) -> Pat
         "parameters_m": 1.5,
     }
     experiment = Experiment.from_json(settings()["train"])
-    section = {"network": experiment.network, "heads": experiment.heads, "mpp": 0.5, "seed": 42}
+    section = {"name": "x", "network": experiment.network, "heads": experiment.heads, "mpp": 0.5, "seed": 42}
     section["schedule"] = {"steps": 10, "batch": 2, "size": 100, "devices": 1}
     sides = {"train": ["t"], "test": sorted(images), **split}
     files = {"evaluation": evaluation, "experiment": section, "split": sides | {"patients": {"test": sorted(images)}}}

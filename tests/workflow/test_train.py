@@ -102,6 +102,8 @@ def test_crossval_is_stopped_and_goes_on(tmp_path: Path, data: Path) -> None:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     assert [row["fold"] for row in rows] == ["fold-0", "fold-1", "all"]
     assert rows[-1]["fields"] == "4"
+    for name in ("crossval.html", "fold-0/report.html", "fold-1/curves.png", "fold-1/panel.png"):
+        assert (tmp_path / "results/training/tiny" / name).stat().st_size > 5000
     card = read_json(tmp_path / "models/tiny-cv/model.json")
     assert "2 folds by patient" in card["metrics"]["protocol"]
     assert len(card["metrics"]["images"]) == 4

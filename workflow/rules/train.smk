@@ -44,6 +44,7 @@ rule train_model:
     output:
         card=whole(Path("models") / NAME / "model.json"),
         weights=whole(Path("models") / NAME / "weights.safetensors"),
+        report=whole(RUN.training(NAME) / "report.html"),
     log:
         str(RUN.log("train", NAME)),
     benchmark:
@@ -72,6 +73,7 @@ rule train_part:
         card=whole(RUN.training("{training}") / "model" / "model.json"),
         weights=whole(RUN.training("{training}") / "model" / "weights.safetensors"),
         scores=whole(RUN.training("{training}") / "evaluation.json"),
+        report=whole(RUN.training("{training}") / "report.html"),
     log:
         str(RUN.log("train", "{training}")),
     benchmark:
@@ -100,6 +102,7 @@ rule crossval_table:
     output:
         table=whole(RUN.training(NAME) / "crossval.tsv"),
         summary=whole(RUN.training(NAME) / "crossval.json"),
+        report=whole(RUN.training(NAME) / "crossval.html"),
     log:
         str(RUN.log("train", f"{NAME}.crossval")),
     conda:
@@ -147,6 +150,7 @@ rule compare_table:
     output:
         table=whole(RUN.training(config["compare"]["name"]) / "compare.tsv"),
         summary=whole(RUN.training(config["compare"]["name"]) / "compare.json"),
+        report=whole(RUN.training(config["compare"]["name"]) / "compare.html"),
     log:
         str(RUN.log("train", f"{config['compare']['name']}.compare")),
     conda:
@@ -168,6 +172,7 @@ rule transfer_table:
     output:
         table=whole(RUN.training(NAME) / "transfer.tsv"),
         summary=whole(RUN.training(NAME) / "transfer.json"),
+        report=whole(RUN.training(NAME) / "transfer.html"),
     log:
         str(RUN.log("train", f"{NAME}.transfer")),
     conda:

@@ -1,0 +1,263 @@
+"""Reports of trainings: an experiment, a cross-validation, a comparison, a transfer; pages that need nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.errors import ERRORS
+from pipeline.progress import duration
+from pipeline.report.curves import Curve, compared_charts, draw_charts, read_curves, training_charts
+from pipeline.report.page import environment, nice_ticks, number, shrink_picture
+
+PICTURE_BYTES = 900_000
+"""Bytes of the picture of one experiment at most; a comparison's share this."""
+
+TITLES = {
+    "aji": "AJI", "aji_plus": "AJI+", "pq": "PQ", "sq": "SQ", "dq": "DQ", "f1": "F1", "dice": "Dice", "iou": "IoU",
+    "pixel_accuracy": "Accuracy", "pixel_dice": "Dice of pixels", "pixel_iou": "IoU of pixels", "loss": "Loss",
+}  # fmt: skip
+"""Scores in the order of the tables, and what they are called."""
+
+WORDS = {
+    "fold": "Fold", "experiment": "Experiment", "arm": "Arm", "what": "Training", "fields": "Fields",
+    "patients": "Patients", "network": "Network", "heads": "Heads", "parameters_m": "Parameters, M", "mpp": "µm/px",
+    "steps": "Steps", "megapixels_seen": "Mpx seen", "train_fields": "Trained on", "test_fields": "Tested on",
+    "minutes": "Minutes", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
+    "n_pred": "Found", "accuracy": "Accuracy", "batches": "Batches",
+    "missed": "Missed", "merged": "Merged", "split": "Split", "outline": "Outline", "false": "Made up",
+    "batchwise_loss": "Loss, batch-wise", "batchwise_dice": "Dice, batch-wise",
+    "batchwise_accuracy": "Accuracy, batch-wise", "batchwise_iou": "IoU, batch-wise", **TITLES,
+}  # fmt: skip
+"""Titles of the tables' columns."""
+
+IN_FIELDS = ("aji", "aji_plus", "pq", "f1", "dice", "iou", "pixel_accuracy", "loss", "n_truth", "n_pred", *ERRORS)
+"""Columns of the table of fields."""
+
+MAIN = ("aji", "pq", "dice", "pixel_accuracy")
+
+
+def _cell(value: Any, low: Any = None, high: Any = None, digits: int = 3) -> dict[str, Any]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        text = number(value, 0 if isinstance(value, int) else digits)
+        return {"value": value, "text": text, "small": f"{low:.3f}–{high:.3f}" if low is not None else ""}
+    return {"value": None, "text": "–" if value is None else str(value), "small": ""}
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], text: str = "") -> dict[str, Any]:
+    """A table for the template; ``X_low`` and ``X_high`` go into the cell of ``X``."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [k for k in keys if not k.endswith(("_low", "_high"))]
+    columns = [
+        {"title": WORDS.get(key, key), "numeric": any(isinstance(row.get(key), (int, float)) for row in rows)}
+        for key in keys
+    ]
+    cells = [[_cell(row.get(k), row.get(f"{k}_low"), row.get(f"{k}_high")) for k in keys] for row in rows]
+    return {"title": title, "text": text, "columns": columns, "rows": cells}
+
+
+def interval_chart(
+    rows: Sequence[Mapping[str, Any]], label: str, scores: Sequence[str] = ("aji", "pq", "dice")
+) -> dict[str, Any] | None:
+    """Geometry of the means with their intervals, a line a row; None for fewer than two rows."""
+    if len(rows) < 2:
+        return None
+    left, width, line, head = 190.0, 1080.0, 24.0, 34.0
+    gap = 40.0
+    panel = (width - left - 24 - gap * (len(scores) - 1)) / len(scores)
+    bottom = head + line * len(rows)
+    groups = []
+    for index, score in enumerate(scores):
+        start = left + index * (panel + gap)
+        top = nice_ticks(max(max(row.get(f"{score}_high", row[score]) for row in rows), 0.05), 4)
+
+        def place(value: float, start: float = start, top: float = top[-1]) -> float:
+            return round(start + panel * value / top, 1)
+
+        marks = []
+        for number_, row in enumerate(rows):
+            low, high = row.get(f"{score}_low"), row.get(f"{score}_high")
+            text = f"{row[label]}: {TITLES[score]} {row[score]:.3f}"
+            marks.append(
+                {
+                    "y": head + line * (number_ + 0.5),
+                    "at": place(row[score]),
+                    "low": None if low is None else place(low),
+                    "high": None if high is None else place(high),
+                    "text": text if low is None else f"{text} ({low:.3f} to {high:.3f})",
+                }
+            )
+        ticks = [{"at": place(t), "label": f"{t:g}"} for t in top]
+        groups.append({"title": TITLES[score], "left": start, "ticks": ticks, "marks": marks})
+    labels = [{"y": head + line * (i + 0.5), "text": str(row[label])} for i, row in enumerate(rows)]
+    return {
+        "width": width, "height": bottom + 26, "bottom": bottom, "left": left, "groups": groups, "labels": labels,
+    }  # fmt: skip
+
+
+def _facts(mean: Mapping[str, Any], interval: Mapping[str, Any], note: str) -> list[tuple[str, str, str]]:
+    facts = []
+    for name in MAIN:
+        if name in mean:
+            low, high = interval.get(name, (None, None))
+            facts.append((f"{mean[name]:.3f}", TITLES[name], note if low is None else f"95 %: {low:.3f} to {high:.3f}"))
+    return facts
+
+
+def _picture(path: Path, caption: str, limit: int) -> list[dict[str, str]]:
+    uri = shrink_picture(path, limit) if path.is_file() else None
+    return [] if uri is None else [{"uri": uri, "caption": caption}]
+
+
+def _render(**content: Any) -> str:
+    defaults: dict[str, Any] = {
+        "notes": [], "intervals": None, "charts": [], "charts_title": "Training", "pictures": [], "texts": [],
+        "footer": "",
+    }  # fmt: skip
+    return environment().get_template("training.html.j2").render(**(defaults | content))
+
+
+def write_training_report(work: Path, area: float | None = None) -> None:
+    """Write ``report.html`` and ``curves.png`` of one experiment into its folder.
+
+    Parameters
+    ----------
+    work : pathlib.Path
+        Holds ``evaluation.json``, ``experiment.json``, ``split.json``, ``heldout/`` and ``panel.png``.
+    area : float, optional
+        Pixels of the training fields at the model's pixel size: an epoch.
+    """
+    evaluation, experiment, split = (_read(work / f"{name}.json") for name in ("evaluation", "experiment", "split"))
+    schedule = experiment["schedule"]
+    seen = schedule["batch"] * schedule["devices"] * schedule["size"] ** 2
+    charts = training_charts(read_curves(work / "heldout"), area / seen if area else None)
+    if charts:
+        draw_charts(charts, work / "curves.png")
+    images = evaluation["images"]
+    fields = [
+        {"field": name, "organ": row.get("organ") or None, **{k: row[k] for k in IN_FIELDS if k in row}}
+        for name, row in sorted(images.items(), key=lambda item: item[1]["aji"])
+    ]  # fmt: skip
+    tables = [table("Scores of each field", fields, "The worst first. Nuclei without a match (IoU above 0.5): missed, "
+                    "merged with another, split, badly outlined; and found ones that are none.")]  # fmt: skip
+    organs = [
+        {"organ": organ or "–", "fields": row["fields"], **{k: row[k] for k in TITLES if k in row}}
+        for organ, row in evaluation.get("organs", {}).items()
+    ]
+    if len(organs) > 1:
+        tables.append(table("Mean of each organ", organs))
+    if "batchwise" in evaluation:
+        tables.append(
+            table(
+                "Batch-wise scores",
+                [{k: evaluation["batchwise"][k] for k in ("loss", "accuracy", "dice", "iou", "batches")}],
+                "Fields stretched to 1024 × 1024, cut into patches of 256, summed over batches of 8 patches, averaged "
+                "over batches. Not comparable with means over fields.",
+            )
+        )
+    times = evaluation.get("time") or {}
+    details = [
+        ("Protocol", evaluation["protocol"]),
+        ("Data", ", ".join(source.get("name", source["kind"]) for source in experiment["data"])),
+        ("Fields", f"{len(split['train'])} for training, {len(split['validation'])} for validation, "
+                   f"{len(split['test'])} for testing"),
+        ("Network", f"{experiment['network']}, {evaluation.get('parameters_m', 0):.2f} M parameters, heads "
+                    f"{', '.join(experiment['heads'])}, {experiment['mpp']} µm/px"),
+        ("Training", f"{evaluation.get('steps', schedule['steps'])} steps of {schedule['batch']} crops of "
+                     f"{schedule['size']} pixels"),
+        ("Time", "–" if not times else f"{duration(times['seconds'])} on {times['device']}, "
+                 f"{1000 * times['seconds'] / max(times['steps'], 1):.0f} ms a step"
+                 + (f", {duration(times['seconds'] / max(times['steps'], 1) * area / seen)} an epoch" if area else "")),
+        ("Thresholds", ", ".join(f"{k} {v}" for k, v in evaluation["rules"].items())),
+    ]  # fmt: skip
+    html = _render(
+        title=f"Training of {experiment['name']}",
+        subtitle=experiment.get("description", ""),
+        facts=_facts(evaluation["mean"], evaluation.get("interval_95", {}), "mean over fields"),
+        tables=tables,
+        charts=charts,
+        pictures=_picture(work / "panel.png", "Best, median and worst field by AJI.", PICTURE_BYTES),
+        details=details,
+        texts=[("Settings", json.dumps(experiment, indent=1)), ("Split", json.dumps(split, indent=1))],
+        footer="The same numbers are in evaluation.json, the curves in heldout/log-*/metrics.csv.",
+    )
+    _write(work / "report.html", html)
+
+
+def write_protocol_report(
+    kind: str, summary: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], out: Path
+) -> None:
+    """Write ``KIND.html`` and ``KIND.png`` of a cross-validation, comparison or transfer.
+
+    Parameters
+    ----------
+    kind : str
+        ``crossval``, ``compare`` or ``transfer``.
+    summary : mapping
+        See `pipeline.training.protocols`.
+    runs : mapping of str to mapping
+        What each training has left, with its ``folder``.
+    out : pathlib.Path
+        Folder to write to.
+    """
+    rows = summary["rows"]
+    curves: dict[str, dict[str, Curve]] = {n: read_curves(Path(run["folder"]) / "heldout") for n, run in runs.items()}
+    charts = compared_charts({name: found for name, found in curves.items() if found})
+    label = {"crossval": "fold", "compare": "experiment", "transfer": "arm"}[kind]
+    title = {"crossval": "Cross-validation", "compare": "Comparison of experiments", "transfer": "Transfer"}[kind]
+    first = next(iter(runs.values()))["experiment"]
+    best = rows[-1] if kind == "crossval" else rows[0]
+    facts = _facts(best, {k: (best[f"{k}_low"], best[f"{k}_high"]) for k in MAIN if f"{k}_low" in best}, "")
+    details: list[tuple[str, str]] = [("Trainings", ", ".join(runs))]
+    tables = [table({"crossval": "Folds", "compare": "Experiments", "transfer": "Arms"}[kind], rows)]
+    if kind == "crossval":
+        subtitle = summary["protocol"]
+        organs = [{"organ": k or "–", **v} for k, v in summary["organs"].items()]
+        if len(organs) > 1:
+            tables.append(table("Mean of each organ", organs))
+        details.append(
+            ("Standard deviation over folds", ", ".join(f"{TITLES[k]} {v}" for k, v in summary["spread"].items()))
+        )
+        details.append(("Middle thresholds", ", ".join(f"{k} {v}" for k, v in summary["rules"].items())))
+    elif kind == "compare":
+        subtitle = f"The best by AJI: {best['experiment']}"
+    else:
+        gain, low, high = summary["gain"]["aji"]
+        subtitle = f"Pre-training adds {gain:+.3f} AJI on the same fields (95 %: {low:+.3f} to {high:+.3f})"
+        details += [
+            (f"{TITLES[k]}, pre-trained minus from scratch", f"{v[0]:+.4f} ({v[1]:+.4f} to {v[2]:+.4f})")
+            for k, v in summary["gain"].items()
+        ]
+    pictures = []
+    for name, run in runs.items():
+        limit = PICTURE_BYTES // min(len(runs), 4)
+        pictures += _picture(Path(run["folder"]) / "panel.png", f"{name}: best, median and worst field by AJI.", limit)
+    if charts:
+        draw_charts(charts, out / f"{kind}.png")
+    html = _render(
+        title=f"{title}: {first['name']}" if kind == "crossval" else title,
+        subtitle=subtitle,
+        facts=facts,
+        notes=summary.get("notes", []),
+        tables=tables,
+        intervals=interval_chart([row for row in rows if "aji_low" in row], label),
+        charts=charts,
+        charts_title="Validation during training",
+        pictures=pictures,
+        details=details,
+        texts=[(f"Settings of {name}", json.dumps(run["experiment"], indent=1)) for name, run in runs.items()],
+        footer=f"The same numbers are in {kind}.tsv and {kind}.json.",
+    )
+    _write(out / f"{kind}.html", html)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".part-{path.name}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
