@@ -9,7 +9,8 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,28 @@ def check_model(folder: Path) -> dict[str, Any]:
         )
     assert isinstance(card, dict)
     return card
+
+
+def check_licence(card: dict[str, Any], folder: Path, accepted: Sequence[str]) -> None:
+    """Refuse a model by the licence of its weights.
+
+    Parameters
+    ----------
+    card : dict
+        The model's card.
+    folder : pathlib.Path
+        The package.
+    accepted : sequence of str
+        Licences as the card may name them, in any case, ``*`` for any text; none: all are.
+
+    Raises
+    ------
+    PipelineError
+        When the model's licence is not among them; one line.
+    """
+    licence = str(card.get("licence") or "not stated")
+    if accepted and not any(fnmatch(licence.lower(), pattern.lower()) for pattern in accepted):
+        raise PipelineError(
+            f"model {str(folder)!r}: its licence is {licence}, the setting licences accepts {', '.join(accepted)}",
+            "choose another model, or add its licence if you may use it",
+        )

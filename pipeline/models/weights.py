@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipeline.errors import PipelineError
 from pipeline.models.package import ModelPackage
@@ -11,8 +12,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def load_weights(network: nn.Module, state: dict[str, Tensor]) -> None:
+@runtime_checkable
+class Growing(Protocol):
+    """A network that can take up a smaller one's weights."""
+
+    def grown_from(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with which it computes what the smaller one does."""
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], *, grow: bool = False) -> None:
     """Load weights by name.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Gets them.
+    state : dict of str to torch.Tensor
+        The weights.
+    grow : bool
+        Take weights of a smaller network of the same kind too, if the network can (``grown_from``).
 
     Raises
     ------
@@ -20,8 +38,10 @@ def load_weights(network: nn.Module, state: dict[str, Tensor]) -> None:
         When they belong to another network.
     """
     try:
+        if grow and isinstance(network, Growing):
+            state = network.grown_from(state)
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise PipelineError(
             f"the weights belong to another network: {first}", "check the network's name and arguments"

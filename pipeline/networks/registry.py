@@ -6,7 +6,7 @@ channel for each output of its heads, in the order of `HEAD_CHANNELS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -252,6 +252,11 @@ def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
         else:
             raise PipelineError(f"unknown head {head!r}", f"choose from {', '.join([*HEAD_CHANNELS, 'type'])}")
     return total
+
+
+def stride_of(name: str, args: Mapping[str, Any]) -> int:
+    """What the sides of a network's patches must be a multiple of, folded pixels heeded."""
+    return NETWORKS[name].stride * int(args.get("fold", 1))
 
 
 def build_network(

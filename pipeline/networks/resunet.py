@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +42,40 @@ class ResidualUNet(nn.Module):
     out_channels : int
         Logit channels.
     widths : sequence of int
-        Channels of each level, the first at full resolution.
+        Channels of each level, the first at full resolution (that of the folded image).
+    blocks : sequence of int
+        Residual blocks of each level on the way down; on the way up it is one.
+    fold : int
+        Side of the squares of pixels that are folded into channels before the first level and unfolded after the last
+        (1: none). At 2 the network sees and draws twice the detail at nearly the same cost for the same tissue.
 
     References
     ----------
-    Ronneberger et al., MICCAI 2015; He et al., CVPR 2016.
+    Ronneberger et al., MICCAI 2015; He et al., CVPR 2016; Shi et al., CVPR 2016, for folding.
     """
 
-    def __init__(self, out_channels: int, widths: Sequence[int] = (24, 48, 96, 192, 256)) -> None:
+    def __init__(
+        self,
+        out_channels: int,
+        widths: Sequence[int] = (24, 48, 96, 192, 256),
+        blocks: Sequence[int] = (),
+        fold: int = 1,
+    ) -> None:
         super().__init__()
+        if blocks and len(blocks) != len(widths):
+            raise ValueError(f"blocks has {len(blocks)} levels, widths has {len(widths)}")
         pairs = list(itertools.pairwise(widths))
+        self.fold = fold
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+            nn.Conv2d(3 * fold**2, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
         )
         self.encode = nn.ModuleList(ResidualBlock(width) for width in widths)
+        self.deeper = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(1, count)))
+            for width, count in zip(widths, blocks or [1] * len(widths), strict=True)
+        )
         self.down = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 2, stride=2, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
             for a, b in pairs
@@ -68,18 +88,67 @@ class ResidualUNet(nn.Module):
             nn.Conv2d(widths[0], widths[0], 3, padding=1, bias=False),
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
-            nn.Conv2d(widths[0], out_channels, 1),
+            nn.Conv2d(widths[0], out_channels * fold**2, 1),
         )
 
+    def grown_from(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with which this network computes what a smaller one of its kind does, to train on from.
+
+        Parameters
+        ----------
+        state : mapping of str to torch.Tensor
+            Weights of a network with the same heads and levels and, at most, as many channels and blocks; with a fold
+            of 1 where this one has another: then this one gives its maps, enlarged, for an image `fold` times as large.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Weights of this network.
+
+        Raises
+        ------
+        ValueError
+            When the weights are of another kind of network, or of a larger one.
+
+        References
+        ----------
+        Chen et al., "Net2Net", ICLR 2016.
+        """
+        own = {name: weight.clone() for name, weight in self.state_dict().items()}
+        if set(state) - set(own):
+            raise ValueError(f"no {min(set(state) - set(own))} in this network")
+        stem, head = "stem.0.weight", "head.3"
+        old = dict(state)
+        if own[stem].shape[1] != state[stem].shape[1]:
+            if state[stem].shape[1] != 3:
+                raise ValueError("folded by another factor")
+            old[stem] = state[stem].repeat_interleave(self.fold**2, dim=1) / self.fold**2
+            for part in ("weight", "bias"):
+                old[f"{head}.{part}"] = state[f"{head}.{part}"].repeat_interleave(self.fold**2, dim=0)
+        for name, weight in own.items():
+            if name not in old:
+                if name.endswith("norm2.weight"):  # a residual block of no effect
+                    weight.zero_()
+                continue
+            small = old[name]
+            if any(a > b for a, b in zip(small.shape, weight.shape, strict=True)):
+                raise ValueError(f"{name} is {tuple(small.shape)}, here it is {tuple(weight.shape)}")
+            if weight.ndim == 4:  # channels there were do not see the new ones
+                weight[: small.shape[0], small.shape[1] :] = 0
+            weight[tuple(slice(n) for n in small.shape)] = small
+        return own
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.encode[0](self.stem(x))
+        if self.fold > 1:
+            x = functional.pixel_unshuffle(x, self.fold)
+        x = self.deeper[0](self.encode[0](self.stem(x)))
         skips = [x]
-        for down, encode in zip(self.down, self.encode[1:], strict=True):
-            x = encode(down(x))
+        for down, encode, deeper in zip(self.down, self.encode[1:], self.deeper[1:], strict=True):
+            x = deeper(encode(down(x)))
             skips.append(x)
         skips.pop()
         for up, decode in zip(self.up, self.decode, strict=True):
             x = functional.interpolate(up(x), scale_factor=2.0, mode="nearest")
             x = decode(torch.relu(x + skips.pop()))
         logits: Tensor = self.head(x)
-        return logits
+        return functional.pixel_shuffle(logits, self.fold) if self.fold > 1 else logits

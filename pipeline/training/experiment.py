@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.kernels.stain import METHODS
 from pipeline.networks.outputs import TTA, map_names
-from pipeline.networks.registry import NETWORKS
+from pipeline.networks.registry import NETWORKS, stride_of
 from pipeline.training.samples import Augmentation
 from pipeline.training.schedule import Schedule
 from pipeline.training.splits import SplitSettings
@@ -137,7 +137,7 @@ class Experiment:
                 f"train: {self.network} with heads {', '.join(self.heads)} and evaluation.tta {self.evaluation.tta}",
                 "it finds instances itself: use heads nucleus, distance and tta none",
             )
-        stride = NETWORKS[self.network].stride
+        stride = stride_of(self.network, self.network_args)
         for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):
             if side % stride:
                 raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")

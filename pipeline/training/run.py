@@ -156,7 +156,7 @@ class Run:
         lightning.seed_everything(one.schedule.seed, verbose=False)
         network = build_network(one.network, len(self.outputs.names), one.network_args)
         if self.start is not None:
-            load_weights(network, load_network(self.start).state_dict())
+            load_weights(network, load_network(self.start).state_dict(), grow=True)
         return network
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:

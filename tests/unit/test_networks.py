@@ -24,13 +24,13 @@ from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
-from pipeline.models.weights import load_network  # noqa: E402
+from pipeline.models.weights import load_network, load_weights  # noqa: E402
 from pipeline.networks.blocks import PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
-from pipeline.networks.registry import NETWORKS, build_network, head_channels  # noqa: E402
+from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of  # noqa: E402
 from pipeline.networks.squeeze import SqueezeEncoder  # noqa: E402
 
 NARROW = {"widths": [4, 6, 8, 8, 12]}
@@ -125,6 +125,41 @@ def test_shapes_and_gradients(name: str) -> None:
     with torch.inference_mode():
         for height, width in ((stride, 4 * stride), (96, 32)):
             assert network(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
+
+
+@pytest.mark.parametrize(("more", "fold"), [({}, 2), ({"widths": [6, 6, 12], "blocks": [1, 2, 3]}, 1),
+                                            ({"widths": [4, 8, 8], "blocks": [2, 1, 2]}, 2)])  # fmt: skip
+def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> None:
+    torch.manual_seed(0)
+    small = build_network("resunet", 2, SMALL["resunet"])
+    for layer in small.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.1, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+    large = build_network("resunet", 2, SMALL["resunet"] | more | {"fold": fold})
+    load_weights(large, small.state_dict(), grow=True)
+    small.eval(), large.eval()
+    x = torch.rand(1, 3, 32, 48)
+    with torch.inference_mode():
+        expected = small(nn.functional.avg_pool2d(x, fold))
+        torch.testing.assert_close(large(x), nn.functional.interpolate(expected, scale_factor=fold))
+    x.requires_grad_()
+    large.train()(x).square().mean().backward()
+    added = [p for name, p in large.named_parameters() if name.startswith("deeper")]
+    assert all(p.grad is not None for p in added)
+
+
+def test_networks_that_cannot_grow() -> None:
+    large = build_network("resunet", 2, {"widths": [4, 6, 8]})
+    for small in ({"widths": [4, 6, 9]}, {"widths": [4, 6, 8, 8]}, {"widths": [4, 6, 8], "fold": 2}):
+        with pytest.raises(PipelineError, match="the weights belong to another network"):
+            load_weights(large, build_network("resunet", 2, small).state_dict(), grow=True)
+    with pytest.raises(PipelineError, match="blocks has 2 levels, widths has 3"):
+        build_network("resunet", 2, {"widths": [4, 6, 8], "blocks": [1, 1]})
+
+
+def test_folded_patches_are_of_a_larger_stride() -> None:
+    assert stride_of("resunet", {"fold": 2}) == 2 * stride_of("resunet", {})
 
 
 def infer(folder: Path, model: Path, batch: int = 2) -> np.ndarray:

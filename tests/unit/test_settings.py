@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.errors import PipelineError
-from pipeline.settings import check_model, check_settings, file_sha256, load_schema
+from pipeline.settings import check_licence, check_model, check_settings, file_sha256, load_schema
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -107,3 +107,16 @@ def test_damaged_card_is_refused(package: Path, text: str) -> None:
     with pytest.raises(PipelineError, match="is damaged") as caught:
         check_model(package)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("accepted", [[], ["CC BY 4.0", "cc0 1.0"], ["CC0*"], ["*"]])
+def test_licences_that_are_accepted(accepted: list[str]) -> None:
+    check_licence({"licence": "CC0 1.0"}, Path("m"), accepted)
+
+
+@pytest.mark.parametrize("licence", ["CC BY-NC-SA 4.0", "CC0 1.0 and more", "", None])
+def test_licences_that_are_not(licence: str | None) -> None:
+    with pytest.raises(
+        PipelineError, match=r"model 'm': its licence is .*, the setting licences accepts CC0 1.0, CC BY"
+    ):
+        check_licence({"licence": licence}, Path("m"), ["CC0 1.0", "CC BY 4.0"])

@@ -11,7 +11,7 @@ if workflow.basedir not in sys.path:
 
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout, folder_name
-from pipeline.settings import check_model, check_settings, load_schema
+from pipeline.settings import check_licence, check_model, check_settings, load_schema
 from pipeline.slide_table import resolve_slides
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -53,7 +53,7 @@ SLIDES = None
 try:
     SLIDES = resolve_slides(config["slides"])
     if workflow.is_main_process and NEEDS_SLIDES:
-        check_model(MODEL)
+        check_licence(check_model(MODEL), MODEL, config["licences"])
 except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
         stop(error)
