@@ -109,15 +109,17 @@ class InstanceRules:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @classmethod
-    def default_for(cls, markers: str) -> InstanceRules:
-        """Rules to begin with for a model whose markers come from these maps."""
+    def default_for(cls, markers: str, mpp: float = 0.5) -> InstanceRules:
+        """Rules to begin with for a model of this pixel size (µm) whose markers come from these maps."""
+        area = (0.5 / mpp) ** 2
+        sizes = {"min_marker": round(4 * area), "min_area": round(30 * area), "max_hole": round(200 * area)}
         started: dict[str, dict[str, float]] = {
             "distance": {},
             "contour": {},
             "hv": {"marker": 140},
             "nucleus": {"marker": DEPTH_STEPS, "depth": 6, "smooth": 1.0, "min_marker": 1},
         }
-        return cls(markers=markers, **started.get(markers, {}))  # type: ignore[arg-type]
+        return cls(**{"markers": markers, **sizes, **started.get(markers, {})})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,7 +157,7 @@ class Experiment:
     def rules(self) -> InstanceRules:
         """Thresholds to begin with."""
         markers = self.evaluation.rules.get("markers", Channels.of(map_names(self.heads)).marker_source)
-        return InstanceRules(**{**asdict(InstanceRules.default_for(markers)), **self.evaluation.rules})
+        return InstanceRules(**{**asdict(InstanceRules.default_for(markers, self.mpp)), **self.evaluation.rules})
 
     @property
     def fingerprint(self) -> str:

@@ -238,7 +238,7 @@ class Run:
             rules = self.start.thresholds
         if validation and one.evaluation.tune:
             maps = self.evaluator.maps(network, validation)
-            rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels)
+            rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels, one.mpp)
             log.info("thresholds: %s (%s)", rules, tuned)
         evaluation, found = self.evaluator.score(network, test, rules)
         if leads():

@@ -11,7 +11,7 @@ from pipeline.training.data import Field
 from pipeline.training.scoring import score_maps
 
 TUNING_GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
-    "distance": {"marker": (90, 110, 130, 150, 170, 190)},
+    "distance": {"marker": (60, 90, 110, 130, 150, 170, 190), "depth": (0, 5, 10, 20)},
     "contour": {"marker": (90, 110, 130, 150, 170, 190)},
     "hv": {"marker": (115, 125, 135, 145, 155, 165)},
     "nucleus": {"depth": (3, 5, 8, 12, 16)},
@@ -19,13 +19,18 @@ TUNING_GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
 """Values tried of what divides touching nuclei (see `InstanceRules`), by where the markers come from."""
 
 
-def tuning_grid(markers: str) -> dict[str, tuple[int, ...]]:
-    """Thresholds tried on the validation fields (map values 0 to 255, pixels)."""
-    return {"nucleus": (96, 112, 128, 144, 160), **TUNING_GRIDS[markers], "min_area": (12, 20, 30)}
+MIN_AREA_UM2 = (3, 5, 7.5, 10)
+"""Values tried of the area in µm² below which nuclei are dropped."""
+
+
+def tuning_grid(markers: str, mpp: float) -> dict[str, tuple[int, ...]]:
+    """Thresholds tried on the validation fields (map values 0 to 255; pixels of `mpp` µm)."""
+    areas = tuple(round(area / mpp**2) for area in MIN_AREA_UM2)
+    return {"nucleus": (96, 112, 128, 144, 160, 176), **TUNING_GRIDS[markers], "min_area": areas}
 
 
 def tune_rules(
-    maps: list[np.ndarray], fields: list[Field], rules: InstanceRules, channels: Channels
+    maps: list[np.ndarray], fields: list[Field], rules: InstanceRules, channels: Channels, mpp: float
 ) -> tuple[InstanceRules, dict[str, float]]:
     """Thresholds with the best mean of AJI and PQ, one at a time around those given.
 
@@ -39,6 +44,8 @@ def tune_rules(
         Where to begin.
     channels : Channels
         Where the maps are.
+    mpp : float
+        Their pixel size in µm.
     """
 
     def quality(tried: InstanceRules) -> float:
@@ -47,7 +54,7 @@ def tune_rules(
 
     best = quality(rules)
     for _ in range(2):
-        for name, values in tuning_grid(rules.markers).items():
+        for name, values in tuning_grid(rules.markers, mpp).items():
             for value in values:
                 tried = replace(rules, **{name: value})  # type: ignore[arg-type]
                 if tried != rules and (found := quality(tried)) > best:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_tuning_finds_better_thresholds() -> None:
     maps = np.stack([np.where(labels > 0, 120, 10), np.where(labels > 0, 200, 0)]).astype(np.uint8)
     one, channels = field(labels), Channels(distance=1)
     start = InstanceRules(min_area=12)  # the foreground reaches 120 alone
-    rules, found = tune_rules([maps], [one], start, channels)
+    rules, found = tune_rules([maps], [one], start, channels, 0.5)
     assert rules.nucleus < 120
     assert found["aji_pq_mean"] > 0.7
     assert score_maps(maps, one, start, channels).scores["aji"] == 0
@@ -137,9 +138,16 @@ def test_tuning_finds_better_thresholds() -> None:
 def test_every_grid_holds_rules(markers: str) -> None:
     from dataclasses import replace
 
-    for name, values in tuning_grid(markers).items():
+    for name, values in tuning_grid(markers, 0.25).items():
         for value in values:
-            assert getattr(replace(InstanceRules.default_for(markers), **{name: value}), name) == value
+            changed: dict[str, Any] = {name: value}
+            assert getattr(replace(InstanceRules.default_for(markers), **changed), name) == value
+
+
+def test_sizes_of_nuclei_keep_their_area_at_another_pixel_size() -> None:
+    rules = InstanceRules.default_for("distance", 0.25)
+    assert (rules.min_marker, rules.min_area, rules.max_hole) == (16, 120, 800)
+    assert tuning_grid("distance", 0.25)["min_area"] == tuple(4 * n for n in tuning_grid("distance", 0.5)["min_area"])
 
 
 def test_inference_repeats_the_flips_of_the_card(tmp_path: Path) -> None:
