@@ -1,0 +1,82 @@
+"""``python -m benchmarks``: measure, print a table, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import exactness, scale, speed
+from benchmarks.harness import Figure, table
+from benchmarks.speed import DEFAULT, Options
+
+ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
+    "tiles": speed.tiles,
+    "infer": speed.infer,
+    "infer-gpu": speed.infer_gpu,
+    "instances": speed.instances,
+    "measure": speed.measure,
+    "export": speed.export,
+    "slide": speed.whole,
+    "startup": speed.startup,
+    "seams": exactness.seams,
+    "memory": scale.memory,
+    "million": scale.million,
+    "peer": scale.peer,
+}
+"""The benchmarks by name."""
+
+NOT_ALWAYS = ("memory", "million", "peer")
+"""Minutes each: only when named."""
+
+
+def environment() -> dict[str, object]:
+    """What the figures depend on besides the code."""
+    names = ("numpy", "opencv-python-headless", "scikit-image", "torch", "zarr", "shapely", "pyarrow", "orjson")
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        **{name: version(name) for name in names},
+    }
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("rows", nargs="*", help=f"what to measure: {', '.join(ROWS)}; default: all but the long ones")
+    parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
+    parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
+    parser.add_argument("--peer", type=Path, metavar="PYTHON", help="Python of an environment with tiatoolbox")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON to write")
+    parser.add_argument("--folder", type=Path, help="where to work (some GB for the long ones; default: temporary)")
+    args = parser.parse_args()
+    if unknown := [name for name in args.rows if name not in ROWS]:
+        parser.error(f"no such benchmark: {', '.join(unknown)}")
+    rows = args.rows or [name for name in ROWS if name not in NOT_ALWAYS]
+    figures: list[Figure] = []
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
+        options = Options(Path(folder), args.quick, args.model, args.peer)
+        for name in rows:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            for figure in ROWS[name](replace(options, folder=Path(folder) / name)):
+                figures.append(figure)
+    value = {"environment": environment(), "quick": args.quick, "seconds": round(time.perf_counter() - start, 1)}
+    args.out.write_text(json.dumps(value | {"figures": [f.to_json() for f in figures]}, indent=1) + "\n")
+    print(table(figures))
+    print(f"\n{value['seconds']} s, load {value['environment']['load']}; details in {args.out}")  # type: ignore[index]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

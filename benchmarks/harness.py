@@ -1,0 +1,186 @@
+"""Measuring: CPU seconds, wall seconds, memory of a process and its children; figures and their table."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number, beside its limit.
+
+    Parameters
+    ----------
+    row, what : str
+        Benchmark, and what was measured.
+    value : float
+        The number.
+    unit : str
+        Its unit.
+    ceiling : float, optional
+        The limit, measured in the same run, in the same unit.
+    of : str
+        What the limit is.
+    target : str
+        What the ratio or the value ought to be, e.g. ``"ratio >= 0.7"`` or ``"value <= 2000"``.
+    note : str
+        Sizes and conditions.
+    """
+
+    row: str
+    what: str
+    value: float
+    unit: str
+    ceiling: float | None = None
+    of: str = ""
+    target: str = ""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Value over limit."""
+        return None if not self.ceiling else self.value / self.ceiling
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met, None without one."""
+        if not self.target:
+            return None
+        name, relation, bound = self.target.split()
+        found = self.ratio if name == "ratio" else self.value
+        assert found is not None
+        return found >= float(bound) if relation == ">=" else found <= float(bound)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"ratio": self.ratio, "met": self.met}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What some work took.
+
+    Parameters
+    ----------
+    cpu, wall : float
+        CPU seconds of all threads and finished children, and seconds.
+    """
+
+    cpu: float
+    wall: float
+
+
+def spent(work: Callable[[], Any]) -> tuple[Any, Spent]:
+    """Do some work in this process; its result and what it took."""
+    start, before = time.perf_counter(), _cpu()
+    result = work()
+    return result, Spent(_cpu() - before, time.perf_counter() - start)
+
+
+def _cpu() -> float:
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def best(work: Callable[[], Any], times: int) -> tuple[Any, Spent]:
+    """The least that some work takes in several tries; on a shared machine the rest is the others'."""
+    tries = [spent(work) for _ in range(times)]
+    return tries[-1][0], Spent(min(t.cpu for _, t in tries), min(t.wall for _, t in tries))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command took.
+
+    Parameters
+    ----------
+    cpu, wall : float
+        CPU seconds with all children, and seconds.
+    rss_mb : float
+        Most memory that it and its children held at one time, shared pages counted once a process.
+    """
+
+    cpu: float
+    wall: float
+    rss_mb: float
+
+
+def run_command(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Run:
+    """Run a command and watch it.
+
+    Raises
+    ------
+    RuntimeError
+        When it fails; the message ends with what it wrote.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+    )  # fmt: skip
+    peak = [0]
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
+    watcher.start()
+    output, _ = process.communicate()
+    watcher.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {output[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(cpu, time.perf_counter() - start, peak[0] / 1e6)
+
+
+def _watch(pid: int, peak: list[int]) -> None:
+    try:
+        top = psutil.Process(pid)
+        while top.is_running() and top.status() != psutil.STATUS_ZOMBIE:
+            total = 0
+            for process in [top, *top.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], total)
+            time.sleep(0.02)
+    except psutil.Error:
+        return
+
+
+def stage(name: str, *arguments: str | Path, **options: Any) -> Run:
+    """Run one stage as the workflow does; options as ``key=value``."""
+    listed = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    return run_command([sys.executable, "-m", "pipeline", name, *arguments, *listed])
+
+
+def table(figures: Iterable[Figure]) -> str:
+    """The figures as text, a line each."""
+    head = ("benchmark", "what", "value", "limit", "ratio", "target", "")
+    lines = [head]
+    for f in figures:
+        limit = "" if f.ceiling is None else f"{_short(f.ceiling)} {f.of}".strip()
+        ratio = "" if f.ratio is None else f"{f.ratio:.2f}"
+        state = {True: "met", False: "MISSED", None: ""}[f.met]
+        lines.append((f.row, f.what, f"{_short(f.value)} {f.unit}", limit, ratio, f.target, state))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _short(value: float) -> str:
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"

@@ -1,0 +1,222 @@
+"""What the benchmarks work on: one painted field of tissue, repeated over stores and slides of any size.
+
+Stores and slides are sparse where there is no tissue, so that a slide of 100,000 x 80,000 pixels takes some 100 MB.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipeline.grid import Grid
+from pipeline.lattice import CELL
+from pipeline.maps import MapStore
+
+SIDE = 2048
+"""Side of the field in pixels, and of the squares of tissue on a slide."""
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A field of tissue with what a good model says of it.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        uint8 ``(SIDE, SIDE, 3)``.
+    labels : numpy.ndarray
+        int32 ``(SIDE, SIDE)``: the nuclei.
+    maps : numpy.ndarray
+        uint8 ``(2, SIDE, SIDE)``: nucleus and distance map.
+    """
+
+    rgb: np.ndarray
+    labels: np.ndarray
+    maps: np.ndarray
+
+
+@lru_cache(2)
+def field(mpp: float, density: float = 5000.0, seed: int = 3) -> Field:
+    """Paint a field.
+
+    Parameters
+    ----------
+    mpp : float
+        µm per pixel.
+    density : float
+        Nuclei per mm².
+    seed : int
+        The same seed gives the same field.
+    """
+    from pipeline.slides.synthetic import make_field
+    from pipeline.training.labels import craft_distance
+
+    rgb, labels = make_field(SIDE, SIDE, mpp, seed, density=density, background=False)
+    rng = np.random.default_rng(seed)
+    noise = cv2.GaussianBlur(rng.normal(0, 60, labels.shape).astype(np.float32), (0, 0), 2.0)
+    soft = cv2.GaussianBlur((labels > 0).astype(np.float32), (0, 0), 1.0 / (2 * mpp))
+    nucleus = np.clip(255 * soft + noise, 0, 255)
+    distance = np.clip(255 * cv2.GaussianBlur(craft_distance(labels), (0, 0), 0.5 / (2 * mpp)) + noise, 0, 255)
+    return Field(rgb, labels, np.rint(np.stack([nucleus, distance])).astype(np.uint8))
+
+
+def tissue_squares(width: int, height: int, share: float) -> np.ndarray:
+    """Squares of `SIDE` pixels that are tissue, bool ``(rows, columns)``: a block in the middle of about this share."""
+    rows, columns = -(-height // SIDE), -(-width // SIDE)
+    chosen = np.zeros((rows, columns), bool)
+    down = max(1, min(rows, round(rows * share**0.5)))
+    across = max(1, min(columns, round(share * rows * columns / down)))
+    top, left = (rows - down) // 2, (columns - across) // 2
+    chosen[top : top + down, left : left + across] = True
+    return chosen
+
+
+def active_cells(squares: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Cells of these squares, bool, as the stores have them."""
+    cells = np.kron(squares, np.ones((SIDE // CELL, SIDE // CELL), bool))
+    return np.ascontiguousarray(cells[: -(-height // CELL), : -(-width // CELL)])
+
+
+def _chunks(squares: np.ndarray, width: int, height: int, side: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Chunks of `side` in these squares: where in the store, and where in the field."""
+    for row, column in np.argwhere(squares):
+        for y in range(row * SIDE, min((row + 1) * SIDE, height), side):
+            for x in range(column * SIDE, min((column + 1) * SIDE, width), side):
+                bottom, right = min(y + side, height), min(x + side, width)
+                top, left = y % SIDE, x % SIDE
+                yield slice(y, bottom), slice(x, right), slice(top, top + bottom - y), slice(left, left + right - x)
+
+
+def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> int:
+    """Write a store of maps of a slide with this share of tissue; the pixels of tissue."""
+    squares = tissue_squares(width, height, share)
+    grid = Grid(width, height, mpp, 1.0, 1.0)
+    cells = active_cells(squares, width, height)
+    store = MapStore.create(path, grid, ("nucleus", "distance"), cells, CELL, (1024, 1024))
+    total = 0
+    for rows, columns, top, left in _chunks(squares, width, height, 1024):
+        store.array[:, rows, columns] = field.maps[:, top, left]
+        total += (rows.stop - rows.start) * (columns.stop - columns.start)
+    return total
+
+
+def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> None:
+    """Write a store of tiles of the same slide."""
+    from pipeline.tiles import _create
+
+    squares = tissue_squares(width, height, share)
+    array = _create(path, Grid(width, height, mpp, 1.0, 1.0), active_cells(squares, width, height), 1024)
+    for rows, columns, top, left in _chunks(squares, width, height, 1024):
+        array[rows, columns] = field.rgb[top, left]
+
+
+def write_manifests(folder: Path, width: int, height: int, mpp: float) -> None:
+    """Write the manifests of the stages that such stores stand for."""
+    grid = Grid(width, height, mpp, 1.0, 1.0).to_json()
+    transform = {"method": "none"}
+    for name, value in {
+        "tiles": {"grid": grid},
+        "stain": {"transform": transform, "method": "none", "stains": None},
+        "maps": {"grid": grid},
+    }.items():
+        record = {"stage": name, "slide": "s", "status": "ok", "failure": None}
+        (folder / f"{name}.json").write_text(json.dumps(record | value))
+
+
+# A slide as a pyramidal TIFF whose tiles are shared: each different tile is in the file once.
+
+_TILE = 256
+_LEVELS = (1, 4, 16)
+
+
+def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> None:
+    """Write an Aperio-style slide with this share of tissue, as BigTIFF, JPEG tiles of 256 pixels, levels /4 and /16."""
+    from imagecodecs import jpeg_encode
+
+    squares = tissue_squares(width, height, share)
+    known: dict[bytes, tuple[int, int]] = {}
+    shrunk = {f: cv2.resize(field.rgb, (SIDE // f, SIDE // f), interpolation=cv2.INTER_AREA) for f in _LEVELS}
+    with path.open("wb") as file:
+        file.write(b"II" + struct.pack("<HHHQ", 43, 8, 0, 0))
+        ifds = []
+        for factor in _LEVELS:
+            columns, rows = -(-width // factor // _TILE), -(-height // factor // _TILE)
+            places = []
+            for row in range(rows):
+                for column in range(columns):
+                    key, make = _tile(shrunk[factor], squares, factor, row, column)
+                    if key not in known:
+                        data = jpeg_encode(make(), level=90, colorspace="RGB", outcolorspace="YCBCR", subsampling="444")
+                        known[key] = (file.tell(), len(data))
+                        file.write(data)
+                    places.append(known[key])
+            ifds.append((width // factor, height // factor, places))
+        _write_directories(file, ifds, mpp)
+
+
+def _tile(
+    small: np.ndarray, squares: np.ndarray, factor: int, row: int, column: int
+) -> tuple[bytes, Callable[[], np.ndarray]]:
+    """What a tile is known by, and how to paint it."""
+    side = SIDE // factor
+    y, x = row * _TILE, column * _TILE
+    rows, columns = np.arange(y, y + _TILE) // side, np.arange(x, x + _TILE) // side
+    rows, columns = np.minimum(rows, squares.shape[0] - 1), np.minimum(columns, squares.shape[1] - 1)
+    inside = squares[np.ix_(np.unique(rows), np.unique(columns))]
+    key = bytes([factor]) + (struct.pack("<II", y % side, x % side) + inside.tobytes() if inside.any() else b"white")
+
+    def make() -> np.ndarray:
+        pixels = small[np.ix_(np.arange(y, y + _TILE) % side, np.arange(x, x + _TILE) % side)]
+        return np.where(squares[np.ix_(rows, columns)][..., None], pixels, np.uint8(243))
+
+    return key, make
+
+
+def _write_directories(file: io.BufferedWriter, ifds: list[tuple[int, int, list[tuple[int, int]]]], mpp: float) -> None:
+    link = 8
+    for number, (width, height, places) in enumerate(ifds):
+        size = f"{ifds[0][0]}x{ifds[0][1]} [0,0 {ifds[0][0]}x{ifds[0][1]}] (256x256)"
+        if number:
+            size += f" -> {width}x{height}"
+        text = f"Aperio Image Library v12.0.16\r\n{size} JPEG/RGB Q=90|AppMag = 40|MPP = {mpp:.4f}\0".encode()
+        offsets, counts = np.array(places, "<u8").T
+        entries: list[tuple[int, int, bytes]] = [
+            (254, 4, struct.pack("<I", 0)),
+            (256, 4, struct.pack("<I", width)),
+            (257, 4, struct.pack("<I", height)),
+            (258, 3, struct.pack("<HHH", 8, 8, 8)),
+            (259, 3, struct.pack("<H", 7)),
+            (262, 3, struct.pack("<H", 6)),  # YCbCr
+            (270, 2, text),
+            (277, 3, struct.pack("<H", 3)),
+            (322, 4, struct.pack("<I", _TILE)),
+            (323, 4, struct.pack("<I", _TILE)),
+            (324, 16, offsets.tobytes()),
+            (325, 16, counts.tobytes()),
+            (530, 3, struct.pack("<HH", 1, 1)),  # colours at full resolution
+        ]
+        sizes = {2: 1, 3: 2, 4: 4, 16: 8}
+        body, rest = b"", b""
+        file.seek(0, io.SEEK_END)
+        start = file.tell() + 8 + 20 * len(entries) + 8
+        for tag, kind, value in entries:
+            count = len(value) // sizes[kind]
+            if len(value) <= 8:
+                field = value.ljust(8, b"\0")
+            else:
+                field = struct.pack("<Q", start + len(rest))
+                rest += value + b"\0" * (-len(value) % 8)
+            body += struct.pack("<HHQ", tag, kind, count) + field
+        here = file.tell()
+        file.write(struct.pack("<Q", len(entries)) + body + struct.pack("<Q", 0) + rest)
+        file.seek(link)
+        file.write(struct.pack("<Q", here))
+        link = here + 8 + 20 * len(entries)
