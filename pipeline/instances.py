@@ -37,7 +37,7 @@ from pipeline.kernels.contours import centroids, outlines, pixel_runs, polygon_w
 from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
-from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema
+from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.progress import Progress
 from pipeline.stage import run_stage
 from pipeline.tissue import read_tissue
@@ -619,13 +619,6 @@ def slide_nuclei(
         return pa.concat_tables([BATCH_SCHEMA.empty_table(), *found.batches()]).combine_chunks()
 
 
-def _bytes_of(geometry: pa.ChunkedArray) -> memoryview:
-    """The polygons of a column in one piece, one after another."""
-    array = geometry.chunk(0)
-    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
-    return memoryview(array.buffers()[2])[int(offsets[0]) : int(offsets[-1])]
-
-
 def write_instances(
     maps: Path, package: ModelPackage, out: Path, *, slide: str, block: int, halo: int, workers: int, tissue: Any = None
 ) -> dict[str, Any]:
@@ -659,7 +652,7 @@ def write_instances(
             count += table.num_rows
             digest.update(table.column("id").to_numpy().tobytes())
             digest.update(table.column("class_id").to_numpy().tobytes())
-            digest.update(_bytes_of(table.column("geometry")))
+            digest.update(wkb_of(table.column("geometry").chunk(0))[0])
             writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
         if census.cut:
             log.warning(

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.grid import Grid
-from pipeline.kernels.measure import STAIN_COLUMNS, StainSums, cut_runs, polygon_shapes
+from pipeline.kernels.contours import wkb_rings
+from pipeline.kernels.instances import expand
+from pipeline.kernels.measure import STAIN_COLUMNS, StainSums, cut_runs, hull_areas, polygon_shapes
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.stain import stain_matrix
@@ -54,13 +56,13 @@ class Tiles(Protocol):
     def read(self, x: int, y: int, w: int, h: int) -> np.ndarray: ...
 
 
-def measure_shapes(polygons: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
     """Shape of polygons.
 
     Parameters
     ----------
-    polygons : numpy.ndarray
-        Object array of shapely polygons in level-0 pixels, shape ``(n,)``.
+    geometry : pyarrow.BinaryArray
+        Polygons in level-0 pixels, WKB, ``(n,)``.
     grid : Grid
         The slide's grid, which knows how large a level-0 pixel is in either direction.
 
@@ -70,28 +72,33 @@ def measure_shapes(polygons: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         float64 ``(n,)``: the columns of `pipeline.kernels.measure.polygon_shapes`, the centroid in level-0 pixels, and
         ``solidity``, the area over that of the convex hull.
     """
-    import shapely
+    from pipeline.nuclei import wkb_of
 
     um = np.array([grid.mpp / grid.scale_x, grid.mpp / grid.scale_y])
-    points, (ring_ends, polygon_ends) = _ragged(polygons)
-    values = polygon_shapes(points * um, ring_ends[:-1], polygon_ends[:-1])
+    points, rings, polygons = wkb_rings(*wkb_of(geometry))
+    values = polygon_shapes(points * um, rings[:-1], polygons[:-1])
     values["centroid_x"] /= um[0]
     values["centroid_y"] /= um[1]
-    hull = shapely.area(shapely.convex_hull(polygons)) * um.prod()  # ratios of areas survive unequal scales
+    hull = _hulls(points, rings, polygons, grid) * um.prod()  # ratios of areas survive unequal scales
     with np.errstate(invalid="ignore", divide="ignore"):
         values["solidity"] = np.where(hull > 0, np.minimum(values["area_um2"] / hull, 1), 0)
     return values
 
 
-def _ragged(polygons: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Grid) -> np.ndarray:
+    """Areas of the convex hulls of polygons' shells in square level-0 pixels."""
+    lengths = np.diff(rings)[polygons[:-1]]
+    shells = points[expand(rings[polygons[:-1]], lengths)]
+    # Outlines of the stage `instances` have their points on half pixels of the grid.
+    half = np.array([grid.scale_x, grid.scale_y]) / 2
+    lattice = np.rint(shells / half)
+    if (np.abs(lattice * half - shells) <= 1e-6).all():
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        return hull_areas(lattice.astype(np.int64), starts) * half.prod()
     import shapely
 
-    if not len(polygons):
-        return np.empty((0, 2)), (np.zeros(1, np.int64), np.zeros(1, np.int64))
-    kind, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
-    if kind != shapely.GeometryType.POLYGON:
-        raise ValueError("nuclei must be polygons")
-    return points, (offsets[0], offsets[1])
+    lines = shapely.linestrings(shells, indices=np.repeat(np.arange(len(lengths)), lengths))
+    return np.asarray(shapely.area(shapely.convex_hull(lines)))
 
 
 def measure_stains(runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Tiles, matrix: np.ndarray) -> StainSums:
@@ -128,10 +135,7 @@ def measure_batch(batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray) -> di
     dict of str to numpy.ndarray
         ``centroid_x``, ``centroid_y`` and `COLUMNS`, float64.
     """
-    import shapely
-
-    polygons = np.asarray(shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False)), object)
-    values = measure_shapes(polygons, tiles.grid)
+    values = measure_shapes(batch.column("geometry"), tiles.grid)
     lists = batch.column("runs")
     lengths = np.diff(lists.offsets.to_numpy()) // 3
     runs = lists.flatten().to_numpy().reshape(-1, 3)

@@ -84,6 +84,14 @@ def read_nuclei(path: Path, columns: list[str] | None = None) -> pa.Table:
     return open_nuclei(path).read(columns=columns)
 
 
+def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The polygons of a column in one piece: bytes uint8, and where each begins in them, int64 ``(n + 1,)``."""
+    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
+    first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last]
+    return data, offsets.astype(np.int64) - first
+
+
 def geometries(table: pa.Table) -> np.ndarray:
     """Polygons of a table of nuclei, object array of shapely polygons in level-0 pixels."""
     return np.asarray(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))

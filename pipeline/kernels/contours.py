@@ -219,3 +219,46 @@ def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
     places[at] = values
     places[ring_at + 4 + 16 * lengths] = values[shapes.rings[:-1]]
     return data, offsets
+
+
+def wkb_rings(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rings of polygons in well-known binary, little-endian, two dimensions.
+
+    Parameters
+    ----------
+    data : numpy.ndarray
+        uint8: all polygons one after another.
+    offsets : numpy.ndarray
+        int ``(n + 1,)``: where each begins in `data`, and the end of the last.
+
+    Returns
+    -------
+    points : numpy.ndarray
+        float64 ``(p, 2)``: the points of all rings one after another, each ring closed (last point = first).
+    rings, polygons : numpy.ndarray
+        int64 ``(r + 1,)`` and ``(n + 1,)``: where each ring begins in `points`, and each polygon among the rings.
+
+    Raises
+    ------
+    ValueError
+        When something else is among them.
+    """
+    offsets = np.asarray(offsets, np.int64)
+    if len(offsets) < 2:
+        return np.zeros((0, 2)), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    starts = offsets[:-1]
+    words = np.ndarray((len(data) - 3,), "<u4", data, strides=(1,))
+    if not ((data[starts] == 1) & (words[starts + 1] == 3)).all():
+        raise ValueError("nuclei must be polygons of two dimensions in little-endian WKB")
+    counts = words[starts + 5].astype(np.int64)
+    polygons = np.concatenate([[0], np.cumsum(counts)])
+    lengths, places = np.zeros(polygons[-1], np.int64), np.zeros(polygons[-1], np.int64)
+    at, left = starts + 9, np.arange(len(starts))
+    for number in range(int(counts.max())):  # all shells, then all first holes, and so on
+        left = left[counts[left] > number]
+        found = words[at[left]].astype(np.int64)
+        lengths[polygons[left] + number], places[polygons[left] + number] = found, at[left] + 4
+        at[left] += 4 + 16 * found
+    values = np.ndarray((len(data) - 15,), "V16", data, strides=(1,))
+    points = values[expand(places, lengths, 16)].view("<f8").reshape(-1, 2)
+    return points, np.concatenate([[0], np.cumsum(lengths)]), polygons

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
+from pipeline.kernels.instances import expand
 from pipeline.kernels.stain import OD_TABLE, unmixing
 
 SHAPE_COLUMNS = (
@@ -105,6 +107,58 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     }
 
 
+def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Areas of the convex hulls of many sets of points on a lattice.
+
+    Parameters
+    ----------
+    points : numpy.ndarray
+        int64 ``(p, 2)``, x first: the points of all sets one after another; no set is empty.
+    starts : numpy.ndarray
+        int ``(n + 1,)``: where each set begins, and `p`.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``(n,)``.
+
+    References
+    ----------
+    Chains of points in the order of one coordinate: Andrew, Information Processing Letters 9, 1979.
+    """
+    if len(starts) < 2:
+        return np.zeros(0)
+    x, y = points.T
+    owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    top = np.minimum.reduceat(y, starts[:-1])
+    levels = np.maximum.reduceat(y, starts[:-1]) - top + 1
+    base = np.cumsum(levels) - levels
+    place = base[owner] + y - top[owner]
+    total = np.zeros(len(starts) - 1)
+    row = np.arange(int(levels.sum()))
+    owners = np.repeat(np.arange(len(levels)), levels)
+    # The hull lies between two chains, one through the least and one through the largest x of each row.
+    for side in (x, -x):
+        least = np.full(len(row), np.iinfo(np.int64).max)
+        np.minimum.at(least, place, side)
+        some = least < np.iinfo(np.int64).max
+        cx, cy, whose = least[some], row[some], owners[some]
+        while len(cx) > 2:
+            # A point that is not outside of the line through its neighbours is none of the hull's, and a point of the
+            # hull is outside of any line: all can go at once.
+            dx, dy = cx[2:] - cx[:-2], cy[2:] - cy[:-2]
+            inside = (cx[1:-1] - cx[:-2]) * dy >= dx * (cy[1:-1] - cy[:-2])
+            inside &= whose[2:] == whose[:-2]
+            if not inside.any():
+                break
+            keep = np.concatenate([[True], ~inside, [True]])
+            cx, cy, whose = cx[keep], cy[keep], whose[keep]
+        same = whose[1:] == whose[:-1]
+        twice = np.where(same, (cx[1:] + cx[:-1]) * (cy[1:] - cy[:-1]), 0)
+        total -= np.bincount(whose[1:], twice, len(total)) / 2
+    return total
+
+
 @dataclass(frozen=True)
 class Pieces:
     """Pixel runs cut at the borders of square blocks and grouped by block.
@@ -180,14 +234,18 @@ class StainSums:
     SCALE = 4096
     """Integer steps of one unit of (natural) OD."""
 
+    _LIMIT = 1 << 24
+    """Both stains are in one number, eosin in the lower 32 bits, raised by so much that it is positive."""
+
     def __init__(self, count: int, matrix: np.ndarray) -> None:
         vectors = unmixing(matrix)
         table = np.rint(OD_TABLE.astype(np.float64)[:, None, None] * vectors * self.SCALE).astype(np.int64)
-        # Both stains in one number, eosin in the lower half: one look-up a channel. The halves are small enough that
-        # no sum of three spills over.
-        if np.abs(table).max() * 3 >= 1 << 30:
+        if np.abs(table).max() * 3 >= self._LIMIT:
             raise ValueError("the stain vectors are too close to each other to be told apart")
-        self._table = (table[..., 0] << 32) + table[..., 1]
+        packed = (table[..., 0] << 32) + table[..., 1]
+        # Two look-ups a pixel: red and green in one table, blue in another.
+        self._red_green = (packed[:, 1][:, None] + packed[:, 0][None, :]).ravel()
+        self._blue = packed[:, 2] + self._LIMIT
         self.pixels = np.zeros(count, np.int64)
         self.sums = np.zeros((2, count), np.int64)
         self.squares = np.zeros((2, count), np.int64)
@@ -204,27 +262,28 @@ class StainSums:
         y, x0, x1 : numpy.ndarray
             Runs within `rgb`.
         """
-        lengths = x1 - x0
-        total = int(lengths.sum())
-        if not total:
+        some = x1 > x0
+        if not some.all():
+            nucleus, y, x0, x1 = nucleus[some], y[some], x0[some], x1[some]
+        if not len(y):
             return
-        begins = np.cumsum(lengths) - lengths
-        flat = np.repeat(y * rgb.shape[1] + x0 - begins, lengths) + np.arange(total)
-        colour = np.take(rgb.reshape(-1, 3), flat, axis=0)
-        packed = self._table[colour[:, 0], 0]
-        packed += self._table[colour[:, 1], 1]
-        packed += self._table[colour[:, 2], 2]
-        eosin = packed.astype(np.int32).astype(np.int64)  # the lower half with its sign
-        hematoxylin = (packed - eosin) >> 32
+        lengths = x1 - x0
+        colours = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view("<u4").ravel()
+        colours = np.take(colours, expand(y * rgb.shape[1] + x0, lengths))
+        packed = np.take(self._red_green, colours & 0xFFFF)
+        packed += np.take(self._blue, (colours >> 16) & 0xFF)
         change = np.flatnonzero(np.r_[True, nucleus[1:] != nucleus[:-1]])
-        # Empty runs would repeat a start; such a nucleus has no pixels here.
         size = np.add.reduceat(lengths, change)
-        change, size = change[size > 0], size[size > 0]
         whose, starts = nucleus[change], np.cumsum(size) - size
         self.pixels[whose] += size
+        # Whole numbers below 2**53 are exact in float64, and so are their sums in any order.
+        hematoxylin = (packed >> 32).astype(np.float64)
+        eosin = (packed & 0xFFFFFFFF).astype(np.float64)
+        eosin -= self._LIMIT
         for stain, values in enumerate((hematoxylin, eosin)):
-            self.sums[stain, whose] += np.add.reduceat(values, starts)
-            self.squares[stain, whose] += np.add.reduceat(values * values, starts)
+            self.sums[stain, whose] += np.add.reduceat(values, starts).astype(np.int64)
+            values *= values
+            self.squares[stain, whose] += np.add.reduceat(values, starts).astype(np.int64)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Mean and standard deviation of each nucleus, float64, as decadic OD; NaN for a nucleus without pixels.

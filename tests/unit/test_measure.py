@@ -26,7 +26,9 @@ GRID = Grid(700, 500, 0.5, 2.0, 2.0)
 
 
 def shapes(*polygons: shapely.Polygon, grid: Grid | None = None) -> dict[str, np.ndarray]:
-    return measure.measure_shapes(np.array(polygons, object), grid or Grid(4000, 4000, 1.0, 1.0, 1.0))
+    return measure.measure_shapes(
+        pa.array([shapely.to_wkb(p) for p in polygons], pa.binary()), grid or Grid(4000, 4000, 1.0, 1.0, 1.0)
+    )
 
 
 def blobs(count: int, seed: int = 1) -> np.ndarray:
