@@ -89,7 +89,7 @@ def _tile(
     labels = segment(window, rules)
     if margin:
         index = np.arange(1, labels.max(initial=0) + 1)
-        centres = np.array(ndimage.center_of_mass(labels > 0, labels, index)).reshape(-1, 2) + (top, left)
+        centres = np.array(ndimage.center_of_mass(labels > 0, labels, index)).reshape(-1, 2) + np.array([top, left])
         inside = ((centres >= (y, x)) & (centres < (y + tile, x + tile))).all(axis=1)
         labels[~np.r_[True, inside][labels]] = 0
     return _shapes(labels, top, left)

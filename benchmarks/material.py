@@ -138,7 +138,7 @@ _LEVELS = (1, 4, 16)
 
 
 def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> None:
-    """Write an Aperio-style slide with this share of tissue, as BigTIFF, JPEG tiles of 256 pixels, levels /4 and /16."""
+    """Write an Aperio-style slide with this share of tissue, a BigTIFF of JPEG tiles, levels /4 and /16."""
     from imagecodecs import jpeg_encode
 
     squares = tissue_squares(width, height, share)

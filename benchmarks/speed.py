@@ -205,6 +205,13 @@ def instances(options: Options) -> Iterator[Figure]:
                  note=f"{note}; {os.cpu_count()} cores, start-up of the workers included")  # fmt: skip
 
 
+REGIONPROPS = (
+    "centroid", "area", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity", "solidity",
+    "orientation", "intensity_mean", "intensity_std",
+)  # fmt: skip
+"""Columns of scikit-image that say what the stage `measure` says."""
+
+
 def measure(options: Options) -> Iterator[Figure]:
     """Nuclei measured, all columns, against scikit-image's regionprops_table with the same."""
     from skimage.measure import regionprops_table
@@ -233,11 +240,7 @@ def measure(options: Options) -> Iterator[Figure]:
         )
         crop = field.labels[:512, :512]
         stains = concentrations(field.rgb[:512, :512], RUIFROK)
-        names = (
-            "centroid", "area", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity", "solidity",
-            "orientation", "intensity_mean", "intensity_std",
-        )  # fmt: skip
-        listed, limit = spent(lambda crop=crop, stains=stains: regionprops_table(crop, stains, properties=names))
+        listed, limit = spent(lambda crop=crop, stains=stains: regionprops_table(crop, stains, properties=REGIONPROPS))
         pixels = np.count_nonzero(field.labels) / field.labels.max()
         yield Figure(
             "measure", f"nuclei at {mpp} µm/px", count / ours.cpu, "/s a core", len(listed["area"]) / limit.cpu,

@@ -1,8 +1,25 @@
 """Entry point of ``python -m pipeline``."""
 
+import importlib.abc
 import sys
 
-from pipeline.cli import main
+from pipeline.cli import STAGES, main
+
+
+class _WithoutPandas(importlib.abc.MetaPathFinder):
+    """As if pandas were not installed.
+
+    pyarrow imports it when it first converts anything, to know its types again: a third of the start of a stage, none
+    of which uses it.
+    """
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError("stages run without pandas", name=fullname)
+
+
+if sys.argv[1:2] and sys.argv[1] in STAGES:  # in their workers, too, which also start here
+    sys.meta_path.insert(0, _WithoutPandas())
 
 if __name__ == "__main__":
     sys.exit(main())

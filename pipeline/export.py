@@ -7,6 +7,7 @@ with the number of nuclei.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import logging
 import struct
@@ -15,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -22,7 +24,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.nuclei import about_nuclei, open_nuclei
+from pipeline.kernels.contours import wkb_rings
+from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
 from pipeline.stage import run_stage
 
 if TYPE_CHECKING:
@@ -127,17 +130,11 @@ def features(
         collector busier than the work itself. A measurement that is not finite is left out, for QuPath takes numbers
         only.
     """
-    import shapely
-
     if batch.num_rows == 0:
         return []
-    shapes = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
-    kind, points, offsets = shapely.to_ragged_array(shapes)
-    if kind != shapely.GeometryType.POLYGON:
-        raise ValueError(f"nuclei must be polygons, got {shapely.GeometryType(kind).name}")
-    coordinates = np.ascontiguousarray(np.round(points[:, :2], digits))
-    ring_starts, shape_starts = (np.asarray(part).tolist() for part in offsets)
-    rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts)]
+    points, ring_starts, shape_starts = wkb_rings(*wkb_of(batch.column("geometry")))
+    coordinates = np.round(points, digits)
+    rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts.tolist())]
 
     columns = {key: name for key, name in MEASUREMENTS.items() if key in batch.schema.names}
     names = list(columns.values())
@@ -153,14 +150,27 @@ def features(
     result = []
     kinds = batch.column("class").to_pylist() if "class" in batch.schema.names else [None] * batch.num_rows
     uuids = nucleus_uuids(slide, batch.column("id").to_numpy(zero_copy_only=False))
-    for index, (identity, name, measured) in enumerate(zip(uuids, kinds, measurements, strict=True)):
+    outlines = [rings[start:stop] for start, stop in itertools.pairwise(shape_starts.tolist())]
+    for identity, name, measured, outline in zip(uuids, kinds, measurements, outlines, strict=True):
         properties: dict[str, Any] = {"objectType": "detection"}
         if name is not None:
             properties["classification"] = known.get(name) or {"name": name, "color": DEFAULT_COLOUR}
         properties["measurements"] = measured
-        outline = {"type": "Polygon", "coordinates": rings[shape_starts[index] : shape_starts[index + 1]]}
-        result.append({"type": "Feature", "id": identity, "geometry": outline, "properties": properties})
+        geometry = {"type": "Polygon", "coordinates": outline}
+        result.append({"type": "Feature", "id": identity, "geometry": geometry, "properties": properties})
     return result
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's search for cycles, of which features have none: it looks at each of them many times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class GzipWriter:
@@ -224,7 +234,8 @@ def _blocks(source: Path, slide: str, columns: Sequence[str], known: Mapping[str
     with open_nuclei(source) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
             if batch.num_rows:
-                text = orjson.dumps(features(batch, slide, known), option=orjson.OPT_SERIALIZE_NUMPY)
+                with _no_collector():
+                    text = orjson.dumps(features(batch, slide, known), option=orjson.OPT_SERIALIZE_NUMPY)
                 yield batch.num_rows, text[1:-1]
 
 

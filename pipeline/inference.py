@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 from pipeline.kernels.blend import Blender, PatchGrid
 from pipeline.kernels.stain import StainTransform
@@ -209,16 +210,17 @@ def one_result() -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     cudnn = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, torch.get_num_threads()
+    before = torch.get_deterministic_debug_mode(), cudnn.benchmark, torch.get_num_threads()
     filled = memory.fill_uninitialized_memory
-    # Warned of, not refused: a network may hold an operation that has no such kernel.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Warned of, not refused: a network may hold an operation that has no such kernel. `use_deterministic_algorithms`
+    # does the same, but imports the compiler first, which takes longer than all else before the first window.
+    torch.set_deterministic_debug_mode("warn")
     memory.fill_uninitialized_memory = False  # which costs time and is for finding bugs
     cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.set_deterministic_debug_mode(before[0])
         memory.fill_uninitialized_memory = filled
         cudnn.benchmark = before[1]
         torch.set_num_threads(before[2])
@@ -498,6 +500,8 @@ def run_infer(
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
+    if args.device != "cuda":
+        keep_freed_memory()
     run_infer(
         args.slide,
         tiles=args.tiles,

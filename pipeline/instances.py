@@ -652,7 +652,7 @@ def write_instances(
             count += table.num_rows
             digest.update(table.column("id").to_numpy().tobytes())
             digest.update(table.column("class_id").to_numpy().tobytes())
-            digest.update(wkb_of(table.column("geometry").chunk(0))[0])
+            digest.update(wkb_of(table.column("geometry").chunk(0))[0].data)
             writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
         if census.cut:
             log.warning(

@@ -2,7 +2,8 @@
 
 Only its stain matrix extractors are used, once a slide. What has to be known of staintools 2.1.2:
 
-- ``import staintools`` needs SPAMS for Macenko too, and imports pyplot;
+- ``import staintools`` needs SPAMS for Macenko too, and imports pyplot: most of a stage's start. Its modules
+  are imported without it;
 - extractors want an image, ``(H, W, 3)``, and turn its zeros into ones in place: they get a copy;
 - an image without dark pixels raises its own ``TissueMaskException``, others ``AssertionError``;
 - Vahadane's dictionary learning runs for one second of wall-clock time, so its answer depends on the machine's load: it
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +38,8 @@ VAHADANE_ITERATIONS = 1000
 @functools.cache
 def _module(name: str) -> types.ModuleType | None:
     try:
+        if "staintools" not in sys.modules and (spec := importlib.util.find_spec("staintools")):
+            sys.modules["staintools"] = importlib.util.module_from_spec(spec)  # known, but not executed
         return importlib.import_module(f"staintools.stain_extraction.{name}")
     except Exception as error:  # a broken binary of SPAMS raises all sorts
         log.debug("staintools cannot be imported: %r", error)
@@ -42,8 +47,8 @@ def _module(name: str) -> types.ModuleType | None:
 
 
 def available() -> bool:
-    """Whether staintools and SPAMS can be imported."""
-    return _module("macenko_stain_extractor") is not None and _module("vahadane_stain_extractor") is not None
+    """Whether staintools and SPAMS are installed; SPAMS is imported only when it is used."""
+    return _module("macenko_stain_extractor") is not None and importlib.util.find_spec("spams") is not None
 
 
 def version() -> str | None:

@@ -9,6 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
         section = json.loads(args.config_json.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{args.config_json} cannot be read: {error}", "give the train section as JSON") from None
+    keep_freed_memory()
     import torch
 
     from pipeline.training.experiment import Experiment

@@ -126,3 +126,16 @@ def test_stage_modules_import_no_torch(name: str) -> None:
     code = f"import sys, {cli.COMMANDS[name].module}; sys.exit('torch' in sys.modules and 'imports torch')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_stages_start_without_what_they_do_not_use() -> None:
+    # pyarrow alone would import pandas here, staintools pyplot and SPAMS.
+    code = (
+        "import sys; sys.argv = ['pipeline', 'stain']; import pipeline.__main__, pyarrow;"
+        "assert pyarrow.array([1]).to_numpy()[0] == 1;"
+        "from pipeline import staintools_backend; staintools_backend.extractors();"
+        "found = [n for n in ('pandas', 'matplotlib.pyplot', 'spams', 'torch') if sys.modules.get(n)];"
+        "sys.exit(', '.join(found) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

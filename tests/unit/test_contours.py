@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.kernels.contours import centroids, drop_collinear, outlines, pixel_runs, polygon_wkb
+from pipeline.kernels.contours import centroids, drop_collinear, outlines, pixel_runs, polygon_wkb, wkb_rings
 from pipeline.testing import pixels_of
 
 
@@ -132,6 +132,18 @@ def test_wkb_and_centres_are_those_of_geos(seed: int) -> None:
     data, offsets = polygon_wkb(shapes)
     assert [data[a:b].tobytes() for a, b in itertools.pairwise(offsets)] == list(shapely.to_wkb(expected))
     np.testing.assert_allclose(centroids(shapes), shapely.get_coordinates(shapely.centroid(expected)), atol=1e-6)
+    points, starts, owners = wkb_rings(data, offsets)
+    _, coordinates, (ring_starts, shape_starts) = shapely.to_ragged_array(expected)
+    np.testing.assert_array_equal(points, coordinates)
+    np.testing.assert_array_equal(starts, ring_starts)
+    np.testing.assert_array_equal(owners, shape_starts)
+
+
+@pytest.mark.parametrize("shape", [shapely.Point(1, 2), shapely.Polygon([(0, 0, 1), (1, 0, 1), (1, 1, 1)])])
+def test_other_wkb_is_refused(shape: shapely.Geometry) -> None:
+    data = np.frombuffer(shapely.to_wkb(shape), np.uint8)
+    with pytest.raises(ValueError, match="polygons of two dimensions"):
+        wkb_rings(data, np.array([0, len(data)]))
 
 
 def test_no_pixels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,40 @@ def test_one_result_leaves_torch_as_it_was() -> None:
         assert state()[:2] == (True, False)
         raise KeyError
     assert state() == before
+
+
+def test_one_result_does_not_import_the_compiler() -> None:
+    code = """
+import sys, torch
+from pipeline.inference import one_result
+with one_result():
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+sys.exit("torch._inductor" in sys.modules and "the compiler was imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="for glibc on Linux")
+def test_freed_memory_is_kept() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from pipeline.allocator import keep_freed_memory
+kept = sys.argv[1] == "keep" and keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(5_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, check=True).stdout)
+        for word in ("keep", "give back")
+    ]
+    assert faults[0] * 5 < faults[1]
 
 
 class TestHematoxylin:

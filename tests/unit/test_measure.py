@@ -17,7 +17,7 @@ from pipeline import measure
 from pipeline.grid import Grid
 from pipeline.kernels import stain as stain_kernel
 from pipeline.kernels.contours import outlines, pixel_runs
-from pipeline.kernels.measure import StainSums, cut_runs, polygon_shapes
+from pipeline.kernels.measure import StainSums, cut_runs, hull_areas, polygon_shapes
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema, open_nuclei
 from pipeline.stage import write_json
 from pipeline.testing import pixels_of
@@ -146,6 +146,27 @@ def test_place_and_company_change_no_shape(parts: list[tuple[float, float, float
             assert values[index] == alone[name][0]
             if not name.startswith("centroid"):
                 assert moved[name][0] == pytest.approx(alone[name][0], rel=1e-5, abs=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(-7, 7), st.integers(-7, 7)), min_size=1, max_size=12), min_size=1, max_size=6
+    ),
+    st.integers(-(10**6), 10**6),
+)
+def test_hulls_are_those_of_geos(sets: list[list[tuple[int, int]]], shift: int) -> None:
+    points = np.array([p for part in sets for p in part], np.int64) + shift
+    starts = np.cumsum([0, *map(len, sets)])
+    expected = [shapely.MultiPoint(part).convex_hull.area for part in sets]
+    np.testing.assert_array_equal(hull_areas(points, starts), expected)
+
+
+def test_outlines_off_the_lattice_have_hulls_too() -> None:
+    # The second is no outline of the stage before: its points lie anywhere.
+    square, odd = shapely.box(10, 10, 14, 12), shapely.Polygon([(0, 0), (4.1, 0), (2.3, 1), (4, 4.7), (0, 4)])
+    found = shapes(square, odd)["solidity"]
+    assert found == pytest.approx([1, odd.area / odd.convex_hull.area])
 
 
 def test_nothing_and_degenerate_polygons() -> None:
