@@ -16,7 +16,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -89,6 +89,24 @@ class Job:
     rules: InstanceRules
     window: tuple[int, int] | None
     augmentation: Augmentation
+
+
+def moving_average(decay: float, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    """Exponential moving average that forgets faster while it is young, so that what it began with has no weight.
+
+    Parameters
+    ----------
+    decay : float
+        Weight of the average in the long run.
+    averaged, current : torch.Tensor
+        The average so far and the new value.
+    count : torch.Tensor
+        Values averaged so far; a tensor, as reading it would hold up a GPU.
+    """
+    if not current.is_floating_point():
+        return current
+    weight = ((1 + count) / (10 + count)).clamp(max=decay).to(current.dtype)
+    return torch.lerp(current, averaged, weight)
 
 
 class TrainingModule(lightning.LightningModule):
@@ -442,7 +460,7 @@ def _train(
     every = min(schedule.validate_every, schedule.steps)
     callbacks: list[Callback] = [Checkpoints(folder, schedule, bool(validation), deadline), Report()]
     if schedule.ema > 0:
-        callbacks.append(EMAWeightAveraging(decay=schedule.ema, update_starting_at_step=schedule.steps // 5))
+        callbacks.append(WeightAveraging(avg_fn=partial(moving_average, schedule.ema)))
     if schedule.decay == "plateau":
         callbacks.append(Plateau(schedule))
     with warnings.catch_warnings():

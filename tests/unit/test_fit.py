@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import resource
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ torch = pytest.importorskip("torch")
 
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit  # noqa: E402
+from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit, moving_average  # noqa: E402
 from pipeline.training.losses import CombinedLoss  # noqa: E402
 
 HEADS = ("nucleus", "distance")
@@ -143,6 +144,28 @@ def test_the_best_checkpoint_survives_a_resumed_run(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     name = next(iter(network.state_dict()))
     torch.testing.assert_close(network.state_dict()[name], marked["state_dict"][f"network.{name}"])
+
+
+def test_the_average_forgets_what_it_began_with() -> None:
+    value = torch.tensor([100.0])
+    for count in range(1, 200):
+        value = moving_average(0.9, value, torch.tensor([1.0]), torch.tensor(count))
+    torch.testing.assert_close(value, torch.tensor([1.0]))
+    # Young: 2 of 11 parts of what was, 9 of the new; old: `decay` parts.
+    first = moving_average(0.9, torch.tensor([11.0]), torch.tensor([0.0]), torch.tensor(1))
+    torch.testing.assert_close(first, torch.tensor([2.0]))
+    late = moving_average(0.9, torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor(10**6))
+    torch.testing.assert_close(late, torch.tensor([0.9]))
+    batches = torch.tensor(7)
+    assert moving_average(0.9, torch.tensor(3), batches, torch.tensor(5)) == batches
+
+
+def test_validation_sees_the_training_from_its_first_steps(tmp_path: Path) -> None:
+    train(tmp_path, replace(SHORT, steps=20, ema=0.995))
+    with next(tmp_path.glob("log-*/metrics.csv")).open(encoding="utf-8") as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(losses) == 10
+    assert losses[0] != losses[1]
 
 
 def test_without_validation_the_last_state_is_kept(tmp_path: Path) -> None:
