@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """A wrong setting, file or environment; the run cannot go on with it.
@@ -30,3 +32,23 @@ class SlideError(PipelineError):
     def reason(self) -> str:
         """The message without its hint, on one line."""
         return " ".join(Exception.__str__(self).split())
+
+
+class DamagedStore(PipelineError):
+    """A store between two stages is not what was written. The stage that finds out removes it, to be made anew.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The store's folder.
+    why : str
+        One line.
+    """
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is damaged: {' '.join(why.split())[:300]}", "delete it and run again")
+        self.path = path
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[DamagedStore], tuple[Path, str]]:
+        return type(self), (self.path, self.why)  # it travels between processes

@@ -10,8 +10,9 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
+from pipeline.seal import check_seal, is_sealed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class MapStore:
         PipelineError
             When there is none or it is damaged.
         """
+        check_seal(Path(path))
         try:
             group = zarr.open_group(path, mode="r")
             attributes = group.attrs
@@ -77,6 +79,8 @@ class MapStore:
                 group["maps"],
             )
         except (KeyError, ValueError, TypeError, OSError) as error:
+            if is_sealed(Path(path)) and not isinstance(error, OSError):
+                raise DamagedStore(Path(path), str(error)) from None
             raise PipelineError(f"{path} is no store of maps: {error}", "delete it and run again") from None
 
     def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -93,7 +97,11 @@ class MapStore:
         if x0 < x1 and y0 < y1:
             try:
                 part = self.array[:, y0:y1, x0:x1]
+            except (MemoryError, OSError):
+                raise  # of the machine, not of the store
             except Exception as error:  # zarr's codecs raise many kinds
+                if is_sealed(self.path):
+                    raise DamagedStore(self.path, f"{type(error).__name__}: {error}") from None
                 raise PipelineError(f"{self.path} is damaged: {error}", "delete it and run again") from error
             result[:, y0 - y : y1 - y, x0 - x : x1 - x] = part
         return result

@@ -18,10 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, SlideError
+from pipeline.errors import DamagedStore, PipelineError, SlideError
+from pipeline.guard import guarded
+from pipeline.lock import held
+from pipeline.seal import write_seal
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +99,16 @@ def _staged(path: Path) -> Path:
     return path.with_name(f".part-{os.getpid()}-{path.name}")
 
 
+def _set_aside(path: Path) -> None:
+    """Remove a folder that is in the way, in such a way that its name never stands for half of it."""
+    if path.is_dir() and not path.is_symlink():
+        old = path.with_name(f".part-{os.getpid()}.old-{path.name}")
+        path.rename(old)
+        remove(old)
+
+
 def _write_stub(path: Path, text: str) -> None:
-    remove(path)
+    _set_aside(path)
     if path.suffix == ".zarr":
         path.mkdir(parents=True)
         path = path / "FAILED.txt"
@@ -112,8 +124,9 @@ def run_stage(
     outputs: Mapping[str, Path] | None = None,
     upstream: Sequence[Path] = (),
     on_bad_slide: str = "continue",
+    minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Run one stage of one slide.
+    """Run one stage of one slide. One process at a time does so; another one waits.
 
     Parameters
     ----------
@@ -132,6 +145,9 @@ def run_stage(
         Manifests of earlier stages; when one tells of a failure, it is passed on and `body` is not run.
     on_bad_slide : {"continue", "stop"}
         Whether a bad slide is data or an error.
+    minutes : float, optional
+        Minutes that the job may take. With it, `body` runs in a process of its own, and a slide over which a library
+        hangs or crashes is a bad slide; see `pipeline.guard`.
 
     Returns
     -------
@@ -143,10 +159,25 @@ def run_stage(
     ------
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
+    PipelineError
+        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew.
     """
-    outputs = dict(outputs or {})
-    start = time.monotonic()
     manifest.parent.mkdir(parents=True, exist_ok=True)
+    with held(manifest.with_name(f".lock-{manifest.name}")):
+        return _run_stage(stage, slide, manifest, body, dict(outputs or {}), upstream, on_bad_slide, minutes)
+
+
+def _run_stage(
+    stage: str,
+    slide: str,
+    manifest: Path,
+    body: Callable[[dict[str, Path]], dict[str, Any]],
+    outputs: dict[str, Path],
+    upstream: Sequence[Path],
+    on_bad_slide: str,
+    minutes: float | None,
+) -> dict[str, Any]:
+    start = time.monotonic()
     staged = {name: _staged(path) for name, path in outputs.items()}
     record: dict[str, Any] = {"stage": stage, "slide": slide, "status": "ok", "failure": None}
     for path in (*outputs.values(), manifest):
@@ -158,7 +189,16 @@ def run_stage(
             try:
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                record |= body(staged)
+                record |= guarded(partial(body, staged), minutes)
+                for path in staged.values():
+                    if path.suffix == ".zarr":
+                        write_seal(path)
+            except DamagedStore as error:
+                _set_aside(error.path)
+                raise PipelineError(
+                    f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
+                    "run the same command again: it is made anew",
+                ) from None
             except SlideError as error:
                 if on_bad_slide == "stop":
                     raise SlideError(f"slide {slide!r}, {stage}: {error.reason}", error.hint) from None
@@ -172,7 +212,7 @@ def run_stage(
         write_json(staged_manifest, record)
         for name, path in outputs.items():
             if failure is None:
-                remove(path)
+                _set_aside(path)
                 staged[name].rename(path)
             else:
                 _write_stub(

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineError, SlideError
+from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.lattice import CELL, active_cells
 from pipeline.progress import Progress
+from pipeline.seal import check_seal, is_sealed
 from pipeline.slides.inspect import reopen
 from pipeline.slides.open import Level, Slide, SlidePool
 from pipeline.slides.regions import best_level, read_region
@@ -79,6 +80,7 @@ class TileStore:
         """
         import zarr
 
+        check_seal(Path(path))
         try:
             group = zarr.open_group(path, mode="r")
             if group.attrs["cell"] != CELL:
@@ -89,7 +91,7 @@ class TileStore:
         except FileNotFoundError:
             raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
         except Exception as error:
-            raise _damaged(path, error) from None
+            raise _damaged(Path(path), error) from None
 
     def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
         """Read a window.
@@ -127,8 +129,13 @@ class TileStore:
             raise _damaged(self.path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> PipelineError:
-    return PipelineError(f"{path} is damaged: {type(error).__name__}: {error}", "delete it and run again")
+def _damaged(path: Path, error: Exception) -> Exception:
+    if isinstance(error, (MemoryError, OSError)):
+        return error  # of the machine, not of the store
+    why = f"{type(error).__name__}: {error}"
+    if is_sealed(path):
+        return DamagedStore(path, why)
+    return PipelineError(f"{path} is damaged: {why}", "delete it and run again")
 
 
 def model_mpp(model: Path) -> float:
@@ -329,6 +336,7 @@ def run_tiles(
     workers: int | None = None,
     max_unreadable: float = 0.02,
     on_bad_slide: str = "continue",
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Store the tissue of a slide at a model's pixel size.
 
@@ -350,6 +358,8 @@ def run_tiles(
         Share of the tissue's pixels that may be unreadable. They are white then, and listed.
     on_bad_slide : {"continue", "stop"}
         See `pipeline.stage.run_stage`.
+    minutes : float, optional
+        Minutes that the job may take, see `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -413,6 +423,7 @@ def run_tiles(
         upstream=[inspect, tissue],
         body=body,
         on_bad_slide=on_bad_slide,
+        minutes=minutes,
     )
 
 
@@ -451,6 +462,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
     )
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
     parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
     parser.add_argument("--zarr", required=True, type=Path, metavar="TILES.ZARR")
 
@@ -469,5 +481,6 @@ def main(args: argparse.Namespace) -> int:
         workers=args.workers,
         max_unreadable=args.max_unreadable,
         on_bad_slide=args.on_bad_slide,
+        minutes=args.job_minutes,
     )
     return 0

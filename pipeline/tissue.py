@@ -255,6 +255,7 @@ def run_tissue(
     min_area_um2: float = 10_000.0,
     min_hole_um2: float = 5_000.0,
     on_bad_slide: str = "continue",
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Find the tissue of a slide, or take a user's mask.
 
@@ -274,6 +275,8 @@ def run_tissue(
         Smaller parts are dropped, smaller holes filled.
     on_bad_slide : {"continue", "stop"}
         See `pipeline.stage.run_stage`.
+    minutes : float, optional
+        Minutes that the job may take, see `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -345,6 +348,7 @@ def run_tissue(
         upstream=[inspect],
         body=body,
         on_bad_slide=on_bad_slide,
+        minutes=minutes,
     )
 
 
@@ -357,6 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
     parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
     parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
     parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
@@ -375,5 +380,6 @@ def main(args: argparse.Namespace) -> int:
         min_area_um2=args.min_area,
         min_hole_um2=args.min_hole,
         on_bad_slide=args.on_bad_slide,
+        minutes=args.job_minutes,
     )
     return 0

@@ -128,6 +128,7 @@ def run_inspect(
     mpp_source: str = "table",
     reader: str = "auto",
     on_bad_slide: str = "continue",
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Inspect a slide.
 
@@ -147,6 +148,8 @@ def run_inspect(
         See `pipeline.slides.open.open_slide`.
     on_bad_slide : {"continue", "stop"}
         See `pipeline.stage.run_stage`.
+    minutes : float, optional
+        Minutes that the job may take, see `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -174,7 +177,7 @@ def run_inspect(
                 "tiles_tried": tiles,
             }
 
-    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide)
+    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide, minutes=minutes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mpp-source", choices=("table", "config"), default="table", help="where --mpp comes from")
     parser.add_argument("--reader", choices=READERS, default="auto", help="what reads the file (default: auto)")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
+    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
     parser.add_argument("--out", required=True, type=Path, metavar="SLIDE.JSON")
 
 
@@ -198,5 +202,6 @@ def main(args: argparse.Namespace) -> int:
         mpp_source=args.mpp_source,
         reader=args.reader,
         on_bad_slide=args.on_bad_slide,
+        minutes=args.job_minutes,
     )
     return 0

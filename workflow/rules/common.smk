@@ -11,6 +11,7 @@ if workflow.basedir not in sys.path:
 
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout, folder_name
+from pipeline.lock import lock_run, runs_jobs
 from pipeline.settings import check_licence, check_model, check_settings, load_schema
 from pipeline.slide_table import resolve_slides
 
@@ -58,6 +59,19 @@ except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
         stop(error)
     SLIDES_ERROR = str(error)
+
+# One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
+# Snakemake's own, which outlives a killed run, is off in the profiles.
+LOCK = None
+if workflow.is_main_process and runs_jobs(sys.argv[1:]):
+    TRAINING = {"train", "crossval", "transfer", "compare"}.intersection(sys.argv[1:])
+    LOCKED = config["compare" if "compare" in TRAINING else "train"]["name"]
+    try:
+        LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
+    except PipelineError as error:
+        stop(error)
+    if LOCK is None:
+        print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 
 
 wildcard_constraints:

@@ -24,7 +24,7 @@ rule inspect:
         mpp=mpp_options,
         reader=config["reader"],
     shell:
-        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
         "--path={params.path:q} {params.mpp:q} --reader={params.reader:q} "
         "--out={output.manifest:q} "
         "> {log:q} 2>&1"
@@ -55,7 +55,7 @@ rule tissue:
         min_area=config["tissue"]["min_area_um2"],
         min_hole=config["tissue"]["min_hole_um2"],
     shell:
-        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
         "--inspect={input.inspect:q} {params.mask:q} "
         "--mpp={params.mpp} --min-area={params.min_area} --min-hole={params.min_hole} "
         "--out={output.manifest:q} --geojson={output.geojson:q} --png={output.png:q} "
@@ -87,7 +87,7 @@ rule tiles:
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
-        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
         "--out={output.manifest:q} --zarr={output.zarr:q} "

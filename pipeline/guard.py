@@ -1,0 +1,123 @@
+"""Work in a process of its own, with a time limit, so that a library that hangs or crashes takes nothing with it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import pickle
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from pipeline.errors import PipelineError, SlideError
+
+log = logging.getLogger(__name__)
+
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+"""Signals by which a library ends over data that it cannot cope with."""
+
+SHARE = 0.9
+"""Share of a job's time that the work may take: a scheduler must not end the job before."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
+    """Do some work on a slide in a forked process.
+
+    Parameters
+    ----------
+    work : callable
+        What to do; what it returns can be pickled.
+    minutes : float or None
+        Minutes that the job may take; the work gets nine tenths of them. None: no limit, and no process of its own.
+
+    Returns
+    -------
+    object
+        What `work` returns.
+
+    Raises
+    ------
+    SlideError
+        When the time is over, or the process was ended by a crash of a library.
+    PipelineError
+        When it was ended from outside, as for want of memory.
+    """
+    if minutes is None:
+        return work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _in_child(work, os.fdopen(writer, "wb"))
+    os.close(writer)
+    try:
+        answer = _receive(reader, SHARE * 60 * minutes)
+        if answer is None:
+            raise SlideError(
+                f"was not finished in {SHARE * minutes:g} minutes",
+                "copy or export the slide again; if it is whole, delete its results and run with more time: "
+                "--set-resources RULE:runtime=MINUTES",
+            )
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(reader)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not answer:
+        raise _ended(status)
+    done, value = pickle.loads(answer)
+    if not done:
+        raise value
+    return value
+
+
+def _ended(status: int) -> PipelineError:
+    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    if -status in CRASHES:
+        return SlideError(f"a library that reads it crashed ({name})", "copy or export the slide again")
+    why = ", as when memory runs out" if status == -signal.SIGKILL else ""
+    return PipelineError(f"the process that read the slide was ended ({name}{why})", "run again, with more memory")
+
+
+def _receive(reader: int, seconds: float) -> bytes | None:
+    """All that comes through a pipe, or None when the time is over."""
+    deadline = time.monotonic() + seconds
+    parts: list[bytes] = []
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([reader], [], [], left)[0]:
+            return None
+        part = os.read(reader, 1 << 16)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+def _in_child(work: Callable[[], Any], pipe: IO[bytes]) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    status = 1
+    try:
+        try:
+            answer = True, work()
+        except BaseException as error:
+            if not isinstance(error, (PipelineError, OSError, KeyboardInterrupt)):
+                log.exception("a crash")
+            answer = False, error
+        with pipe:
+            pipe.write(pickle.dumps(answer))
+        status = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,147 @@
+"""Locks that end with the process that holds them, however it ends. Imported while Snakemake parses the workflow."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+RUN_LOCK = ".lock"
+"""File in a results folder that its run holds locked."""
+
+_LOOKING_ONLY = {
+    "-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary", "-S", "-D", "--detailed-summary",
+    "--dag", "--rulegraph", "--filegraph", "--d3dag", "--list", "--list-rules", "-l", "--list-target-rules", "--lt",
+    "--list-changes", "--lc", "--list-input-changes", "--li", "--list-params-changes", "--lp", "--list-code-changes",
+    "--archive", "--print-compilation", "--containerize", "--draft-notebook", "--edit-notebook", "-h", "--help",
+}  # fmt: skip
+"""Options of Snakemake with which no job runs."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+def runs_jobs(arguments: Sequence[str]) -> bool:
+    """Whether Snakemake runs jobs when it is given these arguments.
+
+    >>> [runs_jobs(line.split()) for line in ("--cores 2", "-n", "-np all", "-c2 --config name=-n", "--dag")]
+    [True, False, False, True, False]
+    """
+    return not any(
+        argument.split("=")[0] in _LOOKING_ONLY or re.fullmatch("-[pqFfkrtR]*n[pqFfkrtR]*", argument)
+        for argument in arguments
+    )
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return " ".join(file.read(200).split()) or "a process that did not give its name"
+
+
+def _sign(file: IO[str]) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def lock_run(folder: Path) -> IO[str] | None:
+    """Take a results folder for a run, for as long as this process lives.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The results folder; made where there is none.
+
+    Returns
+    -------
+    file or None
+        The lock: keep it. None where the file system has no locks.
+
+    Raises
+    ------
+    PipelineError
+        When another run holds it, or the folder cannot be written.
+    """
+    path = folder / RUN_LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise PipelineError(
+            f"results: {str(folder)!r} cannot be written: {error.strerror}",
+            "make room or set its permissions, or choose another folder: --config results=FOLDER",
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(file)
+        file.close()
+        raise PipelineError(
+            f"results: another run is at work in {str(folder)!r} ({holder})",
+            "wait until it ends, or choose another folder: --config results=FOLDER",
+        ) from None
+    except OSError as error:
+        file.close()
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise PipelineError(f"results: {str(path)!r} cannot be locked: {error.strerror}") from None
+    try:
+        _sign(file)
+    except OSError as error:
+        file.close()
+        raise PipelineError(
+            f"results: {str(folder)!r} cannot be written: {error.strerror}", "make room on that disk"
+        ) from None
+    return file
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock file, waiting for whoever has it; the file is gone afterwards.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file; its folder exists. Where the file system has no locks, nothing is held.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for %s, left over from an earlier run: it works on the same", _holder(file))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            file.close()
+            if error.errno not in _UNSUPPORTED:
+                raise
+            yield
+            return
+        if _is_at(file, path):
+            break
+        file.close()  # of one that has ended meanwhile
+    try:
+        _sign(file)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,74 @@
+"""Seals of stores: what a stage wrote, noted beside it, so that what goes missing or changes later is found.
+
+Chunks of a store carry their own checksums, which find damage when they are read. The seal covers the rest: a chunk
+that is gone would read as empty, and the descriptions of arrays have no checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DamagedStore
+
+SEAL = "seal.json"
+"""Name of the seal in a store's folder."""
+
+_SUMMED = ("zarr.json", "active")
+"""Files, and folders of files, without a checksum of their own."""
+
+
+def _files(store: Path) -> list[str]:
+    found = []
+    for folder, _, names in os.walk(store):
+        inside = os.path.relpath(folder, store)
+        found += [name if inside == "." else f"{inside}/{name}" for name in names]
+    return sorted(name for name in found if name != SEAL)
+
+
+def _sums(store: Path, files: list[str]) -> dict[str, int]:
+    return {name: zlib.crc32((store / name).read_bytes()) for name in files if {*name.split("/")} & {*_SUMMED}}
+
+
+def write_seal(store: Path) -> None:
+    """Note which files a finished store has."""
+    files = _files(store)
+    value: dict[str, Any] = {"files": files, "sums": _sums(store, files)}
+    value["sum"] = zlib.crc32(json.dumps(value).encode())
+    (store / SEAL).write_text(json.dumps(value), encoding="utf-8")
+
+
+def is_sealed(store: Path) -> bool:
+    """Whether a store is one that a stage finished."""
+    return (store / SEAL).is_file()
+
+
+def check_seal(store: Path) -> None:
+    """Check that a store has the files that it was sealed with; one without a seal passes.
+
+    Raises
+    ------
+    DamagedStore
+        When a file is missing or is not what it was.
+    """
+    try:
+        text = (store / SEAL).read_bytes()
+    except FileNotFoundError:
+        return
+    try:
+        value = json.loads(text)
+        own = value.pop("sum")
+        files, sums = value["files"], value["sums"]
+        if zlib.crc32(json.dumps(value).encode()) != own:
+            raise ValueError("it has changed")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStore(store, f"its seal cannot be read: {error}") from None
+    missing = sorted({*files} - {*_files(store)})  # others may be there: Snakemake leaves one of its own
+    if missing:
+        raise DamagedStore(store, f"{len(missing)} of its {len(files)} files are missing, the first: {missing[0]}")
+    for name, total in sums.items():
+        if zlib.crc32((store / name).read_bytes()) != total:
+            raise DamagedStore(store, f"{name} is not what was written")

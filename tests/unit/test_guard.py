@@ -1,0 +1,79 @@
+"""Work in a process of its own: what it returns, raises, and what becomes of one that hangs or crashes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import PipelineError, SlideError
+from pipeline.guard import guarded
+from pipeline.stage import manifest_failure, run_stage
+
+
+def die(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+    os.kill(os.getpid(), number)
+
+
+def test_results_and_errors_come_back() -> None:
+    assert guarded(lambda: {"pid": os.getpid()}, 1)["pid"] != os.getpid()
+    assert guarded(lambda: {"pid": os.getpid()}, None)["pid"] == os.getpid()
+
+    def bad() -> None:
+        raise SlideError("tile 7 does not decode", "copy the slide again")
+
+    with pytest.raises(SlideError, match=r"tile 7 does not decode \(copy the slide again\)"):
+        guarded(bad, 1)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", "/x")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        guarded(full, 1)
+    assert (error.value.errno, error.value.filename) == (28, "/x")
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 // 0, 1)
+
+
+def test_large_results_come_back() -> None:
+    assert guarded(lambda: "x" * 10_000_000, 1) == "x" * 10_000_000
+
+
+def test_hanging_work_is_ended() -> None:
+    start = time.monotonic()
+    with pytest.raises(SlideError, match=r"was not finished in 0.009 minutes"):
+        guarded(lambda: time.sleep(600), 0.01)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
+def test_crash_of_a_library_is_the_slides(number: int) -> None:
+    with pytest.raises(SlideError, match=rf"a library that reads it crashed \({signal.Signals(number).name}\)"):
+        guarded(lambda: die(number), 1)
+
+
+def test_a_killed_process_is_no_fault_of_the_slide() -> None:
+    with pytest.raises(PipelineError, match="SIGKILL, as when memory runs out") as error:
+        guarded(lambda: die(signal.SIGKILL), 1)
+    assert not isinstance(error.value, SlideError)
+
+
+def test_stage_lists_a_slide_that_crashes(tmp_path: Path) -> None:
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        staged["data"].write_text("half")
+        die(signal.SIGSEGV)
+        return {}
+
+    record = run_stage(
+        "tiles", "a", manifest=tmp_path / "tiles.json", outputs={"data": tmp_path / "data"}, body=body, minutes=1
+    )
+    failure = manifest_failure(record)
+    assert failure is not None
+    assert (failure.stage, failure.hint) == ("tiles", "copy or export the slide again")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "tiles.json"]
+    assert (tmp_path / "data").read_text().startswith("slide 'a' failed at tiles: a library")

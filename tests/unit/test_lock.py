@@ -1,0 +1,104 @@
+"""Locks of runs and stages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.lock import RUN_LOCK, held, lock_run, runs_jobs
+from pipeline.stage import run_stage
+
+HOLD = "import sys, time; from pathlib import Path; from pipeline.lock import *; "
+
+
+def holder(code: str, folder: Path) -> subprocess.Popen[str]:
+    """A process that takes a lock, says so, and waits."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD + code, str(folder)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_run_is_refused_in_one_line_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "out put"
+    with holder("lock = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)", folder) as other:
+        with pytest.raises(PipelineError, match=rf"another run is at work in .*out put' \(process {other.pid} on") as e:
+            lock_run(folder)
+        assert "\n" not in str(e.value)
+        other.kill()
+    lock = lock_run(folder)
+    assert lock is not None
+    assert (folder / RUN_LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    lock.close()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match=r"results: .*/file/out' cannot be written: Not a directory \(make room"):
+        lock_run(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--cores 2", True), ("-n", False), ("-np", False), ("-pn --cores 2", False), ("--dry-run", False),
+        ("--report=x.html", False), ("--summary", False), ("-c2 train", True), ("--cores 2 --config results=-n", True),
+        ("--unlock", False), ("--latency-wait 3 --keep-going", True),
+    ],
+)  # fmt: skip
+def test_what_runs_jobs(line: str, expected: bool) -> None:
+    assert runs_jobs(line.split()) is expected
+
+
+def test_a_stage_waits_for_one_that_a_killed_run_left_behind(tmp_path: Path) -> None:
+    """Else the two would take each other's half-written files away."""
+    lock = tmp_path / ".lock-tiles.json"
+    code = "\nwith held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    ends: list[float] = []
+
+    def stage() -> None:
+        run_stage("tiles", "a", manifest=tmp_path / "tiles.json", body=lambda staged: {})
+        ends.append(time.monotonic())
+
+    with holder(code, lock) as other:
+        thread = threading.Thread(target=stage)
+        thread.start()
+        thread.join(0.5)
+        assert not ends
+        other.kill()
+    thread.join(60)
+    assert ends
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiles.json"]
+
+
+def test_many_hold_one_lock_one_after_another(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with held(tmp_path / "lock"):
+                with guard:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.001)
+                with guard:
+                    inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert not (tmp_path / "lock").exists()

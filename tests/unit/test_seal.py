@@ -1,0 +1,123 @@
+"""Damage to stores between the stages is found, and what is damaged goes, to be made anew."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import DamagedStore, PipelineError
+from pipeline.grid import Grid
+from pipeline.maps import MapStore
+from pipeline.seal import SEAL, check_seal
+from pipeline.stage import run_stage
+from pipeline.tiles import TileStore, _create
+
+GRID = Grid(640, 320, 0.5, 1.0, 1.0)
+
+
+def tiles(path: Path) -> None:
+    active = np.ones((5, 10), bool)
+    _create(path, GRID, active, 64)[...] = np.random.default_rng(0).integers(0, 255, (320, 640, 3), np.uint8)
+
+
+def maps(path: Path) -> None:
+    store = MapStore.create(path, GRID, ("nucleus", "distance"), np.ones((5, 10), bool), 64, (64, 64))
+    store.array[...] = np.random.default_rng(0).integers(0, 255, (2, 320, 640), np.uint8)
+
+
+def read_tiles(path: Path) -> np.ndarray:
+    return TileStore.open(path).read(0, 0, 640, 320)
+
+
+def read_maps(path: Path) -> np.ndarray:
+    return MapStore.open(path).read(0, 0, 640, 320)
+
+
+KINDS = {"tiles": (tiles, read_tiles, "rgb/c/2/3/0"), "maps": (maps, read_maps, "maps/c/0/2/3")}
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callable[[Path], np.ndarray], str]:
+    """A store as a stage writes it, how to read it, and one of its chunks."""
+    write, read, chunk = KINDS[request.param]
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        write(staged["store"])
+        return {}
+
+    path = tmp_path / f"{request.param}.zarr"
+    run_stage(request.param, "a", manifest=tmp_path / "made.json", outputs={"store": path}, body=body)
+    assert read(path).any()
+    return path, read, chunk
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_every_flipped_byte_is_found(store: tuple[Path, Callable[[Path], np.ndarray], str]) -> None:
+    path, read, chunk = store
+    whole = read(path)
+    rng = np.random.default_rng(1)
+    for name in (chunk, SEAL, "zarr.json", "active/zarr.json", "active/c/0/0"):
+        file = path / name
+        data = file.read_bytes()
+        for at in (0, 4, 16, len(data) - 1, *rng.integers(0, len(data), 12).tolist()):
+            flip(file, at)
+            with pytest.raises(DamagedStore, match="is damaged"):
+                read(path)
+            file.write_bytes(data)
+    assert np.array_equal(read(path), whole)
+
+
+def test_missing_and_cut_chunks_are_found(store: tuple[Path, Callable[[Path], np.ndarray], str]) -> None:
+    path, read, chunk = store
+    file = path / chunk
+    data = file.read_bytes()
+    for part in (data[:-1], data[: len(data) // 2], b"", bytes(len(data))):
+        file.write_bytes(part)
+        with pytest.raises(DamagedStore):
+            read(path)
+    file.unlink()
+    with pytest.raises(DamagedStore, match=f"1 of its [0-9]+ files are missing, the first: {chunk}"):
+        read(path)
+
+
+def test_the_stage_that_finds_out_removes_it(store: tuple[Path, Callable[[Path], np.ndarray], str]) -> None:
+    path, read, chunk = store
+    flip(path / chunk, 9)
+    with pytest.raises(
+        PipelineError, match=r"slide 'a', next: .* was damaged and has been removed: .*made anew\)"
+    ) as e:
+        run_stage("next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())})
+    assert "\n" not in str(e.value)
+    assert not path.exists()
+    assert not (path.parent / "next.json").exists()
+
+
+def test_what_no_stage_wrote_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    maps(tmp_path / "maps.zarr")
+    (tmp_path / "maps.zarr" / "maps/c/0/2/3").write_bytes(b"")
+    for path in (tmp_path / "mine", tmp_path / "maps.zarr"):
+        check_seal(path)
+        with pytest.raises(PipelineError):
+            run_stage("next", "a", manifest=tmp_path / "next.json", body=lambda staged, p=path: {"a": read_maps(p)})
+        assert path.exists()
+
+
+def test_the_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(DamagedStore(Path("a b/maps.zarr"), "why")))
+    assert (error.path, error.why, str(error)) == (
+        Path("a b/maps.zarr"),
+        "why",
+        "a b/maps.zarr is damaged: why (delete it and run again)",
+    )
