@@ -70,7 +70,7 @@ class ModelPackage:
     licence, description : str
         Licence of the weights, and a line about the model.
     data : tuple of dict
-        Training data: name, licence, fields.
+        Training data: name, licence, fields, patients.
     metrics : dict
         Scores on unseen patients and how they were held out.
     sha256 : str

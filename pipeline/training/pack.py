@@ -29,6 +29,34 @@ def recorded_args(args: Mapping[str, Any]) -> dict[str, Any]:
     return {**args, "encoder_weights": Path(weights).name} if weights else dict(args)
 
 
+def learned_from(
+    fields: Sequence[Field], sources: Sequence[Mapping[str, Any]], start: ModelPackage | None = None
+) -> tuple[dict[str, Any], ...]:
+    """What the card says of the training data: by source its licence, fields, and patients.
+
+    Parameters
+    ----------
+    fields : sequence of Field
+        What was trained on.
+    sources : sequence of mapping
+        The experiment's ``data``.
+    start : ModelPackage, optional
+        The model that the training started from: what it has learned from counts, too.
+    """
+    entries: dict[str, dict[str, Any]] = {} if start is None else {one["name"]: dict(one) for one in start.data}
+    for source in sources:
+        name = source_name(source)
+        own = [f for f in fields if f.source == name]
+        earlier = entries.get(name, {})
+        entries[name] = {
+            "name": name,
+            "licence": source.get("licence", "unknown"),
+            "fields": max(len(own), earlier.get("fields", 0)),
+            "patients": sorted({f.patient for f in own} | set(earlier.get("patients", ()))),
+        }
+    return tuple(entries.values())
+
+
 def pack(
     network: Any,
     experiment: Experiment,
@@ -38,6 +66,7 @@ def pack(
     fields: list[Field],
     out: Path,
     classes: Sequence[str] = (),
+    start: ModelPackage | None = None,
 ) -> ModelPackage:
     """Write a model package.
 
@@ -54,11 +83,13 @@ def pack(
     reference : dict
         Stain reference.
     fields : list of Field
-        The training data.
+        What the network has learned from.
     out : pathlib.Path
         Folder of the package.
     classes : sequence of str
         Classes of the type head.
+    start : ModelPackage, optional
+        The model that the training started from.
     """
     from safetensors.torch import save_file
 
@@ -81,14 +112,7 @@ def pack(
         thresholds=rules,
         licence=experiment.licence,
         description=experiment.description,
-        data=tuple(
-            {
-                "name": source_name(source),
-                "licence": source.get("licence", "unknown"),
-                "fields": sum(f.source == source_name(source) for f in fields),
-            }
-            for source in experiment.data
-        ),
+        data=learned_from(fields, experiment.data, start),
         metrics={k: evaluation[k] for k in METRICS if k in evaluation},
         sha256=sha256_of(staged),
         tta=experiment.evaluation.tta,

@@ -134,6 +134,7 @@ class Run:
         self.start: ModelPackage | None = None
         if experiment.start_from is not None:
             self.start = ModelPackage.load(Path(experiment.start_from), verify=True)
+            self._check_start(self.start)
             self.reference = self.start.stain["reference"]
         else:
             main = [f for f in train if f.source == experiment.holdout] or train
@@ -149,6 +150,22 @@ class Run:
         self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
+
+    def _check_start(self, start: ModelPackage) -> None:
+        """Refuse a model that knows the patients it would be tested on."""
+        known = {(entry["name"], patient) for entry in start.data for patient in entry.get("patients", ())}
+        leaked = sorted({(f.source, f.patient) for f in self.data.part("test")} & known)
+        if leaked:
+            raise PipelineError(
+                f"train: start_from {start.folder} has learned from {len(leaked)} of the patients held out, first "
+                f"{leaked[0][1]} of {leaked[0][0]}",
+                "start from a model that held them out (final_steps: 0)",
+            )
+        if start.licence != self.experiment.licence:
+            log.warning(
+                "the licence of %s, %s, holds for what is trained from it, too; this training states %s",
+                start.folder, start.licence, self.experiment.licence,
+            )  # fmt: skip
 
     def build(self) -> nn.Module:
         """The network with the weights that training starts from."""
@@ -263,7 +280,8 @@ class Run:
         """Write the model package."""
         rules = InstanceRules(**evaluation["rules"])
         classes = self.targets.classes
-        return pack(network, self.experiment, evaluation, rules, self.reference, self.data.fields, out, classes)
+        fields = self.data.fields if self.experiment.final_steps else self.data.part("train")
+        return pack(network, self.experiment, evaluation, rules, self.reference, fields, out, classes, self.start)
 
 
 def run_experiment(

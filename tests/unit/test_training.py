@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval
 from pipeline.models.package import ModelPackage
 from pipeline.slides.synthetic import make_field
+from pipeline.testing import write_package
 from pipeline.training.field import Field
 
 torch = pytest.importorskip("torch")
@@ -27,9 +28,9 @@ from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
-from pipeline.training.pack import recorded_args  # noqa: E402
+from pipeline.training.pack import learned_from, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
-from pipeline.training.run import run_experiment  # noqa: E402
+from pipeline.training.run import Run, run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
 
 
@@ -106,6 +107,27 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     run_experiment(longer, tmp_path / "work", tmp_path / "longer", "cpu")
     last = torch.load(tmp_path / "work" / "heldout" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
+    # The card says whom the weights know, and nobody is tested on them.
+    held_out = {image["patient"] for image in evaluation["images"].values()}
+    longer_package = ModelPackage.load(tmp_path / "longer")
+    assert held_out < set(package.data[0]["patients"])
+    assert held_out.isdisjoint(longer_package.data[0]["patients"])
+    leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
+    with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
+        Run(leaking, tmp_path / "leaking", "cpu")
+    Run(Experiment.from_json(section(data, start_from=str(tmp_path / "longer"))), tmp_path / "next", "cpu")
+
+
+def test_what_was_learned_before_counts(tmp_path: Path) -> None:
+    earlier = {"name": "a", "licence": "CC0", "fields": 9, "patients": ["p1"]}
+    start = replace(
+        write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}), data=(earlier, {"name": "b", "fields": 2})
+    )
+    fields = [Field(f"f{i}", "a", f"p{i}", "", 0.5, *make_field(32, 32, 0.5, seed=i)) for i in range(2)]
+    assert learned_from(fields, [{"kind": "labels", "name": "a", "path": "x", "licence": "CC BY 4.0"}], start) == (
+        {"name": "a", "licence": "CC BY 4.0", "fields": 9, "patients": ["p0", "p1"]},
+        {"name": "b", "fields": 2},
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
