@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,16 @@ TOOLS = {
     "demo-table": Command("pipeline.demo", "print the table of a finished run", "add_table_arguments", "main_table"),
 }
 COMMANDS = {**STAGES, **TOOLS}
+
+
+_HINTS = {
+    errno.ENOSPC: "make room there and run the same command again",
+    errno.EDQUOT: "make room there and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files and run the same command again",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+}
 
 
 def overview() -> str:
@@ -146,5 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {name}: {where}{error.strerror}", file=sys.stderr)
+        what = " ".join(str(error.strerror or error).split())
+        hint = f" ({_HINTS[error.errno]})" if error.errno in _HINTS else ""
+        print(f"error: {name}: {where}{what}{hint}", file=sys.stderr)
         return 1

@@ -29,6 +29,15 @@ from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
 
+_COMPARE = 16
+"""Side, in grid pixels, of the squares whose means are compared between two levels."""
+
+_COMPARE_GREY = 24
+"""Difference of two such means, in grey levels, that resampling and compression do not make."""
+
+_COMPARE_SQUARES = 2
+"""So many of the 16 squares of a cell that differ make the cell doubtful."""
+
 _SUPER_PIXELS = 10_000_000
 """Level pixels that a reader decodes at once: 30 MB of RGB."""
 
@@ -204,6 +213,21 @@ def _unreadable_rects(
     return sorted(rects, key=lambda r: (r[1], r[0])), min(1.0, covered / max(_active_pixels(active, grid), 1))
 
 
+def _cells_of(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
+    """Cells that grid windows touch, and their neighbours: resampling reaches over."""
+    cells = np.zeros(shape, bool)
+    for x, y, w, h in rects:
+        rows = slice(max(0, y // CELL - 1), -(-(y + h) // CELL) + 1)
+        cells[rows, max(0, x // CELL - 1) : -(-(x + w) // CELL) + 1] = True
+    return cells
+
+
+def _places(cells: np.ndarray, grid: Grid, count: int = 3) -> str:
+    """Level-0 corners of the first few cells."""
+    found = np.argwhere(cells)[:count] * CELL
+    return ", ".join(f"({round(x * grid.scale_x)}, {round(y * grid.scale_y)})" for y, x in found.tolist())
+
+
 def _active_pixels(active: np.ndarray, grid: Grid) -> int:
     heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
     widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
@@ -239,6 +263,77 @@ def _super_side(slide: Slide, grid: Grid, tile: int) -> int:
     return max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile)) * tile
 
 
+class _Through:
+    """A slide as it shows through one of its coarser levels."""
+
+    def __init__(self, slide: Slide, level: int) -> None:
+        self._slide, self._level = slide, level
+        self.levels = (slide.levels[level],)
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        return self._slide.read(self._level, x, y, w, h)
+
+
+def comparable_level(slide: Slide, grid: Grid) -> int | None:
+    """The level to compare the one that is read with: the finest that is at least 3.5 times coarser, if there is one.
+
+    Finer ones cost too much, coarser ones hold too few pixels in a square to be compared.
+    """
+    own = slide.levels[best_level(slide.levels, grid)]
+    fit = [
+        i
+        for i, level in enumerate(slide.levels)
+        if level.usable and 3.5 * own.scale_x <= level.scale_x <= _COMPARE / 2 * grid.scale_x
+    ]
+    return min(fit, key=lambda i: slide.levels[i].scale_x) if fit else None
+
+
+def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: int, y0: int) -> np.ndarray:
+    """Where pixels are not what another level of the slide shows.
+
+    A decoder takes most damage to a JPEG tile for a picture. What tells is that the levels of a pyramid are stored
+    apart, so that damage to one leaves the other as it was.
+
+    Parameters
+    ----------
+    slide : Slide
+        The slide.
+    level : int
+        The other level.
+    grid : Grid
+        The slide's grid.
+    pixels : numpy.ndarray
+        RGB, uint8, shape (h, w, 3), of the grid.
+    x0, y0 : int
+        Their place, multiples of 64.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ. False where the other level cannot be decoded.
+    """
+    import cv2
+
+    h, w = (size // _COMPARE for size in pixels.shape[:2])
+    cells = np.zeros((-(-pixels.shape[0] // CELL), -(-pixels.shape[1] // CELL)), bool)
+    if not h or not w:
+        return cells
+    fine = cv2.resize(pixels[: h * _COMPARE, : w * _COMPARE], (w, h), interpolation=cv2.INTER_AREA)
+    coarse_grid = Grid(
+        -(-grid.width // _COMPARE), -(-grid.height // _COMPARE), grid.mpp * _COMPARE,
+        grid.scale_x * _COMPARE, grid.scale_y * _COMPARE,
+    )  # fmt: skip
+    try:
+        other = read_region(_Through(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
+    except SlideError:
+        return cells
+    differ = (cv2.absdiff(fine, other).max(axis=2) > _COMPARE_GREY).astype(np.uint8)
+    step = CELL // _COMPARE
+    padded = np.pad(differ, ((0, cells.shape[0] * step - h), (0, cells.shape[1] * step - w)))
+    counts = padded.reshape(cells.shape[0], step, cells.shape[1], step).sum(axis=(1, 3))
+    return np.asarray(counts >= _COMPARE_SQUARES)
+
+
 class _Writer:
     """Reads blocks of a slide and writes their tiles, in any number of threads."""
 
@@ -246,6 +341,8 @@ class _Writer:
         self.pool, self.grid, self.active, self.tile, self.array = pool, grid, active, tile, array
         self.sums = np.zeros(active.shape, np.uint32)
         self.unreadable: set[tuple[int, int, int]] = set()
+        self.other_level = comparable_level(pool.get(), grid)
+        self.doubtful = np.zeros(active.shape, bool)
         self.tiles = 0
         self._lock = threading.Lock()
 
@@ -258,7 +355,12 @@ class _Writer:
         y1 = min((block.row0 + int(rows[-1]) + 1) * CELL, self.grid.height)
         x1 = min((block.column0 + int(columns[-1]) + 1) * CELL, self.grid.width)
         missed: set[tuple[int, int, int]] = set()
-        pixels = read_region(_Tolerant(self.pool.get(), missed), self.grid, x0, y0, x1 - x0, y1 - y0)
+        slide = self.pool.get()
+        pixels = read_region(_Tolerant(slide, missed), self.grid, x0, y0, x1 - x0, y1 - y0)
+        if self.other_level is not None:
+            found = disagreement(slide, self.other_level, self.grid, pixels, x0, y0)
+            top, left = y0 // CELL, x0 // CELL
+            self.doubtful[top : top + found.shape[0], left : left + found.shape[1]] |= found
         self._whiten(pixels, x0, y0)
         written = 0
         for ty in range(y0 // self.tile * self.tile, y1, self.tile):
@@ -391,6 +493,7 @@ def run_tiles(
             _run(writer, _blocks(active, tile, _super_side(handle, grid, tile)), workers or default_workers(), done)
             seconds = done.seconds
             rects, share = _unreadable_rects(writer.unreadable, handle, grid, active)
+            doubtful = writer.doubtful & active & ~_cells_of(rects, active.shape)
         if share > max_unreadable:
             raise SlideError(
                 f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
@@ -399,6 +502,13 @@ def run_tiles(
             )
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
+        warnings = []
+        if doubtful.any():
+            warnings.append(
+                f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
+                f"slide: is the file damaged? The first: {_places(doubtful, grid)}"
+            )
+            log.warning("slide %r: %s", slide, warnings[0])
         rate = total / 1e6 / max(seconds, 1e-9)
         log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, writer.tiles, total / 1e6, seconds, rate)
         digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())
@@ -410,6 +520,8 @@ def run_tiles(
             "active_cells": int(active.sum()),
             "unreadable": rects,
             "unreadable_share": round(share, 6),
+            "doubtful_cells": None if writer.other_level is None else int(doubtful.sum()),
+            "warnings": warnings,
             "megapixels": round(total / 1e6, 6),
             "mp_per_s": round(rate, 3),
             "digest": digest.hexdigest(),

@@ -320,7 +320,8 @@ def run_tissue(
         area_px = float(sum(polygon.area for polygon in polygons))
         _write_tissue(staged["geojson"], polygons)
         image = draw_outline(picture, polygons, picture_grid.scale_x, picture_grid.scale_y)
-        cv2.imwrite(str(staged["png"]), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        # Not by `imwrite`, which tells nobody of a full disk.
+        staged["png"].write_bytes(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
         if not polygons:
             log.warning("slide %r has no tissue", slide)
         payload: dict[str, Any] = {

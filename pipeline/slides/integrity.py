@@ -179,6 +179,9 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
     present = tags.get(_TILE_OFFSETS if tiled else _STRIP_OFFSETS, (0, 0, b""))[1]
     if present < expected:
         raise SlideError(f"claims {width} x {length} pixels but holds {present} of {expected} {kind}", _COPY_AGAIN)
+    if tiled and present > expected:
+        # A size that has been changed: read on, the image would lack a part, or be sheared.
+        raise SlideError(f"claims {width} x {length} pixels, {expected} tiles, but holds {present}", _COPY_AGAIN)
     offsets = _values(file, layout, tags, _TILE_OFFSETS if tiled else _STRIP_OFFSETS, size)
     counts = _values(file, layout, tags, _TILE_BYTES if tiled else _STRIP_BYTES, size)
     n = min(len(offsets), len(counts))

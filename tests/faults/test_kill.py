@@ -17,7 +17,7 @@ from runs import command, run, write_slide
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
-FOLDER = "out put, ünd 'more'"
+FOLDER = "out put, 'ünd' more"
 """Name of the results folder: it may hold anything."""
 
 
@@ -86,8 +86,8 @@ def test_killed_at_many_random_moments(tmp_path: Path, model: Path) -> None:
     while done_kills < kills or ended == 0:
         broken.mkdir(exist_ok=True)
         with start(broken, config) as process:
-            # Up to a third of a run, so that it is the later stages' turn too.
-            moment = time.monotonic() + rng.uniform(0, seconds / 3) if done_kills < kills else float("inf")
+            # Up to a fifth of a run, so that it is the later stages' turn too.
+            moment = time.monotonic() + rng.uniform(0, seconds / 5) if done_kills < kills else float("inf")
             while process.poll() is None and time.monotonic() < moment:
                 time.sleep(0.01)
             if process.poll() is None:

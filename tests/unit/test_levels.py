@@ -1,0 +1,74 @@
+"""Damage that decodes: the levels of a slide show it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tifffile
+
+from pipeline.slides.inspect import run_inspect
+from pipeline.slides.synthetic import make_field, write_ome_tiff, write_svs, write_tiff
+from pipeline.tiles import run_tiles
+
+WRITERS = {"svs": write_svs, "tif": write_tiff, "ome.tif": write_ome_tiff}
+
+
+def store_tiles(folder: Path, path: Path, size: tuple[int, int], mpp: float) -> dict[str, Any]:
+    """Inspect a slide, call all of it tissue, and store its tiles at ``mpp``."""
+    box = [[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]], [0, 0]]
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [box]}}
+    (folder / "t.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    (folder / "tissue.json").write_text(json.dumps({"status": "ok", "failure": None}))
+    card = json.loads((Path(__file__).parents[2] / "models/hematoxylin/model.json").read_text())
+    model = folder / "model"
+    model.mkdir()
+    (model / "model.json").write_text(json.dumps(card | {"mpp": mpp}))
+    (model / "weights.safetensors").write_bytes(b"")
+    run_inspect("s", path, folder / "slide.json")
+    names = ("slide.json", "tissue.json", "t.geojson")
+    return run_tiles("s", *(folder / name for name in names), model, folder / "tiles.json", folder / "tiles.zarr")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("factor", [1, 2, 1.3])
+def test_levels_of_a_whole_slide_agree(tmp_path: Path, kind: str, factor: float) -> None:
+    rgb, _ = make_field(1200, 900, 0.4, 2)
+    WRITERS[kind](tmp_path / f"s.{kind}", rgb, 0.4)
+    record = store_tiles(tmp_path, tmp_path / f"s.{kind}", (1200, 900), 0.4 * factor)
+    assert record["status"] == "ok"
+    assert record["warnings"] == []
+    assert record["doubtful_cells"] == 0 or (factor == 2 and record["doubtful_cells"] is None)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_tile_that_shows_another_place_is_warned_of(tmp_path: Path, level: int) -> None:
+    rgb, _ = make_field(1200, 900, 0.5, 2)
+    rgb[:480, :480] = 235
+    path = tmp_path / "s.svs"
+    write_svs(path, rgb, 0.5)
+    with tifffile.TiffFile(path) as tif:
+        page = tif.series[0].levels[level].pages[0]
+        offsets, counts = page.dataoffsets, page.databytecounts
+    # The tile with most on it becomes one of the white ones.
+    white, full = min(range(len(counts)), key=counts.__getitem__), max(range(len(counts)), key=counts.__getitem__)
+    data = bytearray(path.read_bytes())
+    data[offsets[full] : offsets[full] + counts[white]] = data[offsets[white] : offsets[white] + counts[white]]
+    path.write_bytes(data)
+    record = store_tiles(tmp_path, path, (1200, 900), 0.5)
+    assert record["status"] == "ok"
+    assert record["doubtful_cells"] > 5
+    (warning,) = record["warnings"]
+    assert "differ between the levels of the slide: is the file damaged? The first: (" in warning
+
+
+def test_a_single_level_has_nothing_to_compare_with(tmp_path: Path) -> None:
+    rgb, _ = make_field(400, 300, 0.5, 2)
+    tifffile.imwrite(
+        tmp_path / "s.tif", rgb, tile=(256, 256), photometric="rgb", compression="jpeg",
+        resolution=(20000, 20000), resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    record = store_tiles(tmp_path, tmp_path / "s.tif", (400, 300), 0.5)
+    assert (record["doubtful_cells"], record["warnings"]) == (None, [])
