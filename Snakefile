@@ -21,6 +21,7 @@ localrules:
     all,
     settings,
     slide_table,
+    so_far,
     train,
     train_settings,
     crossval,

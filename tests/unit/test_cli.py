@@ -86,7 +86,8 @@ def test_full_disk_is_one_line(fake: Callable[..., None], capsys: pytest.Capture
 
     fake(main)
     assert cli.main(["fake"]) == 1
-    assert capsys.readouterr().err == "error: fake: /data/tiles.zarr: No space left on device\n"
+    expected = "/data/tiles.zarr: No space left on device (make room there and run the same command again)"
+    assert capsys.readouterr().err == f"error: fake: {expected}\n"
 
 
 def test_interrupt(fake: Callable[..., None]) -> None:

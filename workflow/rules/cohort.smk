@@ -66,3 +66,20 @@ rule cohort:
         "--config-json={input.settings:q} --model={params.model:q} "
         "--out-tsv={output.tsv:q} --out-parquet={output.parquet:q} --out-failed={output.failed:q} "
         "--out-report={output.report:q} --out-manifest={output.manifest:q} > {log:q} 2>&1"
+
+
+# Tables and report of the slides that are finished, also while a run is under way.
+rule so_far:
+    log:
+        str(RUN.log("cohort", "so-far")),
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(6000),
+        runtime=120,
+    params:
+        results=lambda wildcards: config["results"],
+        slides=config["slides"],
+    shell:
+        "python -m pipeline status {params.results:q} --slides={params.slides:q} --report 2>&1 | tee {log:q}"

@@ -63,7 +63,7 @@ except PipelineError as error:
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
 LOCK = None
-if workflow.is_main_process and runs_jobs(sys.argv[1:]):
+if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
     TRAINING = {"train", "crossval", "transfer", "compare"}.intersection(sys.argv[1:])
     LOCKED = config["compare" if "compare" in TRAINING else "train"]["name"]
     try:

@@ -1,0 +1,161 @@
+"""Runs side by side, on folders that cannot be written, with crashes of our own, of damaged stores and slides."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcome import outcome
+from runs import command, read_json, read_tsv, run, write_slide, write_toy_model
+
+from pipeline.lock import lock_run
+
+pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
+
+CRASH = """
+import sys
+words = " ".join(sys.orig_argv)
+if "pipeline stain" in words and "--slide=crash" in words:
+    import pipeline.stain
+    def crash(*_):
+        raise ZeroDivisionError("a fault of ours")
+    pipeline.stain.sample_tissue = crash
+"""
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def test_second_run_in_a_results_folder_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").write_bytes(b"x")
+    toy = write_toy_model(tmp_path / "toy")
+    lock = lock_run(tmp_path / "my results")
+    assert lock is not None
+    config = {"slides": "in", "results": "my results", "model": str(toy)}
+    done = run(tmp_path, config)
+    assert done.code != 0
+    (line,) = errors(done.output)
+    assert f"another run is at work in 'my results' (process {os.getpid()} on " in line
+    assert "Traceback" not in done.output
+    assert "Building DAG" not in done.output
+    # Looking on is allowed, and so is a training.
+    assert run(tmp_path, config, "-n").code == 0
+    done = run(tmp_path, {"results": "my results", "train": {"name": "other", "data": []}}, "train")
+    assert not [line for line in errors(done.output) if "another run" in line]
+    lock.close()
+
+
+def test_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").write_bytes(b"x")
+    toy = write_toy_model(tmp_path / "toy")
+    results = tmp_path / "results"
+    results.mkdir()
+    if os.geteuid() == 0:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(results)], capture_output=True).returncode:
+            pytest.skip("no right to mount a read-only file system")
+    else:
+        results.chmod(0o500)
+    try:
+        done = run(tmp_path, {"slides": "in", "results": "results", "model": str(toy)})
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(results)], check=True)
+        else:
+            results.chmod(0o700)
+    assert done.code != 0
+    (line,) = errors(done.output)
+    assert "results: 'results' cannot be written: " in line
+    assert "Traceback" not in done.output
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Any]:
+    """One run with a crash of ours and a bad slide; then a damaged store, and all put right."""
+    folder = tmp_path_factory.mktemp("with blanks, 'quotes' and ü")
+    (folder / "in").mkdir()
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(CRASH)
+    write_slide(folder / "in" / "good.svs", seed=1)
+    write_slide(folder / "whole.svs", seed=2)
+    shutil.copy(folder / "whole.svs", folder / "in" / "crash.svs")
+    (folder / "in" / "bad <i>.svs").write_bytes((folder / "whole.svs").read_bytes()[:20000])
+    config = {"slides": "in", "results": "my 'results' 1", "model": str(model), "tiles": {"keep": True}}
+    results = folder / "my 'results' 1"
+    told: dict[str, Any] = {"folder": folder, "results": results}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]))
+        told["crash"] = run(folder, config)
+    status = subprocess.run(
+        [*command({}, cores=1)[:2], "pipeline", "status", str(results), "--report"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told["status"] = status.stdout + status.stderr
+    told["so far"] = run(folder, config, "so_far", cores=1)
+    told["failed so far"] = read_tsv(results / "so-far" / "failed.tsv")
+    told["cohort so far"] = read_tsv(results / "so-far" / "cohort.tsv")
+    # The slide that waits gets a damaged store, the bad one is put right.
+    chunk = next((results / "slides" / "crash" / "tiles.zarr" / "rgb" / "c").rglob("0"))
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 4
+    chunk.write_bytes(data)
+    told["damaged"] = run(folder, config)
+    shutil.copy(folder / "whole.svs", folder / "in" / "bad <i>.svs")
+    time.sleep(1.1)
+    told["plan"] = run(folder, config, "-n")
+    told["last"] = run(folder, config)
+    return told
+
+
+def test_crash_of_ours_is_a_failure_and_the_others_finish(story: dict[str, Any]) -> None:
+    done = story["crash"]
+    assert done.code == 1
+    assert "ZeroDivisionError: a fault of ours" in done.output  # the end of its log
+    assert read_json(story["results"] / "slides" / "good" / "metrics.json")["status"] == "ok"
+    assert read_json(story["results"] / "slides" / "bad <i>" / "metrics.json")["status"] == "failed"
+    assert not (story["results"] / "slides" / "crash" / "stain.json").exists()
+
+
+def test_cohort_so_far(story: dict[str, Any]) -> None:
+    assert "3 slides: 1 finished, 1 failed, 1 to go" in story["status"]
+    assert "under way: 1 after tiles" in story["status"]
+    assert "failed: bad <i> at inspect: " in story["status"]
+    assert story["so far"].code == 0, story["so far"].output
+    assert [row["slide"] for row in story["failed so far"]] == ["bad <i>"]
+    assert [row["slide"] for row in story["cohort so far"]] == ["good"]
+    report = (story["results"] / "so-far" / "report.html").read_text(encoding="utf-8")
+    assert "bad &lt;i&gt;" in report
+    assert "bad <i>" not in report
+
+
+def test_damaged_store_is_found_and_made_anew(story: dict[str, Any]) -> None:
+    done = story["damaged"]
+    assert done.code == 1
+    assert "tiles.zarr was damaged and has been removed" in done.output
+    assert "run the same command again: it is made anew" in done.output
+
+
+def test_slide_that_was_put_right_is_run_alone(story: dict[str, Any]) -> None:
+    plan = story["plan"].counts
+    # The one put right goes through all stages; the one whose store was damaged from tiles on.
+    assert (plan["inspect"], plan["tissue"], plan["tiles"], plan["summary"]) == (1, 1, 2, 2)
+
+
+def test_in_the_end_all_is_there(story: dict[str, Any]) -> None:
+    assert story["last"].code == 0, story["last"].output
+    assert read_tsv(story["results"] / "failed.tsv") == []
+    found = outcome(story["results"])
+    for name in ("nuclei.parquet", "tissue.geojson", "stain.png"):
+        # Two copies of one slide, one of which met a crash and a damaged store.
+        assert found[f"slides/crash/{name}"] == found[f"slides/bad <i>/{name}"] or name == "nuclei.parquet"
+    digests = {
+        name: read_json(story["results"] / f"slides/{name}/instances.json")["digest"] for name in ("crash", "bad <i>")
+    }
+    assert len(set(digests.values())) == 1
