@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from benchmarks.harness import Figure, table
 from benchmarks.speed import DEFAULT, Options
 
 ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
-    "tiles": speed.tiles,
+    "tiles": speed.tiles_row,
     "infer": speed.infer,
     "infer-gpu": speed.infer_gpu,
     "instances": speed.instances,
@@ -27,6 +27,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "export": speed.export,
     "slide": speed.whole,
     "startup": speed.startup,
+    "cohort": speed.cohort,
     "seams": exactness.seams,
     "memory": scale.memory,
     "million": scale.million,
@@ -34,7 +35,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
 }
 """The benchmarks by name."""
 
-NOT_ALWAYS = ("memory", "million", "peer")
+NOT_ALWAYS = ("cohort", "memory", "million", "peer")
 """Minutes each: only when named."""
 
 
@@ -50,31 +51,34 @@ def environment() -> dict[str, object]:
     }
 
 
-def main() -> int:
-    """Run the command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; arguments as on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"what to measure: {', '.join(ROWS)}; default: all but the long ones")
     parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
     parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
-    parser.add_argument("--peer", type=Path, metavar="PYTHON", help="Python of an environment with tiatoolbox")
+    parser.add_argument("--slide", type=Path, help="slide for the rows tiles and slide (default: a synthetic one)")
+    parser.add_argument("--peer-python", type=Path, metavar="PYTHON", help="Python of an environment with tiatoolbox")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON to write")
     parser.add_argument("--folder", type=Path, help="where to work (some GB for the long ones; default: temporary)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"no such benchmark: {', '.join(unknown)}")
     rows = args.rows or [name for name in ROWS if name not in NOT_ALWAYS]
     figures: list[Figure] = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
-        options = Options(Path(folder), args.quick, args.model, args.peer)
+        options = Options(Path(folder), args.quick, args.model, args.peer_python, args.slide)
         for name in rows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             for figure in ROWS[name](replace(options, folder=Path(folder) / name)):
                 figures.append(figure)
-    value = {"environment": environment(), "quick": args.quick, "seconds": round(time.perf_counter() - start, 1)}
+                print(table([figure], head=False), file=sys.stderr, flush=True)
+    around, seconds = environment(), round(time.perf_counter() - start, 1)
+    value = {"environment": around, "quick": args.quick, "seconds": seconds}
     args.out.write_text(json.dumps(value | {"figures": [f.to_json() for f in figures]}, indent=1) + "\n")
     print(table(figures))
-    print(f"\n{value['seconds']} s, load {value['environment']['load']}; details in {args.out}")  # type: ignore[index]
+    print(f"\n{seconds} s, load {around['load']}; details in {args.out}")
     return 0
 
 

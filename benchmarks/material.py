@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -122,12 +123,13 @@ def write_manifests(folder: Path, width: int, height: int, mpp: float) -> None:
     """Write the manifests of the stages that such stores stand for."""
     grid = Grid(width, height, mpp, 1.0, 1.0).to_json()
     transform = {"method": "none"}
-    for name, value in {
+    manifests: dict[str, dict[str, Any]] = {
         "tiles": {"grid": grid},
         "stain": {"transform": transform, "method": "none", "stains": None},
         "maps": {"grid": grid},
-    }.items():
-        record = {"stage": name, "slide": "s", "status": "ok", "failure": None}
+    }
+    for name, value in manifests.items():
+        record: dict[str, Any] = {"stage": name, "slide": "s", "status": "ok", "failure": None}
         (folder / f"{name}.json").write_text(json.dumps(record | value))
 
 

@@ -79,7 +79,7 @@ def million(options: Options) -> Iterator[Figure]:
         took[thousands] = {"runs": runs, "nuclei": count}
         shutil.rmtree(folder)
         for name, run in runs.items():
-            yield Figure("million", f"{name}, {count:,} nuclei", run.wall, "s", note=f"{run.cpu:.1f} CPU s")
+            yield Figure("million", f"{name}, {count:,} nuclei", run.cpu, "CPU s", note=f"{run.wall:.1f} s")
             yield Figure("million", f"{name}, {count:,} nuclei: memory", run.rss_mb, "MB", target="value <= 2000",
                          note="all processes")  # fmt: skip
         for name, size in sizes.items():

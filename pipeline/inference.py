@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -29,6 +29,7 @@ from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances, Outputs, map_names
 from pipeline.networks.registry import build_method, needs_torch
+from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
@@ -306,11 +307,14 @@ class MapWriter:
         Where to write; its chunks begin at the slide's corner.
     grid : PatchGrid
         The windows.
+    rows : range, optional
+        Rows of chunks to write; the others are dropped.
     """
 
-    def __init__(self, store: MapStore, grid: PatchGrid) -> None:
+    def __init__(self, store: MapStore, grid: PatchGrid, rows: range | None = None) -> None:
         self.store = store
         self.grid = grid
+        self.rows = range(grid.rows) if rows is None else rows
         self.digest = hashlib.sha256()
         self._held = np.zeros((len(store.channels), grid.stride, store.grid.width), np.uint8)
         self._next = 0
@@ -340,25 +344,95 @@ class MapWriter:
         self._held[:] = 0
 
     def _write(self, chunk_row: int) -> None:
-        grid, cell = self.store.grid, self.store.cell
-        top = chunk_row * self.grid.stride
-        height = min(self.grid.stride, grid.height - top)
-        if height <= 0:
+        if chunk_row not in self.rows:
             return
-        cells = self.store.active[np.arange(top, top + height) // cell]
-        mask = np.repeat(cells, cell, axis=1)[:, : grid.width]
-        block = self._held[:, :height] * mask
-        step = CHUNK_COLUMNS * self.grid.stride
-        for left in range(0, grid.width, step):
-            if mask[:, left : left + step].any():
-                part = np.ascontiguousarray(block[:, :, left : left + step])
-                self.digest.update(f"{top},{left};".encode())
-                self.digest.update(part.data)
-                self.store.array[:, top : top + height, left : left + part.shape[2]] = part
+        for rows, columns in _chunks(self.store, self.grid, chunk_row):
+            height, mask = rows.stop - rows.start, _mask(self.store, rows, columns)
+            part = np.ascontiguousarray(self._held[:, :height, columns] * mask)
+            _add_chunk(self.digest, rows, columns, part)
+            self.store.array[:, rows, columns] = part
+
+
+def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray:
+    """Pixels of active cells."""
+    down, across = np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop)
+    return store.active[np.ix_(down // store.cell, across // store.cell)]
+
+
+def _chunks(store: MapStore, grid: PatchGrid, chunk_row: int) -> Iterator[tuple[slice, slice]]:
+    """Places of the chunks of a row that hold active cells."""
+    top, step = chunk_row * grid.stride, CHUNK_COLUMNS * grid.stride
+    rows = slice(top, min(top + grid.stride, store.grid.height))
+    if rows.start >= rows.stop:
+        return
+    for left in range(0, store.grid.width, step):
+        columns = slice(left, min(left + step, store.grid.width))
+        if store.is_active(left, top, columns.stop - left, rows.stop - top):
+            yield rows, columns
+
+
+def _add_chunk(digest: hashlib._Hash, rows: slice, columns: slice, pixels: np.ndarray) -> None:
+    digest.update(f"{rows.start},{columns.start};".encode())
+    digest.update(pixels.data)
+
+
+def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, path: Path) -> dict[str, Any]:
+    """Put the maps of all parts of a slide together.
+
+    Parameters
+    ----------
+    parts : sequence of pathlib.Path
+        Their stores, in order.
+    tiles : TileStore
+        The slide's pixels.
+    package : ModelPackage
+        The model.
+    path : pathlib.Path
+        The store of maps to write.
+
+    Returns
+    -------
+    dict
+        What `infer_slide` returns for the whole slide.
+    """
+    grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
+    manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
+    store = _create_maps(path, tiles, grid, package)
+    for part in parts:
+        link_chunks(part, path, "maps")
+    digest = hashlib.sha256()
+    for row in range(grid.rows):
+        for rows, columns in _chunks(store, grid, row):
+            _add_chunk(digest, rows, columns, np.ascontiguousarray(store.array[:, rows, columns]))
+    seconds = sum(manifest["seconds"] for manifest in manifests)
+    windows = len(list(active_windows(grid, np.asarray(tiles.active, bool), CELL)))
+    megapixels = windows * grid.stride**2 / 1e6
+    return {
+        "windows": windows,
+        "megapixels": round(megapixels, 3),
+        "mp_per_s": round(megapixels / max(seconds, 1e-9), 3) if windows else None,
+        "maps_sha256": digest.hexdigest(),
+        "device": manifests[0]["device"],
+        "batch": manifests[0]["batch"],
+    }
+
+
+def _create_maps(path: Path, tiles: TileStore, grid: PatchGrid, package: ModelPackage) -> MapStore:
+    chunk = grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride
+    return MapStore.create(path, tiles.grid, channel_names(package), np.asarray(tiles.active, bool), CELL, chunk)
+
+
+def _about_model(package: ModelPackage) -> dict[str, Any]:
+    return {"name": package.name, "sha256": package.sha256, "licence": package.licence, "mpp": package.mpp}
 
 
 def infer_slide(
-    tiles: TileStore, transform: StainTransform, predictor: Predictor, package: ModelPackage, path: Path
+    tiles: TileStore,
+    transform: StainTransform,
+    predictor: Predictor,
+    package: ModelPackage,
+    path: Path,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Run a slide's tiles through a network.
 
@@ -374,6 +448,8 @@ def infer_slide(
         Its package.
     path : pathlib.Path
         The store of maps to write.
+    part : Part, optional
+        Write this part's rows of chunks alone.
 
     Returns
     -------
@@ -383,14 +459,17 @@ def infer_slide(
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     channels = channel_names(package)
     active = np.asarray(tiles.active, bool)
-    store = MapStore.create(
-        path, tiles.grid, channels, active, CELL, (grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride)
-    )
+    store = _create_maps(path, tiles, grid, package)
     windows = list(active_windows(grid, active, CELL))
+    rows = range(grid.rows)
+    if part is not None:
+        rows = part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
+        # The windows below share the last chunks' lower ends.
+        windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
     blender = Blender(grid, len(channels), largest=isinstance(predictor.network, FindsInstances))
-    writer = MapWriter(store, grid)
+    writer = MapWriter(store, grid, rows)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
         patches = np.empty((len(batch), grid.patch, grid.patch, 3), np.uint8)
@@ -449,6 +528,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     parser.add_argument("--batch", type=int, default=0, help="windows a forward pass; 0 chooses by device")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
+    parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", type=Path, required=True, help="maps.json to write")
     parser.add_argument("--zarr-out", type=Path, required=True, help="maps.zarr to write")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
@@ -466,6 +547,8 @@ def run_infer(
     device: str = "auto",
     batch: int = 0,
     threads: int = 0,
+    part: Part | None = None,
+    parts: Sequence[Path] = (),
     on_bad_slide: str = "continue",
 ) -> dict[str, Any]:
     """Run the inference stage of one slide; see `add_arguments` for the parameters."""
@@ -474,17 +557,20 @@ def run_infer(
         package = ModelPackage.load(model, verify=True)
         store = TileStore.open(zarr)
         transform = StainTransform.from_json(read_manifest(stain)["transform"])
-        with one_result() if needs_torch(package.network) else nullcontext():
-            predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
-            found = infer_slide(store, transform, predictor, package, staged["maps"])
-        log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], name)
+        if parts:
+            found = gather_maps(parts, store, package, staged["maps"])
+        else:
+            with one_result() if needs_torch(package.network) else nullcontext():
+                predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
+                found = infer_slide(store, transform, predictor, package, staged["maps"], part)
+                found |= {"device": name, "batch": predictor.batch}
+        log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], found["device"])
         return {
             "grid": store.grid.to_json(),
             "channels": list(channel_names(package)),
-            "model": {"name": package.name, "sha256": package.sha256, "licence": package.licence, "mpp": package.mpp},
-            "device": name,
-            "batch": predictor.batch,
+            "model": _about_model(package),
             **found,
+            **({} if part is None else {"part": part.to_json()}),
         }
 
     return run_stage(
@@ -492,7 +578,7 @@ def run_infer(
         slide,
         manifest=out,
         outputs={"maps": zarr_out},
-        upstream=[tiles, stain],
+        upstream=[tiles, stain, *map(manifest_of, parts)],
         on_bad_slide=on_bad_slide,
         body=body,
     )
@@ -513,6 +599,8 @@ def main(args: argparse.Namespace) -> int:
         device=args.device,
         batch=args.batch,
         threads=args.threads,
+        part=args.part,
+        parts=args.parts,
         on_bad_slide=args.on_bad_slide,
     )
     return 0

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.lattice import CELL, active_cells
+from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
 from pipeline.seal import check_seal, is_sealed
 from pipeline.slides.inspect import reopen
@@ -244,6 +246,11 @@ class _Block:
     column1: int
 
 
+def _active_pixels_of(block: _Block, active: np.ndarray, grid: Grid) -> int:
+    """Pixels of a block's active cells, as many as if it lay in the slide's corner."""
+    return _active_pixels(active[block.row0 : block.row1, block.column0 : block.column1], grid)
+
+
 def _blocks(active: np.ndarray, tile: int, side: int) -> list[_Block]:
     """Blocks of `side` grid pixels (whole tiles) that hold active cells."""
     step = side // CELL
@@ -369,7 +376,7 @@ class _Writer:
         with self._lock:
             self.tiles += written
             self.unreadable |= missed
-        return _active_pixels(cells, self.grid) / 1e6
+        return _active_pixels_of(block, self.active, self.grid) / 1e6
 
     def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
         """White where no cell is active; sums of those that are."""
@@ -437,6 +444,8 @@ def run_tiles(
     tile: int = 1024,
     workers: int | None = None,
     max_unreadable: float = 0.02,
+    part: Part | None = None,
+    parts: Sequence[Path] = (),
     on_bad_slide: str = "continue",
     minutes: float | None = None,
 ) -> dict[str, Any]:
@@ -458,6 +467,10 @@ def run_tiles(
         Reader threads; by default one a core, at most 16.
     max_unreadable : float
         Share of the tissue's pixels that may be unreadable. They are white then, and listed.
+    part : Part, optional
+        Store this part of the slide alone.
+    parts : sequence of pathlib.Path
+        Stores of all parts, to be put together; nothing is read from the slide then.
     on_bad_slide : {"continue", "stop"}
         See `pipeline.stage.run_stage`.
     minutes : float, optional
@@ -481,19 +494,33 @@ def run_tiles(
         raise PipelineError(f"workers {workers} is not a number of threads", "give 1 or more")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
+        import zarr as zarr_store
+
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, model_mpp(model))
         active = active_cells(read_tissue(geojson), grid)
         array = _create(staged["zarr"], grid, active, tile)
         total = _active_pixels(active, grid)
-        with SlidePool(lambda: reopen(info)) as pool, Progress(total / 1e6, "tiles", "MP") as done:
-            handle = pool.get()
-            writer = _Writer(pool, grid, active, tile, array)
-            _run(writer, _blocks(active, tile, _super_side(handle, grid, tile)), workers or default_workers(), done)
-            seconds = done.seconds
-            rects, share = _unreadable_rects(writer.unreadable, handle, grid, active)
-            doubtful = writer.doubtful & active & ~_cells_of(rects, active.shape)
+        done = _read(info, grid, active, tile, array, workers or default_workers(), part) if not parts else None
+        if done is not None and part is not None:
+            group = zarr_store.open_group(staged["zarr"], mode="r+")
+            group.create_array("sums", data=done.sums)
+            if done.doubtful is not None:
+                group.create_array("doubtful", data=done.doubtful)
+            return {
+                "part": part.to_json(),
+                "grid": grid.to_json(),
+                "tile": tile,
+                "tiles": done.tiles,
+                "seconds_reading": round(done.seconds, 3),
+                "undecoded": sorted(map(list, done.unreadable)),
+            }
+        done = done or _gather(parts, grid, tile, staged["zarr"], active)
+        with reopen(info) as handle:
+            rects, share = _unreadable_rects(done.unreadable, handle, grid, active)
+        doubtful = np.zeros(active.shape, bool) if done.doubtful is None else done.doubtful
+        doubtful = doubtful & active & ~_cells_of(rects, active.shape)
         if share > max_unreadable:
             raise SlideError(
                 f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
@@ -509,18 +536,18 @@ def run_tiles(
                 f"slide: is the file damaged? The first: {_places(doubtful, grid)}"
             )
             log.warning("slide %r: %s", slide, warnings[0])
-        rate = total / 1e6 / max(seconds, 1e-9)
-        log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, writer.tiles, total / 1e6, seconds, rate)
+        rate = total / 1e6 / max(done.seconds, 1e-9)
+        log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, done.tiles, total / 1e6, done.seconds, rate)
         digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())
-        digest.update(np.packbits(active).tobytes() + writer.sums.astype("<u4").tobytes())
+        digest.update(np.packbits(active).tobytes() + done.sums.astype("<u4").tobytes())
         return {
             "grid": grid.to_json(),
             "tile": tile,
-            "tiles": writer.tiles,
+            "tiles": done.tiles,
             "active_cells": int(active.sum()),
             "unreadable": rects,
             "unreadable_share": round(share, 6),
-            "doubtful_cells": None if writer.other_level is None else int(doubtful.sum()),
+            "doubtful_cells": None if done.doubtful is None else int(doubtful.sum()),
             "warnings": warnings,
             "megapixels": round(total / 1e6, 6),
             "mp_per_s": round(rate, 3),
@@ -532,11 +559,56 @@ def run_tiles(
         slide,
         manifest=out,
         outputs={"zarr": zarr},
-        upstream=[inspect, tissue],
+        upstream=[inspect, tissue, *map(manifest_of, parts)],
         body=body,
         on_bad_slide=on_bad_slide,
         minutes=minutes,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What came of reading a slide, or a part of it: see `_Writer`."""
+
+    sums: np.ndarray
+    doubtful: np.ndarray | None
+    unreadable: set[tuple[int, int, int]]
+    tiles: int
+    seconds: float
+
+
+def _read(
+    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, array: Any, workers: int, part: Part | None
+) -> _Read:
+    """Read a slide's tissue, or a part of it, into the array."""
+    with SlidePool(lambda: reopen(info)) as pool:
+        writer = _Writer(pool, grid, active, tile, array)
+        blocks = _blocks(active, tile, _super_side(pool.get(), grid, tile))
+        pixels = [_active_pixels_of(block, active, grid) for block in blocks]
+        chosen = range(len(blocks)) if part is None else part.of(pixels)
+        with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
+            _run(writer, [blocks[i] for i in chosen], workers, done)
+            doubtful = None if writer.other_level is None else writer.doubtful
+            return _Read(writer.sums, doubtful, writer.unreadable, writer.tiles, done.seconds)
+
+
+def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: np.ndarray) -> _Read:
+    """Put the stores of all parts together."""
+    import zarr
+
+    sums = np.zeros(active.shape, np.uint32)
+    doubtful: np.ndarray | None = None
+    unreadable: set[tuple[int, int, int]] = set()
+    manifests = read_parts(parts, grid=grid.to_json(), tile=tile)
+    for path, manifest in zip(parts, manifests, strict=True):
+        link_chunks(path, store, "rgb")
+        group: Any = zarr.open_group(path, mode="r")
+        sums += group["sums"][:]
+        if "doubtful" in group:
+            doubtful = group["doubtful"][:] if doubtful is None else doubtful | group["doubtful"][:]
+        unreadable |= {(level, column, row) for level, column, row in manifest["undecoded"]}
+    seconds = sum(manifest["seconds_reading"] for manifest in manifests)
+    return _Read(sums, doubtful, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
 
 
 def _run(writer: _Writer, blocks: list[_Block], workers: int, progress: Progress) -> None:
@@ -575,6 +647,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
     parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+    parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
+    parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
     parser.add_argument("--zarr", required=True, type=Path, metavar="TILES.ZARR")
 
@@ -592,6 +666,8 @@ def main(args: argparse.Namespace) -> int:
         tile=args.tile,
         workers=args.workers,
         max_unreadable=args.max_unreadable,
+        part=args.part,
+        parts=args.parts,
         on_bad_slide=args.on_bad_slide,
         minutes=args.job_minutes,
     )
