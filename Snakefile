@@ -12,6 +12,7 @@ report: "workflow/report/workflow.rst"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/slide.smk"
+include: "workflow/rules/parts.smk"
 include: "workflow/rules/cohort.smk"
 include: "workflow/rules/plans.smk"
 include: "workflow/rules/train.smk"

@@ -38,6 +38,7 @@ from pipeline.kernels.instances import Channels, Foreground, InstanceRules, fore
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
+from pipeline.parts import Part, manifest_of, read_parts
 from pipeline.progress import Progress
 from pipeline.stage import run_stage
 from pipeline.tissue import read_tissue
@@ -58,6 +59,9 @@ CUT = 2048
 
 BAND = 256
 """Rows of the grid whose nuclei are sorted at once."""
+
+SURVEY = "survey.npz"
+"""What the blocks of a part told, in the part's folder."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,55 @@ def _seam(core: np.ndarray, first: np.ndarray, corners: np.ndarray, done: np.nda
     return Seam((top, bottom, left, right), first[used - 1], corners[used - 1], done[used - 1])
 
 
+def write_survey(path: Path, surveyed: Iterable[tuple[Block, Seam | None, dict[int, Entry]]]) -> None:
+    """Write what blocks told, for another process: an archive of plain arrays.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file (``.npz``); the nuclei's files are beside it.
+    surveyed : iterable
+        Of each block its seam and where its nuclei are.
+    """
+    blocks, entries, sides, found = [], [], [np.zeros(0, np.int32)], [np.zeros((0, 6), np.int64)]
+    names: dict[str, int] = {}
+    for number, (block, seam, places) in enumerate(surveyed):
+        count = -1 if seam is None else len(seam.first)
+        blocks.append((block.x, block.y, block.width, block.height, count))
+        if seam is not None:
+            sides.extend(seam.sides)
+            found.append(np.column_stack([seam.first, seam.boxes, seam.done]))
+        for band, place in places.items():
+            file = names.setdefault(Path(place.path).name, len(names))
+            entries.append((number, band, file, place.offset, place.size))
+    np.savez(
+        path,
+        blocks=np.array(blocks, np.int64).reshape(-1, 5),
+        sides=np.concatenate(sides),
+        found=np.concatenate(found),
+        entries=np.array(entries, np.int64).reshape(-1, 5),
+        names=np.array(list(names), np.str_),
+    )
+
+
+def read_survey(path: Path) -> Iterator[tuple[Block, Seam | None, dict[int, Entry]]]:
+    """What `write_survey` wrote into the folder `path`."""
+    with np.load(path / SURVEY, allow_pickle=False) as file:
+        blocks, sides, found, entries = (file[name] for name in ("blocks", "sides", "found", "entries"))
+        names = [str(path / name) for name in file["names"]]
+    at, used = 0, 0
+    starts = np.searchsorted(entries[:, 0], np.arange(len(blocks) + 1))
+    for number, (x, y, width, height, count) in enumerate(blocks.tolist()):
+        block, seam = Block(x, y, width, height), None
+        if count >= 0:
+            pieces = np.split(sides[at : at + 2 * (width + height)], np.cumsum([width, width, height]))
+            first, *_ = rows = found[used : used + count].T
+            seam = Seam((pieces[0], pieces[1], pieces[2], pieces[3]), first, rows[1:5].T, rows[5].astype(bool))
+            at, used = at + 2 * (width + height), used + count
+        mine = entries[starts[number] : starts[number + 1]].tolist()
+        yield block, seam, {band: Entry(names[file], offset, size) for _, band, file, offset, size in mine}
+
+
 class Seams:
     """Joins the components of blocks across their edges; blocks come in any order.
 
@@ -481,6 +534,11 @@ class Census:
     followed: int = 0
     cut: int = 0
 
+    def add(self, entries: dict[int, Entry]) -> None:
+        """Take in where the nuclei of a block are."""
+        for band, entry in entries.items():
+            self.entries[band].append(entry)
+
     def batches(self) -> Iterator[pa.Table]:
         """The nuclei in the order of their ids, a band at a time."""
         for band in sorted(self.entries):
@@ -493,12 +551,24 @@ class Census:
             yield table.take(pa.array(np.argsort(table.column("id").to_numpy())))
 
 
+def _check(block: int, halo: int, workers: int) -> None:
+    if block < 1 or halo < 0 or workers < 1:
+        raise PipelineError(f"block {block}, halo {halo}, workers {workers}", "use at least 1, 0 and 1")
+
+
+def _results(pool: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Seam | None, dict[int, Entry]]]:
+    listed = list(tasks)
+    for task, (seam, entries) in zip(listed, pool.map(_run_task, listed), strict=True):
+        yield task, seam, entries
+
+
 def take_census(
     setup: Setup,
     *,
     block: int = DEFAULT_BLOCK,
     halo: int = DEFAULT_HALO,
     workers: int = 1,
+    parts: Sequence[Path] = (),
 ) -> Census:
     """Find all nuclei of a slide.
 
@@ -510,30 +580,36 @@ def take_census(
         Side of a block and width of its halo in grid pixels. They change the speed, never the result.
     workers : int
         Processes.
+    parts : sequence of pathlib.Path
+        What `write_part` left of all parts of the slide, with the same `block`; no block is looked at again then.
     """
-    if block < 1 or halo < 0 or workers < 1:
-        raise PipelineError(f"block {block}, halo {halo}, workers {workers}", "use at least 1, 0 and 1")
+    _check(block, halo, workers)
     census = Census()
     limit, cut = setup.max_component, setup.cut
     store = MapStore.open(setup.maps)
-    blocks = slide_blocks(store, block)
+    blocks = [] if parts else slide_blocks(store, block)
     total = sum(b.width * b.height for b in blocks) / 1e6
     # A worker costs a second to start: none has less than two blocks.
-    with _executor(setup, min(workers, max(1, len(blocks) // 2))) as pool, Progress(total, "instances", "MP") as done:
+    with (
+        _executor(setup, min(workers, max(1, len(blocks) // 2, len(parts)))) as pool,
+        Progress(total, "instances", "MP") as done,
+    ):
 
         def results(tasks: Iterable[Task]) -> Iterator[tuple[Task, Seam | None]]:
-            listed = list(tasks)
-            for task, (seam, entries) in zip(listed, pool.map(_run_task, listed), strict=True):
-                for band, entry in entries.items():
-                    census.entries[band].append(entry)
+            for task, seam, entries in _results(pool, tasks):
+                census.add(entries)
                 yield task, seam
 
         seams = Seams(block)
+        for path in parts:
+            for surveyed, seam, entries in read_survey(path):
+                seams.add(surveyed, seam)
+                census.add(entries)
         for task, seam in results(Task(b, halo, survey=True) for b in blocks):
             seams.add(task.block, seam)
             done.advance(task.block.width * task.block.height / 1e6)
-        group, *parts = seams.parts()
-        first, boxes, finished = _whole(group, *parts)
+        group, *seen = seams.parts()
+        first, boxes, finished = _whole(group, *seen)
         size = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
         giant = size > limit
         follow = ~finished & ~giant
@@ -541,15 +617,15 @@ def take_census(
         for _ in results(_windows(first[follow], boxes[follow], min(DEFAULT_BLOCK**2, limit))):
             pass
         if census.cut:
-            squares = _squares(store, parts[1][giant[group]], cut)
+            squares = _squares(store, seen[1][giant[group]], cut)
             seams = Seams(cut)
             for task, seam in results(Task(s, survey=True, nuclei=False) for s in squares):
                 seams.add(task.block, seam)
-            group, *parts = seams.parts()
-            _, boxes, _ = _whole(group, *parts)
+            group, *seen = seams.parts()
+            _, boxes, _ = _whole(group, *seen)
             giant = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) > limit
             pieces = defaultdict(list)
-            for pixel in parts[0][giant[group]].tolist():
+            for pixel in seen[0][giant[group]].tolist():
                 pieces[(pixel >> 32) // cut, (pixel & 0xFFFFFFFF) // cut].append(pixel)
             tasks = [Task(s, chosen=tuple(pieces[s.y // cut, s.x // cut])) for s in squares]
             for _ in results(t for t in tasks if t.chosen):
@@ -619,10 +695,41 @@ def slide_nuclei(
         return pa.concat_tables([BATCH_SCHEMA.empty_table(), *found.batches()]).combine_chunks()
 
 
-def write_instances(
-    maps: Path, package: ModelPackage, out: Path, *, slide: str, block: int, halo: int, workers: int, tissue: Any = None
+def write_part(
+    maps: Path, package: ModelPackage, out: Path, part: Part, *, block: int, halo: int, workers: int, tissue: Any = None
 ) -> dict[str, Any]:
-    """Find a slide's nuclei and write their table.
+    """Look at some of a slide's blocks, and leave their nuclei and seams in a folder.
+
+    Returns
+    -------
+    dict
+        ``part``, ``block`` and ``model``, its hash.
+    """
+    _check(block, halo, workers)
+    out.mkdir()
+    outline = None if tissue is None else shapely.to_wkb(tissue)
+    setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), out, outline)
+    blocks = slide_blocks(MapStore.open(maps), block)
+    chosen = [blocks[i] for i in part.of([b.width * b.height for b in blocks])]
+    with _executor(setup, min(workers, max(1, len(chosen) // 2))) as pool:
+        tasks = (Task(b, halo, survey=True) for b in chosen)
+        write_survey(out / SURVEY, ((task.block, seam, entries) for task, seam, entries in _results(pool, tasks)))
+    return {"part": part.to_json(), "block": block, "model": package.sha256}
+
+
+def write_instances(
+    maps: Path,
+    package: ModelPackage,
+    out: Path,
+    *,
+    slide: str,
+    block: int,
+    halo: int,
+    workers: int,
+    tissue: Any = None,
+    parts: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Find a slide's nuclei and write their table; `parts`: see `take_census`.
 
     Returns
     -------
@@ -647,7 +754,7 @@ def write_instances(
     ):
         outline = None if tissue is None else shapely.to_wkb(tissue)
         setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), Path(spool), outline)
-        census = take_census(setup, block=block, halo=halo, workers=workers)
+        census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
         for table in regroup(census.batches(), ROW_GROUP):
             count += table.num_rows
             digest.update(table.column("id").to_numpy().tobytes())
@@ -680,6 +787,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=DEFAULT_BLOCK, help="side of a block in grid pixels")
     parser.add_argument("--halo", type=int, default=DEFAULT_HALO, help="width of a block's halo in grid pixels")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide, into a folder OUT")
+    parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
 
 
@@ -687,16 +796,17 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        found = write_instances(
-            args.maps,
-            ModelPackage.load(args.model),
-            staged["nuclei"],
-            slide=args.slide,
-            block=args.block,
-            halo=args.halo,
-            workers=args.workers,
-            tissue=shapely.union_all(read_tissue(args.tissue)) if args.tissue else None,
-        )
+        package = ModelPackage.load(args.model)
+        how = {
+            "block": args.block,
+            "halo": args.halo,
+            "workers": args.workers,
+            "tissue": shapely.union_all(read_tissue(args.tissue)) if args.tissue else None,
+        }
+        if args.part is not None:
+            return write_part(args.maps, package, staged["nuclei"], args.part, **how)
+        read_parts(args.parts, block=args.block, model=package.sha256)
+        found = write_instances(args.maps, package, staged["nuclei"], slide=args.slide, parts=args.parts, **how)
         log.info("slide %r: %d nuclei, %.0f a second", args.slide, found["nuclei"], found["nuclei_per_s"])
         return found
 
@@ -705,7 +815,7 @@ def main(args: argparse.Namespace) -> int:
         args.slide,
         manifest=args.manifest or args.out.with_suffix(".json"),
         outputs={"nuclei": args.out},
-        upstream=[args.maps_manifest] if args.maps_manifest else [],
+        upstream=[*filter(None, [args.maps_manifest]), *map(manifest_of, args.parts)],
         on_bad_slide=args.on_bad_slide,
         body=body,
     )

@@ -89,6 +89,10 @@ class SlideLayout:
     def nuclei(self) -> Path:
         return self.root / "nuclei.parquet"
 
+    def part(self, stage: str, part: str) -> Path:
+        """Store of one part of a stage of a huge slide, `part` being ``1-of-4``; its manifest ends in ``.json``."""
+        return self.root / "parts" / f"{stage}-{part}.zarr"
+
     @property
     def export(self) -> Path:
         return self.root / "export.json"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
+from pipeline.seal import check_seal
 from pipeline.stage import read_manifest
 
 
@@ -63,8 +64,8 @@ class Part:
         total = int(ends[-1]) if len(ends) else 0
 
         def bound(number: int) -> int:
-            if number == self.total:
-                return len(ends)
+            if number in (0, self.total):
+                return len(ends) if number else 0
             return int(np.searchsorted(ends, total * number / self.total, side="right"))
 
         return range(bound(self.number - 1), bound(self.number))
@@ -93,8 +94,12 @@ def read_parts(parts: Sequence[Path], **expected: Any) -> list[dict[str, Any]]:
     ------
     PipelineError
         When one is missing or was made with other settings.
+    DamagedStore
+        When one is not as it was made.
     """
     found = [read_manifest(manifest_of(part)) for part in parts]
+    for part in parts:
+        check_seal(part)
     for number, (path, manifest) in enumerate(zip(parts, found, strict=True), start=1):
         if manifest.get("part") != [number, len(parts)]:
             raise PipelineError(f"{path} is not part {number} of {len(parts)}", "give all parts of a slide in order")

@@ -211,3 +211,45 @@ def model_folder(wildcards, input):
 def as_json(value):
     """Settings as one line of JSON."""
     return json.dumps(value, sort_keys=True)
+
+
+def in_parts(wildcards):
+    """Whether a job's slide is large enough to be taken in parts."""
+    least, path = config["parts"]["from_gb"], entry(wildcards).path
+    return least is not None and path.is_file() and path.stat().st_size >= least * 1e9
+
+
+def part_files(stage):
+    """Input function for the stores of all parts of a stage, where the slide is taken in parts."""
+
+    def files(wildcards):
+        total = config["parts"]["count"] if in_parts(wildcards) else 0
+        folder = RUN.folder(wildcards.slide)
+        return [str(folder.part(stage, f"{number}-of-{total}")) for number in range(1, total + 1)]
+
+    return files
+
+
+def part_manifests(stage):
+    """Input function for their manifests."""
+
+    def files(wildcards):
+        return [f"{path}.json" for path in part_files(stage)(wildcards)]
+
+    return files
+
+
+def parts_option(wildcards, input):
+    """Option that names the parts, where there are any."""
+    return ["--parts", *input.parts] if input.parts else []
+
+
+def part_option(wildcards):
+    """Option for the part that a job does."""
+    return f"--part={wildcards.part.replace('-of-', '/')}"
+
+
+def part_outputs(stage):
+    """Manifest and store of a part; both go away when the parts have been put together."""
+    store = str(ONE.part(stage, "{part}"))
+    return temp(whole(f"{store}.json")), temp(directory(store))

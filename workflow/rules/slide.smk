@@ -68,6 +68,8 @@ rule tiles:
         tissue=rules.tissue.output.manifest,
         geojson=rules.tissue.output.geojson,
         model=MODEL_CARD,
+        parts=part_files("tiles"),
+        part_manifests=part_manifests("tiles"),
     output:
         manifest=whole(ONE.tiles),
         zarr=passing(directory(str(ONE.tiles_zarr)), config["tiles"]["keep"]),
@@ -83,11 +85,13 @@ rule tiles:
         runtime=240,
     params:
         slide=slide_name,
+        parts=parts_option,
         model=model_folder,
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
         "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "{params.parts:q} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
         "--out={output.manifest:q} --zarr={output.zarr:q} "
@@ -130,6 +134,8 @@ rule infer:
         stain=rules.stain.output.manifest,
         model=MODEL_CARD,
         weights=ancient(MODEL_WEIGHTS),
+        parts=part_files("infer"),
+        part_manifests=part_manifests("infer"),
     output:
         manifest=whole(ONE.maps),
         zarr=passing(directory(str(ONE.maps_zarr)), config["infer"]["keep"]),
@@ -146,11 +152,12 @@ rule infer:
         gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
+        parts=parts_option,
         model=model_folder,
         device=config["infer"]["device"],
         batch=batch_options,
     shell:
-        "python -m pipeline infer --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline infer --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE {params.parts:q} "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} --model={params.model:q} "
         "--device={params.device:q} {params.batch:q} --threads={threads} "
         "--out={output.manifest:q} --zarr-out={output.zarr:q} "
@@ -163,6 +170,8 @@ rule instances:
         zarr=rules.infer.output.zarr,
         tissue=rules.tissue.output.geojson,
         model=MODEL_CARD,
+        parts=part_files("instances"),
+        part_manifests=part_manifests("instances"),
     output:
         manifest=whole(ONE.instances),
         parquet=passing(whole(ONE.instances_parquet), config["instances"]["keep"]),
@@ -178,11 +187,12 @@ rule instances:
         runtime=240,
     params:
         slide=slide_name,
+        parts=parts_option,
         model=model_folder,
         block=config["instances"]["block"],
         halo=config["instances"]["halo"],
     shell:
-        "python -m pipeline instances --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "python -m pipeline instances --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE {params.parts:q} "
         "--maps={input.zarr:q} --maps-manifest={input.maps:q} --tissue={input.tissue:q} --model={params.model:q} "
         "--block={params.block} --halo={params.halo} --workers={threads} "
         "--manifest={output.manifest:q} --out={output.parquet:q} "
