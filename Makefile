@@ -7,13 +7,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := demo
 WORKERS ?= 2
 
-.PHONY: help venv dev demo test faults lint format lock clean
+.PHONY: help venv dev demo test faults bench bench-scale lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, and a whole run on synthetic slides (results in $(DEMO)/results)"
 	@echo "make test    set up, style and all tests"
 	@echo "make faults  faults tried many times: kills, full disks, damaged slides (an hour; docs/reliability.md)"
+	@echo "make bench   speed and exactness beside their limits (ten minutes; docs/performance.md)"
+	@echo "make bench-scale  memory on a slide of 8 gigapixels, and a million nuclei (half an hour, 10 GB)"
 	@echo "make venv    set up $(VENV) from envs/requirements.lock; make dev adds the tools for tests and style"
 	@echo "make lint    style alone; make format rewrites the code in it"
 	@echo "make clean   remove the demo and caches"
@@ -46,6 +48,12 @@ test: lint
 # What was tried is printed; docs/reliability.md has the figures.
 faults: dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults_long -rP tests/faults
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+bench-scale: venv
+	$(BIN)/python -m benchmarks cohort memory million --out benchmarks-scale.json
 
 lint: dev
 	$(BIN)/ruff check .
