@@ -31,11 +31,10 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "seams": exactness.seams,
     "memory": scale.memory,
     "million": scale.million,
-    "peer": scale.peer,
 }
 """The benchmarks by name."""
 
-NOT_ALWAYS = ("cohort", "memory", "million", "peer")
+NOT_ALWAYS = ("cohort", "memory", "million")
 """Minutes each: only when named."""
 
 
@@ -58,17 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
     parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
     parser.add_argument("--slide", type=Path, help="slide for the rows tiles and slide (default: a synthetic one)")
-    parser.add_argument("--peer-python", type=Path, metavar="PYTHON", help="Python of an environment with tiatoolbox")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON to write")
     parser.add_argument("--folder", type=Path, help="where to work (some GB for the long ones; default: temporary)")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.rows if name not in ROWS]:
-        parser.error(f"no such benchmark: {', '.join(unknown)}")
+        parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     rows = args.rows or [name for name in ROWS if name not in NOT_ALWAYS]
     figures: list[Figure] = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
-        options = Options(Path(folder), args.quick, args.model, args.peer_python, args.slide)
+        options = Options(Path(folder), args.quick, args.model, args.slide)
         for name in rows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             for figure in ROWS[name](replace(options, folder=Path(folder) / name)):

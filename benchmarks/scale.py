@@ -1,17 +1,15 @@
-"""Memory and time against the size of the slide and the number of nuclei; a peer on the same slide."""
+"""Memory and time against the size of the slide and the number of nuclei."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks import material
-from benchmarks.harness import ROOT, Figure, run_command, stage
+from benchmarks.harness import Figure, stage
 from benchmarks.speed import BASELINE, Options, all_stages
-from pipeline.models.package import ModelPackage
 
 SMALL = (10_000, 8_000)
 LARGE = (100_000, 80_000)
@@ -88,33 +86,3 @@ def million(options: Options) -> Iterator[Figure]:
     for name in few["runs"]:
         growth = many["runs"][name].cpu / few["runs"][name].cpu / (many["nuclei"] / few["nuclei"])
         yield Figure("million", f"{name}: CPU time a nucleus, many against few", growth, "times", target="value <= 1.1")
-
-
-def peer(options: Options) -> Iterator[Figure]:
-    """TIAToolbox's engine for nuclei around the same network, same slide, same pixel size and stride, same cores."""
-    if options.peer is None:
-        print("peer: skipped, give --peer PYTHON of an environment with tiatoolbox")
-        return
-    folder = options.place("peer")
-    package = ModelPackage.load(options.model)
-    side = 2048 if options.quick else 4096
-    material.write_slide(folder / "slide.svs", material.field(0.25), side, side, 0.25, 1.0)
-    runs = all_stages(folder, options.model, workers=options.cores)
-    ours = sum(run.wall for run in runs.values())
-    script = ROOT / "benchmarks" / "tiatoolbox_engine.py"
-    result = folder / "peer.json"
-    run_command(
-        [options.peer, script, folder / "slide.svs", options.model, result, str(options.cores)],
-        {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.cores)},
-    )
-    found = json.loads(Path(result).read_text())
-    post = sum(runs[name].wall for name in ("instances", "measure", "export"))
-    note = f"{side} x {side} px at 0.25 µm/px, {package.name}; TIAToolbox {found['version']}, {found['nuclei']} nuclei"
-    yield Figure(
-        "peer", "slide to polygons", side**2 / 1e6 / ours, "MP/s", side**2 / 1e6 / found["seconds"], "TIAToolbox",
-        "ratio >= 1.4", note,
-    )  # fmt: skip
-    yield Figure(
-        "peer", "maps to polygons", side**2 / 1e6 / post, "MP/s", side**2 / 1e6 / found["post"], "TIAToolbox",
-        "ratio >= 10", note,
-    )  # fmt: skip

@@ -33,8 +33,6 @@ class Options:
         Small inputs.
     model : pathlib.Path
         Model package for the rows with a network.
-    peer : pathlib.Path, optional
-        Python of an environment with TIAToolbox.
     slide : pathlib.Path, optional
         Slide for the rows `tiles` and `slide`; a synthetic one without it.
     cores : int
@@ -44,7 +42,6 @@ class Options:
     folder: Path
     quick: bool
     model: Path = DEFAULT
-    peer: Path | None = None
     slide: Path | None = None
     cores: int = os.cpu_count() or 1
 

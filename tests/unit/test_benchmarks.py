@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import material
-from benchmarks.__main__ import ROWS, main
+from benchmarks.__main__ import main
 from benchmarks.exactness import Damage, Nucleus, Tiling, damage
 from benchmarks.harness import Figure, run_command, table
 from pipeline.kernels.instances import InstanceRules, segment
@@ -94,7 +94,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     figures = {figure["what"]: figure for figure in found["figures"]}
     ours = [figures[f"the pipeline: {what}"]["value"] for what in ("lost", "doubled", "changed", "invented")]
     assert ours == [0, 0, 0, 0]
-    assert figures["tiles side by side: changed"]["value"] > 10
+    assert figures["tiles side by side: changed"]["value"] > 5
     assert figures["different files for different blocks"]["met"]
     assert figures["nuclei to GeoJSON"]["ratio"] > 0.2
     assert found["environment"]["cores"] > 0
@@ -108,4 +108,4 @@ def test_unknown_rows_are_told() -> None:
     )
     assert done.returncode == 2
     assert "no such benchmark: speed" in done.stderr
-    assert "peer" in ROWS
+    assert "million" in done.stderr
