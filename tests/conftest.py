@@ -14,6 +14,15 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes an hour, unless it is asked for by its marker."""
+    if "faults_long" in config.getoption("-m"):
+        return
+    long = [item for item in items if item.get_closest_marker("faults_long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real data, which is not part of the project; tests that need it are skipped without it."""

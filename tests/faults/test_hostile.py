@@ -106,7 +106,7 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
 
     from pipeline.models.package import ModelPackage
     from pipeline.models.weights import load_network
-    from pipeline.networks.encoders import read_weights
+    from pipeline.networks.encoders import read_state
     from pipeline.training.fit import _read_checkpoint
 
     mark = tmp_path / "mark"
@@ -121,8 +121,8 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
     (folder / "weights.safetensors").write_bytes(pickle.dumps(Payload(mark)))
     for read in (
         lambda: load_npy(tmp_path / "a.npy"),
-        lambda: read_weights(tmp_path / "a.npz"),
-        lambda: read_weights(tmp_path / "a.ckpt"),
+        lambda: read_state(tmp_path / "a.npz"),
+        lambda: read_state(tmp_path / "a.ckpt"),
         lambda: _read_checkpoint(tmp_path / "a.ckpt"),
         lambda: _read_checkpoint(tmp_path / "b.ckpt"),
         lambda: load_network(ModelPackage.load(folder)),
@@ -138,7 +138,7 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
 
 
 UNSAFE = re.compile(
-    r"allow_pickle=True|yaml\.(load|full_load|unsafe_load)\(|pickle\.load\(|\beval\(|\bexec\(|os\.system|shell=True|"
+    r"allow_pickle=True|yaml\.(load|full_load|unsafe_load)\(|pickle\.load\(|(?<!\.)\beval\(|\bexec\(|os\.system|shell=True|"
     r"xml\.etree|weights_only=False|np\.load\((?![^)]*allow_pickle=False)|torch\.load\((?![^)]*weights_only=True)"
 )
 
@@ -147,7 +147,6 @@ def test_nothing_unsafe_is_called() -> None:
     sources = sorted((ROOT / "pipeline").rglob("*.py"))
     assert len(sources) > 80
     found = [f"{path.name}: {hit[0]}" for path in sources for hit in UNSAFE.finditer(path.read_text(encoding="utf-8"))]
-    found = [line for line in found if not line.endswith(".eval(")]
     assert found == []
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutate import MUTATIONS, WRITERS, mutated, write_whole
+from mutate import MPP, MUTATIONS, WRITERS, mutated, write_whole
+from runs import read_json, read_tsv, run
 
 from pipeline.slides.inspect import run_inspect
 from pipeline.stage import manifest_failure
@@ -131,3 +132,25 @@ def test_damaged_slides(tmp_path: Path, model: Path, count: int) -> None:
     assert sum(found["table"].values()) == count
     assert found["peak_mb"] < PEAK_MB
     assert found["slowest"] < 3 * 60 * MINUTES
+
+
+@pytest.mark.workflow
+@pytest.mark.faults_long
+@pytest.mark.timeout(3600)
+def test_a_sample_goes_through_the_whole_run(tmp_path: Path, model: Path) -> None:
+    rng = random.Random(7)
+    (tmp_path / "in").mkdir()
+    for number in range(8):
+        kind = list(WRITERS)[number % len(WRITERS)]
+        _, content = mutated(write_whole(tmp_path, kind).read_bytes(), rng)
+        (tmp_path / "in" / f"{number}.{kind}").write_bytes(content)
+    done = run(tmp_path, {"slides": "in", "results": "out", "model": str(model), "mpp": MPP})
+    assert done.code == 0, done.output
+    failed = {row["slide"] for row in read_tsv(tmp_path / "out" / "failed.tsv")}
+    good = {row["slide"] for row in read_tsv(tmp_path / "out" / "cohort.tsv")}
+    assert len(failed | good) == 8
+    assert not failed & good
+    for number in range(8):
+        status = read_json(tmp_path / "out" / "slides" / str(number) / "metrics.json")["status"]
+        assert (status == "ok") == (str(number) in good)
+    print(f"whole runs: {len(failed)} slides failed, {len(good)} finished, exit code {done.code}")

@@ -83,6 +83,23 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert checkpoint(tmp_path)["global_step"] == 6
 
 
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.ckpt", "best.ckpt")}
+    with monkeypatch.context() as patch:
+        patch.setattr(CombinedLoss, "__call__", lambda *_: {"loss": torch.tensor(float("nan"), requires_grad=True)})
+        with pytest.raises(
+            PipelineError, match=r"the loss is nan at step 4 \(.*the last checkpoint is kept\)"
+        ) as caught:
+            train(tmp_path, replace(SHORT, steps=6))
+    assert "\n" not in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    train(tmp_path, replace(SHORT, steps=6))
+    assert checkpoint(tmp_path)["global_step"] == 6
+
+
 def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with no_room(1000), pytest.raises(PipelineError, match="cannot be written"):

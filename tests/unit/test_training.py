@@ -224,6 +224,7 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
     schedule = {"steps": 20, "batch": 2, "size": 64, "validate_every": 2, "workers": 0, "learning_rate": 1e30}
     with pytest.raises(PipelineError, match="the loss is"):
         run_experiment(Experiment.from_json(section(data, schedule=schedule)), tmp_path / "w", tmp_path / "m", "cpu")
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
