@@ -101,6 +101,7 @@ def test_yaml_tags_in_experiments_are_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, over a checkpoint as old torch wrote them
 def test_pickles_are_not_run(tmp_path: Path) -> None:
     import torch
 
