@@ -13,12 +13,14 @@ STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure"
 
 
 def folder_name(slide: str) -> str:
-    """Name of a slide's results folder: the slide's own, but for braces, which Snakemake would read as a wildcard.
+    """Name of a slide's results folder: the slide's own, but for braces and angle brackets.
 
-    >>> folder_name("T23, H&E (2)"), folder_name("a{b}")
-    ('T23, H&E (2)', 'a%7Bb%7D')
+    Snakemake would read ``{b}`` as a wildcard and ``<b>`` as a path variable.
+
+    >>> folder_name("T23, H&E (2)"), folder_name("a{b}<c>")
+    ('T23, H&E (2)', 'a%7Bb%7D%3Cc%3E')
     """
-    return slide.replace("{", "%7B").replace("}", "%7D")
+    return slide.replace("{", "%7B").replace("}", "%7D").replace("<", "%3C").replace(">", "%3E")
 
 
 @dataclass(frozen=True)

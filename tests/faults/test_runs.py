@@ -12,6 +12,7 @@ import pytest
 from outcome import outcome
 from runs import command, read_json, read_tsv, run, write_slide, write_toy_model
 
+from pipeline.layout import folder_name
 from pipeline.lock import lock_run
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
@@ -65,6 +66,12 @@ def test_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "Traceback" not in done.output
 
 
+def inspected(results: Path) -> dict[str, int]:
+    """When each slide was inspected."""
+    paths = {slide: results / "slides" / folder_name(slide) / "slide.json" for slide in SLIDES}
+    return {slide: path.stat().st_mtime_ns for slide, path in paths.items()}
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Any]:
     """One run with a crash of ours and a bad slide; then a damaged store, and all put right."""
@@ -92,13 +99,16 @@ def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
     told["failed so far"] = read_tsv(results / "so-far" / "failed.tsv")
     told["cohort so far"] = read_tsv(results / "so-far" / "cohort.tsv")
     # The slide that waits gets a damaged store, the bad one is put right.
-    chunk = next((results / "slides" / "crash" / "tiles.zarr" / "rgb" / "c").rglob("0"))
+    chunks = (results / "slides" / "crash" / "tiles.zarr" / "rgb" / "c").rglob("*")
+    chunk = next(path for path in chunks if path.is_file())
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 4
     chunk.write_bytes(data)
     told["damaged"] = run(folder, config)
     shutil.copy(folder / "whole.svs", folder / "in" / "bad <i>.svs")
-    told["before"] = {slide: (results / "slides" / slide / "slide.json").stat().st_mtime_ns for slide in SLIDES}
+    told["before"] = {
+        slide: (results / "slides" / folder_name(slide) / "slide.json").stat().st_mtime_ns for slide in SLIDES
+    }
     told["last"] = run(folder, config)
     return told
 
@@ -109,7 +119,7 @@ def test_crash_of_ours_is_a_failure_and_the_others_finish(story: dict[str, Any])
     assert "error: stain: " in done.output  # the end of its log
     assert "Is a directory" in done.output
     assert read_json(story["results"] / "slides" / "good" / "metrics.json")["status"] == "ok"
-    assert read_json(story["results"] / "slides" / "bad <i>" / "metrics.json")["status"] == "failed"
+    assert read_json(story["results"] / "slides" / folder_name("bad <i>") / "metrics.json")["status"] == "failed"
     assert not (story["results"] / "slides" / "crash" / "stain.json").exists()
 
 
@@ -133,7 +143,9 @@ def test_damaged_store_is_found_and_made_anew(story: dict[str, Any]) -> None:
 
 
 def test_slide_that_was_put_right_is_run_alone(story: dict[str, Any]) -> None:
-    after = {slide: (story["results"] / "slides" / slide / "slide.json").stat().st_mtime_ns for slide in SLIDES}
+    after = {
+        slide: (story["results"] / "slides" / folder_name(slide) / "slide.json").stat().st_mtime_ns for slide in SLIDES
+    }
     assert [slide for slide in SLIDES if after[slide] != story["before"][slide]] == ["bad <i>"]
 
 
@@ -142,7 +154,7 @@ def test_in_the_end_all_is_there(story: dict[str, Any]) -> None:
     assert read_tsv(story["results"] / "failed.tsv") == []
     found = outcome(story["results"])
     # Two copies of one slide, one of which met a crash and a damaged store.
-    folders = [story["results"] / "slides" / name for name in ("crash", "bad <i>")]
+    folders = [story["results"] / "slides" / folder_name(name) for name in ("crash", "bad <i>")]
     for name in ("tissue.geojson", "stain.png"):
         assert len({found[f"slides/{folder.name}/{name}"] for folder in folders}) == 1
     assert len({read_json(folder / "instances.json")["digest"] for folder in folders}) == 1

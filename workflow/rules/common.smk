@@ -102,11 +102,11 @@ def slide_name(wildcards):
 def input_files(path):
     """`path` as an input, where it can be one.
 
-    A file that is missing or may not be read is none: its slide fails, the run goes on. Nor can a path with braces be
-    one: Snakemake would look for wildcards in it.
+    A file that is missing or may not be read is none: its slide fails, the run goes on. Nor can a path with braces or
+    angle brackets be one: Snakemake would look for wildcards and variables in it.
     """
     text = str(path)
-    usable = "{" not in text and os.path.isfile(text) and os.access(text, os.R_OK)
+    usable = not set("{<") & set(text) and os.path.isfile(text) and os.access(text, os.R_OK)
     return [text] if usable else []
 
 
