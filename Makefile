@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := demo
 WORKERS ?= 2
 
-.PHONY: help venv dev demo test faults bench bench-scale lint format lock clean
+.PHONY: help venv dev demo test slurm test-slurm faults bench bench-scale lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, and a whole run on synthetic slides (results in $(DEMO)/results)"
 	@echo "make test    set up, style and all tests"
+	@echo "make slurm   install SLURM (Debian, as root), for its tests in make test; make test-slurm runs them alone"
 	@echo "make faults  faults tried many times: kills, full disks, damaged slides (an hour; docs/reliability.md)"
 	@echo "make bench   speed and exactness beside their limits (ten minutes; docs/performance.md)"
 	@echo "make bench-scale  memory on a slide of 8 gigapixels, and a million nuclei (half an hour, 10 GB)"
@@ -44,6 +45,13 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Without SLURM its tests are skipped; here that is an error.
+slurm:
+	$(PYTHON) tests/slurm/cluster.py install
+
+test-slurm: dev slurm
+	NUCLEI_NEED_SLURM=1 $(BIN)/python -m pytest -n 0 -rP tests/slurm
 
 # What was tried is printed; docs/reliability.md has the figures.
 faults: dev

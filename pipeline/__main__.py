@@ -1,6 +1,7 @@
 """Entry point of ``python -m pipeline``."""
 
 import importlib.abc
+import os
 import sys
 
 from pipeline.cli import STAGES, main
@@ -18,8 +19,20 @@ class _WithoutPandas(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("stages run without pandas", name=fullname)
 
 
-if sys.argv[1:2] and sys.argv[1] in STAGES:  # in their workers, too, which also start here
+if sys.argv[1:2] and sys.argv[1] in (*STAGES, "warm-server"):  # in their workers, too, which also start here
     sys.meta_path.insert(0, _WithoutPandas())
 
+
+def run() -> int:
+    """Run the command line; a stage in a warm process, where this run has one."""
+    if "NUCLEUS_PIPELINE_WARM" in os.environ and sys.argv[1:2] and sys.argv[1] in STAGES:
+        from pipeline.warm import ask_server
+
+        status = ask_server(sys.argv[1:])
+        if status is not None:
+            return status
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -59,6 +59,7 @@ TOOLS = {
         "add_summary_arguments",
         "main_summary",
     ),
+    "warm-server": Command("pipeline.warm", "start stages for a run on this machine (the setting warm_start)"),
     "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
     "demo-slides": Command(
         "pipeline.demo", "write synthetic slides with known nuclei", "add_slides_arguments", "main_slides"

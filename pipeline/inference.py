@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
+from pipeline.gpus import borrow
 from pipeline.kernels.blend import Blender, PatchGrid
 from pipeline.kernels.stain import StainTransform
 from pipeline.lattice import CELL
@@ -560,7 +561,10 @@ def run_infer(
         if parts:
             found = gather_maps(parts, store, package, staged["maps"])
         else:
-            with one_result() if needs_torch(package.network) else nullcontext():
+            with ExitStack() as during:
+                if needs_torch(package.network):
+                    during.enter_context(borrow(device))
+                    during.enter_context(one_result())
                 predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part)
                 found |= {"device": name, "batch": predictor.batch}

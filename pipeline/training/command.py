@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
@@ -35,6 +36,14 @@ def main(args: argparse.Namespace) -> int:
         section = json.loads(args.config_json.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{args.config_json} cannot be read: {error}", "give the train section as JSON") from None
+    from pipeline.gpus import borrow
+
+    schedule = section.get("schedule", {})
+    with borrow(args.device or schedule.get("device", "auto"), schedule.get("devices", 1)):
+        return _train(args, section)
+
+
+def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
     keep_freed_memory()
     import torch
 

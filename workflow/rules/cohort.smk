@@ -11,7 +11,7 @@ rule slide_table:
     threads: 1
     resources:
         mem_mb=megabytes(1000),
-        runtime=10,
+        runtime=minutes(10),
     params:
         slides=config["slides"],
         digest=SLIDES.digest if SLIDES is not None else "",
@@ -28,8 +28,8 @@ rule settings:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(500),
-        runtime=5,
+        mem_mb=megabytes(1000),
+        runtime=minutes(5),
     params:
         settings=lambda wildcards: as_json({key: value for key, value in config.items() if key != "train"}),
     shell:
@@ -56,8 +56,8 @@ rule cohort:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(6000),
-        runtime=120,
+        mem_mb=megabytes(2000 + 2 * len(BY_FOLDER)),
+        runtime=minutes(30 + len(BY_FOLDER) // 50),
     params:
         results=lambda wildcards: config["results"],
         model=model_folder,
@@ -76,8 +76,8 @@ rule so_far:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(6000),
-        runtime=120,
+        mem_mb=megabytes(2000 + 2 * len(BY_FOLDER)),
+        runtime=minutes(30 + len(BY_FOLDER) // 50),
     params:
         results=lambda wildcards: config["results"],
         slides=config["slides"],

@@ -1,4 +1,8 @@
 # Settings, slides and file names. Parsed again in every cluster job: nothing here opens a slide or writes a file.
+import atexit
+import functools
+import hashlib
+import inspect
 import json
 import os
 import sys
@@ -10,10 +14,12 @@ if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
 from pipeline.errors import PipelineError
+from pipeline.gpus import present
 from pipeline.layout import RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
 from pipeline.settings import check_licence, check_model, check_settings, load_schema
 from pipeline.slide_table import resolve_slides
+from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
 # Snakemake, unless conda environments are made for the rules.
@@ -74,8 +80,21 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 
 
+onstart:
+    # Only for jobs of this machine, in the environment that runs Snakemake.
+    own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
+    if config["warm_start"] and workflow.local_exec and own and possible():
+        atexit.register(start_server().stop)
+
+
 wildcard_constraints:
     slide="[^/]+",
+
+
+def known(function):
+    """Keep a function's signature beside it: Snakemake asks for it at every use, several times a job."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def slides():
@@ -94,6 +113,13 @@ def entry(wildcards):
     return BY_FOLDER[wildcards.slide]
 
 
+@known
+def slide_path(wildcards):
+    """Path of a job's slide."""
+    return str(entry(wildcards).path)
+
+
+@known
 def slide_name(wildcards):
     """Name of a job's slide."""
     return entry(wildcards).name
@@ -110,11 +136,13 @@ def input_files(path):
     return [text] if usable else []
 
 
+@known
 def slide_file(wildcards):
     """The slide's file."""
     return input_files(entry(wildcards).path)
 
 
+@known
 def slide_stamp(wildcards):
     """Size and time of a slide that cannot be an input, so that a changed one is noticed all the same."""
     path = entry(wildcards).path
@@ -127,6 +155,7 @@ def slide_stamp(wildcards):
 def extra_file(column):
     """Input function for a further file of the slide table, where there is one."""
 
+    @known
     def files(wildcards):
         path = getattr(entry(wildcards), column)
         return [] if path is None else input_files(path)
@@ -137,6 +166,7 @@ def extra_file(column):
 def extra_option(column, flag):
     """Parameter function for the option that names a further file of the slide table."""
 
+    @known
     def option(wildcards):
         path = getattr(entry(wildcards), column)
         return [] if path is None else [f"{flag}={path}"]
@@ -148,6 +178,7 @@ def each_slide(*kinds):
     """Input function for these outputs of every slide."""
 
     # Names may hold braces: paths from a function are taken as they are.
+    @known
     def files(wildcards):
         return [str(getattr(RUN.slide(slide.name), kind)) for slide in slides() for kind in kinds]
 
@@ -157,6 +188,14 @@ def each_slide(*kinds):
 def cohort_files():
     """Outputs for the run as a whole."""
     return [str(path) for path in (RUN.cohort_tsv, RUN.cohort_parquet, RUN.failed, RUN.report, RUN.manifest)]
+
+
+def store(path):
+    """Where a store goes: beside the results, or below the settings' scratch folder, in a folder of this run's."""
+    if config["scratch"] is None:
+        return directory(str(path))
+    run = hashlib.sha256(os.path.abspath(RUN.results).encode()).hexdigest()[:12]
+    return directory(str(Path(config["scratch"], f"nuclei-{run}") / path.relative_to(RUN.results)))
 
 
 def passing(path, keep):
@@ -169,19 +208,43 @@ def whole(path):
     return ensure(str(path), non_empty=True)
 
 
-def megabytes(base):
-    """Memory that grows when a cluster job is tried again."""
+@functools.cache
+def gigabytes(folder):
+    """Size of a slide's files by its results folder, 0 where they are missing."""
+    path = BY_FOLDER[folder].path
+    # A MIRAX slide is a small file beside a folder of large ones.
+    files = [path, *(path.with_suffix("").glob("*.dat") if path.suffix.lower() == ".mrxs" else [])]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
 
-    def mem_mb(wildcards, attempt):
-        return base * attempt
 
-    return mem_mb
+def growing(base, by_size):
+    """Resource function: so much for any slide, so much for each GB of its file, and again for each attempt.
+
+    Attempts are counted by the cluster's profile alone, which sets the retries.
+    """
+
+    @known
+    def amount(wildcards, attempt):
+        return round((base + by_size * gigabytes(wildcards.slide)) * attempt) if by_size else base * attempt
+
+    return amount
+
+
+def megabytes(base, by_size=0):
+    """Memory in MB. Of it, Snakemake's own processes take about 250 in a cluster job."""
+    return growing(base, by_size)
+
+
+def minutes(base, by_size=0):
+    """Time limit in minutes."""
+    return growing(base, by_size)
 
 
 # In the environment, no parameter of any rule: it changes no result, so changing it should rerun nothing.
 os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 
 
+@known
 def mpp_options(wildcards):
     """Options for the pixel size: the slide table's comes before the settings'."""
     stated = entry(wildcards).mpp
@@ -190,6 +253,7 @@ def mpp_options(wildcards):
     return [] if config["mpp"] is None else [f"--mpp={config['mpp']}", "--mpp-source=config"]
 
 
+@known
 def batch_options(wildcards):
     """Option for the batch size, where one is set."""
     return [] if config["infer"]["batch"] is None else [f"--batch={config['infer']['batch']}"]
@@ -200,9 +264,10 @@ def own_gpus(device):
 
     The default profile lends one at a time; a cluster's profile asks for its own.
     """
-    return int(device != "cpu" and any(Path(os.devnull).parent.glob("nvidia[0-9]*")))
+    return int(device != "cpu" and bool(present()))
 
 
+@known
 def model_folder(wildcards, input):
     """The model package of a job."""
     return os.path.dirname(input.model)
@@ -224,6 +289,10 @@ def part_files(stage):
 
     def files(wildcards):
         total = config["parts"]["count"] if in_parts(wildcards) else 0
+        groups = workflow.group_settings.overwrite_groups
+        if total and "tissue" in groups and groups["tissue"] == groups.get("tiles"):
+            # Other jobs come between the two.
+            raise WorkflowError("parts: take inspect and tissue out of the groups of the profile")
         folder = RUN.folder(wildcards.slide)
         return [str(folder.part(stage, f"{number}-of-{total}")) for number in range(1, total + 1)]
 

@@ -22,8 +22,8 @@ rule tiles_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(6000),
-        runtime=240,
+        mem_mb=megabytes(2000, 1000),
+        runtime=minutes(30, 30),
     params:
         slide=slide_name,
         part=part_option,
@@ -56,8 +56,8 @@ rule infer_part:
         "../../envs/pipeline.yaml"
     threads: 8
     resources:
-        mem_mb=megabytes(8000),
-        runtime=480,
+        mem_mb=megabytes(6000, 1000),
+        runtime=minutes(60, 240),
         gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
@@ -90,8 +90,8 @@ rule instances_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(8000),
-        runtime=240,
+        mem_mb=megabytes(3000, 2000),
+        runtime=minutes(30, 60),
     params:
         slide=slide_name,
         part=part_option,

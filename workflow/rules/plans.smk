@@ -44,10 +44,11 @@ def package(folder):
     return [str(Path(folder) / name) for name in ("model.json", "weights.safetensors")]
 
 
-def training_gpus(training):
-    """GPUs for a training on this machine."""
-    schedule = SECTIONS[training]["schedule"]
-    return own_gpus(schedule["device"]) * schedule["devices"]
+def training_gpus(wildcards):
+    """GPUs for a training: on a cluster as many as its settings say, on this machine where it has any."""
+    schedule = SECTIONS[getattr(wildcards, "training", NAME)]["schedule"]
+    wanted = workflow.non_local_exec and schedule["device"] != "cpu"
+    return schedule["devices"] * (int(wanted) or own_gpus(schedule["device"]))
 
 
 def start_package(wildcards):

@@ -15,11 +15,11 @@ rule inspect:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(2000),
-        runtime=30,
+        mem_mb=megabytes(1000, 500),
+        runtime=minutes(20, 10),
     params:
         slide=slide_name,
-        path=lambda wildcards: str(entry(wildcards).path),
+        path=slide_path,
         stamp=slide_stamp,
         mpp=mpp_options,
         reader=config["reader"],
@@ -46,8 +46,8 @@ rule tissue:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(4000),
-        runtime=60,
+        mem_mb=megabytes(1500, 1000),
+        runtime=minutes(20, 10),
     params:
         slide=slide_name,
         mask=extra_option("tissue", "--mask"),
@@ -72,7 +72,7 @@ rule tiles:
         part_manifests=part_manifests("tiles"),
     output:
         manifest=whole(ONE.tiles),
-        zarr=passing(directory(str(ONE.tiles_zarr)), config["tiles"]["keep"]),
+        zarr=passing(store(ONE.tiles_zarr), config["tiles"]["keep"]),
     log:
         str(RUN.log("tiles", "{slide}")),
     benchmark:
@@ -81,8 +81,8 @@ rule tiles:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(6000),
-        runtime=240,
+        mem_mb=megabytes(2000, 1000),
+        runtime=minutes(30, 30),
     params:
         slide=slide_name,
         parts=parts_option,
@@ -114,12 +114,12 @@ rule stain:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(4000),
-        runtime=60,
+        mem_mb=megabytes(2000),
+        runtime=minutes(30),
     params:
         slide=slide_name,
         model=model_folder,
-        method=lambda wildcards: config["stain"]["method"],
+        method=config["stain"]["method"],
     shell:
         "python -m pipeline stain --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} "
@@ -138,7 +138,7 @@ rule infer:
         part_manifests=part_manifests("infer"),
     output:
         manifest=whole(ONE.maps),
-        zarr=passing(directory(str(ONE.maps_zarr)), config["infer"]["keep"]),
+        zarr=passing(store(ONE.maps_zarr), config["infer"]["keep"]),
     log:
         str(RUN.log("infer", "{slide}")),
     benchmark:
@@ -147,8 +147,8 @@ rule infer:
         "../../envs/pipeline.yaml"
     threads: 8
     resources:
-        mem_mb=megabytes(8000),
-        runtime=480,
+        mem_mb=megabytes(6000, 1000),
+        runtime=minutes(60, 240),
         gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
@@ -183,8 +183,8 @@ rule instances:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(8000),
-        runtime=240,
+        mem_mb=megabytes(3000, 2000),
+        runtime=minutes(30, 60),
     params:
         slide=slide_name,
         parts=parts_option,
@@ -217,8 +217,8 @@ rule measure:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(6000),
-        runtime=240,
+        mem_mb=megabytes(2000, 2000),
+        runtime=minutes(30, 30),
     params:
         slide=slide_name,
     shell:
@@ -244,8 +244,8 @@ rule export:
         "../../envs/pipeline.yaml"
     threads: 2
     resources:
-        mem_mb=megabytes(4000),
-        runtime=120,
+        mem_mb=megabytes(2000, 2000),
+        runtime=minutes(20, 20),
     params:
         slide=slide_name,
     shell:
@@ -282,8 +282,8 @@ rule summary:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(6000),
-        runtime=120,
+        mem_mb=megabytes(2000, 2000),
+        runtime=minutes(20, 20),
     params:
         slide=slide_name,
         truth=extra_option("truth", "--truth"),

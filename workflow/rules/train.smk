@@ -29,8 +29,8 @@ rule train_settings:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(500),
-        runtime=5,
+        mem_mb=megabytes(1000),
+        runtime=minutes(5),
     params:
         settings=lambda wildcards: as_json(SECTIONS[wildcards.training]),
     shell:
@@ -54,8 +54,8 @@ rule train_model:
     threads: 16
     resources:
         mem_mb=megabytes(16000),
-        runtime=2880,
-        gpu=training_gpus(NAME),
+        runtime=minutes(1440),
+        gpu=training_gpus,
     params:
         work=lambda wildcards: str(RUN.training(NAME)),
         folder=lambda wildcards, output: os.path.dirname(output.card),
@@ -85,8 +85,8 @@ rule train_part:
     threads: 16
     resources:
         mem_mb=megabytes(16000),
-        runtime=2880,
-        gpu=lambda wildcards: training_gpus(wildcards.training),
+        runtime=minutes(1440),
+        gpu=training_gpus,
     params:
         work=lambda wildcards: str(RUN.training(wildcards.training)),
         folder=lambda wildcards, output: os.path.dirname(output.card),
@@ -110,7 +110,7 @@ rule crossval_table:
     threads: 1
     resources:
         mem_mb=megabytes(1000),
-        runtime=10,
+        runtime=minutes(10),
     params:
         runs=run_options(NAME, FOLDS),
         folder=lambda wildcards, output: os.path.dirname(output.table),
@@ -134,8 +134,8 @@ rule crossval_final:
     threads: 16
     resources:
         mem_mb=megabytes(16000),
-        runtime=2880,
-        gpu=training_gpus(NAME),
+        runtime=minutes(1440),
+        gpu=training_gpus,
     params:
         work=lambda wildcards: str(RUN.training(f"{NAME}/final")),
         folder=lambda wildcards, output: os.path.dirname(output.card),
@@ -158,7 +158,7 @@ rule compare_table:
     threads: 1
     resources:
         mem_mb=megabytes(1000),
-        runtime=10,
+        runtime=minutes(10),
     params:
         runs=run_options(config["compare"]["name"], COMPARED),
         folder=lambda wildcards, output: os.path.dirname(output.table),
@@ -180,7 +180,7 @@ rule transfer_table:
     threads: 1
     resources:
         mem_mb=megabytes(1000),
-        runtime=10,
+        runtime=minutes(10),
     params:
         runs=run_options(NAME, ARMS),
         folder=lambda wildcards, output: os.path.dirname(output.table),

@@ -1,0 +1,125 @@
+"""Stages started warm do what they do when started afresh, and end with whoever asked for them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import imageio.v3
+import numpy as np
+import pytest
+
+from pipeline import warm
+
+pytestmark = pytest.mark.skipif(not warm.possible(), reason="needs Linux")
+
+START = """
+import sys, time
+from pipeline.warm import start_server
+print(start_server().process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[warm.Server]:
+    found = warm.start_server()
+    yield found
+    found.stop()
+    assert warm.ADDRESS not in os.environ
+    assert not found.folder.exists()
+
+
+def inspect(folder: Path, out: str, *options: str) -> list[str]:
+    path = folder / "a.png"
+    if not path.exists():
+        imageio.v3.imwrite(path, np.full((64, 80, 3), 200, np.uint8))
+    command = [sys.executable, "-m", "pipeline", "inspect", "--slide=a", f"--path={path}", "--mpp=0.5"]
+    return [*command, f"--out={out}", *options]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_command_runs_in_a_child_of_the_server(server: warm.Server, tmp_path: Path) -> None:
+    # The lock of the manifest keeps the stage waiting, so that there is time to look.
+    with (tmp_path / ".lock-slide.json").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path)
+        until(lambda: children(server.process.pid))
+        assert not (tmp_path / "slide.json").exists()
+    assert command.wait(60) == 0
+    assert (tmp_path / "slide.json").is_file()
+    until(lambda: not children(server.process.pid))
+
+
+def test_killed_command_ends_its_stage(server: warm.Server, tmp_path: Path) -> None:
+    with (tmp_path / ".lock-slide.json").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path)
+        until(lambda: children(server.process.pid))
+        (child,) = children(server.process.pid)
+        command.kill()
+        command.wait()
+        until(lambda: not alive(child))
+    assert not (tmp_path / "slide.json").exists()
+
+
+def test_killed_stage_ends_its_command(server: warm.Server, tmp_path: Path) -> None:
+    with (tmp_path / ".lock-slide.json").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path)
+        until(lambda: children(server.process.pid))
+        (child,) = children(server.process.pid)
+        os.kill(child, signal.SIGKILL)
+        assert command.wait(60) == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [(["--reader=unheard-of"], 2, "invalid choice"), (["--out=/proc/no/slide.json"], 1, "error: inspect: ")],
+)
+def test_errors_are_those_of_the_command(
+    server: warm.Server, tmp_path: Path, options: list[str], status: int, said: str
+) -> None:
+    done = subprocess.run(
+        inspect(tmp_path, "slide.json", *options), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert said in done.stderr
+
+
+def test_command_without_a_server_runs_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "nobody"))
+    assert warm.ask_server(["--version"]) is None
+    assert subprocess.run(inspect(tmp_path, "slide.json"), cwd=tmp_path, check=False).returncode == 0
+
+
+def test_server_ends_with_the_process_that_started_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", START], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        until(lambda: "warm-server" in Path(f"/proc/{pid}/cmdline").read_text())
+        process.kill()
+    until(lambda: not alive(pid))

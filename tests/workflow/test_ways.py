@@ -1,0 +1,37 @@
+"""Ways to run that change no result: stages started warm, stores on a scratch disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from runs import run, write_slide
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+
+from outcome import outcome
+
+from pipeline.warm import possible
+
+pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
+
+
+def test_warm_start_and_scratch_change_no_byte(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=3, size=(320, 256))
+    (tmp_path / "in" / "bad.svs").write_text("no slide")
+    config = {"slides": "in", "model": str(model), "tiles": {"keep": True}}
+    plain = run(tmp_path, config | {"results": "plain"})
+    assert plain.code == 0, plain.output
+    other = run(tmp_path, config | {"results": "other", "scratch": "disk", "warm_start": possible()})
+    assert other.code == 0, other.output
+    assert outcome(tmp_path / "other") == outcome(tmp_path / "plain")
+    # The kept store is on the scratch disk alone, the others are gone.
+    assert (tmp_path / "plain" / "slides" / "a" / "tiles.zarr").is_dir()
+    assert [path.name for path in (tmp_path / "other" / "slides" / "a").glob("*.zarr")] == []
+    assert sorted(path.name for path in (tmp_path / "disk").glob("*/slides/a/*.zarr")) == ["tiles.zarr"]
+    assert run(tmp_path, config | {"results": "other", "scratch": "disk"}, "-n").counts == {
+        **dict.fromkeys(("settings", "cohort", "all"), 1 * possible()),
+        "total": 3 * possible(),
+    }
