@@ -31,12 +31,16 @@ class EvaluationSettings:
         Thresholds to begin with, see `pipeline.kernels.instances.InstanceRules`.
     tune : bool
         Tune thresholds on the validation fields.
+    tune_on_training : bool
+        Tune them on the training fields of the source that patients are held out from as well: steadier where
+        validation fields are few, but only sound for a network that does not know its training fields by heart.
     """
 
     tta: str = "none"
     windows: bool = False
     rules: dict[str, Any] = field(default_factory=dict)
     tune: bool = True
+    tune_on_training: bool = False
 
     def __post_init__(self) -> None:
         if self.tta not in TTA:

@@ -253,17 +253,24 @@ class Run:
         rules = one.rules
         if self.start is not None and not self.data.split.train:
             rules = self.start.thresholds
-        if validation and one.evaluation.tune:
-            maps = self.evaluator.maps(network, validation)
-            rules, tuned = tune_rules(maps, validation, rules, self.evaluator.channels, one.mpp)
+        tuning = list(validation)
+        on_training = one.evaluation.tune and one.evaluation.tune_on_training
+        if on_training:
+            tuning += [f for f in self.data.part("train") if f.source == one.holdout]
+        if tuning and one.evaluation.tune:
+            maps = self.evaluator.maps(network, tuning)
+            rules, tuned = tune_rules(maps, tuning, rules, self.evaluator.channels, one.mpp)
             log.info("thresholds: %s (%s)", rules, tuned)
         evaluation, found = self.evaluator.score(network, test, rules)
         if leads():
             write_panel(panel, test, found, evaluation["images"])
-        protocol = (
-            f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); checkpoint and thresholds "
-            f"chosen on {len(validation)} fields of other patients"
-        )
+        chosen = f"checkpoint and thresholds chosen on {len(validation)} fields of other patients"
+        if on_training:
+            chosen = (
+                f"checkpoint chosen on {len(validation)} fields of other patients, thresholds on these and "
+                f"{len(tuning) - len(validation)} training fields"
+            )
+        protocol = f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); {chosen}"
         spent = self.work / "heldout" / "time.json"
         evaluation |= {
             "protocol": protocol,

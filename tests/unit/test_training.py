@@ -107,6 +107,11 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     run_experiment(longer, tmp_path / "work", tmp_path / "longer", "cpu")
     last = torch.load(tmp_path / "work" / "heldout" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
+    tuned = replace(longer, evaluation=replace(longer.evaluation, tune_on_training=True))
+    assert (
+        "thresholds on these and 2 training"
+        in run_experiment(tuned, tmp_path / "work", tmp_path / "t", "cpu")["protocol"]
+    )
     # The card says whom the weights know, and nobody is tested on them.
     held_out = {image["patient"] for image in evaluation["images"].values()}
     longer_package = ModelPackage.load(tmp_path / "longer")

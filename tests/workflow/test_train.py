@@ -51,7 +51,7 @@ def section(data: Path, **changes: Any) -> dict[str, Any]:
 def test_plans(tmp_path: Path, data: Path) -> None:
     more = {"kind": "labels", "path": str(data), "mpp": 0.5, "name": "other"}
     train = section(data) | {"data": [*section(data)["data"], more]}
-    compare = {"name": "both", "experiments": [{"experiment": "small", "name": name} for name in ("a", "b")]}
+    compare = {"name": "both", "experiments": [{"experiment": "default", "name": name} for name in ("a", "b")]}
     config = {"train": train, "crossval": {"folds": 4}, "transfer": {"source": "other", "folds": 2}, "compare": compare}
     parts = {
         "train": {"train_model": 1, "train_settings": 1},
