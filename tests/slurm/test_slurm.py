@@ -95,9 +95,10 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, config:
 
     process = start(cluster, folder, config | {"results": "cluster"})
     deadline = time.monotonic() + 1200
-    while "RUNNING" not in [job["JobState"] for job in cluster.jobs()] and time.monotonic() < deadline:
+    while [job["JobState"] for job in cluster.jobs()] != ["RUNNING"] * SLIDES and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.5)
+        time.sleep(0.2)
+    time.sleep(2)  # the plugin does not cancel a job that it is just submitting
     stopped = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=600)
