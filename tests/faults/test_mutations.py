@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alone import alone
 from mutate import MPP, MUTATIONS, WRITERS, mutated, write_whole
 from runs import read_json, read_tsv, run
 
@@ -127,7 +128,7 @@ def report(found: dict[str, Any]) -> None:
     "count", [16, pytest.param(int(os.environ.get("FAULTS_SLIDES", "300")), marks=pytest.mark.faults_long)]
 )
 def test_damaged_slides(tmp_path: Path, model: Path, count: int) -> None:
-    found = campaign(tmp_path, model, count, int(os.environ.get("FAULTS_SEED", "0")))
+    found = alone(campaign, tmp_path, model, count, int(os.environ.get("FAULTS_SEED", "0")))
     report(found)
     assert sum(found["table"].values()) == count
     assert found["peak_mb"] < PEAK_MB

@@ -127,7 +127,7 @@ def test_stopped_by_the_clock_and_gone_on(tmp_path: Path) -> None:
     done = checkpoint(tmp_path)
     assert done["global_step"] == 4
     spent = json.loads((tmp_path / "time.json").read_text())
-    assert spent["seconds"] > seconds
+    assert spent["seconds"] >= seconds > 0
     assert spent["steps"] == 4
     assert not network.training
     # The validation of the last step has been held: it is what the best checkpoint is chosen by.
