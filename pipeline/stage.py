@@ -89,9 +89,18 @@ def remove(path: Path) -> None:
 def peak_rss_mb() -> float:
     """Peak resident memory of this process and its finished children, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = _peak_kb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return max(own, children) * unit / 1e6
+
+
+def _peak_kb() -> int | None:
+    """Peak of this program alone: on Linux `getrusage` goes on counting from the process that started it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _staged(path: Path) -> Path:

@@ -139,7 +139,7 @@ def test_every_job_has_its_partition_and_its_gpus(finished: Finished) -> None:
 def test_job_killed_for_memory_comes_back_with_more(finished: Finished) -> None:
     first, second = submitted(finished.jobs, "cohort")
     assert first["JobState"] in ("FAILED", "OUT_OF_MEMORY")
-    assert first["MinMemoryNode"] == "200M"
+    assert first["MinMemoryNode"] == "100M"
     assert second["JobState"] == "COMPLETED"
     assert second["MinMemoryNode"] == "1600M"
     others = [job for job in finished.jobs if job not in (first, second)]
