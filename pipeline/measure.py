@@ -88,11 +88,12 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
 def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Grid) -> np.ndarray:
     """Areas of the convex hulls of polygons' shells in square level-0 pixels."""
     lengths = np.diff(rings)[polygons[:-1]]
-    shells = points[expand(rings[polygons[:-1]], lengths)]
+    shells = points if len(rings) == len(polygons) else points[expand(rings[polygons[:-1]], lengths)]
     # Outlines of the stage `instances` have their points on half pixels of the grid.
     half = np.array([grid.scale_x, grid.scale_y]) / 2
-    lattice = np.rint(shells / half)
-    if (np.abs(lattice * half - shells) <= 1e-6).all():
+    places = shells / half
+    lattice = np.rint(places)
+    if np.abs(lattice - places).max(initial=0) <= 1e-6:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         return hull_areas(lattice.astype(np.int64), starts) * half.prod()
     import shapely

@@ -60,7 +60,7 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     ring_sizes = np.diff(np.r_[ring_starts, len(points)])
     # Coordinates from each polygon's first corner on: moments of small shapes far out would cancel otherwise.
     origin = points[ring_starts[polygon_starts]]
-    x, y = (points - np.repeat(origin[ring_of_polygon], ring_sizes, axis=0)).T
+    x, y = (points[:, axis] - np.repeat(origin[ring_of_polygon, axis], ring_sizes) for axis in (0, 1))
     x0, y0, x1, y1 = x[:-1], y[:-1], x[1:], y[1:]
     cross = x0 * y1 - x1 * y0
     length = np.hypot(x1 - x0, y1 - y0)
@@ -128,21 +128,22 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """
     if len(starts) < 2:
         return np.zeros(0)
-    x, y = points.T
+    x, y = np.ascontiguousarray(points.T)
     owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     top = np.minimum.reduceat(y, starts[:-1])
     levels = np.maximum.reduceat(y, starts[:-1]) - top + 1
     base = np.cumsum(levels) - levels
     place = base[owner] + y - top[owner]
+    used = np.zeros(int(levels.sum()), bool)
+    used[place] = True
+    row = np.flatnonzero(used)
+    owners = np.repeat(np.arange(len(levels)), levels)[row]
+    place = (np.cumsum(used) - 1)[place]
     total = np.zeros(len(starts) - 1)
-    row = np.arange(int(levels.sum()))
-    owners = np.repeat(np.arange(len(levels)), levels)
     # The hull lies between two chains, one through the least and one through the largest x of each row.
     for side in (x, -x):
-        least = np.full(len(row), np.iinfo(np.int64).max)
-        np.minimum.at(least, place, side)
-        some = least < np.iinfo(np.int64).max
-        cx, cy, whose = least[some], row[some], owners[some]
+        cx, cy, whose = np.full(len(row), np.iinfo(np.int64).max), row, owners
+        np.minimum.at(cx, place, side)
         while len(cx) > 2:
             # A point that is not outside of the line through its neighbours is none of the hull's, and a point of the
             # hull is outside of any line: all can go at once.
