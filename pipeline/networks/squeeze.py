@@ -130,10 +130,13 @@ class SqueezeUNet(nn.Module):
     encoder_weights : str or None
         ``imagenet`` (torchvision's), a file with Caffe's or torchvision's names, or None.
     widths : sequence of int
-        Channels of the decoder, from full resolution down to the bottom; one more than the encoder's maps when its
-        first convolution has stride 2, as many otherwise.
+        Channels of the decoder, from its finest map down to the bottom; one more than the encoder's maps with a stem,
+        as many without.
     stride : int
         Of the encoder's first convolution: 2 as trained; 1 sees finer detail at four times the cost.
+    stem : bool
+        With stride 2: whether there is a map at full resolution, beside the encoder. Without it the decoder ends at
+        half the resolution, where the head gives all four pixels of a square, at two thirds of the cost.
     """
 
     def __init__(
@@ -142,16 +145,17 @@ class SqueezeUNet(nn.Module):
         encoder_weights: str | None = None,
         widths: Sequence[int] = (32, 48, 96, 128, 192),
         stride: int = 2,
+        stem: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = SqueezeEncoder(encoder_weights, stride)
         skips = [*self.encoder.channels]
-        if stride == 2:
-            self.stem = conv_norm_relu(3, widths[0])
+        self.stem = conv_norm_relu(3, widths[0]) if stride == 2 and stem else None
+        self.square = 1 if stride == 1 or stem else 2
+        if self.stem is not None:
             skips.insert(0, widths[0])
         if stride not in (1, 2) or len(widths) < len(skips):
             raise ValueError(f"stride {stride} with widths {list(widths)}: use stride 1 or 2 and {len(skips)} widths")
-        self.stride = stride
         # The encoder has no batch normalisation: each map is brought to a common scale first.
         self.narrow = nn.ModuleList(conv_norm_relu(a, b, kernel=1) for a, b in zip(skips, widths, strict=False))
         pairs = list(itertools.pairwise(widths[: len(skips)]))
@@ -159,16 +163,16 @@ class SqueezeUNet(nn.Module):
         self.decode = nn.ModuleList(
             nn.Sequential(conv_norm_relu(2 * a, a), conv_norm_relu(a, a)) for a, _ in reversed(pairs)
         )
-        self.head = nn.Conv2d(widths[0], out_channels, 1)
+        self.head = nn.Conv2d(widths[0], out_channels * self.square**2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
-        if self.stride == 2:
+        if self.stem is not None:
             features = [self.stem(x), *features]
         skips = [narrow(f) for narrow, f in zip(self.narrow, features, strict=True)]
         y = skips.pop()
         for up, decode in zip(self.up, self.decode, strict=True):
             y = functional.interpolate(up(y), scale_factor=2.0, mode="nearest")
             y = decode(torch.cat([skips.pop(), y], dim=1))
-        logits: Tensor = self.head(y)
+        logits: Tensor = functional.pixel_shuffle(self.head(y), self.square)
         return logits

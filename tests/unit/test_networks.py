@@ -127,6 +127,18 @@ def test_shapes_and_gradients(name: str) -> None:
             assert network(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
 
 
+@pytest.mark.parametrize("form", [{"stride": 1}, {"stem": False}])
+def test_squeeze_unet_without_a_stem(form: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = build_network("squeeze-unet", 2, {"widths": [4, 6, 8, 8], **form}).eval()
+    logits = network(torch.rand(1, 3, 32, 48))
+    assert logits.shape == (1, 2, 32, 48)
+    if not form.get("stem", True):  # the pixels of a square differ
+        assert (logits[..., ::2] - logits[..., 1::2]).abs().max() > 0
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
 @pytest.mark.parametrize(("more", "fold"), [({}, 2), ({"widths": [6, 6, 12], "blocks": [1, 2, 3]}, 1),
                                             ({"widths": [4, 8, 8], "blocks": [2, 1, 2]}, 2)])  # fmt: skip
 def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> None:
