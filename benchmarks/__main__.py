@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import exactness, scale, speed
+from benchmarks import exactness, peer, scale, speed
 from benchmarks.harness import Figure, table
 from benchmarks.speed import DEFAULT, Options
 
@@ -29,6 +29,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "startup": speed.startup,
     "cohort": speed.cohort,
     "seams": exactness.seams,
+    "tiatoolbox": peer.tiatoolbox,
     "memory": scale.memory,
     "million": scale.million,
 }
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
     parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
     parser.add_argument("--slide", type=Path, help="slide for the rows tiles and slide (default: a synthetic one)")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with tiatoolbox, for the row of that name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON to write")
     parser.add_argument("--folder", type=Path, help="where to work (some GB for the long ones; default: temporary)")
     args = parser.parse_args(argv)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: list[Figure] = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
-        options = Options(Path(folder), args.quick, args.model, args.slide)
+        options = Options(Path(folder), args.quick, args.model, args.slide, args.peer)
         for name in rows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             for figure in ROWS[name](replace(options, folder=Path(folder) / name)):

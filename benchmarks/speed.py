@@ -35,6 +35,8 @@ class Options:
         Model package for the rows with a network.
     slide : pathlib.Path, optional
         Slide for the rows `tiles` and `slide`; a synthetic one without it.
+    peer : pathlib.Path, optional
+        Python of an environment with TIAToolbox, for the row `tiatoolbox`.
     cores : int
         CPU cores that may be used.
     """
@@ -43,6 +45,7 @@ class Options:
     quick: bool
     model: Path = DEFAULT
     slide: Path | None = None
+    peer: Path | None = None
     cores: int = os.cpu_count() or 1
 
     def slide_file(self, folder: Path, side: int, share: float) -> tuple[Path, str]:

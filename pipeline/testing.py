@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def pixels_of(labels: np.ndarray) -> Pixels:
     padded = np.pad(labels, ((0, 0), (0, 1)))
     index = np.flatnonzero(padded)
     return Pixels(index, padded.ravel()[index].astype(np.int32), int(labels.max(initial=0)), padded.shape[1])
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of all files of a folder, names included."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def nuclei_table(count: int, width: float, height: float, mpp: float = 0.25, seed: int = 0) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
 from pipeline.stage import write_json
+from pipeline.testing import digest
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "models/hematoxylin"
@@ -55,15 +55,6 @@ def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, P
     write_json(folder / "tiles.json", {"stage": "tiles", "status": "ok"})
     write_json(folder / "stain.json", {"stage": "stain", "status": "ok", "transform": transform})
     return {"tiles": folder / "tiles.json", "zarr": folder / "tiles.zarr", "stain": folder / "stain.json"}
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 of all files of a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 def run(inputs: dict[str, Path], model: Path, out: Path, **options: Any) -> tuple[str, str]:

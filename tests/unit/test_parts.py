@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.instances import Block, Entry, Seam, read_survey, write_survey
 from pipeline.parts import Part, manifest_of, read_parts
 from pipeline.slides.synthetic import make_field, write_svs
 from pipeline.stage import read_manifest, write_json
+from pipeline.testing import digest
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/hematoxylin"
@@ -38,15 +38,6 @@ def test_a_part_has_a_number_and_a_count() -> None:
     for text in ("0/4", "5/4", "2", "a/b", "2/4/8", ""):
         with pytest.raises(PipelineError, match="part"):
             Part.parse(text)
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 of all files of a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 def told(manifest: Path) -> dict[str, Any]:

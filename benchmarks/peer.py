@@ -1,0 +1,73 @@
+"""The same slide and network through another toolbox, which needs an environment of its own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT, Figure, run_command, spent
+from benchmarks.speed import Options, all_stages
+from pipeline.instances import write_instances
+from pipeline.models.package import ModelPackage
+
+
+def tiatoolbox(options: Options) -> Iterator[Figure]:
+    """A slide that is all tissue, to GeoJSON, through TIAToolbox' nucleus engine and through the pipeline."""
+    if options.peer is None:
+        print("tiatoolbox: skipped, give --peer the Python of an environment with tiatoolbox", file=sys.stderr)
+        return
+    folder = options.place("tiatoolbox")
+    package = ModelPackage.load(options.model)
+    slide, what = options.slide_file(folder, 2048 if options.quick else 5000, 1.0)
+    trace(package, folder / "network.pt")
+    settings: dict[str, Any] = {
+        "slide": str(slide), "network": str(folder / "network.pt"), "rules": asdict(package.thresholds),
+        "mpp": package.mpp, "patch": package.patch, "overlap": package.overlap, "threads": options.cores, "batch": 8,
+        "out": str(folder / "out"), "seconds": str(folder / "seconds.json"),
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    theirs = run_command([options.peer, ROOT / "benchmarks/tiatoolbox_run.py", folder / "settings.json"])
+    seconds = json.loads((folder / "seconds.json").read_text())
+    ours = all_stages(folder, options.model, options.cores, slide)
+    features = [
+        json.loads(gzip.decompress((folder / "nuclei.geojson.gz").read_bytes())),
+        json.loads(next((folder / "out").glob("*.json")).read_bytes()),
+    ]
+    counts = [len(collection["features"]) for collection in features]
+    note = f"{what}, {package.name}, {options.cores} cores, nuclei: {counts[0]}, theirs {counts[1]}"
+    cpu, wall = (sum(getattr(run, key) for run in ours.values()) for key in ("cpu", "wall"))
+    yield Figure(
+        "tiatoolbox", "slide to GeoJSON, seconds by the clock", theirs.wall, "s", wall, "the pipeline", "ratio >= 1.4",
+        note + "; theirs: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()),
+    )  # fmt: skip
+    yield Figure("tiatoolbox", "the same, CPU seconds", theirs.cpu, "s", cpu, "the pipeline")
+    work = partial(
+        write_instances, folder / "maps.zarr", package, folder / "again.parquet", slide="s", block=2048, halo=128,
+        workers=1,
+    )  # fmt: skip
+    _, alone = spent(work)
+    yield Figure(
+        "tiatoolbox", "maps to polygons, seconds by the clock", seconds["post_process_wsi"], "s", alone.wall,
+        f"the pipeline on one core; its stage, start included: {ours['instances'].wall:.1f} s", "ratio >= 10",
+    )  # fmt: skip
+    yield Figure("tiatoolbox", "most memory", theirs.rss_mb, "MB", max(run.rss_mb for run in ours.values()),
+                 "the pipeline's largest stage")  # fmt: skip
+
+
+def trace(package: ModelPackage, path: Path) -> None:
+    """Write a package's network as TorchScript: RGB in 0 to 1, float32 ``(N, 3, H, W)``, to maps in 0 to 1."""
+    import torch
+
+    from pipeline.models.weights import load_network
+
+    network = torch.nn.Sequential(load_network(package), torch.nn.Sigmoid()).eval()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old, and needs nothing on the other side
+        torch.jit.trace(network, torch.rand(1, 3, package.patch, package.patch)).save(str(path))
