@@ -47,7 +47,7 @@ class EvaluationSettings:
             raise PipelineError(f"train: evaluation.tta {self.tta!r}", f"choose from {', '.join(TTA)}")
 
 
-RESULT_ONLY = ("final_steps", "patch", "overlap", "licence", "description", "evaluation")
+RESULT_ONLY = ("final_steps", "patch", "overlap", "licence", "description", "encoder_licence", "evaluation")
 SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
 
 
@@ -101,6 +101,8 @@ class Experiment:
         How it is scored.
     licence, description : str
         For the card.
+    encoder_licence : str
+        Licence of the encoder's weights, for the card, where the network starts from such.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Experiment:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     licence: str = "unknown"
     description: str = ""
+    encoder_licence: str = "unknown"
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:

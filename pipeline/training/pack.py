@@ -30,7 +30,10 @@ def recorded_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learned_from(
-    fields: Sequence[Field], sources: Sequence[Mapping[str, Any]], start: ModelPackage | None = None
+    fields: Sequence[Field],
+    sources: Sequence[Mapping[str, Any]],
+    start: ModelPackage | None = None,
+    encoder: tuple[str, str] | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """What the card says of the training data: by source its licence, fields, and patients.
 
@@ -42,8 +45,13 @@ def learned_from(
         The experiment's ``data``.
     start : ModelPackage, optional
         The model that the training started from: what it has learned from counts, too.
+    encoder : (str, str), optional
+        The weights that the encoder started from, and their licence.
     """
     entries: dict[str, dict[str, Any]] = {} if start is None else {one["name"]: dict(one) for one in start.data}
+    if encoder is not None:
+        name = f"encoder weights {encoder[0]}"
+        entries[name] = {"name": name, "licence": encoder[1], "fields": 0, "patients": []}
     for source in sources:
         name = source_name(source)
         own = [f for f in fields if f.source == name]
@@ -94,6 +102,8 @@ def pack(
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
+    args = recorded_args(experiment.network_args)
+    encoder = (args["encoder_weights"], experiment.encoder_licence) if args.get("encoder_weights") else None
     state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     staged = out / f".part-{os.getpid()}-{WEIGHTS}"
     save_file(state, staged)
@@ -103,7 +113,7 @@ def pack(
         patch=experiment.patch,
         overlap=experiment.overlap,
         network=experiment.network,
-        network_args=recorded_args(experiment.network_args),
+        network_args=args,
         heads=experiment.heads,
         classes=tuple(
             NucleusClass(name, COLORS[index % len(COLORS)]) for index, name in enumerate(classes or ["Nucleus"])
@@ -112,7 +122,7 @@ def pack(
         thresholds=rules,
         licence=experiment.licence,
         description=experiment.description,
-        data=learned_from(fields, experiment.data, start),
+        data=learned_from(fields, experiment.data, start, encoder),
         metrics={k: evaluation[k] for k in METRICS if k in evaluation},
         sha256=sha256_of(staged),
         tta=experiment.evaluation.tta,

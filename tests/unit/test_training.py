@@ -133,6 +133,9 @@ def test_what_was_learned_before_counts(tmp_path: Path) -> None:
         {"name": "a", "licence": "CC BY 4.0", "fields": 9, "patients": ["p0", "p1"]},
         {"name": "b", "fields": 2},
     )
+    assert learned_from([], [], None, ("net.npz", "BSD")) == (
+        {"name": "encoder weights net.npz", "licence": "BSD", "fields": 0, "patients": []},
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
