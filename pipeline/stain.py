@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import cv2
 import numpy as np
 
 from pipeline import staintools_backend
@@ -38,6 +39,7 @@ SAMPLE_CELLS = 4096
 """Most cells looked at for them."""
 
 _CELLS_AT_ONCE = 256
+_BLOCK_CELLS = 1024 // CELL
 _PREVIEWS = 6
 _PREVIEW_SIZE = 256
 
@@ -99,18 +101,31 @@ def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray
     found: list[np.ndarray] = []
     seen = 0
     for start in range(0, len(order), _CELLS_AT_ONCE):
-        for index in np.sort(order[start : start + _CELLS_AT_ONCE]):  # in the order of storage
-            row, column = cells[index]
-            x, y = int(column) * CELL, int(row) * CELL
-            patch = tiles.read(x, y, min(CELL, tiles.grid.width - x), min(CELL, tiles.grid.height - y))
-            found.append(kernel.tissue_pixels(patch))
-            seen += 1
+        some = cells[np.sort(order[start : start + _CELLS_AT_ONCE])]
+        found += _cell_pixels(tiles, some)
+        seen += len(some)
         if sum(map(len, found)) >= pixels:
             break
     rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
     if len(rgb) > pixels:
         rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
     return rgb, seen
+
+
+def _cell_pixels(tiles: Tiles, cells: np.ndarray) -> list[np.ndarray]:
+    """The tissue pixels of cells, in their order; those that lie together are read together."""
+    found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
+    block = cells // _BLOCK_CELLS
+    order = np.lexsort(block.T[::-1])
+    for members in np.split(order, np.flatnonzero(np.diff(block[order], axis=0).any(axis=1)) + 1):
+        top, left = cells[members].min(axis=0) * CELL
+        bottom, right = (cells[members].max(axis=0) + 1) * CELL
+        width, height = min(right, tiles.grid.width) - left, min(bottom, tiles.grid.height) - top
+        rgb = tiles.read(int(left), int(top), int(width), int(height))
+        for index in members:
+            y, x = cells[index] * CELL - (top, left)
+            found[index] = kernel.tissue_pixels(rgb[y : y + CELL, x : x + CELL])
+    return found
 
 
 def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
@@ -269,14 +284,14 @@ def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, str]:
 def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
     """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, from top to bottom."""
     cells = np.argwhere(tiles.active)
-    chosen = cells[np.sort(spread_order(len(cells))[: 8 * _PREVIEWS])]
+    chosen = cells[np.sort(spread_order(len(cells))[: 4 * _PREVIEWS])]
     for group in np.array_split(chosen, _PREVIEWS):
         best, best_score = None, 0.0
         for cell in group:
             window = _cell_window(tiles.grid, cell, _PREVIEW_SIZE)
             rgb = tiles.read(*window)
             # Much tissue, and something to see on it.
-            score = float(kernel.tissue_mask(rgb).mean()) * float(rgb.std(axis=(0, 1)).mean())
+            score = float(kernel.tissue_mask(rgb).mean()) * float(cv2.meanStdDev(rgb)[1].mean())
             if score > best_score:
                 best, best_score = window, score
         if best is not None:
