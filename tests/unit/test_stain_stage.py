@@ -62,11 +62,18 @@ def test_sampling_is_bounded_deterministic_and_looks_at_active_cells_only() -> N
     rgb = tissue(1000, 1500)
     active = np.zeros((16, 24), bool)
     active[3:9, 5:20] = True
+    active[5, 8:12] = False
+    elsewhere = np.array([120, 40, 130], np.uint8)  # looks like tissue
+    rgb[~np.kron(active, np.ones((64, 64), bool))[:1000, :1500]] = elsewhere
     tiles = ArrayTiles(rgb, active)
     pixels, cells = stain.sample_tissue(tiles, 5000)
     assert pixels.shape == (5000, 3)
-    assert cells == len(tiles.reads) <= active.sum()
-    assert all(active[y // 64, x // 64] for x, y, _, _ in tiles.reads)
+    assert cells == active.sum()
+    assert len(tiles.reads) == 2  # blocks of 1024 pixels
+    everything = stain.sample_tissue(tiles, 10**6)[0]
+    assert not (everything == elsewhere).all(axis=1).any()
+    one_by_one = [rgb[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(active)]
+    assert np.array_equal(everything, np.concatenate([kernel.tissue_pixels(cell) for cell in one_by_one]))
     assert np.array_equal(pixels, stain.sample_tissue(ArrayTiles(rgb, active), 5000)[0])
     assert len(stain.sample_tissue(ArrayTiles(rgb, np.zeros_like(active)))[0]) == 0
 
