@@ -14,7 +14,8 @@ from scipy import ndimage
 from benchmarks import material
 from benchmarks.harness import Figure
 from benchmarks.speed import Options
-from pipeline.instances import slide_nuclei, write_instances
+from pipeline.census import slide_nuclei
+from pipeline.instances import write_instances
 from pipeline.kernels.instances import InstanceRules, segment
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage

@@ -19,12 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from pipeline import census as census_module
 from pipeline import instances
+from pipeline.census import Block, Seam, Seams, Setup, slide_nuclei
 from pipeline.cli import main
 from pipeline.evaluation.metrics import score
 from pipeline.export import write_geojson
 from pipeline.grid import Grid
-from pipeline.instances import Block, Seams, Setup, slide_nuclei, write_instances
+from pipeline.instances import write_instances
 from pipeline.kernels.instances import (
     MARKER_SOURCES,
     Channels,
@@ -258,7 +260,7 @@ def test_every_kind_of_marker_divides(mode: str) -> None:
 
 
 def shuffled(source: random.Random) -> Callable[[MapStore, int], list[Block]]:
-    blocks = instances.slide_blocks
+    blocks = census_module.slide_blocks
 
     def shuffled_blocks(store: MapStore, side: int) -> list[Block]:
         return source.sample(found := blocks(store, side), len(found))
@@ -298,7 +300,7 @@ def test_one_digest_of_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monke
     runs = [*itertools.product((256, 512, 1000, 2048, 10_000), (1,)), (256, 2), (512, 4), (1000, 4)]
     for number, (block, workers) in enumerate(runs):
         if number % 2:
-            monkeypatch.setattr(instances, "slide_blocks", shuffled(random.Random(number)))
+            monkeypatch.setattr(census_module, "slide_blocks", shuffled(random.Random(number)))
         out = tmp_path / f"{number}" / "nuclei.parquet"
         out.parent.mkdir()
         options = [f"--block={block}", f"--halo={(0, 16, 128)[number % 3]}", f"--workers={workers}"]
@@ -404,7 +406,7 @@ class TestGiants:
             spool.mkdir()
             setup = Setup(path, RULES, ("Nucleus",), spool, max_component=128 * 128, cut=128)
             tracemalloc.start()
-            census = instances.take_census(setup, block=64, halo=8)
+            census = census_module.take_census(setup, block=64, halo=8)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
             assert census.cut == 1
@@ -419,18 +421,14 @@ def test_seams_join_in_any_order() -> None:
 
     none = side(0, 0, 0)
     parts = {
-        0: instances.Seam(
+        0: Seam(
             (none, side(1, 0, 2), none, none),
             np.array([5, 7]),
             np.array([[0, 0, 1, 3], [2, 0, 3, 3]]),
             np.array([False, True]),
         ),
-        3: instances.Seam(
-            (side(1, 1, 0), side(1, 0, 0), none, none), np.array([9]), np.array([[0, 3, 2, 6]]), np.array([False])
-        ),
-        6: instances.Seam(
-            (side(1, 0, 0), none, none, none), np.array([11]), np.array([[0, 6, 2, 7]]), np.array([False])
-        ),
+        3: Seam((side(1, 1, 0), side(1, 0, 0), none, none), np.array([9]), np.array([[0, 3, 2, 6]]), np.array([False])),
+        6: Seam((side(1, 0, 0), none, none, none), np.array([11]), np.array([[0, 6, 2, 7]]), np.array([False])),
     }
     for order in itertools.permutations(parts):
         seams = Seams(3)
