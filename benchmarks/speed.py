@@ -84,7 +84,7 @@ def tiles_row(options: Options) -> Iterator[Figure]:
             windows.append(window)  # type: ignore[arg-type]
             return read(*window)
 
-        slide.read = note
+        slide.read = note  # type: ignore[assignment, method-assign]
         return slide
 
     def run() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -58,6 +59,24 @@ def test_a_hundred_slides_are_planned_quickly(tmp_path: Path, toy_model: Path) -
     print(f"planned 100 slides in {time.monotonic() - start:.1f} s, {cpu:.1f} s of processor time")
     # 3 to 4 s where nothing else runs; processor time, since here it shares two cores with other tests.
     assert cpu < 15
+
+
+def test_small_slides_run_beside_each_other(tmp_path: Path, toy_model: Path) -> None:
+    def cores(folder: str) -> dict[str, int]:
+        output = run(tmp_path, {"slides": folder, "results": "r", "model": str(toy_model)}, "-n").output
+        jobs = re.findall(r"^(?:local)?rule (\w+):\n((?:    .*\n)*)", output, re.MULTILINE)
+        used = [(rule, re.search(r"threads: (\d+)", text)) for rule, text in jobs]
+        return {rule: int(found[1]) if found else 1 for rule, found in used}
+
+    slides(tmp_path / "one", "a.svs")
+    slides(tmp_path / "many", *(f"{i}.svs" for i in range(4)))
+    slides(tmp_path / "large", "a.svs")
+    with (tmp_path / "large" / "a.svs").open("r+b") as file:
+        file.truncate(10_000_000)
+    several = {"tiles", "infer", "instances", "export"}
+    assert {rule for rule, number in cores("large").items() if number > 1} == several
+    assert {rule for rule, number in cores("one").items() if number > 1} == {"infer"}
+    assert {rule for rule, number in cores("many").items() if number > 1} == set()
 
 
 @pytest.mark.parametrize("names", [["a.svs", "a.tif"], ["b.ome.tif", "b.tif"]])

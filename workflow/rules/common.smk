@@ -240,6 +240,24 @@ def minutes(base, by_size=0):
     return growing(base, by_size)
 
 
+SMALL_GB = 0.005
+
+
+def threads_of(rule_threads, *, long=False):
+    """Threads of a rule's jobs: one for a small slide, whose start takes longer than its work.
+
+    A `long` stage of a small slide runs on one thread only where there are slides enough to keep the cores busy.
+    """
+
+    @known
+    def number(wildcards):
+        cores = workflow.resource_settings.cores if workflow.is_main_process else None  # a cluster job has its own
+        crowded = not long or (isinstance(cores, int) and len(slides()) >= 2 * cores)
+        return 1 if crowded and gigabytes(wildcards.slide) < SMALL_GB else rule_threads
+
+    return number
+
+
 # In the environment, no parameter of any rule: it changes no result, so changing it should rerun nothing.
 os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 

@@ -79,7 +79,7 @@ rule tiles:
         str(RUN.benchmark("tiles", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: 4
+    threads: threads_of(4)
     resources:
         mem_mb=megabytes(2000, 1000),
         runtime=minutes(30, 30),
@@ -145,7 +145,7 @@ rule infer:
         str(RUN.benchmark("infer", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: 8
+    threads: threads_of(8, long=True)
     resources:
         mem_mb=megabytes(6000, 1000),
         runtime=minutes(60, 240),
@@ -181,7 +181,7 @@ rule instances:
         str(RUN.benchmark("instances", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: 4
+    threads: threads_of(4)
     resources:
         mem_mb=megabytes(3000, 2000),
         runtime=minutes(30, 60),
@@ -242,7 +242,7 @@ rule export:
         str(RUN.benchmark("export", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: 2
+    threads: threads_of(2)
     resources:
         mem_mb=megabytes(2000, 2000),
         runtime=minutes(20, 20),
