@@ -404,7 +404,7 @@ def cohort(options: Options) -> Iterator[Figure]:
 
     from pipeline.stage import read_manifest
 
-    count = 2 if options.quick else 100
+    count = 2 if options.quick else 40
     field = material.field(0.5)
     for ways, warm in {"cold": False, "warm_start": True}.items():
         folder = options.place(f"cohort-{ways}")
