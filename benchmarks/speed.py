@@ -310,7 +310,7 @@ def whole(options: Options) -> Iterator[Figure]:
     """A whole slide, stage by stage as the workflow runs them, against the forward pass alone."""
     folder = options.place("slide")
     package = ModelPackage.load(options.model)
-    path, what = options.slide_file(folder, 4096 if options.quick else 8192, 0.5)
+    path, what = options.slide_file(folder, 4096 if options.quick else 16384, 0.5)
     runs = all_stages(folder, options.model, options.cores, path)
     alone = _forward_seconds(folder, package, options.cores)
     cpu = {name: run.cpu for name, run in runs.items()}

@@ -47,6 +47,9 @@ MAX_COMPONENT = 1 << 23
 CUT = 2048
 """Side of the squares that larger components are cut into."""
 
+PIXELS_AT_ONCE = 1 << 19
+"""Pixels of components that are divided into nuclei at once: their arrays outweigh a block's images."""
+
 BAND = 256
 """Rows of the grid whose nuclei are sorted at once."""
 
@@ -230,11 +233,15 @@ class Worker:
         make &= front.areas >= self.setup.rules.min_area
         if not task.nuclei or not make.any():
             return seam, {}
-        return seam, self._spool(self._nuclei(maps, front, make, x0, y0))
+        chosen = np.flatnonzero(make)
+        pieces = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(front.areas[chosen]) // PIXELS_AT_ONCE)) + 1)
+        return seam, self._spool(pa.concat_batches([self._nuclei(maps, front, piece, x0, y0) for piece in pieces]))
 
-    def _nuclei(self, maps: np.ndarray, front: Foreground, make: np.ndarray, x: int, y: int) -> pa.RecordBatch:
-        """Nuclei of the components to `make` of a window that begins at grid pixel (x, y), ordered by id."""
+    def _nuclei(self, maps: np.ndarray, front: Foreground, chosen: np.ndarray, x: int, y: int) -> pa.RecordBatch:
+        """Nuclei of the `chosen` components of a window that begins at grid pixel (x, y), in no order."""
         grid = self.store.grid
+        make = np.zeros(front.count, bool)
+        make[chosen] = True
         pixels = split_components(maps, front, make, self.setup.rules, self.channels)
         runs, starts = pixel_runs(pixels)
         shapes = outlines(runs, starts)
@@ -268,17 +275,17 @@ class Worker:
             ],
             schema=BATCH_SCHEMA,
         )
-        order = np.argsort(ids)
         if self.tissue is not None:
-            centres = centroids(shapes)[order]
-            order = order[shapely.contains_xy(self.tissue, centres[:, 0], centres[:, 1])]
-        return batch.take(pa.array(order))
+            centres = centroids(shapes)
+            batch = batch.filter(pa.array(shapely.contains_xy(self.tissue, centres[:, 0], centres[:, 1])))
+        return batch
 
     def _spool(self, batch: pa.RecordBatch) -> dict[int, Entry]:
-        """Append nuclei to the worker's file, one piece a band."""
+        """Append nuclei to the worker's file in the order of their ids, one piece a band."""
         entries: dict[int, Entry] = {}
         if batch.num_rows == 0:
             return entries
+        batch = batch.take(pa.array(np.argsort(batch.column("id").to_numpy())))
         bands = (batch.column("id").to_numpy() >> np.uint64(32)).astype(np.int64) // BAND
         found, begins = np.unique(bands, return_index=True)
         with self.path.open("ab") as file:

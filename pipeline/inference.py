@@ -300,7 +300,7 @@ def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[list[tup
 
 
 class MapWriter:
-    """Write finished rows of windows as whole chunks, and hash them on the way.
+    """Write what windows finish as whole chunks, and hash them on the way, in memory of one row of windows.
 
     Parameters
     ----------
@@ -317,41 +317,61 @@ class MapWriter:
         self.grid = grid
         self.rows = range(grid.rows) if rows is None else rows
         self.digest = hashlib.sha256()
+        # A row of windows ends the row of chunks above it and begins its own, in the same rows of memory.
         self._held = np.zeros((len(store.channels), grid.stride, store.grid.width), np.uint8)
-        self._next = 0
+        self._row = -1
+        self._written = 0
+        self._waiting: deque[tuple[int, np.ndarray]] = deque()
 
-    def add(self, row: int, pixels: np.ndarray) -> None:
-        """Take the pixels that `Blender.finish_row` gave for a row of windows; rows grow."""
-        overlap, stride, width = self.grid.overlap, self.grid.stride, self.store.grid.width
-        if row != self._next:
-            self._flush()
-            self._next = row
-        pixels = pixels[:, :, overlap : overlap + width]
-        # A row of windows ends the chunk above it and begins its own.
-        self._held[:, stride - overlap :, : pixels.shape[2]] = pixels[:, :overlap]
-        if row > 0:
-            self._write(row - 1)
-        self._held[:] = 0
-        self._held[:, : stride - overlap, : pixels.shape[2]] = pixels[:, overlap:]
-        self._next = row + 1
+    def add(self, row: int, column: int, pixels: np.ndarray) -> None:
+        """Take the pixels that `Blender.add` gave for a window."""
+        if row != self._row:
+            self._begin(row)
+        left, overlap = column * self.grid.stride - self.grid.overlap, self.grid.overlap
+        self._write_until(left)
+        self._place(left, self.grid.stride - overlap, pixels[:, :overlap])
+        self._waiting.append((left, pixels[:, overlap:]))
 
     def close(self) -> None:
         """Write what is held."""
-        self._flush()
+        self._begin(self._row + 2)
 
-    def _flush(self) -> None:
-        if self._next > 0:
-            self._write(self._next - 1)
-        self._held[:] = 0
+    def _begin(self, row: int) -> None:
+        width = self.store.grid.width
+        self._write_until(width)
+        if row > self._row + 1:  # the chunks of a row without windows below are complete
+            self._row, self._written = self._row + 1, 0
+            self._write_until(width)
+        self._row, self._written = row, 0
 
-    def _write(self, chunk_row: int) -> None:
-        if chunk_row not in self.rows:
+    def _place(self, left: int, top: int, pixels: np.ndarray) -> None:
+        start, stop = max(left, 0), min(left + pixels.shape[2], self.store.grid.width)
+        if start < stop:
+            self._held[:, top : top + pixels.shape[1], start:stop] = pixels[:, :, start - left : stop - left]
+
+    def _write_until(self, end: int) -> None:
+        """Write the chunks that the row of windows has ended left of column `end`; let begin what waits there."""
+        width, stride = self.store.grid.width, self.grid.stride
+        while self._written < width:
+            columns = slice(self._written, min(self._written + CHUNK_COLUMNS * stride, width))
+            if columns.stop > end:
+                break
+            self._write(self._row - 1, columns)
+            self._held[:, :, columns] = 0
+            self._written = columns.stop
+            while self._waiting and min(self._waiting[0][0] + stride, width) <= columns.stop:
+                left, pixels = self._waiting.popleft()
+                self._place(left, 0, pixels)
+
+    def _write(self, chunk_row: int, columns: slice) -> None:
+        top = chunk_row * self.grid.stride
+        rows = slice(top, min(top + self.grid.stride, self.store.grid.height))
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if chunk_row not in self.rows or height <= 0 or not self.store.is_active(columns.start, top, width, height):
             return
-        for rows, columns in _chunks(self.store, self.grid, chunk_row):
-            height, mask = rows.stop - rows.start, _mask(self.store, rows, columns)
-            part = np.ascontiguousarray(self._held[:, :height, columns] * mask)
-            _add_chunk(self.digest, rows, columns, part)
-            self.store.array[:, rows, columns] = part
+        part = np.ascontiguousarray(self._held[:, :height, columns] * _mask(self.store, rows, columns))
+        _add_chunk(self.digest, rows, columns, part)
+        self.store.array[:, rows, columns] = part
 
 
 def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray:
@@ -488,7 +508,6 @@ def infer_slide(
             start = end
         return patches
 
-    current: int | None = None
     megapixels = grid.stride**2 / 1e6
     with ThreadPoolExecutor(2, "read") as pool, Progress(len(windows) * megapixels, "infer", "MP") as progress:
         pending = _batches(iter(windows), predictor.batch)
@@ -501,15 +520,8 @@ def infer_slide(
             batch, patches = ahead.popleft()
             predictions = predictor(patches.result())
             for (row, column), prediction in zip(batch, predictions, strict=True):
-                if current is not None and row != current:
-                    writer.add(current, blender.finish_row())
-                    if row != current + 1:  # nothing carries over a row without windows
-                        blender.finish_row()
-                current = row
-                blender.add(column, prediction)
+                writer.add(row, column, blender.add(row, column, prediction))
             progress.advance(len(batch) * megapixels)
-        if current is not None:
-            writer.add(current, blender.finish_row())
         writer.close()
         return {
             "windows": len(windows),

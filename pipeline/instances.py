@@ -7,6 +7,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
 
-ROW_GROUP = 1 << 15
+ROW_GROUP = 1 << 14
 """Nuclei in a row group of the table."""
 
 
@@ -42,6 +43,16 @@ def regroup(parts: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
             held, count = [joined.slice(size)], count - size
     if count:
         yield pa.concat_tables(held).combine_chunks()
+
+
+def one_ahead(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """`tables`, each made in a thread while the one before it is used."""
+    source = iter(tables)
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        future = pool.submit(next, source, None)
+        while (table := future.result()) is not None:
+            future = pool.submit(next, source, None)
+            yield table
 
 
 def write_part(
@@ -102,7 +113,8 @@ def write_instances(
         outline = None if tissue is None else shapely.to_wkb(tissue)
         setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), Path(spool), outline)
         census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
-        for table in regroup(census.batches(), ROW_GROUP):
+        tables = regroup(census.batches(), ROW_GROUP)
+        for table in one_ahead(tables) if workers > 1 else tables:
             count += table.num_rows
             digest.update(table.column("id").to_numpy().tobytes())
             digest.update(table.column("class_id").to_numpy().tobytes())

@@ -84,7 +84,7 @@ def weight_sum(overlap: int) -> int:
 
 
 class Blender:
-    """Blend windows that arrive in raster order, in memory of one row of windows.
+    """Blend windows that arrive in raster order, in memory of the overlap of two rows of windows.
 
     A window that is never added counts as having nothing to say about its pixels; they come out as 0 or as what the
     windows beside it say of them.
@@ -105,51 +105,40 @@ class Blender:
         self._largest = largest
         self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
-        width = grid.columns * grid.stride
-        self._rows = np.zeros((channels, grid.stride, width), np.uint8)
-        self._above = np.zeros((channels, grid.overlap, width), np.int32)
-        self._below = np.zeros_like(self._above)
+        self._above = np.zeros((channels, grid.overlap, grid.columns * grid.stride), np.int32)
+        self._above_of = np.full(grid.columns, -2)
         self._left = np.zeros((channels, grid.patch, grid.overlap), np.int32)
-        self._column = -2
+        self._left_of = (-2, -2)
 
-    def add(self, column: int, prediction: np.ndarray) -> None:
-        """Add one window of the current row.
+    def add(self, row: int, column: int, prediction: np.ndarray) -> np.ndarray:
+        """Add a window.
 
         Parameters
         ----------
-        column : int
-            Its column; columns grow within a row.
+        row, column : int
+            Its place; windows come in raster order.
         prediction : numpy.ndarray
             uint8 ``(C, patch, patch)``.
-        """
-        stride, overlap = self.grid.stride, self.grid.overlap
-        join = np.maximum if self._largest else np.add
-        total = prediction.astype(np.int32) if self._largest else prediction * self._weights
-        if column == self._column + 1:
-            edge = total[:, :, :overlap]
-            join(edge, self._left, out=edge)
-        self._left = total[:, :, stride:].copy()
-        self._column = column
-        here = np.s_[:, :, column * stride : (column + 1) * stride]
-        strip = total[:, :, :stride]
-        edge = strip[:, :overlap]
-        join(edge, self._above[here], out=edge)
-        self._below[here] = strip[:, stride:]
-        done = strip[:, :stride]
-        self._rows[here] = done if self._largest else (done + self._sum // 2) // self._sum
-
-    def finish_row(self) -> np.ndarray:
-        """End the current row of windows.
 
         Returns
         -------
         numpy.ndarray
-            uint8 ``(C, stride, columns * stride)``: the finished pixels, which begin `overlap` pixels above and to
-            the left of the row's first window's inner part, that is at the window's own origin.
+            uint8 ``(C, stride, stride)``: the pixels that no later window reaches, from the window's origin on.
         """
-        rows = self._rows
-        self._rows = np.zeros_like(rows)
-        self._above, self._below = self._below, self._above
-        self._below[:] = 0
-        self._column = -2
-        return rows
+        stride, overlap = self.grid.stride, self.grid.overlap
+        join = np.maximum if self._largest else np.add
+        total = prediction.astype(np.int32) if self._largest else prediction * self._weights
+        if self._left_of == (row, column - 1):
+            edge = total[:, :, :overlap]
+            join(edge, self._left, out=edge)
+        self._left = total[:, :, stride:].copy()
+        self._left_of = row, column
+        strip = total[:, :, :stride]
+        above = self._above[:, :, column * stride : (column + 1) * stride]
+        if self._above_of[column] == row - 1:
+            edge = strip[:, :overlap]
+            join(edge, above, out=edge)
+        above[:] = strip[:, stride:]
+        self._above_of[column] = row
+        done = strip[:, :stride]
+        return (done if self._largest else (done + self._sum // 2) // self._sum).astype(np.uint8)

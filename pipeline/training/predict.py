@@ -82,13 +82,13 @@ def _in_windows(network: nn.Module, image: np.ndarray, outputs: Outputs, patch: 
     bottom, right = (count * grid.stride - side for count, side in ((grid.rows, height), (grid.columns, width)))
     padded = cv2.copyMakeBorder(image, overlap, bottom, overlap, right, cv2.BORDER_REFLECT)
     blender = Blender(grid, len(outputs.names), largest=isinstance(network, FindsInstances))
-    bands = []
+    maps = np.empty((len(outputs.names), grid.rows * grid.stride, grid.columns * grid.stride), np.uint8)
     for row in range(grid.rows):
         corners = [(row * grid.stride, column * grid.stride) for column in range(grid.columns)]
         for start in range(0, len(corners), WINDOWS_AT_ONCE):
             part = corners[start : start + WINDOWS_AT_ONCE]
             windows = np.stack([padded[y : y + patch, x : x + patch] for y, x in part])
-            for column, maps in enumerate(_forward(network, windows, outputs), start):
-                blender.add(column, maps)
-        bands.append(blender.finish_row())
-    return np.concatenate(bands, axis=1)[:, overlap : overlap + height, overlap : overlap + width]
+            for (y, x), found in zip(part, _forward(network, windows, outputs), strict=True):
+                done = blender.add(row, x // grid.stride, found)
+                maps[:, y : y + grid.stride, x : x + grid.stride] = done
+    return maps[:, overlap : overlap + height, overlap : overlap + width]

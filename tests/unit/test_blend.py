@@ -19,17 +19,16 @@ grids = st.builds(
 
 
 def blend_all(grid: PatchGrid, predict, skip=lambda row, column: False) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """Blend `predict(x, y)` windows and put the rows together, cut to the slide."""
+    """Blend `predict(x, y)` windows and put them together, cut to the slide."""
     blender = Blender(grid, 1)
-    rows = []
+    step, o = grid.stride, grid.overlap
+    whole = np.zeros((grid.rows * step, grid.columns * step), np.uint8)
     for row in range(grid.rows):
         for column in range(grid.columns):
             if not skip(row, column):
-                blender.add(column, predict(*grid.origin(row, column)))
-        rows.append(blender.finish_row())
-    whole = np.concatenate(rows, axis=1)
-    o = grid.overlap
-    return whole[0, o : o + grid.height, o : o + grid.width]
+                done = blender.add(row, column, predict(*grid.origin(row, column)))[0]
+                whole[row * step : (row + 1) * step, column * step : (column + 1) * step] = done
+    return whole[o : o + grid.height, o : o + grid.width]
 
 
 @given(grids)

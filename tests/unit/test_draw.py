@@ -129,14 +129,14 @@ def test_windows_draw_each_nucleus_once(patch: int, overlap: int) -> None:
     grid = PatchGrid(width, height, patch, overlap)
     wide = np.pad(labels, patch)
     blender = Blender(grid, 2, largest=True)
-    rows = []
+    rows: list[list[np.ndarray]] = [[] for _ in range(grid.rows)]
     for row in range(grid.rows):
         for column in range(grid.columns):
             x, y = grid.origin(row, column)
             window = wide[y + patch : y + 2 * patch, x + patch : x + 2 * patch]
-            blender.add(column, draw_instances(detections(window), window.shape, margin=overlap // 2))
-        rows.append(blender.finish_row())
-    maps = np.concatenate(rows, axis=1)[:, overlap : overlap + height, overlap : overlap + width]
+            drawn = draw_instances(detections(window), window.shape, margin=overlap // 2)
+            rows[row].append(blender.add(row, column, drawn))
+    maps = np.block(rows)[:, overlap : overlap + height, overlap : overlap + width]
     found, expected = (segment(m, RULES) for m in (maps, whole))
     assert found.max() == expected.max()
     assert score(expected, found)["aji"] > 0.97
@@ -148,11 +148,10 @@ def test_largest_does_not_depend_on_what_the_others_say() -> None:
     windows = rng.integers(0, 256, (grid.rows, grid.columns, 1, 32, 32), np.uint8)
     expected = np.zeros((1, grid.rows * 24 + 8, grid.columns * 24 + 8), np.uint8)
     blender = Blender(grid, 1, largest=True)
-    rows = []
+    rows: list[list[np.ndarray]] = [[] for _ in range(grid.rows)]
     for row in range(grid.rows):
         for column in range(grid.columns):
             part = expected[:, row * 24 : row * 24 + 32, column * 24 : column * 24 + 32]
             np.maximum(part, windows[row, column], out=part)
-            blender.add(column, windows[row, column])
-        rows.append(blender.finish_row())
-    np.testing.assert_array_equal(np.concatenate(rows, axis=1), expected[:, : grid.rows * 24, : grid.columns * 24])
+            rows[row].append(blender.add(row, column, windows[row, column]))
+    np.testing.assert_array_equal(np.block(rows), expected[:, : grid.rows * 24, : grid.columns * 24])

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from scipy import ndimage
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
-from pipeline.inference import one_result, run_infer
+from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, one_result, run_infer
+from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
 from pipeline.kernels.hematoxylin import HematoxylinRules, hematoxylin_density, hematoxylin_maps
 from pipeline.kernels.instances import InstanceRules, segment
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
+from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
@@ -77,6 +80,41 @@ def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path) -> None:
     assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", threads=1) in results
     fabricated.write_package(tmp_path / "second", "resunet", args, patch=96, overlap=24, seed=1)
     assert run(inputs, tmp_path / "second", tmp_path / "p", device="cpu", threads=1) not in results
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(1, 12))
+    patch = 2 * overlap + data.draw(st.integers(0, 30))
+    width, height = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 300))
+    grid = PatchGrid(width, height, patch, overlap)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    active = rng.random((-(-height // CELL), -(-width // CELL))) < data.draw(st.sampled_from([0, 0.2, 0.6, 1]))
+    windows = list(active_windows(grid, active, CELL))
+    predictions = rng.integers(0, 256, (len(windows), 2, patch, patch), np.uint8)
+
+    total = np.zeros((2, height + 2 * patch, width + 2 * patch), np.int64)
+    for (row, column), prediction in zip(windows, predictions, strict=True):
+        x, y = (value + patch for value in grid.origin(row, column))
+        total[:, y : y + patch, x : x + patch] += prediction * blend_weights(patch, overlap)
+    blended = (total[:, patch:-patch, patch:-patch] + weight_sum(overlap) // 2) // weight_sum(overlap)
+    mask = np.kron(active, np.ones((CELL, CELL), bool))[:height, :width]
+
+    first = data.draw(st.integers(0, grid.rows))
+    rows = range(first, data.draw(st.integers(first, grid.rows)))
+    with tempfile.TemporaryDirectory() as folder:
+        chunk = grid.stride, CHUNK_COLUMNS * grid.stride
+        store = MapStore.create(Path(folder, "maps"), Grid(width, height, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
+        blender, writer = Blender(grid, 2), MapWriter(store, grid, rows)
+        for window, prediction in zip(windows, predictions, strict=True):
+            if rows.start <= window[0] <= rows.stop:
+                writer.add(*window, blender.add(*window, prediction))
+        writer.close()
+        found = MapStore.open(store.path).read(0, 0, width, height)
+    inside = np.zeros(height, bool)
+    inside[rows.start * grid.stride : rows.stop * grid.stride] = True
+    np.testing.assert_array_equal(found, blended * mask * inside[:, None])
 
 
 def test_one_result_leaves_torch_as_it_was() -> None:
