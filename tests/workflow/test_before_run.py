@@ -129,6 +129,9 @@ def test_training_needs_no_slides(tmp_path: Path) -> None:
     done = run(tmp_path, {"results": "r", "train": {"name": "mine"}}, "train", "-n")
     assert done.code == 0, done.output
     assert done.counts == {"train": 1, "train_model": 1, "train_settings": 1, "total": 3}
+    done = run(tmp_path, {"results": "r", "train": {"name": "mine"}}, "r/training/mine.json")
+    assert done.code == 0, done.output
+    assert (tmp_path / "r" / "training" / "mine.json").is_file()
 
 
 def test_a_model_of_the_checkout_is_found_from_anywhere(tmp_path: Path, model: Path) -> None:

@@ -52,8 +52,9 @@ if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
 # Asked for nothing that needs slides or a model, the run can do without them.
-NEEDS_SLIDES = not {"train", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"} & set(
-    sys.argv[1:]
+WITHOUT_SLIDES = {"train", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"}
+NEEDS_SLIDES = not any(
+    word in WITHOUT_SLIDES or RUN.results / "training" in Path(word).parents for word in sys.argv[1:]
 )
 
 SLIDES = None
