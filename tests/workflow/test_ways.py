@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from runs import run, write_slide
+from runs import command, run, write_slide
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
@@ -35,3 +38,25 @@ def test_warm_start_and_scratch_change_no_byte(tmp_path: Path, model: Path) -> N
         **dict.fromkeys(("settings", "cohort", "all"), 1 * possible()),
         "total": 3 * possible(),
     }
+
+
+@pytest.mark.skipif(not possible(), reason="stages cannot be started warm here")
+@pytest.mark.parametrize(("count", "warm"), [(3, False), (10, True)])
+def test_many_small_slides_are_started_warm(tmp_path: Path, model: Path, count: int, warm: bool) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(count):
+        (tmp_path / "in" / f"{number}.svs").write_text("no slide")
+    targets = [f"r/slides/{number}/slide.json" for number in range(count)]
+    words = command({"slides": "in", "results": "r", "model": str(model)}, *targets)
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        servers = set()
+        while process.poll() is None:
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):
+                    words = path.read_text().split("\0")
+                    servers |= {path.parent.name} if {"warm-server", str(process.pid)} <= set(words) else set()
+            time.sleep(0.05)
+    assert process.returncode == 0
+    assert bool(servers) == warm  # the stages, its forks, have its command line
+    assert all((tmp_path / target).is_file() for target in targets)
+    assert not any(Path("/proc", server).exists() for server in servers)

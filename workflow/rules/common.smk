@@ -84,7 +84,8 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
 onstart:
     # Only for jobs of this machine, in the environment that runs Snakemake.
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
-    if config["warm_start"] and workflow.local_exec and own and possible():
+    wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
+    if wanted and workflow.local_exec and own and possible():
         atexit.register(start_server().stop)
 
 
@@ -241,11 +242,13 @@ def minutes(base, by_size=0):
     return growing(base, by_size)
 
 
-SMALL_GB = 0.005
+def is_small(folder):
+    """Whether the start of a stage takes longer than its work, of the slide with this results folder."""
+    return gigabytes(folder) < 0.005
 
 
 def threads_of(rule_threads, *, long=False):
-    """Threads of a rule's jobs: one for a small slide, whose start takes longer than its work.
+    """Threads of a rule's jobs: one for a small slide.
 
     A `long` stage of a small slide runs on one thread only where there are slides enough to keep the cores busy.
     """
@@ -254,7 +257,7 @@ def threads_of(rule_threads, *, long=False):
     def number(wildcards):
         cores = workflow.resource_settings.cores if workflow.is_main_process else None  # a cluster job has its own
         crowded = not long or (isinstance(cores, int) and len(slides()) >= 2 * cores)
-        return 1 if crowded and gigabytes(wildcards.slide) < SMALL_GB else rule_threads
+        return 1 if crowded and is_small(wildcards.slide) else rule_threads
 
     return number
 
