@@ -1,15 +1,45 @@
-"""How the C library gives memory back, for commands that run networks on CPUs."""
+"""How the C library keeps memory: little of it for stages, and all of it where networks run on CPUs."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 
 log = logging.getLogger(__name__)
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 """Parameters of glibc's ``mallopt`` (malloc.h)."""
+
+_ARENAS = 2
+"""Heaps of a process, instead of eight a core."""
+
+
+def _set_options(options: dict[int, int]) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    done = [mallopt(parameter, value) for parameter, value in options.items()]
+    return all(done)
+
+
+def share_heaps() -> bool:
+    """Let the threads of this process and of its children share a few heaps.
+
+    By default glibc gives each thread one of its own, in which what was freed stays for this thread alone: on a large
+    slide 150 MB more for `infer`, 80 MB for `instances`.
+
+    Returns
+    -------
+    bool
+        Whether it took effect; False on other systems and C libraries.
+    """
+    os.environ.setdefault("MALLOC_ARENA_MAX", str(_ARENAS))
+    return _set_options({_ARENA_MAX: _ARENAS})
 
 
 def keep_freed_memory() -> bool:
@@ -23,12 +53,6 @@ def keep_freed_memory() -> bool:
     bool
         Whether it took effect; False on other systems and C libraries.
     """
-    if sys.platform != "linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    done = all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 512 << 20)])
+    done = _set_options({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 512 << 20})
     log.debug("freed memory is kept: %s", done)
     return done

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import __version__
+from pipeline.allocator import share_heaps
 from pipeline.errors import PipelineError
 
 
@@ -111,6 +112,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """
     from pipeline import logs
 
+    if name in STAGES:
+        share_heaps()
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=f"{command.help}.")

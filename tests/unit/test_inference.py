@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -147,6 +148,41 @@ sys.exit("torch._inductor" in sys.modules and "the compiler was imported")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="for glibc on Linux")
+def test_threads_share_what_others_have_freed() -> None:
+    code = """
+import resource, sys, threading
+from pipeline.allocator import share_heaps
+assert sys.argv[1] != "share" or share_heaps()
+turn, done = threading.Semaphore(1), threading.Event()
+def work():
+    with turn:
+        pieces = [bytearray(100_000) for _ in range(300)]
+        last = bytearray(100_000)  # above them, so that the heap cannot shrink
+        del pieces
+    done.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+    with turn:
+        pass
+with turn:
+    done.set()
+for thread in threads:
+    thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+    def most(how: str) -> int:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, how], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert most("alone") - most("share") > 80_000  # kB
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="for glibc on Linux")
