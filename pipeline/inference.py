@@ -579,7 +579,9 @@ def run_infer(
                     during.enter_context(one_result())
                 predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part)
-                found |= {"device": name, "batch": predictor.batch}
+                # Windows in a forward pass, which threads do not change.
+                batch_shape = 1 if isinstance(predictor, WindowPredictor) else predictor.batch
+                found |= {"device": name, "batch": batch_shape}
         log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], found["device"])
         return {
             "grid": store.grid.to_json(),

@@ -22,7 +22,7 @@ from pipeline.testing import digest
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/hematoxylin"
-TIMES = {"seconds", "peak_rss_mb", "mp_per_s", "nuclei_per_s", "batch"}
+TIMES = {"seconds", "peak_rss_mb", "mp_per_s", "nuclei_per_s"}
 
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 9))
