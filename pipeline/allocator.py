@@ -36,9 +36,11 @@ def share_heaps() -> bool:
     Returns
     -------
     bool
-        Whether it took effect; False on other systems and C libraries.
+        Whether it took effect; False on other systems and C libraries, and where the environment has its own number.
     """
-    os.environ.setdefault("MALLOC_ARENA_MAX", str(_ARENAS))
+    if "MALLOC_ARENA_MAX" in os.environ:  # set by the user, or by the process that started this one
+        return False
+    os.environ["MALLOC_ARENA_MAX"] = str(_ARENAS)
     return _set_options({_ARENA_MAX: _ARENAS})
 
 

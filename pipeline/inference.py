@@ -75,12 +75,17 @@ class Predictor(Protocol):
     ----------
     batch : int
         Windows that it is given at once.
+    per_pass : int
+        Windows in a forward pass.
     network : torch.nn.Module, optional
         The network, where there is one.
     """
 
     @property
     def batch(self) -> int: ...
+
+    @property
+    def per_pass(self) -> int: ...
 
     @property
     def network(self) -> Any: ...
@@ -105,6 +110,8 @@ class WindowPredictor:
     network : torch.nn.Module, optional
         The network behind it.
     """
+
+    per_pass = 1
 
     def __init__(
         self, maps: Callable[[np.ndarray], np.ndarray], threads: int, batch: int = 0, network: nn.Module | None = None
@@ -167,6 +174,11 @@ class BatchPredictor:
         self._dtype = torch.float32
         if device == "cuda":
             self._dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    @property
+    def per_pass(self) -> int:
+        """Windows in a forward pass."""
+        return self.batch
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Maps of windows, see `Predictor`."""
@@ -353,25 +365,20 @@ class MapWriter:
         """Write the chunks that the row of windows has ended left of column `end`; let begin what waits there."""
         width, stride = self.store.grid.width, self.grid.stride
         while self._written < width:
-            columns = slice(self._written, min(self._written + CHUNK_COLUMNS * stride, width))
+            rows, columns = _chunk(self.store, self.grid, self._row - 1, self._written)
             if columns.stop > end:
                 break
-            self._write(self._row - 1, columns)
+            if self._row - 1 in self.rows and _is_active(self.store, rows, columns):
+                part = np.ascontiguousarray(
+                    self._held[:, : rows.stop - rows.start, columns] * _mask(self.store, rows, columns)
+                )
+                _add_chunk(self.digest, rows, columns, part)
+                self.store.array[:, rows, columns] = part
             self._held[:, :, columns] = 0
             self._written = columns.stop
             while self._waiting and min(self._waiting[0][0] + stride, width) <= columns.stop:
                 left, pixels = self._waiting.popleft()
                 self._place(left, 0, pixels)
-
-    def _write(self, chunk_row: int, columns: slice) -> None:
-        top = chunk_row * self.grid.stride
-        rows = slice(top, min(top + self.grid.stride, self.store.grid.height))
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        if chunk_row not in self.rows or height <= 0 or not self.store.is_active(columns.start, top, width, height):
-            return
-        part = np.ascontiguousarray(self._held[:, :height, columns] * _mask(self.store, rows, columns))
-        _add_chunk(self.digest, rows, columns, part)
-        self.store.array[:, rows, columns] = part
 
 
 def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray:
@@ -380,16 +387,24 @@ def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray:
     return store.active[np.ix_(down // store.cell, across // store.cell)]
 
 
+def _chunk(store: MapStore, grid: PatchGrid, chunk_row: int, left: int) -> tuple[slice, slice]:
+    """Rows and columns of the chunk that begins at column `left` of a row of chunks."""
+    top, (height, width) = chunk_row * grid.stride, (store.grid.height, store.grid.width)
+    return slice(top, min(top + grid.stride, height)), slice(left, min(left + CHUNK_COLUMNS * grid.stride, width))
+
+
+def _is_active(store: MapStore, rows: slice, columns: slice) -> bool:
+    """Whether a chunk holds active cells."""
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    return height > 0 and store.is_active(columns.start, rows.start, width, height)
+
+
 def _chunks(store: MapStore, grid: PatchGrid, chunk_row: int) -> Iterator[tuple[slice, slice]]:
     """Places of the chunks of a row that hold active cells."""
-    top, step = chunk_row * grid.stride, CHUNK_COLUMNS * grid.stride
-    rows = slice(top, min(top + grid.stride, store.grid.height))
-    if rows.start >= rows.stop:
-        return
-    for left in range(0, store.grid.width, step):
-        columns = slice(left, min(left + step, store.grid.width))
-        if store.is_active(left, top, columns.stop - left, rows.stop - top):
-            yield rows, columns
+    for left in range(0, store.grid.width, CHUNK_COLUMNS * grid.stride):
+        place = _chunk(store, grid, chunk_row, left)
+        if _is_active(store, *place):
+            yield place
 
 
 def _add_chunk(digest: hashlib._Hash, rows: slice, columns: slice, pixels: np.ndarray) -> None:
@@ -579,9 +594,7 @@ def run_infer(
                     during.enter_context(one_result())
                 predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part)
-                # Windows in a forward pass, which threads do not change.
-                batch_shape = 1 if isinstance(predictor, WindowPredictor) else predictor.batch
-                found |= {"device": name, "batch": batch_shape}
+                found |= {"device": name, "batch": predictor.per_pass}
         log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], found["device"])
         return {
             "grid": store.grid.to_json(),
