@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import os
 import pickle
@@ -25,6 +26,8 @@ SHARE = 0.9
 """Share of a job's time that the work may take: a scheduler must not end the job before."""
 
 _PR_SET_PDEATHSIG = 1
+_TELL = signal.SIGUSR1  # the child writes where it is
+_SLICE = 1.0
 
 
 def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
@@ -35,7 +38,8 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
     work : callable
         What to do; what it returns can be pickled.
     minutes : float or None
-        Minutes that the job may take; the work gets nine tenths of them. None: no limit, and no process of its own.
+        Minutes that the job may take; the work gets nine tenths of them, not counting time for which the machine or
+        the whole job was suspended. None: no limit, and no process of its own.
 
     Returns
     -------
@@ -62,6 +66,8 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
     try:
         answer = _receive(reader, SHARE * 60 * minutes)
         if answer is None:
+            os.kill(child, _TELL)
+            time.sleep(_SLICE)
             raise SlideError(
                 f"was not finished in {SHARE * minutes:g} minutes",
                 "copy or export the slide again; if it is whole, delete its results and run with more time: "
@@ -91,21 +97,26 @@ def _ended(status: int) -> PipelineError:
 
 def _receive(reader: int, seconds: float) -> bytes | None:
     """All that comes through a pipe, or None when the time is over."""
-    deadline = time.monotonic() + seconds
     parts: list[bytes] = []
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([reader], [], [], left)[0]:
-            return None
-        part = os.read(reader, 1 << 16)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
+    while seconds > 0:
+        start = time.monotonic()
+        ready = select.select([reader], [], [], min(seconds, _SLICE))[0]
+        # A slice that took longer was one in which this process did not run either.
+        seconds -= min(time.monotonic() - start, 2 * _SLICE)
+        if ready:
+            part = os.read(reader, 1 << 16)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    return None
 
 
 def _in_child(work: Callable[[], Any], pipe: IO[bytes]) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # To the log, whatever `sys.stderr` is: where a library crashed or hangs.
+    faulthandler.enable(file=2)
+    faulthandler.register(_TELL, file=2)
     status = 1
     try:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,36 @@ def test_hanging_work_is_ended() -> None:
     with pytest.raises(SlideError, match=r"was not finished in 0.009 minutes"):
         guarded(lambda: time.sleep(600), 0.01)
     assert time.monotonic() - start < 30
+
+
+def test_log_tells_where_the_work_hangs(capfd: pytest.CaptureFixture[str]) -> None:
+    def decode_forever() -> None:
+        time.sleep(600)
+
+    with pytest.raises(SlideError, match="was not finished"):
+        guarded(decode_forever, 0.01)
+    assert "in decode_forever" in capfd.readouterr().err
+
+
+def test_log_tells_where_a_library_crashed(capfd: pytest.CaptureFixture[str]) -> None:
+    def decode_badly() -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    with pytest.raises(SlideError, match="crashed"):
+        guarded(decode_badly, 1)
+    assert "in decode_badly" in capfd.readouterr().err
+
+
+def test_time_for_which_a_job_is_suspended_does_not_count(tmp_path: Path) -> None:
+    job = "import time; from pipeline.guard import guarded; print(guarded(lambda: time.sleep(1.5) or 'done', 0.1))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", job], stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+    )
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(7)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "done\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
