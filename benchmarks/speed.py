@@ -106,6 +106,8 @@ def tiles_row(options: Options) -> Iterator[Figure]:
             for window in wanted:
                 slide.read(*window)
 
+    keep_freed_memory()  # for both: the stage does so
+
     manifest, ours = best(run, 2)
     _, limit = best(decode, 2)
     megapixels = sum(w * h for _, _, _, w, h in wanted) / 1e6
@@ -241,11 +243,13 @@ def measure(options: Options) -> Iterator[Figure]:
     """Nuclei measured, all columns, against scikit-image's regionprops_table with the same."""
     from skimage.measure import regionprops_table
 
+    from pipeline.allocator import keep_freed_memory
     from pipeline.instances import write_instances
     from pipeline.kernels.stain import RUIFROK, concentrations
     from pipeline.measure import write_measured
     from pipeline.tiles import TileStore
 
+    keep_freed_memory()  # as the stage does
     for mpp in (0.5, 0.25):
         folder = options.place(f"measure-{mpp}")
         side = (4096 if options.quick else 8192) * (1 if mpp == 0.5 else 2)

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 DEFAULT_BLOCK = 2048
 DEFAULT_HALO = 128
 
+WORKER_MEGAPIXELS = 32
+"""Megapixels of blocks, two to three seconds of work, below which a process is not worth its start."""
+
 MAX_COMPONENT = 1 << 23
 """Pixels in the box of the largest component that is looked at whole: 1.4 mm by 1.4 mm at 0.5 µm."""
 
@@ -513,6 +516,12 @@ def _executor(setup: Setup, workers: int) -> Executor:
     return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(setup,))
 
 
+def useful_workers(workers: int, blocks: Sequence[Block]) -> int:
+    """How many of `workers` processes pay: to start the first costs two seconds, and each of the others half a one."""
+    megapixels = sum(block.width * block.height for block in blocks) / 1e6
+    return min(workers, max(1, int(megapixels / WORKER_MEGAPIXELS)))
+
+
 @dataclass
 class Census:
     """All nuclei of a slide, on disk, not yet in order.
@@ -593,9 +602,8 @@ def take_census(
     store = MapStore.open(setup.maps)
     blocks = [] if parts else slide_blocks(store, block)
     total = sum(b.width * b.height for b in blocks) / 1e6
-    # A worker costs a second to start: none has less than two blocks.
     with (
-        _executor(setup, min(workers, max(1, len(blocks) // 2, len(parts)))) as pool,
+        _executor(setup, max(useful_workers(workers, blocks), min(workers, len(parts)))) as pool,
         Progress(total, "instances", "MP") as done,
     ):
 
@@ -649,7 +657,7 @@ def take_survey(setup: Setup, blocks: Sequence[Block], *, halo: int, workers: in
     halo, workers : int
         See `take_census`.
     """
-    with _executor(setup, min(workers, max(1, len(blocks) // 2))) as pool:
+    with _executor(setup, useful_workers(workers, blocks)) as pool:
         tasks = (Task(b, halo, survey=True) for b in blocks)
         write_survey(
             setup.spool / SURVEY, ((task.block, seam, entries) for task, seam, entries in _results(pool, tasks))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import __version__
-from pipeline.allocator import share_heaps
+from pipeline.allocator import share_heap
 from pipeline.errors import PipelineError
 
 
@@ -113,7 +113,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     from pipeline import logs
 
     if name in STAGES:
-        share_heaps()
+        share_heap()
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=f"{command.help}.")

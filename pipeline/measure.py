@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.grid import Grid
 from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
@@ -241,6 +242,7 @@ def run_measure(
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         from pipeline.tiles import TileStore
 
+        keep_freed_memory()
         matrix, origin = stain_matrix(read_manifest(stain))
         count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"])
         return {"nuclei": count, "stains": np.round(matrix, 6).tolist(), "stains_origin": origin}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.lattice import CELL, active_cells
@@ -496,6 +497,7 @@ def run_tiles(
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         import zarr as zarr_store
 
+        keep_freed_memory()
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, model_mpp(model))

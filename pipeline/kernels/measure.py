@@ -278,8 +278,9 @@ class StainSums:
         whose, starts = nucleus[change], np.cumsum(size) - size
         self.pixels[whose] += size
         # Whole numbers below 2**53 are exact in float64, and so are their sums in any order.
-        hematoxylin = (packed >> 32).astype(np.float64)
-        eosin = (packed & 0xFFFFFFFF).astype(np.float64)
+        halves = packed.astype("<i8", copy=False).view("<i4").reshape(-1, 2)
+        hematoxylin = halves[:, 1].astype(np.float64)
+        eosin = halves[:, 0].astype(np.float64)
         eosin -= self._LIMIT
         for stain, values in enumerate((hematoxylin, eosin)):
             self.sums[stain, whose] += np.add.reduceat(values, starts).astype(np.int64)

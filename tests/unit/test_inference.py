@@ -155,8 +155,8 @@ def test_threads_share_what_others_have_freed() -> None:
     code = """
 import sys, threading
 from pathlib import Path
-from pipeline.allocator import share_heaps
-assert sys.argv[1] != "share" or share_heaps()
+from pipeline.allocator import share_heap
+assert sys.argv[1] != "share" or share_heap()
 turn, done = threading.Semaphore(1), threading.Event()
 def work():
     with turn:

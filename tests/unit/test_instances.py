@@ -296,9 +296,9 @@ def test_one_digest_of_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monke
     )
     model = package(tmp_path / "model", InstanceRules(128, 140, 2, 1, 20), classes=2)
     digests = set()
-    # Of blocks of 2048 and more there are too few here for more than one worker.
-    runs = [*itertools.product((256, 512, 1000, 2048, 10_000), (1,)), (256, 2), (512, 4), (1000, 4)]
+    runs = [*itertools.product((256, 512, 1000, 2048, 10_000), (1,)), (256, 2), (512, 4), (1000, 4), (2048, 2)]
     for number, (block, workers) in enumerate(runs):
+        monkeypatch.setattr(census_module, "WORKER_MEGAPIXELS", 0.1)
         if number % 2:
             monkeypatch.setattr(census_module, "slide_blocks", shuffled(random.Random(number)))
         out = tmp_path / f"{number}" / "nuclei.parquet"
@@ -320,11 +320,18 @@ def test_one_digest_of_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monke
     assert {rows.min(), columns.min(), ends[:, 0].max() + 1 - size, ends[:, 2].max() - size} == {0}
 
 
-def test_workers_change_nothing(tmp_path: Path) -> None:
+def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(census_module, "WORKER_MEGAPIXELS", 0.01)
     path = make_store(tmp_path / "maps.zarr", random_maps(200, 200, 7, 0.5))
     whole = slide_nuclei(path, RULES, block=200)
     assert whole.num_rows > 20
     assert slide_nuclei(path, RULES, block=64, workers=2).equals(whole)
+
+
+def test_small_slides_are_not_spread_over_processes() -> None:
+    blocks = [Block(0, 0, 2048, 2048)] * 12
+    assert [census_module.useful_workers(4, blocks[:n]) for n in (0, 1, 12)] == [1, 1, 1]
+    assert [census_module.useful_workers(n, blocks * 10) for n in (1, 2, 4, 64)] == [1, 2, 4, 15]
 
 
 def test_one_component_over_the_whole_slide(tmp_path: Path) -> None:
