@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,7 @@ from scipy import ndimage
 from benchmarks import material
 from benchmarks.harness import Figure
 from benchmarks.speed import Options
+from pipeline import census
 from pipeline.census import slide_nuclei
 from pipeline.instances import write_instances
 from pipeline.kernels.instances import InstanceRules, segment
@@ -212,16 +216,25 @@ def seams(options: Options) -> Iterator[Figure]:
         target = "value <= 0" if name == "the pipeline" else ""
         for what, count in vars(damage(whole, way())).items():
             yield Figure("seams", f"{name}: {what}", count, "nuclei", target=target, note=note)
-    yield _digests(folder, package, 1 if options.quick else 2)
+    yield _digests(folder, package, 2 if options.quick else 4)
 
 
 def _digests(folder: Path, package: ModelPackage, several: int) -> Figure:
-    """How many different files come of blocks, halos and workers."""
+    """How many different files come of blocks, halos, workers and orders."""
     digests = set()
-    runs = [(256, 16, 1), (512, 128, several), (1000, 64, 1), (2048, 128, several), (100_000, 0, 1)]
-    for block, halo, workers in runs:
+    runs = [(256, 16, 1), (512, 128, several), (1000, 64, 2), (2048, 128, 1), (100_000, 0, 1)]
+    in_order = census.slide_blocks
+    for number, (block, halo, workers) in enumerate(runs):
         out = folder / f"{block}.parquet"
-        write_instances(folder / "maps.zarr", package, out, slide="s", block=block, halo=halo, workers=workers)
+
+        def shuffled(store: Any, side: int, number: int = number) -> list[census.Block]:
+            return random.Random(number).sample(blocks := in_order(store, side), len(blocks))
+
+        with (
+            mock.patch.object(census, "slide_blocks", shuffled),
+            mock.patch.object(census, "WORKER_MEGAPIXELS", 0.1),  # as many processes as are asked for
+        ):
+            write_instances(folder / "maps.zarr", package, out, slide="s", block=block, halo=halo, workers=workers)
         digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
-    note = f"blocks 256, 512, 1000, 2048, whole; 1 to {several} workers; sha256 {min(digests)}"
+    note = f"blocks 256, 512, 1000, 2048, whole; 1 to {several} workers, orders shuffled; sha256 {min(digests)}"
     return Figure("seams", "different files for different blocks", len(digests), "", target="value <= 1", note=note)

@@ -65,6 +65,7 @@ class Options:
 def tiles_row(options: Options) -> Iterator[Figure]:
     """Slide at 0.25 µm/px to tiles at 0.5, against decoding the same windows."""
     from pipeline import tiles
+    from pipeline.allocator import keep_freed_memory
     from pipeline.slides.inspect import reopen
     from pipeline.stage import read_manifest
 
@@ -107,7 +108,6 @@ def tiles_row(options: Options) -> Iterator[Figure]:
                 slide.read(*window)
 
     keep_freed_memory()  # for both: the stage does so
-
     manifest, ours = best(run, 2)
     _, limit = best(decode, 2)
     megapixels = sum(w * h for _, _, _, w, h in wanted) / 1e6

@@ -28,8 +28,8 @@ def share_heap() -> bool:
     """Let the threads of this process and of its children share one heap.
 
     By default glibc gives each thread one of its own, in which what was freed stays for this thread alone: on a large
-    slide 150 MB more for `infer`, 80 MB for `instances`. Stages take memory in large pieces, so that threads do not wait
-    for each other.
+    slide 150 MB more for `infer`, 80 MB for `instances`. Stages take memory in large pieces, so threads hardly wait for
+    each other.
 
     Returns
     -------

@@ -217,7 +217,7 @@ def test_any_blocks_in_any_order_give_the_whole(
     path = make_store(tmp_path_factory.mktemp("maps") / "maps.zarr", maps)
     whole = slide_nuclei(path, RULES, block=1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instances, "slide_blocks", shuffled(shuffle))
+        patch.setattr(census_module, "slide_blocks", shuffled(shuffle))
         assert slide_nuclei(path, RULES, block=block, halo=halo).equals(whole)
     ids = whole.column("id").to_numpy()
     assert (ids[1:] > ids[:-1]).all()
