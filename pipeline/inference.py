@@ -312,7 +312,9 @@ def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[list[tup
 
 
 class MapWriter:
-    """Write what windows finish as whole chunks, and hash them on the way, in memory of one row of windows.
+    """Write what windows finish as whole chunks, and hash them on the way.
+
+    Held are the chunks of one row of windows in which there are windows.
 
     Parameters
     ----------
@@ -329,8 +331,8 @@ class MapWriter:
         self.grid = grid
         self.rows = range(grid.rows) if rows is None else rows
         self.digest = hashlib.sha256()
-        # A row of windows ends the row of chunks above it and begins its own, in the same rows of memory.
-        self._held = np.zeros((len(store.channels), grid.stride, store.grid.width), np.uint8)
+        # Chunks by their first column. A row of windows ends the chunks above it and begins its own in their places.
+        self._held: dict[int, np.ndarray] = {}
         self._row = -1
         self._written = 0
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
@@ -357,9 +359,16 @@ class MapWriter:
         self._row, self._written = row, 0
 
     def _place(self, left: int, top: int, pixels: np.ndarray) -> None:
-        start, stop = max(left, 0), min(left + pixels.shape[2], self.store.grid.width)
-        if start < stop:
-            self._held[:, top : top + pixels.shape[1], start:stop] = pixels[:, :, start - left : stop - left]
+        width, side = self.store.grid.width, CHUNK_COLUMNS * self.grid.stride
+        start, stop = max(left, 0), min(left + pixels.shape[2], width)
+        for first in range(start // side * side, stop, side):
+            if first not in self._held:
+                shape = (len(self.store.channels), self.grid.stride, min(side, width - first))
+                self._held[first] = np.zeros(shape, np.uint8)
+            x0, x1 = max(start, first), min(stop, first + side)
+            self._held[first][:, top : top + pixels.shape[1], x0 - first : x1 - first] = pixels[
+                :, :, x0 - left : x1 - left
+            ]
 
     def _write_until(self, end: int) -> None:
         """Write the chunks that the row of windows has ended left of column `end`; let begin what waits there."""
@@ -368,13 +377,14 @@ class MapWriter:
             rows, columns = _chunk(self.store, self.grid, self._row - 1, self._written)
             if columns.stop > end:
                 break
+            held = self._held.pop(columns.start, None)
             if self._row - 1 in self.rows and _is_active(self.store, rows, columns):
-                part = np.ascontiguousarray(
-                    self._held[:, : rows.stop - rows.start, columns] * _mask(self.store, rows, columns)
-                )
+                mask = _mask(self.store, rows, columns)
+                part = np.zeros((len(self.store.channels), *mask.shape), np.uint8)
+                if held is not None:
+                    np.multiply(held[:, : len(mask)], mask, out=part)
                 _add_chunk(self.digest, rows, columns, part)
                 self.store.array[:, rows, columns] = part
-            self._held[:, :, columns] = 0
             self._written = columns.stop
             while self._waiting and min(self._waiting[0][0] + stride, width) <= columns.stop:
                 left, pixels = self._waiting.popleft()

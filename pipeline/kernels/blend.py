@@ -84,7 +84,7 @@ def weight_sum(overlap: int) -> int:
 
 
 class Blender:
-    """Blend windows that arrive in raster order, in memory of the overlap of two rows of windows.
+    """Blend windows that arrive in raster order, in memory of the overlap of those in two rows.
 
     A window that is never added counts as having nothing to say about its pixels; they come out as 0 or as what the
     windows beside it say of them.
@@ -105,8 +105,8 @@ class Blender:
         self._largest = largest
         self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
-        self._above = np.zeros((channels, grid.overlap, grid.columns * grid.stride), np.int32)
-        self._above_of = np.full(grid.columns, -2)
+        # The lower edges of windows by column, with their rows.
+        self._above: dict[int, tuple[int, np.ndarray]] = {}
         self._left = np.zeros((channels, grid.patch, grid.overlap), np.int32)
         self._left_of = (-2, -2)
 
@@ -131,14 +131,15 @@ class Blender:
         if self._left_of == (row, column - 1):
             edge = total[:, :, :overlap]
             join(edge, self._left, out=edge)
+        if row != self._left_of[0]:
+            self._above = {key: (of, edge) for key, (of, edge) in self._above.items() if of == row - 1}
         self._left = total[:, :, stride:].copy()
         self._left_of = row, column
         strip = total[:, :, :stride]
-        above = self._above[:, :, column * stride : (column + 1) * stride]
-        if self._above_of[column] == row - 1:
+        of, above = self._above.get(column, (-2, self._left))
+        if of == row - 1:
             edge = strip[:, :overlap]
             join(edge, above, out=edge)
-        above[:] = strip[:, stride:]
-        self._above_of[column] = row
+        self._above[column] = row, strip[:, stride:].copy()
         done = strip[:, :stride]
         return (done if self._largest else (done + self._sum // 2) // self._sum).astype(np.uint8)
