@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
     inside = np.zeros(height, bool)
     inside[rows.start * grid.stride : rows.stop * grid.stride] = True
     np.testing.assert_array_equal(found, blended * mask * inside[:, None])
+
+
+def test_what_is_held_grows_with_the_tissue_not_with_the_slide(tmp_path: Path) -> None:
+    grid = PatchGrid(200_000, 400, 128, 16)
+    active = np.zeros((-(-400 // CELL), 200_000 // CELL), bool)
+    active[:, 1000:1010] = True
+    chunk = grid.stride, CHUNK_COLUMNS * grid.stride
+    store = MapStore.create(tmp_path / "maps", Grid(200_000, 400, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
+    prediction = np.ones((2, 128, 128), np.uint8)
+    windows = list(active_windows(grid, active, CELL))
+    tracemalloc.start()
+    blender, writer = Blender(grid, 2), MapWriter(store, grid)
+    for window in windows:
+        writer.add(*window, blender.add(*window, prediction))
+    writer.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(windows) > 20
+    assert peak < 10e6  # a row of windows across the slide would hold 70 MB
 
 
 def test_one_result_leaves_torch_as_it_was() -> None:
