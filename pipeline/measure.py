@@ -242,7 +242,6 @@ def run_measure(
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         from pipeline.tiles import TileStore
 
-        keep_freed_memory()
         matrix, origin = stain_matrix(read_manifest(stain))
         count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"])
         return {"nuclei": count, "stains": np.round(matrix, 6).tolist(), "stains_origin": origin}
@@ -273,6 +272,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline measure``."""
+    keep_freed_memory()
     run_measure(
         args.slide,
         args.instances,

@@ -497,7 +497,6 @@ def run_tiles(
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         import zarr as zarr_store
 
-        keep_freed_memory()
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, model_mpp(model))
@@ -657,6 +656,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
+    keep_freed_memory()
     run_tiles(
         args.slide,
         args.inspect,
