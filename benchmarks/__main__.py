@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks import exactness, peer, scale, speed
 from benchmarks.harness import Figure, table
 from benchmarks.speed import DEFAULT, Options
+from pipeline.allocator import share_heap
 
 ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "tiles": speed.tiles_row,
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     rows = args.rows or [name for name in ROWS if name not in NOT_ALWAYS]
     figures: list[Figure] = []
+    # What runs in this process does so as in the stages' commands; those of other programs are left alone.
+    if share_heap():
+        del os.environ["MALLOC_ARENA_MAX"]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
         options = Options(Path(folder), args.quick, args.model, args.slide, args.peer)
