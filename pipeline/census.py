@@ -517,7 +517,7 @@ def _executor(setup: Setup, workers: int) -> Executor:
 
 
 def useful_workers(workers: int, blocks: Sequence[Block]) -> int:
-    """How many of `workers` processes pay: to start the first costs two seconds, and each of the others half a one."""
+    """How many of `workers` processes pay: to start two of them takes three seconds of CPU time."""
     megapixels = sum(block.width * block.height for block in blocks) / 1e6
     return min(workers, max(1, int(megapixels / WORKER_MEGAPIXELS)))
 
