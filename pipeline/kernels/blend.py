@@ -105,8 +105,9 @@ class Blender:
         self._largest = largest
         self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
-        # The lower edges of windows by column, with their rows.
-        self._above: dict[int, tuple[int, np.ndarray]] = {}
+        # Lower edges of windows by column: those of the row above that are still to be met, and those of this row.
+        self._above: dict[int, np.ndarray] = {}
+        self._below: dict[int, np.ndarray] = {}
         self._left = np.zeros((channels, grid.patch, grid.overlap), np.int32)
         self._left_of = (-2, -2)
 
@@ -132,14 +133,15 @@ class Blender:
             edge = total[:, :, :overlap]
             join(edge, self._left, out=edge)
         if row != self._left_of[0]:
-            self._above = {key: (of, edge) for key, (of, edge) in self._above.items() if of == row - 1}
+            self._above = self._below if row == self._left_of[0] + 1 else {}
+            self._below = {}
         self._left = total[:, :, stride:].copy()
         self._left_of = row, column
         strip = total[:, :, :stride]
-        of, above = self._above.get(column, (-2, self._left))
-        if of == row - 1:
+        above = self._above.pop(column, None)
+        if above is not None:
             edge = strip[:, :overlap]
             join(edge, above, out=edge)
-        self._above[column] = row, strip[:, stride:].copy()
+        self._below[column] = strip[:, stride:].copy()
         done = strip[:, :stride]
         return (done if self._largest else (done + self._sum // 2) // self._sum).astype(np.uint8)
