@@ -79,7 +79,7 @@ def _cell_window(grid: Grid, cell: np.ndarray, size: int = CELL) -> tuple[int, i
     return x, y, width, height
 
 
-def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray, int]:
+def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray, int, np.ndarray]:
     """Tissue pixels spread over a slide.
 
     Parameters
@@ -95,25 +95,31 @@ def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray
         uint8, shape ``(n, 3)``, ``n <= pixels``.
     cells : int
         Lattice cells looked at.
+    white : numpy.ndarray
+        OD of the glass in them, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
     """
     cells = np.argwhere(tiles.active)
     order = spread_order(len(cells))[:SAMPLE_CELLS]
     found: list[np.ndarray] = []
+    counts = np.zeros((3, 256), np.int64)
     seen = 0
     for start in range(0, len(order), _CELLS_AT_ONCE):
         some = cells[np.sort(order[start : start + _CELLS_AT_ONCE])]
-        found += _cell_pixels(tiles, some)
+        found += _cell_pixels(tiles, some, counts)
         seen += len(some)
         if sum(map(len, found)) >= pixels:
             break
     rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
     if len(rgb) > pixels:
         rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
-    return rgb, seen
+    return rgb, seen, kernel.white_of_counts(counts)
 
 
-def _cell_pixels(tiles: Tiles, cells: np.ndarray) -> list[np.ndarray]:
-    """The tissue pixels of cells, in their order; those that lie together are read together."""
+def _cell_pixels(tiles: Tiles, cells: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """The tissue pixels of cells, in their order; those that lie together are read together.
+
+    Values of all their pixels are added to `counts`, integers ``(3, 256)``.
+    """
     found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
     block = cells // _BLOCK_CELLS
     order = np.lexsort(block.T[::-1])
@@ -124,7 +130,10 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray) -> list[np.ndarray]:
         rgb = tiles.read(int(left), int(top), int(width), int(height))
         for index in members:
             y, x = cells[index] * CELL - (top, left)
-            found[index] = kernel.tissue_pixels(rgb[y : y + CELL, x : x + CELL])
+            cell = rgb[y : y + CELL, x : x + CELL]
+            found[index] = kernel.tissue_pixels(cell)
+            for channel in range(3):
+                counts[channel] += np.bincount(cell[..., channel].ravel(), minlength=256)
     return found
 
 
@@ -133,7 +142,13 @@ def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
     return kernel.fit_reference(rgb, staintools_backend.extractors())
 
 
-def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[kernel.StainTransform, dict[str, Any]]:
+def fit_slide(
+    rgb: np.ndarray,
+    requested: str,
+    model: ModelPackage,
+    strength: float | None = None,
+    white: np.ndarray | None = None,
+) -> tuple[kernel.StainTransform, dict[str, Any]]:
     """Fit a slide's transform, or leave its colours as they are when that cannot be done.
 
     Parameters
@@ -144,15 +159,19 @@ def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[ker
         One of `METHODS`.
     model : ModelPackage
         The model whose stain is the target.
+    strength : float, optional
+        How far towards the target, 0 to 1; None is as far as the model wants it with method ``model``, else 1.
+    white : numpy.ndarray, optional
+        OD of the slide's glass, float64, shape ``(3,)``; None is none.
 
     Returns
     -------
     transform : StainTransform
         The transform.
     payload : dict
-        JSON values for the manifest: ``requested``, ``method`` (the one in effect), ``transform``, ``source`` (the
-        slide's own fit), ``target`` (the entry of the model's reference), ``stains`` (the slide's own stain vectors,
-        for measurements, or None), ``extractor``, ``warnings``.
+        JSON values for the manifest: ``requested``, ``method`` (the one in effect), ``strength``, ``transform``,
+        ``source`` (the slide's own fit), ``target`` (the entry of the model's reference), ``stains`` (the slide's own
+        stain vectors, for measurements, or None), ``extractor``, ``warnings``.
 
     Raises
     ------
@@ -165,6 +184,10 @@ def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[ker
     extractors = staintools_backend.extractors()
     if method == "vahadane" and method not in extractors:
         raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
+    if strength is None:
+        strength = float(model.stain.get("strength", 1.0)) if requested == "model" else 1.0
+    if strength == 0:
+        method = "none"
     reference = model.stain.get("reference") or {}
     target = method
     if method == "vahadane" and method not in reference and "macenko" in reference:
@@ -180,7 +203,7 @@ def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[ker
     transform = kernel.StainTransform()
     source: dict[str, Any] = {}
     try:
-        transform, source = kernel.fit_transform(rgb, method, reference, extractors)
+        transform, source = kernel.fit_transform(rgb, method, reference, extractors, strength, white)
     except kernel.StainFitError as error:
         warnings.append(f"stain left as it is: {error}")
         method = target = "none"
@@ -194,6 +217,7 @@ def fit_slide(rgb: np.ndarray, requested: str, model: ModelPackage) -> tuple[ker
     return transform, {
         "requested": requested,
         "method": method,
+        "strength": strength,
         "transform": transform.to_json(),
         "source": source,
         "target": target,
@@ -212,6 +236,7 @@ def run_stain(
     png: Path,
     *,
     method: str = "model",
+    strength: float | None = None,
     on_bad_slide: str = "continue",
 ) -> dict[str, Any]:
     """Run the stage.
@@ -228,6 +253,8 @@ def run_stain(
         The manifest and the preview to write.
     method : str
         One of `METHODS`.
+    strength : float, optional
+        How far towards the reference; None is as far as the model wants it with method ``model``, else 1.
     on_bad_slide : {"continue", "stop"}
         See `pipeline.stage.run_stage`.
 
@@ -242,8 +269,8 @@ def run_stain(
         from pipeline.tiles import TileStore
 
         store = TileStore.open(zarr)
-        rgb, cells = sample_tissue(store)
-        transform, payload = fit_slide(rgb, method, package)
+        rgb, cells, white = sample_tissue(store)
+        transform, payload = fit_slide(rgb, method, package, strength, white)
         for warning in payload["warnings"]:
             log.warning("slide %r: %s", slide, warning)
         draw_preview(store, transform, payload, package).save(staged["png"])
@@ -330,7 +357,8 @@ def draw_preview(
     image = Image.new("RGB", (width, head + (2 * (side + gap) - gap if windows else 20) + margin), paper)
     draw = ImageDraw.Draw(image)
     title, text = ImageFont.load_default(17), ImageFont.load_default(13)
-    name = "left as it is" if payload["method"] == "none" else f"{payload['method']}, towards the model's reference"
+    way = f"{payload['strength']:.0%} of the way" if payload["strength"] < 1 else "all the way"
+    name = "left as it is" if payload["method"] == "none" else f"{payload['method']}, {way} to the model's reference"
     draw.text((margin, 12), f"Stain: {name}", ink, title)
     note = payload["warnings"][0] if payload["warnings"] else f"{tiles.grid.mpp:g} microns per pixel"
     draw.text((margin, 36), note, (176, 62, 20) if payload["warnings"] else quiet, text)
@@ -361,6 +389,13 @@ def draw_preview(
     return image
 
 
+def _strength(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline stain``."""
     parser.add_argument("--slide", required=True, help="name of the slide")
@@ -372,6 +407,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="model",
         help="stain normalisation (default: what the model was trained with)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=_strength,
+        metavar="S",
+        help="how far towards the model's reference, 0 to 1 (default: with --method=model what its card says, else 1)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="preview to write")
@@ -388,6 +429,7 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         args.png,
         method=args.method,
+        strength=args.strength,
         on_bad_slide=args.on_bad_slide,
     )
     return 0

@@ -25,6 +25,12 @@ MAX_OD = math.log(256)
 TISSUE_OD = 0.15
 """Mean OD of a pixel from which it counts as tissue."""
 
+WHITE_SHARE = 0.005
+"""Share of the pixels that are brighter than what counts as glass."""
+
+WHITE_OD = 0.1
+"""Mean OD from which the brightest pixels are no glass."""
+
 INK_RATIO = 0.7
 """OD of green over OD of red below which a pixel is blue or green ink: no mixture of hematoxylin and eosin is so."""
 
@@ -88,6 +94,41 @@ def tissue_pixels(rgb: np.ndarray, limit: int = 500_000) -> np.ndarray:
     if len(pixels) > limit:
         pixels = pixels[np.linspace(0, len(pixels) - 1, limit).astype(np.int64)]
     return pixels
+
+
+def white_level(rgb: np.ndarray) -> np.ndarray:
+    """OD of the glass beside the tissue: that of the brightest pixels of each channel.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        uint8, shape ``(..., 3)``, tissue and background.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, shape ``(3,)``; zeros where the brightest pixels are so dark that no glass can be among them.
+    """
+    flat = np.asarray(rgb).reshape(-1, 3)
+    counts = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)])
+    return white_of_counts(counts)
+
+
+def white_of_counts(counts: np.ndarray) -> np.ndarray:
+    """`white_level` from how often each value occurs in each channel, integers ``(3, 256)``."""
+    total = counts[0].sum()
+    if total == 0:
+        return np.zeros(3)
+    brighter = np.cumsum(counts[:, ::-1], axis=1)  # from 255 down
+    value = 255 - (brighter > WHITE_SHARE * total).argmax(axis=1)
+    white = OD_TABLE[value].astype(np.float64)
+    return white if white.mean() < WHITE_OD else np.zeros(3)
+
+
+def balance(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Colours with the OD of the glass subtracted, uint8, of the same shape as `rgb`."""
+    table = od_to_rgb(np.maximum(OD_TABLE[:, None] - np.asarray(white, np.float32), 0))
+    return np.stack([table[rgb[..., channel], channel] for channel in range(3)], axis=-1)
 
 
 def _unit_rows(matrix: np.ndarray) -> np.ndarray:
@@ -272,12 +313,15 @@ class StainTransform:
     Parameters
     ----------
     method : {"none", "matrix", "reinhard", "lut"}
-        ``matrix``: ``OD' = OD @ matrix``. ``reinhard``: mean and spread of each Lab channel are moved from source to
-        target, ``Lab' = Lab * scale + offset`` with the numbers of `lab_affine`. ``lut``: one table of 256 values a
-        channel. The latter two are faded out towards white: with ``w = min(1, mean OD / TISSUE_OD)`` the result is
+        ``matrix``: ``OD' = max(OD - white, 0) @ matrix``. ``reinhard``: mean and spread of each Lab channel are moved
+        from source to target, ``Lab' = Lab * scale + offset`` with the numbers of `lab_affine`. ``lut``: one table of
+        256 values a channel. The latter two are faded out towards white: with ``w = min(1, mean OD / TISSUE_OD)`` the
+        result is
         ``rint(rgb + w (moved - rgb))``, `moved` being clipped to 0..255 but not rounded.
     matrix : tuple, optional
         3 x 3.
+    white : tuple, optional
+        OD of the glass in each channel, with a matrix; without it, nothing is subtracted.
     source, target : tuple, optional
         Means and standard deviations of L, a and b: 2 x 3 each.
     lut : tuple, optional
@@ -289,6 +333,7 @@ class StainTransform:
     source: Rows | None = None
     target: Rows | None = None
     lut: tuple[tuple[int, ...], ...] | None = None
+    white: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         needs = {"none": (), "matrix": ("matrix",), "reinhard": ("source", "target"), "lut": ("lut",)}
@@ -301,15 +346,21 @@ class StainTransform:
                 raise ValueError(f"a stain transform of method {self.method} has no fitting {name}")
             if value is not None and (np.shape(value) != shape or not np.isfinite(value).all()):
                 raise ValueError(f"{name} of a stain transform must hold {shape} finite numbers")
+        if self.white is not None:
+            if self.method != "matrix":
+                raise ValueError(f"a stain transform of method {self.method} has no white")
+            if np.shape(self.white) != (3,) or not np.isfinite(self.white).all() or min(self.white) < 0:
+                raise ValueError("white of a stain transform must hold 3 numbers of at least 0")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StainTransform:
         """The transform that `to_json` described."""
         fields = dict(value)
-        lut = fields.pop("lut", None)
+        lut, white = fields.pop("lut", None), fields.pop("white", None)
         return cls(
             method=fields.pop("method"),
             lut=None if lut is None else tuple(tuple(int(item) for item in row) for row in lut),
+            white=None if white is None else tuple(float(item) for item in white),
             **{name: _rows(rows) for name, rows in fields.items()},
         )
 
@@ -320,6 +371,8 @@ class StainTransform:
             value = getattr(self, name)
             if value is not None:
                 fields[name] = [list(row) for row in value]
+        if self.white is not None:
+            fields["white"] = list(self.white)
         return fields
 
     def apply(self, rgb: np.ndarray) -> np.ndarray:
@@ -347,7 +400,8 @@ class StainTransform:
         return out.reshape(rgb.shape)
 
     def _apply_matrix(self, rgb: np.ndarray, out: np.ndarray) -> None:
-        od = cv2.transform(cv2.LUT(rgb, _NEGATIVE_OD), np.asarray(self.matrix, np.float32).T)
+        table = _NEGATIVE_OD if self.white is None else np.minimum(_NEGATIVE_OD + np.asarray(self.white, np.float32), 0)
+        od = cv2.transform(cv2.LUT(rgb, table), np.asarray(self.matrix, np.float32).T)
         np.clip(od, np.float32(-MAX_OD), 0, out=od)
         out[:] = cv2.convertScaleAbs(cv2.exp(od), alpha=256, beta=-1)
 
@@ -444,9 +498,9 @@ def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] | None = 
     StainFitError
         When the pixels do not look like H&E.
     """
-    pixels = tissue_pixels(rgb)
+    pixels, balanced = tissue_pixels(rgb), tissue_pixels(balance(rgb, white_level(rgb)))
     extractors = {"macenko": extract_macenko} if extractors is None else extractors
-    reference: dict[str, Any] = {name: fit_stains(pixels, extract) for name, extract in extractors.items()}
+    reference: dict[str, Any] = {name: fit_stains(balanced, extract) for name, extract in extractors.items()}
     return reference | {"reinhard": fit_lab(pixels), "histogram": fit_histogram(pixels)}
 
 
@@ -461,7 +515,8 @@ def fit_transform(
     method: str,
     reference: Mapping[str, Any],
     extractors: Mapping[str, Extractor] | None = None,
-    alpha: float = 1.0,
+    strength: float = 1.0,
+    white: np.ndarray | None = None,
 ) -> tuple[StainTransform, dict[str, Any]]:
     """Fit the transform of a slide towards a reference.
 
@@ -475,8 +530,13 @@ def fit_transform(
         What `fit_reference` gave.
     extractors : mapping of str to callable, optional
         As for `fit_reference`.
-    alpha : float
-        Strength of method ``histogram``, 0..1.
+    strength : float
+        How far towards the reference, 0 (the slide's own colours) to 1 (the reference's): in between lie, of a matrix
+        method, the weighted geometric mean of transmitted light (the mean of OD), of ``reinhard`` and ``histogram`` the
+        weighted mean of the slide's and the reference's statistics.
+    white : numpy.ndarray, optional
+        What `white_level` gave for the slide. Matrix methods take it off first, or the glass would be coloured by what
+        strengthens pale stains; the other methods leave what is pale as it is.
 
     Returns
     -------
@@ -499,12 +559,15 @@ def fit_transform(
     mixing with the target's vectors are one 3 x 3 matrix on OD. ``reinhard``: Reinhard et al., Color transfer between
     images, IEEE CG&A 21(5), 2001, in Lab.
     """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be within 0 and 1, got {strength}")
     if method == "none":
         return StainTransform(), {}
     target = reference[method]
     if method == "reinhard":
         source = fit_lab(rgb)
-        rows = {name: (fit["mean"], fit["std"]) for name, fit in (("source", source), ("target", target))}
+        rows = {name: np.array((fit["mean"], fit["std"])) for name, fit in (("source", source), ("target", target))}
+        rows["target"] = (1 - strength) * rows["source"] + strength * rows["target"]
         ratio = np.divide(target["std"], source["std"])
         if max(ratio.max(), 1 / ratio.min()) > MAX_SCALE:
             raise StainFitError(
@@ -513,10 +576,16 @@ def fit_transform(
         return StainTransform("reinhard", source=_rows(rows["source"]), target=_rows(rows["target"])), source
     if method == "histogram":
         source = fit_histogram(rgb)
-        table = matching_table(np.array(source["cdf"]), np.array(target["cdf"]), alpha)
+        table = matching_table(np.array(source["cdf"]), np.array(target["cdf"]), strength)
         return StainTransform("lut", lut=tuple(tuple(row) for row in table.tolist())), source
+    glass = np.zeros(3) if white is None else np.round(white, 6)
+    if glass.any():
+        rgb = balance(rgb, glass)
+        rgb = rgb[tissue_mask(rgb)]
     source = fit_stains(rgb, ({"macenko": extract_macenko} if extractors is None else extractors)[method])
     scale = np.divide(target["max_concentrations"], source["max_concentrations"])
     _require_scale("stain strength", scale)
     matrix = unmixing(np.array(source["matrix"])) @ np.diag(scale) @ np.array(target["matrix"])
-    return StainTransform("matrix", matrix=_rows(np.round(matrix, 8))), source
+    matrix = (1 - strength) * np.eye(3) + strength * matrix
+    moved = _rows(np.round(matrix, 8))
+    return StainTransform("matrix", matrix=moved, white=tuple(glass.tolist()) if glass.any() else None), source

@@ -64,7 +64,7 @@ class ModelPackage:
     classes : tuple of NucleusClass
         Classes of nuclei; a model without a type head has one.
     stain : dict
-        ``method`` and ``reference``.
+        ``method``, ``reference`` and, where it is not 1, ``strength``.
     thresholds : InstanceRules
         How maps become instances.
     licence, description : str
@@ -102,6 +102,8 @@ class ModelPackage:
             raise ValueError(f"mpp must be within 0.05 and 5 µm, got {self.mpp}")
         if not 0 < 2 * self.overlap <= self.patch:
             raise ValueError(f"overlap must be within 1 and half the patch ({self.patch}), got {self.overlap}")
+        if not 0 <= float(self.stain.get("strength", 1)) <= 1:
+            raise ValueError(f"stain.strength must be within 0 and 1, got {self.stain['strength']}")
         if not self.classes:
             raise ValueError("a model needs at least one class")
 

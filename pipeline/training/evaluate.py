@@ -72,7 +72,7 @@ class Evaluator:
         network.to(device)
         found = []
         for one in fields:
-            version = normalise(one.image, self.experiment.stain, self.reference)
+            version = normalise(one.image, self.experiment.stain, self.reference, self.experiment.stain_strength)
             image = resize_to_model(one.image if version is None else version, one.mpp, self.experiment.mpp)
             found.append(predict_field(network, image, self.outputs, self.window))
         network.cpu()

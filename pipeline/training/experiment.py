@@ -47,7 +47,16 @@ class EvaluationSettings:
             raise PipelineError(f"train: evaluation.tta {self.tta!r}", f"choose from {', '.join(TTA)}")
 
 
-RESULT_ONLY = ("final_steps", "patch", "overlap", "licence", "description", "encoder_licence", "evaluation")
+RESULT_ONLY = (
+    "final_steps",
+    "patch",
+    "overlap",
+    "licence",
+    "description",
+    "encoder_licence",
+    "evaluation",
+    "stain_strength",
+)
 SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
 
 
@@ -81,6 +90,8 @@ class Experiment:
     stain : str
         Normalisation of the slides, one of `pipeline.kernels.stain.METHODS`. In training the network sees fields as
         they are and normalised.
+    stain_strength : float
+        How far the model's normalisation goes towards the reference, 0 to 1; training sees both ends.
     reference : str
         The field whose stain the others are brought to; ``auto`` chooses it.
     holdout : str
@@ -118,6 +129,7 @@ class Experiment:
     patch: int = 320
     overlap: int = 32
     stain: str = "macenko"
+    stain_strength: float = 1.0
     reference: str = "auto"
     holdout: str = "monuseg"
     validation: int = 4
@@ -150,6 +162,8 @@ class Experiment:
                 raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")
         if self.stain not in METHODS:
             raise PipelineError(f"train: stain {self.stain!r}", f"choose from {', '.join(METHODS)}")
+        if not 0 <= self.stain_strength <= 1:
+            raise PipelineError(f"train: stain_strength {self.stain_strength}", "use a number from 0 to 1")
         map_names(self.heads, self.classes)
         try:
             rules = self.rules

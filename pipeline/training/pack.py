@@ -118,7 +118,7 @@ def pack(
         classes=tuple(
             NucleusClass(name, COLORS[index % len(COLORS)]) for index, name in enumerate(classes or ["Nucleus"])
         ),
-        stain={"method": experiment.stain, "reference": reference},
+        stain={"method": experiment.stain, "strength": experiment.stain_strength, "reference": reference},
         thresholds=rules,
         licence=experiment.licence,
         description=experiment.description,

@@ -29,6 +29,7 @@ from pipeline.kernels.stain import (
     fit_transform,
     tissue_mask,
     tissue_pixels,
+    white_level,
 )
 from pipeline.training.data import load_fields, source_name
 from pipeline.training.field import Field
@@ -356,7 +357,7 @@ def choose_reference(
     return chosen, stain_reference(chosen, method)
 
 
-def normalise(image: np.ndarray, method: str, reference: dict[str, Any], alpha: float = 1.0) -> np.ndarray | None:
+def normalise(image: np.ndarray, method: str, reference: dict[str, Any], strength: float = 1.0) -> np.ndarray | None:
     """A field's image in the stain of a reference, or None when its own cannot be fitted.
 
     Parameters
@@ -367,13 +368,15 @@ def normalise(image: np.ndarray, method: str, reference: dict[str, Any], alpha: 
         One of `pipeline.kernels.stain.METHODS`; None is returned for ``none``.
     reference : dict
         What `stain_reference` gave.
-    alpha : float
-        Strength of method ``histogram``.
+    strength : float
+        How far towards the reference, 0 to 1, see `pipeline.kernels.stain.fit_transform`.
     """
     if method == "none":
         return None
     try:
-        transform, _ = fit_transform(tissue_pixels(image), method, reference, _extractors(method), alpha)
+        transform, _ = fit_transform(
+            tissue_pixels(image), method, reference, _extractors(method), strength, white_level(image)
+        )
     except StainFitError:
         return None
     return transform.apply(image)

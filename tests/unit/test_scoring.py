@@ -150,6 +150,21 @@ def test_sizes_of_nuclei_keep_their_area_at_another_pixel_size() -> None:
     assert tuning_grid("distance", 0.25)["min_area"] == tuple(4 * n for n in tuning_grid("distance", 0.5)["min_area"])
 
 
+@pytest.mark.parametrize("strength", [-1, 2, "x"])
+def test_card_with_an_impossible_strength_is_refused(tmp_path: Path, strength: object) -> None:
+    import json
+
+    from pipeline.errors import PipelineError
+    from pipeline.models.package import CARD, ModelPackage
+    from pipeline.testing import write_package
+
+    card = write_package(tmp_path / "m", "resunet", {"widths": [4, 6]}).to_json()
+    card["stain"]["strength"] = strength
+    (tmp_path / "m" / CARD).write_text(json.dumps(card))
+    with pytest.raises(PipelineError, match="the card is damaged: "):
+        ModelPackage.load(tmp_path / "m")
+
+
 def test_inference_repeats_the_flips_of_the_card(tmp_path: Path) -> None:
     import json
     from dataclasses import replace

@@ -175,11 +175,87 @@ def test_too_different_strengths_are_refused() -> None:
         stain.fit_transform(stain.tissue_pixels(mixture(TYPICAL)), "macenko", far)
 
 
+GLASS = np.array([236, 240, 246], np.uint8)
+
+
+def on_glass(share: float) -> np.ndarray:
+    """Pale tissue as a scanner with bluish glass sees it, beside some of that glass, uint8 (n, 3)."""
+    tissue = mixture(TYPICAL, (0.4, 0.4))
+    seen = np.rint(tissue * (GLASS / 255.0)).astype(np.uint8)
+    return np.concatenate([seen, np.tile(GLASS, (round(share / (1 - share) * len(seen)), 1))])
+
+
+def test_white_is_the_glass_where_there_is_some() -> None:
+    assert np.allclose(stain.white_level(on_glass(0.05)), stain.rgb_to_od(GLASS))
+    assert not stain.white_level(mixture(TYPICAL, (3.0, 3.0))[: 10**4] // 2).any()  # nothing but dark tissue
+    assert not stain.white_level(np.empty((0, 3), np.uint8)).any()
+    assert not stain.white_level(np.full((50, 50, 3), 255, np.uint8)).any()
+
+
+def test_a_speck_is_no_glass() -> None:
+    rgb = on_glass(0.05)
+    speck = np.full((len(rgb) // 1000, 3), 255, np.uint8)
+    assert np.allclose(stain.white_level(np.concatenate([rgb, speck])), stain.rgb_to_od(GLASS))
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_glass_becomes_white_however_much_stains_are_strengthened(strength: float) -> None:
+    rgb = on_glass(0.05)
+    target = stain.fit_reference(mixture(TYPICAL, (1.6, 1.6)))
+    plain, corrected = (
+        stain.fit_transform(stain.tissue_pixels(rgb), "macenko", target, strength=strength, white=white)[0]
+        for white in (None, stain.white_level(rgb))
+    )
+    assert (corrected.apply(GLASS[None]) == 255).all()
+    assert (corrected.apply(np.full((1, 3), 255, np.uint8)) == 255).all()
+    assert plain.apply(GLASS[None]).min() < 236
+    assert stain.StainTransform.from_json(json.loads(json.dumps(corrected.to_json()))) == corrected
+    # As the same tissue would have come out on clear glass.
+    clear = mixture(TYPICAL, (0.4, 0.4))
+    wanted = stain.fit_transform(stain.tissue_pixels(clear), "macenko", target, strength=strength)[0].apply(clear)
+    assert np.abs(corrected.apply(rgb)[: len(clear)].astype(int) - wanted).mean() < 4
+
+
+@pytest.mark.parametrize("white", [(0.1,), (-0.1, 0, 0), (float("nan"), 0, 0)])
+def test_impossible_white_is_refused(white: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="white of a stain transform"):
+        stain.StainTransform("matrix", matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1)), white=white)
+    with pytest.raises(ValueError, match="has no white"):
+        stain.StainTransform(white=(0.1, 0.1, 0.1))
+
+
+def test_half_of_a_matrix_method_is_the_geometric_mean() -> None:
+    rgb = mixture(TYPICAL)
+    pixels = stain.tissue_pixels(rgb)
+    none, full, half = (stain.fit_transform(pixels, "macenko", reference(), strength=s)[0] for s in (0.0, 1.0, 0.5))
+    assert np.array_equal(none.apply(rgb), rgb)
+    # Clamping aside, OD is the mean of both ends' OD.
+    mean = (stain.rgb_to_od(rgb) + stain.rgb_to_od(full.apply(rgb))) / 2
+    assert np.abs(half.apply(rgb).astype(int) - stain.od_to_rgb(mean)).max() <= 2
+
+
+def test_half_of_reinhard_ends_between() -> None:
+    rgb = mixture(TYPICAL)
+    pixels = stain.tissue_pixels(rgb)
+    ends = [stain.fit_transform(pixels, "reinhard", reference(), strength=s)[0] for s in (0.0, 0.5, 1.0)]
+    assert np.abs(ends[0].apply(rgb).astype(int) - rgb).max() <= 1
+    means = [np.array(end.target)[0] for end in ends]
+    assert np.allclose(means[1], (means[0] + means[2]) / 2)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_strength_is_a_share(strength: float) -> None:
+    with pytest.raises(ValueError, match="strength must be within 0 and 1"):
+        stain.fit_transform(stain.tissue_pixels(mixture(TYPICAL)), "macenko", reference(), strength=strength)
+
+
 def test_histogram_strength_is_a_blend() -> None:
     pixels = stain.tissue_pixels(mixture(TYPICAL))
-    none, _ = stain.fit_transform(pixels, "histogram", reference(), alpha=0.0)
+    none, _ = stain.fit_transform(pixels, "histogram", reference(), strength=0.0)
     assert none.lut == (tuple(range(256)),) * 3
-    full, half = (stain.fit_transform(pixels, "histogram", reference(), alpha=alpha)[0] for alpha in (1.0, 0.5))
+    full, half = (
+        stain.fit_transform(pixels, "histogram", reference(), strength=strength)[0] for strength in (1.0, 0.5)
+    )
     middle = (np.array(full.lut) + np.arange(256)) / 2
     assert np.abs(np.array(half.lut) - middle).max() <= 1
     assert (np.diff(np.array(full.lut, int), axis=1) >= 0).all()

@@ -66,9 +66,15 @@ def test_sampling_is_bounded_deterministic_and_looks_at_active_cells_only() -> N
     elsewhere = np.array([120, 40, 130], np.uint8)  # looks like tissue
     rgb[~np.kron(active, np.ones((64, 64), bool))[:1000, :1500]] = elsewhere
     tiles = ArrayTiles(rgb, active)
-    pixels, cells = stain.sample_tissue(tiles, 5000)
+    pixels, cells, white = stain.sample_tissue(tiles, 5000)
     assert pixels.shape == (5000, 3)
     assert cells == active.sum()
+    assert np.array_equal(
+        white,
+        kernel.white_level(
+            np.concatenate([rgb[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(active)])
+        ),
+    )
     assert len(tiles.reads) == 2  # blocks of 1024 pixels
     everything = stain.sample_tissue(tiles, 10**6)[0]
     assert not (everything == elsewhere).all(axis=1).any()
@@ -80,7 +86,7 @@ def test_sampling_is_bounded_deterministic_and_looks_at_active_cells_only() -> N
 
 @pytest.mark.parametrize("method", ["model", "none", "macenko", "reinhard", "histogram"])
 def test_methods(method: str) -> None:
-    pixels, _ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
     transform, payload = stain.fit_slide(pixels, method, model())
     expected = "macenko" if method == "model" else method
     assert (payload["requested"], payload["method"], payload["warnings"]) == (method, expected, [])
@@ -89,10 +95,36 @@ def test_methods(method: str) -> None:
     assert kernel.angle(stain.stain_matrix(payload)[0][0], kernel.RUIFROK[0]) < 12
 
 
+def test_strength_is_the_models_unless_stated() -> None:
+    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    whole = model()
+    half = SimpleNamespace(name="toy", stain={**whole.stain, "strength": 0.5})
+    found = {
+        (name, stated): stain.fit_slide(pixels, "model", package, stated)
+        for name, package in (("whole", whole), ("half", half))
+        for stated in (None, 1.0, 0.5)
+    }
+    assert found["whole", None][0] == found["half", 1.0][0] != found["half", None][0] == found["whole", 0.5][0]
+    assert found["half", None][1]["strength"] == 0.5
+    assert found["whole", None][1]["strength"] == 1
+    # A method that is asked for by name goes all the way, whatever the card says.
+    assert stain.fit_slide(pixels, "macenko", half)[0] == found["whole", None][0]
+
+
+def test_strength_nought_leaves_colours_and_still_finds_the_stains() -> None:
+    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    package = model()
+    package.stain["strength"] = 0
+    transform, payload = stain.fit_slide(pixels, "model", package)
+    assert transform == kernel.StainTransform()
+    assert (payload["method"], payload["warnings"]) == ("none", [])
+    assert stain.stain_matrix(payload)[1] == "slide"
+
+
 @pytest.mark.parametrize("method", ["macenko", "reinhard", "histogram", "none"])
 def test_white_slide_is_left_as_it_is(method: str) -> None:
     tiles = ArrayTiles(np.full((200, 300, 3), 245, np.uint8))
-    pixels, _ = stain.sample_tissue(tiles)
+    pixels, *_ = stain.sample_tissue(tiles)
     transform, payload = stain.fit_slide(pixels, method, model())
     assert transform == kernel.StainTransform()
     assert payload["method"] == "none"

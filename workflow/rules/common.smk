@@ -281,6 +281,12 @@ def batch_options(wildcards):
     return [] if config["infer"]["batch"] is None else [f"--batch={config['infer']['batch']}"]
 
 
+@known
+def strength_options(wildcards):
+    """Option for the strength of the stain normalisation, where one is set."""
+    return [] if config["stain"]["strength"] is None else [f"--strength={config['stain']['strength']}"]
+
+
 def own_gpus(device):
     """GPUs for a job on this machine: one, where there is any and the settings allow it.
 

@@ -119,10 +119,11 @@ rule stain:
     params:
         slide=slide_name,
         model=model_folder,
-        method=lambda wildcards: config["stain"]["method"],
+        method=config["stain"]["method"],
+        strength=strength_options,
     shell:
         "python -m pipeline stain --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
-        "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} "
+        "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} {params.strength:q} "
         "--out={output.manifest:q} --png={output.png:q} "
         "> {log:q} 2>&1"
 
