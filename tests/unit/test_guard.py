@@ -62,7 +62,11 @@ def test_log_tells_where_the_work_hangs(capfd: pytest.CaptureFixture[str]) -> No
     assert "in decode_forever" in capfd.readouterr().err
 
 
-def test_log_tells_where_a_library_crashed(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("reset", [False, True])
+def test_log_tells_where_a_library_crashed(reset: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    if reset:  # as libraries do that put back the handlers that Python knows of
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+
     def decode_badly() -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 

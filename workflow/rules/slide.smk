@@ -119,7 +119,7 @@ rule stain:
     params:
         slide=slide_name,
         model=model_folder,
-        method=config["stain"]["method"],
+        method=lambda wildcards: config["stain"]["method"],
         strength=strength_options,
     shell:
         "python -m pipeline stain --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
