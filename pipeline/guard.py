@@ -114,8 +114,8 @@ def _receive(reader: int, seconds: float) -> bytes | None:
 def _in_child(work: Callable[[], Any], pipe: IO[bytes]) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # To the log, whatever `sys.stderr` is: where a library crashed or hangs. Off first: where it is on, it would not take
-    # back signals that a library has reset (Lightning does).
+    # To the log, whatever `sys.stderr` is: where a library crashed or hangs. Off first: where it is on, it would not
+    # take back signals that a library has reset (Lightning does).
     faulthandler.disable()
     faulthandler.enable(file=2)
     faulthandler.register(_TELL, file=2)
