@@ -160,7 +160,8 @@ def fit_slide(
     model : ModelPackage
         The model whose stain is the target.
     strength : float, optional
-        How far towards the target, 0 to 1; None is as far as the model wants it with method ``model``, else 1.
+        How far towards the target, 0 to 1; None is as far as the model wants it with method ``model``
+        (and further for stains that it does not know, see `pipeline.kernels.stain.adapted_strength`), else 1.
     white : numpy.ndarray, optional
         OD of the slide's glass, float64, shape ``(3,)``; None is none.
 
@@ -184,6 +185,7 @@ def fit_slide(
     extractors = staintools_backend.extractors()
     if method == "vahadane" and method not in extractors:
         raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
+    adapt = strength is None
     if strength is None:
         strength = float(model.stain.get("strength", 1.0)) if requested == "model" else 1.0
     if strength == 0:
@@ -203,7 +205,9 @@ def fit_slide(
     transform = kernel.StainTransform()
     source: dict[str, Any] = {}
     try:
-        transform, source = kernel.fit_transform(rgb, method, reference, extractors, strength, white)
+        transform, source = kernel.fit_transform(rgb, method, reference, extractors, strength, white, adapt)
+        if adapt and source:
+            strength = round(kernel.adapted_strength(source, reference[method], strength), 4)
     except kernel.StainFitError as error:
         warnings.append(f"stain left as it is: {error}")
         method = target = "none"

@@ -375,7 +375,7 @@ def normalise(image: np.ndarray, method: str, reference: dict[str, Any], strengt
         return None
     try:
         transform, _ = fit_transform(
-            tissue_pixels(image), method, reference, _extractors(method), strength, white_level(image)
+            tissue_pixels(image), method, reference, _extractors(method), strength, white_level(image), adapt=True
         )
     except StainFitError:
         return None

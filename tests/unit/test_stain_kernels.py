@@ -234,6 +234,27 @@ def test_half_of_a_matrix_method_is_the_geometric_mean() -> None:
     assert np.abs(half.apply(rgb).astype(int) - stain.od_to_rgb(mean)).max() <= 2
 
 
+def test_new_stains_are_normalised_further_than_known_ones() -> None:
+    def turned(degrees: float) -> dict:
+        along, up = TYPICAL[0], np.cross(TYPICAL[0], TYPICAL[1])
+        up = up / np.linalg.norm(up)
+        return {"matrix": [np.cos(np.radians(degrees)) * along + np.sin(np.radians(degrees)) * up, TYPICAL[1]]}
+
+    own = turned(0)
+    found = [stain.adapted_strength(turned(degrees), own, 0.25) for degrees in (0, 9.9, 12, 14.1, 25)]
+    assert found == pytest.approx([0.25, 0.25, 0.625, 1, 1])
+    assert stain.adapted_strength(turned(25), own, 0) == 0
+    assert stain.adapted_strength({"cdf": []}, {"cdf": []}, 0.25) == 0.25
+    # The transform follows: a new stain goes all the way, unless told how far.
+    target = stain.fit_reference(mixture(TYPICAL))
+    pixels = stain.tissue_pixels(mixture(np.array(turned(20)["matrix"])))
+    full, adapted, stated = (
+        stain.fit_transform(pixels, "macenko", target, strength=s, adapt=a)[0]
+        for s, a in ((1.0, False), (0.25, True), (0.25, False))
+    )
+    assert adapted == full != stated
+
+
 def test_half_of_reinhard_ends_between() -> None:
     rgb = mixture(TYPICAL)
     pixels = stain.tissue_pixels(rgb)
