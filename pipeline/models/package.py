@@ -64,7 +64,7 @@ class ModelPackage:
     classes : tuple of NucleusClass
         Classes of nuclei; a model without a type head has one.
     stain : dict
-        ``method``, ``reference`` and, where it is not 1, ``strength``.
+        ``method``, ``reference`` and ``strength`` (1 without it).
     thresholds : InstanceRules
         How maps become instances.
     licence, description : str
