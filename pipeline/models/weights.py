@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipeline.errors import PipelineError
@@ -71,3 +71,56 @@ def load_network(package: ModelPackage) -> nn.Module:
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_weights(network, state | counters)
     return network.eval()
+
+
+def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor]:
+    """A package's weights for a network of its kind that draws other maps.
+
+    Maps of the same name keep what draws them; new ones begin at random, and those that are not wanted go.
+
+    Parameters
+    ----------
+    package : ModelPackage
+        The package.
+    names : sequence of str
+        The maps, see `pipeline.networks.outputs.map_names`.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Weights of the package's network with one channel for each of `names`.
+
+    Raises
+    ------
+    PipelineError
+        When the weights are not those of the card or belong to another network.
+    """
+    from pipeline.networks.outputs import map_names
+    from pipeline.networks.registry import build_network
+
+    state = load_network(package).state_dict()
+    known = map_names(package.heads, [one.name for one in package.classes])
+    if known == tuple(names):
+        return state
+
+    def build(channels: int) -> dict[str, Tensor]:
+        return build_network(package.network, channels, package.network_args, pretrained=False).state_dict()
+
+    fresh = build(len(names))
+    try:
+        wider = build(len(names) + 1)
+    except PipelineError:  # a network of so many heads, whatever they draw
+        wider = fresh
+    for name, weight in fresh.items():
+        if name not in state:
+            continue
+        if wider[name].shape == weight.shape:
+            if state[name].shape == weight.shape:
+                weight.copy_(state[name])
+            continue
+        rows = len(weight) // len(names)  # more than one where pixels are folded into channels
+        for new, map_name in enumerate(names):
+            if map_name in known:
+                old = known.index(map_name)
+                weight[new * rows : (new + 1) * rows] = state[name][old * rows : (old + 1) * rows]
+    return fresh

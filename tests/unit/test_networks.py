@@ -24,7 +24,7 @@ from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
-from pipeline.models.weights import load_network, load_weights  # noqa: E402
+from pipeline.models.weights import load_network, load_weights, weights_for  # noqa: E402
 from pipeline.networks.blocks import PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
@@ -159,6 +159,22 @@ def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> N
     large.train()(x).square().mean().backward()
     added = [p for name, p in large.named_parameters() if name.startswith("deeper")]
     assert all(p.grad is not None for p in added)
+
+
+@pytest.mark.parametrize(("network", "args"), [("resunet", {}), ("resunet", {"fold": 2}), ("squeeze-unet", {}),
+                                               ("hovernet-se", {})])  # fmt: skip
+def test_maps_keep_their_weights_among_other_heads(tmp_path: Path, network: str, args: dict[str, Any]) -> None:
+    args = SMALL[network] | args
+    package = write_package(tmp_path / "model", network, args, heads=("nucleus", "contour", "distance"))
+    names = ("nucleus", "distance", "type:background", "type:Tumour")
+    other = build_network(network, len(names), args, pretrained=False).eval()
+    load_weights(other, weights_for(package, names), grow=True)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected, found = load_network(package)(x), other(x)
+    torch.testing.assert_close(found[:, 0], expected[:, 0])
+    torch.testing.assert_close(found[:, 1], expected[:, 2])
+    assert (found[:, 2:] - expected[:, 1:2]).abs().amin() > 0
 
 
 def test_networks_that_cannot_grow() -> None:
