@@ -103,7 +103,9 @@ def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Gr
     return np.asarray(shapely.area(shapely.convex_hull(lines)))
 
 
-def measure_stains(runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Tiles, matrix: np.ndarray) -> StainSums:
+def measure_stains(
+    runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None = None
+) -> StainSums:
     """Sums of both stains over the pixels of nuclei.
 
     Parameters
@@ -118,8 +120,10 @@ def measure_stains(runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Til
         The slide's tiles.
     matrix : numpy.ndarray
         Stain matrix, ``(2, 3)``.
+    white : numpy.ndarray, optional
+        OD of the glass, ``(3,)``.
     """
-    sums = StainSums(count, matrix)
+    sums = StainSums(count, matrix, white)
     pieces = cut_runs(runs, nucleus, BLOCK)
     for start, end in zip(pieces.starts, pieces.ends, strict=True):
         y, x0, x1 = pieces.y[start:end], pieces.x0[start:end], pieces.x1[start:end]
@@ -129,7 +133,9 @@ def measure_stains(runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Til
     return sums
 
 
-def measure_batch(batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray) -> dict[str, np.ndarray]:
+def measure_batch(
+    batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """All measurements of some rows of ``instances.parquet``.
 
     Returns
@@ -141,16 +147,18 @@ def measure_batch(batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray) -> di
     lists = batch.column("runs")
     lengths = np.diff(lists.offsets.to_numpy()) // 3
     runs = lists.flatten().to_numpy().reshape(-1, 3)
-    sums = measure_stains(runs, np.repeat(np.arange(len(lengths)), lengths), len(lengths), tiles, matrix)
+    sums = measure_stains(runs, np.repeat(np.arange(len(lengths)), lengths), len(lengths), tiles, matrix, white)
     return values | sums.columns()
 
 
-def measured_batches(source: Any, tiles: Tiles, matrix: np.ndarray, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def measured_batches(
+    source: Any, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     """Batches of ``nuclei.parquet`` from an open ``instances.parquet``."""
     import pyarrow as pa
 
     for batch in source.iter_batches(batch_size=BATCH_ROWS):
-        values = measure_batch(batch, tiles, matrix)
+        values = measure_batch(batch, tiles, matrix, white)
         columns = [
             pa.array(values[field.name].astype(field.type.to_pandas_dtype()))
             if field.name in values
@@ -170,7 +178,9 @@ def measured_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema(fields, metadata=schema.metadata)
 
 
-def write_measured(instances: Path, tiles: Tiles, matrix: np.ndarray, out: Path) -> int:
+def write_measured(
+    instances: Path, tiles: Tiles, matrix: np.ndarray, out: Path, white: np.ndarray | None = None
+) -> int:
     """Measure the nuclei of a file and write them.
 
     Parameters
@@ -183,6 +193,8 @@ def write_measured(instances: Path, tiles: Tiles, matrix: np.ndarray, out: Path)
         Stain matrix, ``(2, 3)``.
     out : pathlib.Path
         ``nuclei.parquet`` to write; one row group a batch.
+    white : numpy.ndarray, optional
+        OD of the glass, ``(3,)``.
 
     Returns
     -------
@@ -197,7 +209,7 @@ def write_measured(instances: Path, tiles: Tiles, matrix: np.ndarray, out: Path)
     schema = measured_schema(source.schema_arrow)
     count = source.metadata.num_rows
     with pq.ParquetWriter(out, schema, **COMPRESSION) as writer, Progress(count, "measure", "nuclei") as progress:
-        for batch in measured_batches(source, tiles, matrix, schema):
+        for batch in measured_batches(source, tiles, matrix, white, schema):
             writer.write_batch(batch)
             progress.advance(batch.num_rows)
     return count
@@ -235,16 +247,17 @@ def run_measure(
     Returns
     -------
     dict
-        The manifest, with ``nuclei`` (count), ``stains`` (the 2 x 3 vectors that were measured) and ``stains_origin``
-        (``slide`` or ``ruifrok``).
+        The manifest, with ``nuclei`` (count), ``stains`` (the 2 x 3 vectors that were measured), ``white`` (OD of the
+        glass, taken off first) and ``stains_origin`` (``slide`` or ``ruifrok``).
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         from pipeline.tiles import TileStore
 
-        matrix, origin = stain_matrix(read_manifest(stain))
-        count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"])
-        return {"nuclei": count, "stains": np.round(matrix, 6).tolist(), "stains_origin": origin}
+        matrix, white, origin = stain_matrix(read_manifest(stain))
+        count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"], white)
+        stains = np.round(matrix, 6).tolist()
+        return {"nuclei": count, "stains": stains, "white": white.tolist(), "stains_origin": origin}
 
     return run_stage(
         "measure",

@@ -101,24 +101,38 @@ def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray
     cells = np.argwhere(tiles.active)
     order = spread_order(len(cells))[:SAMPLE_CELLS]
     found: list[np.ndarray] = []
-    counts = np.zeros((3, 256), np.int64)
+    values = _Values()
     seen = 0
     for start in range(0, len(order), _CELLS_AT_ONCE):
         some = cells[np.sort(order[start : start + _CELLS_AT_ONCE])]
-        found += _cell_pixels(tiles, some, counts)
+        found += _cell_pixels(tiles, some, values)
         seen += len(some)
         if sum(map(len, found)) >= pixels:
             break
     rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
     if len(rgb) > pixels:
         rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
-    return rgb, seen, kernel.white_of_counts(counts)
+    return rgb, seen, kernel.white_of_counts(values.counts, values.white_pixels)
 
 
-def _cell_pixels(tiles: Tiles, cells: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+class _Values:
+    """Sums of `pipeline.kernels.stain.count_values`."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((3, 256), np.int64)
+        self.white_pixels = 0
+
+    def add(self, rgb: np.ndarray) -> None:
+        """Count the values of some pixels."""
+        counts, white_pixels = kernel.count_values(rgb)
+        self.counts += counts
+        self.white_pixels += white_pixels
+
+
+def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values) -> list[np.ndarray]:
     """The tissue pixels of cells, in their order; those that lie together are read together.
 
-    Values of all their pixels are added to `counts`, integers ``(3, 256)``.
+    Values of all their pixels are added to `values`.
     """
     found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
     block = cells // _BLOCK_CELLS
@@ -132,8 +146,7 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray, counts: np.ndarray) -> list[np
             y, x = cells[index] * CELL - (top, left)
             cell = rgb[y : y + CELL, x : x + CELL]
             found[index] = kernel.tissue_pixels(cell)
-            for channel in range(3):
-                counts[channel] += np.bincount(cell[..., channel].ravel(), minlength=256)
+            values.add(cell)
     return found
 
 
@@ -172,7 +185,8 @@ def fit_slide(
     payload : dict
         JSON values for the manifest: ``requested``, ``method`` (the one in effect), ``strength``, ``transform``,
         ``source`` (the slide's own fit), ``target`` (the entry of the model's reference), ``stains`` (the slide's own
-        stain vectors, for measurements, or None), ``extractor``, ``warnings``.
+        stain vectors by Macenko, for measurements, or None) and ``white`` (OD of its glass), which do not depend on
+        the method, ``extractor``, ``warnings``.
 
     Raises
     ------
@@ -211,10 +225,12 @@ def fit_slide(
     except kernel.StainFitError as error:
         warnings.append(f"stain left as it is: {error}")
         method = target = "none"
-    stains: dict[str, Any] | None = source if "matrix" in source else None
+        strength = 0.0
+    glass = np.zeros(3) if white is None else np.round(white, 6)
+    stains: dict[str, Any] | None = source if method == "macenko" else None
     if stains is None:
         try:
-            stains = kernel.fit_stains(rgb, extractors["macenko"])
+            stains = kernel.fit_stains(kernel.balanced_tissue(rgb, glass), extractors["macenko"])
         except kernel.StainFitError as error:
             log.info("stains are measured with typical vectors: %s", error)
     version = staintools_backend.version()
@@ -226,6 +242,7 @@ def fit_slide(
         "source": source,
         "target": target,
         "stains": stains,
+        "white": glass.tolist(),
         "extractor": f"staintools {version}" if version else "own",
         "warnings": warnings,
     }
@@ -291,8 +308,8 @@ def run_stain(
     )
 
 
-def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """The stain vectors to measure a slide with.
+def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+    """What to measure a slide's stains with.
 
     Parameters
     ----------
@@ -303,13 +320,15 @@ def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, str]:
     -------
     matrix : numpy.ndarray
         Unit rows of hematoxylin and eosin, float64, shape ``(2, 3)``.
+    white : numpy.ndarray
+        OD of the glass, float64, shape ``(3,)``.
     origin : {"slide", "ruifrok"}
         Whether they are the slide's own or the typical ones.
     """
-    stains = manifest.get("stains")
+    stains, white = manifest.get("stains"), np.array(manifest.get("white", (0, 0, 0)), np.float64)
     if stains:
-        return np.array(stains["matrix"], np.float64), "slide"
-    return kernel.RUIFROK, "ruifrok"
+        return np.array(stains["matrix"], np.float64), white, "slide"
+    return kernel.RUIFROK, white, "ruifrok"
 
 
 def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:

@@ -260,9 +260,9 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
 
     try:
         known = load(truth)
-        found = load(nuclei.path)
     except PipelineError as error:
         raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
+    found = load(nuclei.path)
     left, top, right, bottom = known.box
     if isinstance(known, LabelMap) and (right, bottom) != tuple(size):
         raise SlideError(

@@ -7,6 +7,9 @@ import gzip
 import json
 import logging
 import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +149,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
     except OSError as error:
         raise bad(error.strerror or str(error)) from None
-    except (ValueError, EOFError, RecursionError) as error:
+    except (ValueError, EOFError, RecursionError, zlib.error) as error:
         raise bad(f"no JSON ({error})") from None
     geometries = []
     try:
@@ -214,6 +217,30 @@ def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
             }
         )
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}) + "\n", encoding="utf-8")
+
+
+def bounds_view(bounds: Sequence[float], grid: Grid) -> tuple[slice, slice]:
+    """Rows and columns of a view that show the scanned part of a slide: ``x, y, width, height`` in level-0 pixels."""
+    x, y, width, height = bounds
+    slices = []
+    for start, size, scale, limit in ((y, height, grid.scale_y, grid.height), (x, width, grid.scale_x, grid.width)):
+        first, last = round(start / scale), round((start + size) / scale)
+        first = min(max(first, 0), limit - 1)
+        slices.append(slice(first, min(max(last, first + 1), limit)))
+    return slices[0], slices[1]
+
+
+def find_within(
+    rgb: np.ndarray, part: tuple[slice, slice], mpp: float, min_area_um2: float, min_hole_um2: float
+) -> TissueMask:
+    """`find_tissue` in a part of a view alone: what no scanner has seen is white without being glass."""
+    found = find_tissue(np.ascontiguousarray(rgb[part]), mpp, min_area_um2, min_hole_um2)
+    masks = []
+    for one in (found.mask, found.ink):
+        whole = np.zeros(rgb.shape[:2], bool)
+        whole[part] = one
+        masks.append(whole)
+    return replace(found, mask=masks[0], ink=masks[1])
 
 
 def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, scale_y: float) -> np.ndarray:
@@ -314,7 +341,7 @@ def run_tissue(
         if mask is not None:
             polygons = read_mask(mask, box)
         else:
-            found = find_tissue(rgb, view_mpp, min_area_um2, min_hole_um2)
+            found = find_within(rgb, bounds_view(bounds, grid), view_mpp, min_area_um2, min_hole_um2)
             pieces = polygons_of(found.mask, grid.scale_x, grid.scale_y, width, height)
             polygons = clean(pieces, box) if pieces else []
         area_px = float(sum(polygon.area for polygon in polygons))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,48 @@ PIXEL_SCORES = ("pixel_accuracy", "pixel_dice", "pixel_iou")
 """Scores of the thresholded nucleus map, before nuclei are made of it."""
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean (percentile method)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
+def bootstrap_interval(
+    values: np.ndarray, groups: Sequence[Hashable] | None = None, seed: int = 0, rounds: int = 2000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean (percentile method).
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        A value for each field.
+    groups : sequence, optional
+        The patient of each field. Fields of one patient are alike: whole patients are drawn, not fields, unless there
+        is but one, whose interval tells nothing of others.
+    seed, rounds : int
+        Of the drawing, and how often.
+
+    References
+    ----------
+    Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
+    """
+    names = groups if groups is not None and len(set(groups)) > 1 else range(len(values))
+    order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    owner = np.array([order[name] for name in names])
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(rounds, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
+def patients_of(images: Mapping[str, Mapping[str, Any]]) -> list[Hashable]:
+    """The patient of each field, see `summarise`."""
+    return [(i.get("source"), i["patient"]) if i.get("patient") else ("", name) for name, i in images.items()]
+
+
 def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of the scores of fields with 95 % bootstrap intervals, and the mean of each organ's.
+    """Mean of the scores of fields with 95 % bootstrap intervals over patients, and the mean of each organ's.
 
     Parameters
     ----------
     images : mapping of str to mapping
-        Scores of each field, with ``organ``.
+        Scores of each field, with ``organ``, and ``source`` and ``patient`` where they are known: a field without is a
+        patient of its own.
     """
     if not images:
         return {"mean": {}, "interval_95": {}, "organs": {}}
@@ -40,8 +67,10 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
 
+    patients = patients_of(images)
     interval = {
-        name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]))] for name in names
+        name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]), patients)]
+        for name in names
     }
     return {
         "mean": mean(list(images.values())),

@@ -140,16 +140,21 @@ def load(path: Path) -> Instances:
 
 
 def _parquet(path: Path) -> Outlines:
+    import pyarrow as pa
     import shapely
 
     from pipeline.nuclei import open_nuclei
 
     with open_nuclei(path) as file:
         parts = []
-        for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry"]):
-            polygons = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
-            _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
-            parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
+        try:
+            for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry"]):
+                polygons = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
+                _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
+                parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
+        except (OSError, pa.ArrowException, shapely.errors.ShapelyError, ValueError) as error:
+            first = " ".join(str(error).split())[:160]
+            raise PipelineError(f"{path} is damaged or holds no polygons: {first}", "write it again") from None
     return _join(parts)
 
 

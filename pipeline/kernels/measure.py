@@ -230,6 +230,8 @@ class StainSums:
         Number of nuclei.
     matrix : numpy.ndarray
         Stain matrix, ``(2, 3)``, rows hematoxylin and eosin.
+    white : numpy.ndarray, optional
+        OD of the glass in each channel, ``(3,)``, which is no stain; none without it.
     """
 
     SCALE = 4096
@@ -238,9 +240,11 @@ class StainSums:
     _LIMIT = 1 << 24
     """Both stains are in one number, eosin in the lower 32 bits, raised by so much that it is positive."""
 
-    def __init__(self, count: int, matrix: np.ndarray) -> None:
+    def __init__(self, count: int, matrix: np.ndarray, white: np.ndarray | None = None) -> None:
         vectors = unmixing(matrix)
-        table = np.rint(OD_TABLE.astype(np.float64)[:, None, None] * vectors * self.SCALE).astype(np.int64)
+        glass = np.zeros(3) if white is None else np.asarray(white, np.float64)
+        od = np.maximum(OD_TABLE.astype(np.float64)[:, None] - glass, 0)
+        table = np.rint(od[:, :, None] * vectors * self.SCALE).astype(np.int64)
         if np.abs(table).max() * 3 >= self._LIMIT:
             raise ValueError("the stain vectors are too close to each other to be told apart")
         packed = (table[..., 0] << 32) + table[..., 1]

@@ -66,6 +66,8 @@ Fields of MoNuSeg and NuCLS are within 10 degrees of the reference of the models
 MAX_SCALE = 5.0
 """Largest factor, up or down, by which a stain's strength may be changed."""
 
+_PEAKS = (226, 252)  # green values of glass that is not white: OD up to some more than WHITE_OD
+
 _BLOCK = 1 << 16  # pixels worked on at once: what fits the cache
 
 Extractor = Callable[[np.ndarray], np.ndarray]
@@ -115,20 +117,54 @@ def white_level(rgb: np.ndarray) -> np.ndarray:
     numpy.ndarray
         float64, shape ``(3,)``; zeros where the brightest pixels are so dark that no glass can be among them.
     """
+    return white_of_counts(*count_values(rgb))
+
+
+def count_values(rgb: np.ndarray) -> tuple[np.ndarray, int]:
+    """How often each value occurs in each channel, int64 ``(3, 256)``, and how many pixels are wholly white."""
     flat = np.asarray(rgb).reshape(-1, 3)
     counts = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)])
-    return white_of_counts(counts)
+    return counts, int(np.count_nonzero(flat.min(axis=1) == 255))
 
 
-def white_of_counts(counts: np.ndarray) -> np.ndarray:
-    """`white_level` from how often each value occurs in each channel, integers ``(3, 256)``."""
+def _glass_is_darker(green: np.ndarray) -> bool:
+    """Whether green values, integers ``(256,)`` of pixels that are not wholly white, have a narrow bright peak.
+
+    Glass that the scanner shows as white leaves a tail that hardly falls towards 255, tissue a wide hump.
+    """
+    smooth = np.convolve(green, np.ones(5), "same")
+    peak = _PEAKS[0] + int(smooth[slice(*_PEAKS)].argmax())
+    darker, brighter = smooth[peak - 12], smooth[min(peak + 8, 254)]
+    return bool(smooth[peak] > max(2 * darker, 4 * brighter, 2 * WHITE_SHARE * green.sum()))
+
+
+def white_of_counts(counts: np.ndarray, white_pixels: int = 0) -> np.ndarray:
+    """`white_level` from what `count_values` gave.
+
+    Pixels that are wholly white may be glass, or filler where nothing was scanned, decoded or stored: they do not count
+    where the rest shows glass of another colour.
+    """
     total = counts[0].sum()
     if total == 0:
         return np.zeros(3)
+    if white_pixels > WHITE_SHARE * total:
+        counts = counts.copy()
+        counts[:, 255] -= white_pixels
+        if not _glass_is_darker(counts[1]):
+            return np.zeros(3)
+        total = counts[0].sum()
     brighter = np.cumsum(counts[:, ::-1], axis=1)  # from 255 down
     value = 255 - (brighter > WHITE_SHARE * total).argmax(axis=1)
     white = OD_TABLE[value].astype(np.float64)
     return white if white.mean() < WHITE_OD else np.zeros(3)
+
+
+def balanced_tissue(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Tissue pixels ``(n, 3)`` with the OD of the glass subtracted; those that were no more than glass go."""
+    if not white.any():
+        return rgb
+    rgb = balance(rgb, white)
+    return rgb[tissue_mask(rgb)]
 
 
 def balance(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
@@ -612,9 +648,7 @@ def fit_transform(
         table = matching_table(np.array(source["cdf"]), np.array(target["cdf"]), strength)
         return StainTransform("lut", lut=tuple(tuple(row) for row in table.tolist())), source
     glass = np.zeros(3) if white is None else np.round(white, 6)
-    if glass.any():
-        rgb = balance(rgb, glass)
-        rgb = rgb[tissue_mask(rgb)]
+    rgb = balanced_tissue(rgb, glass)
     source = fit_stains(rgb, ({"macenko": extract_macenko} if extractors is None else extractors)[method])
     scale = np.divide(target["max_concentrations"], source["max_concentrations"])
     _require_scale("stain strength", scale)

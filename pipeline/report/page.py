@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import math
+import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,9 +224,9 @@ def slides_note(failed: int, waiting: int) -> str:
     return ", ".join([*notes, f"{waiting} not finished yet"] if waiting else notes)
 
 
-def _links(root: Path) -> list[dict[str, str]]:
+def _links(root: Path, page: Path) -> list[dict[str, str]]:
     names = ("overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json")
-    folder = f"slides/{quote(root.name, safe='')}"
+    folder = "/".join(quote(part, safe="") for part in Path(os.path.relpath(root, page)).parts)
     return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
 
 
@@ -251,6 +253,7 @@ def render(
     extra: Sequence[str],
     manifest: Mapping[str, Any],
     folders: Mapping[str, Path],
+    page: Path,
 ) -> str:
     """The report as HTML.
 
@@ -266,6 +269,8 @@ def render(
         The run's provenance.
     folders : mapping of str to pathlib.Path
         Folder of each good slide.
+    page : pathlib.Path
+        Folder that the report goes to.
 
     Returns
     -------
@@ -279,11 +284,11 @@ def render(
             "row": row,
             "anchor": f"slide-{index}",
             "picture": shrink_picture(folders[row["slide"]] / "overview.png", limit),
-            "links": _links(folders[row["slide"]]),
+            "links": _links(folders[row["slide"]], page),
         }
         for index, row in enumerate(rows)
     ]
-    densities = sorted(row["nuclei_per_mm2"] for row in rows if row["nuclei_per_mm2"] is not None)
+    densities = [row["nuclei_per_mm2"] for row in rows if row["nuclei_per_mm2"] is not None]
     tissue = sum(row["tissue_mm2"] or 0 for row in rows)
     nuclei = sum(row["nuclei"] for row in rows)
     facts = [
@@ -291,7 +296,7 @@ def render(
         ("nuclei", number(nuclei), "in all slides"),
         ("mm² of tissue", number(tissue, 2), "analysed"),
         ("nuclei per mm²", number(nuclei / tissue if tissue else None), "over all tissue"),
-        ("median density", number(densities[len(densities) // 2] if densities else None), "nuclei/mm², of the slides"),
+        ("median density", number(statistics.median(densities) if densities else None), "nuclei/mm², of the slides"),
         ("of computing", duration(sum(row["total_seconds"] for row in rows)), "sum of all stages"),
     ]
     return (
@@ -314,4 +319,4 @@ def render(
 
 def write_report(path: Path, **content: Any) -> None:
     """Write what `render` makes of `content`."""
-    path.write_text(render(**content), encoding="utf-8")
+    path.write_text(render(**content, page=path.parent), encoding="utf-8")

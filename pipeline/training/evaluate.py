@@ -66,14 +66,18 @@ class Evaluator:
         one = self.experiment
         return (one.patch, one.overlap) if one.evaluation.windows else None
 
+    def normalised(self, image: np.ndarray) -> np.ndarray:
+        """A field's image at the model's pixel size in the stain that inference gives it."""
+        version = normalise(image, self.experiment.stain, self.reference, self.experiment.stain_strength)
+        return image if version is None else version
+
     def maps(self, network: nn.Module, fields: Sequence[Field]) -> list[np.ndarray]:
         """Maps of each field as inference would make them, uint8 ``(C, H, W)`` at the model's pixel size."""
         device = "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
         network.to(device)
         found = []
         for one in fields:
-            version = normalise(one.image, self.experiment.stain, self.reference, self.experiment.stain_strength)
-            image = resize_to_model(one.image if version is None else version, one.mpp, self.experiment.mpp)
+            image = self.normalised(resize_to_model(one.image, one.mpp, self.experiment.mpp))
             found.append(predict_field(network, image, self.outputs, self.window))
         network.cpu()
         return found

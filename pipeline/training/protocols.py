@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.means import bootstrap_interval, summarise
+from pipeline.evaluation.means import bootstrap_interval, patients_of, summarise
 from pipeline.report.training import write_protocol_report
 from pipeline.training.files import read_json, save_json
 
@@ -99,7 +99,9 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     interval = summary["interval_95"]
     total = {"fold": "all", "patients": sum(row["patients"] for row in rows), "fields": len(images)}
     rows.append(total | _scores(summary["mean"], interval))
-    spread = {name: round(float(np.std([row[name] for row in rows[:-1]])), 4) for name in COLUMNS if name in rows[0]}
+    spread = {
+        name: round(float(np.std([row[name] for row in rows[:-1]], ddof=len(rows) > 2)), 4) for name in COLUMNS if name in rows[0]
+    }
     rules = [run["evaluation"]["rules"] for run in runs.values()]
     middle = {
         key: value if isinstance(value, (str, bool)) else type(value)(np.median([rule[key] for rule in rules]))
@@ -207,9 +209,10 @@ def transfer_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
     )
     gain = {}
+    patients = patients_of({field: arms["finetune"][field] for field in fields})
     for name in ("aji", "pq", "dice", "iou"):
         difference = np.array([arms["finetune"][f][name] - arms["scratch"][f][name] for f in fields])
-        gain[name] = [round(float(v), 4) for v in (difference.mean(), *bootstrap_interval(difference))]
+        gain[name] = [round(float(v), 4) for v in (difference.mean(), *bootstrap_interval(difference, patients))]
     return {"rows": rows, "gain": gain, "fields": fields}
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
-from pipeline.models.weights import load_network, load_weights
+from pipeline.models.weights import load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
@@ -173,7 +173,7 @@ class Run:
         lightning.seed_everything(one.schedule.seed, verbose=False)
         network = build_network(one.network, len(self.outputs.names), one.network_args)
         if self.start is not None:
-            load_weights(network, load_network(self.start).state_dict(), grow=True)
+            load_weights(network, weights_for(self.start, self.outputs.names), grow=True)
         return network
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
@@ -207,9 +207,10 @@ class Run:
             network, self.loss, self.targets, replace(self.outputs, tta="none"), one.rules, self.evaluator.window,
             one.augmentation,
         )  # fmt: skip
-        examined = [
-            Examined(f, prepare_field(f, one.mpp, spec=self.targets, class_names=one.class_names)) for f in validation
-        ]
+        examined = []
+        for field in validation:
+            prepared = prepare_field(field, one.mpp, spec=self.targets, class_names=one.class_names)
+            examined.append(Examined(field, replace(prepared, images=(self.evaluator.normalised(prepared.images[0]),))))
         return fit(
             job,
             self.prepare(fields),

@@ -177,7 +177,7 @@ def jitter_stain(image: np.ndarray, rng: np.random.Generator, spread: float) -> 
     offsets = rng.uniform(-spread, spread, 3) * 0.1
     mix = np.linalg.inv(RUIFROK) @ np.diag(factors) @ RUIFROK
     changed = od @ mix.astype(np.float32) + (offsets @ RUIFROK).astype(np.float32)
-    return np.clip(256.0 * np.exp(-changed) - 1.0, 0, 255).astype(np.uint8)
+    return np.clip(np.rint(256.0 * np.exp(-changed) - 1.0), 0, 255).astype(np.uint8)
 
 
 def jitter_colour(
@@ -191,7 +191,8 @@ def jitter_colour(
         image = np.round(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255).astype(np.uint8)
     if contrast > 0:
         gain = 1 + rng.uniform(-contrast, contrast)
-        image = cv2.convertScaleAbs(image, alpha=gain, beta=float(np.clip((1 - gain) * image.mean(), 0, None)))
+        mean = image.mean()
+        image = np.clip(np.rint((image - mean) * gain + mean), 0, 255).astype(np.uint8)
     return image
 
 
@@ -273,7 +274,7 @@ def draw_sample(
         image = jitter_colour(image, rng, **colour)
     if augmentation.noise > 0 and rng.random() < 0.3:
         noise = rng.normal(0, rng.uniform(0, augmentation.noise), image.shape)
-        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+        image = np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
     return image, targets
 
 

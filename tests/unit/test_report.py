@@ -77,11 +77,13 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
-def render(tmp_path: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]] | None = None) -> str:
+def render(
+    tmp_path: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]] | None = None, where: str = "."
+) -> str:
     folders = {}
     for index, item in enumerate(rows):
-        folder = tmp_path / f"s{index} #%"
-        folder.mkdir(exist_ok=True)
+        folder = tmp_path / "slides" / f"s{index} #%"
+        folder.mkdir(parents=True, exist_ok=True)
         folders[item["slide"]] = folder
     return page.render(
         rows=rows,
@@ -89,6 +91,7 @@ def render(tmp_path: Path, rows: list[dict[str, Any]], failed: list[dict[str, st
         extra=["group"],
         manifest=manifest([item["slide"] for item in rows]),
         folders=folders,
+        page=tmp_path / where,
     )
 
 
@@ -102,7 +105,7 @@ def check(html: str) -> Checker:
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name)
             if value:
-                assert re.match(r"(data:|#|slides/|cohort\.|failed\.tsv|manifest\.json)", value), (tag, value)
+                assert re.match(r"(data:|#|(\.\./)?slides/|cohort\.|failed\.tsv|manifest\.json)", value), (tag, value)
         assert not any(name.startswith("on") for name in attributes)
     assert "@import" not in html
     assert "url(" not in html
@@ -131,11 +134,13 @@ def test_any_number_of_slides(tmp_path: Path, count: int) -> None:
 
 
 def test_links_lead_to_files_that_are_there(tmp_path: Path) -> None:
-    (tmp_path / "s0 #%").mkdir()
-    (tmp_path / "s0 #%" / "nuclei.parquet").touch()
-    checker = check(render(tmp_path, [row("a")]))
-    links = [attributes["href"] for tag, attributes in checker.tags if tag == "a" and "slides/" in attributes["href"]]
-    assert links == ["slides/s0%20%23%25/nuclei.parquet"]
+    folder = tmp_path / "slides" / "s0 #%"
+    folder.mkdir(parents=True)
+    (folder / "nuclei.parquet").touch()
+    for where, up in ((".", ""), ("so-far", "../")):
+        checker = check(render(tmp_path, [row("a")], where=where))
+        links = [attributes["href"] for tag, attributes in checker.tags if "slides/" in (attributes.get("href") or "")]
+        assert links == [f"{up}slides/s0%20%23%25/nuclei.parquet"]
 
 
 def test_pictures_keep_to_their_budget(tmp_path: Path) -> None:

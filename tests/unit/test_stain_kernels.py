@@ -198,6 +198,20 @@ def test_a_speck_is_no_glass() -> None:
     assert np.allclose(stain.white_level(np.concatenate([rgb, speck])), stain.rgb_to_od(GLASS))
 
 
+def test_filler_is_no_glass() -> None:
+    rng = np.random.default_rng(3)
+    filler = np.full((3000, 3), 255, np.uint8)
+    glass = np.rint(GLASS + rng.normal(0, 1, (3000, 1))).clip(0, 255).astype(np.uint8)
+    scanned = np.concatenate([np.rint(mixture(TYPICAL) * (GLASS / 255)).astype(np.uint8), glass])
+    assert np.allclose(stain.white_level(np.concatenate([scanned, filler])), stain.white_level(scanned))
+    # Glass that the scanner shows as white: its noise and the edges of tissue come near it.
+    near = np.rint(255 - np.abs(rng.normal(0, 4, (3000, 1))) * np.ones(3)).astype(np.uint8)
+    for strength in (0.2, 0.4, 1.0):
+        tissue = mixture(TYPICAL, (strength, strength))
+        assert not stain.white_level(np.concatenate([tissue, near, filler])).any()
+        assert not stain.white_level(np.concatenate([tissue, filler])).any()
+
+
 @pytest.mark.parametrize("strength", [0.25, 1.0])
 def test_glass_becomes_white_however_much_stains_are_strengthened(strength: float) -> None:
     rgb = on_glass(0.05)

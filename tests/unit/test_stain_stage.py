@@ -13,6 +13,7 @@ from pipeline import stain, staintools_backend
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
+from pipeline.kernels.measure import StainSums
 from pipeline.stage import write_json
 from pipeline.tiles import TileStore
 
@@ -91,8 +92,24 @@ def test_methods(method: str) -> None:
     expected = "macenko" if method == "model" else method
     assert (payload["requested"], payload["method"], payload["warnings"]) == (method, expected, [])
     assert kernel.StainTransform.from_json(json.loads(json.dumps(payload))["transform"]) == transform
-    assert stain.stain_matrix(payload)[1] == "slide"
+    assert stain.stain_matrix(payload)[2] == "slide"
     assert kernel.angle(stain.stain_matrix(payload)[0][0], kernel.RUIFROK[0]) < 12
+
+
+@pytest.mark.parametrize("method", ["none", "macenko", "reinhard", "histogram"])
+def test_what_is_measured_depends_on_neither_method_nor_glass(method: str) -> None:
+    clear = tissue(500, 500)
+    clear[:100] = 254
+    tinted = kernel.od_to_rgb(kernel.rgb_to_od(clear) + np.array([0.05, 0.08, 0.1], np.float32))
+    means = []
+    for rgb, way in ((clear, "macenko"), (tinted, method)):
+        tiles = ArrayTiles(rgb)
+        pixels, _, white = stain.sample_tissue(tiles)
+        matrix, white, _ = stain.stain_matrix(stain.fit_slide(pixels, way, model(), white=white)[1])
+        sums = StainSums(1, matrix, white)
+        sums.add(rgb, np.zeros(500, int), np.arange(500), np.zeros(500, int), np.full(500, 500))
+        means.append([values[0] for values in sums.columns().values()])
+    np.testing.assert_allclose(means[1], means[0], rtol=0.03)
 
 
 def test_strength_is_the_models_unless_stated() -> None:
@@ -118,7 +135,7 @@ def test_strength_nought_leaves_colours_and_still_finds_the_stains() -> None:
     transform, payload = stain.fit_slide(pixels, "model", package)
     assert transform == kernel.StainTransform()
     assert (payload["method"], payload["warnings"]) == ("none", [])
-    assert stain.stain_matrix(payload)[1] == "slide"
+    assert stain.stain_matrix(payload)[2] == "slide"
 
 
 @pytest.mark.parametrize("method", ["macenko", "reinhard", "histogram", "none"])
@@ -129,7 +146,7 @@ def test_white_slide_is_left_as_it_is(method: str) -> None:
     assert transform == kernel.StainTransform()
     assert payload["method"] == "none"
     assert len(payload["warnings"]) == (method != "none")
-    assert stain.stain_matrix(payload)[1] == "ruifrok"
+    assert stain.stain_matrix(payload)[2] == "ruifrok"
 
 
 def test_wrong_settings_are_told() -> None:

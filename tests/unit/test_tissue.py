@@ -260,6 +260,13 @@ def test_bad_user_mask(tmp_path: Path, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_damaged_gzipped_mask(tmp_path: Path) -> None:
+    header = gzip.compress(json.dumps(SQUARE).encode())[:10]
+    (tmp_path / "mask.geojson.gz").write_bytes(header + b"\xff" * 40)
+    with pytest.raises(SlideError, match=r"tissue mask .*mask\.geojson\.gz: no JSON"):
+        read_mask(tmp_path / "mask.geojson.gz", BOX)
+
+
 def test_missing_user_mask(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="No such file"):
         read_mask(tmp_path / "none.geojson", BOX)
@@ -316,6 +323,20 @@ def test_stage_keeps_to_the_bounds(slide: Path) -> None:
     write(slide / "slide.json", info)
     run(slide)
     assert max(p.bounds[2] for p in read_tissue(slide / "tissue.geojson")) <= 800
+
+
+def test_what_was_not_scanned_is_no_glass(tmp_path: Path) -> None:
+    truth = cv2.resize(blob(200), (1600, 1200), interpolation=cv2.INTER_NEAREST)
+    scan = np.minimum(view(truth), np.array([214, 220, 226], np.uint8))
+    canvas = np.full((2400, 3200, 3), 255, np.uint8)
+    canvas[600:1800, 800:2400] = scan
+    areas = []
+    for name, image, bounds in (("scan", scan, None), ("canvas", canvas, [800, 600, 1600, 1200])):
+        write_svs(tmp_path / f"{name}.svs", image, 1.0)
+        run_inspect("s", tmp_path / f"{name}.svs", tmp_path / "slide.json")
+        write(tmp_path / "slide.json", read_manifest(tmp_path / "slide.json") | {"bounds": bounds})
+        areas.append(run(tmp_path)["area_mm2"])
+    assert areas[1] == pytest.approx(areas[0], rel=0.02)
 
 
 def test_real_slides(shared_data: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.pack import learned_from, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import Run, run_experiment  # noqa: E402
-from pipeline.training.samples import Augmentation, draw_sample, jitter_stain, prepare_field  # noqa: E402
+from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
 
 
 def test_unknown_names() -> None:
@@ -120,7 +120,8 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
     with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
         Run(leaking, tmp_path / "leaking", "cpu")
-    Run(Experiment.from_json(section(data, start_from=str(tmp_path / "longer"))), tmp_path / "next", "cpu")
+    next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
+    Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
 
 
 def test_what_was_learned_before_counts(tmp_path: Path) -> None:
@@ -269,6 +270,24 @@ def test_bootstrap_interval_holds_the_mean() -> None:
     low, high = bootstrap_interval(values)
     assert low < values.mean() < high
     assert math.isclose(high - low, 4 * 0.05 / math.sqrt(14), rel_tol=0.5)
+
+
+def test_bootstrap_interval_draws_patients() -> None:
+    rng = np.random.default_rng(2)
+    patients = [patient for patient in "abcdef" for _ in range(8)]
+    values = np.repeat(rng.normal(0.6, 0.05, 6), 8) + rng.normal(0, 0.001, 48)
+    by_field, by_patient = (high - low for low, high in (bootstrap_interval(values, g) for g in (None, patients)))
+    assert 2 < by_patient / by_field < 4  # the square root of 8
+    assert bootstrap_interval(values, list(range(48))) == bootstrap_interval(values)
+    assert bootstrap_interval(values, ["one"] * 48) == bootstrap_interval(values)
+
+
+def test_contrast_keeps_the_mean_and_noughts_change_nothing() -> None:
+    image = np.random.default_rng(0).integers(60, 190, (40, 40, 3), np.uint8)
+    for seed in range(5):
+        changed = jitter_colour(image, np.random.default_rng(seed), contrast=0.3)
+        assert abs(float(changed.mean()) - float(image.mean())) < 0.5
+    np.testing.assert_array_equal(jitter_stain(image, np.random.default_rng(0), 0), image)
 
 
 def test_the_card_does_not_tell_of_the_trainers_folders() -> None:
