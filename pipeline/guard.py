@@ -58,10 +58,11 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _in_child(work, os.fdopen(writer, "wb"))
+        _in_child(work, os.fdopen(writer, "wb"), parent)
     os.close(writer)
     try:
         answer = _receive(reader, SHARE * 60 * minutes)
@@ -111,9 +112,11 @@ def _receive(reader: int, seconds: float) -> bytes | None:
     return None
 
 
-def _in_child(work: Callable[[], Any], pipe: IO[bytes]) -> None:
+def _in_child(work: Callable[[], Any], pipe: IO[bytes], parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
     # To the log, whatever `sys.stderr` is: where a library crashed or hangs. Off first: where it is on, it would not
     # take back signals that a library has reset (Lightning does).
     faulthandler.disable()

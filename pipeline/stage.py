@@ -124,6 +124,16 @@ def _write_stub(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def _to_disk(path: Path) -> None:
+    """Write out a file, so that a machine that stops has no half of it under its final name.
+
+    Stores have their seal and the checksums of their chunks for that.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def run_stage(
     stage: str,
     slide: str,
@@ -219,6 +229,8 @@ def _run_stage(
         staged_manifest = _staged(manifest)
         staged["manifest"] = staged_manifest
         write_json(staged_manifest, record)
+        for path in staged.values():
+            _to_disk(path)
         for name, path in outputs.items():
             if failure is None:
                 _set_aside(path)

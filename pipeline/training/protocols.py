@@ -100,7 +100,9 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     total = {"fold": "all", "patients": sum(row["patients"] for row in rows), "fields": len(images)}
     rows.append(total | _scores(summary["mean"], interval))
     spread = {
-        name: round(float(np.std([row[name] for row in rows[:-1]], ddof=len(rows) > 2)), 4) for name in COLUMNS if name in rows[0]
+        name: round(float(np.std([row[name] for row in rows[:-1]], ddof=len(rows) > 2)), 4)
+        for name in COLUMNS
+        if name in rows[0]
     }
     rules = [run["evaluation"]["rules"] for run in runs.values()]
     middle = {
