@@ -388,13 +388,14 @@ def _draw(
         corner = (region.x, region.y)
         left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec="white", lw=2.6))
         left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec=INK, lw=1.4))
+        above = region.y > 0.04 * grid.height  # else the badge would lie on the panel's title
         left.annotate(
             str(number),
             (region.x, region.y),
-            xytext=(-1, 2),
+            xytext=(-1, 2) if above else (3, -3),
             textcoords="offset points",
             ha="left",
-            va="bottom",
+            va="bottom" if above else "top",
             fontsize=8.5,
             fontweight="bold",
             color="white",

@@ -9,6 +9,7 @@ import copy
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -94,6 +95,15 @@ def _lines(error: Any) -> Iterator[str]:
         yield f"setting {path!r}: {error.message}"
 
 
+def _not_finite(value: Any, path: str = "") -> Iterator[str]:
+    """Of numbers that no limit of a schema holds back: NaN is neither below nor above any."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"setting {path!r} must be a number, got {value}"
+
+
 def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """The settings with defaults filled in.
 
@@ -117,7 +127,7 @@ def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
         # Unknown keys first: a typo explains the rest.
         key=lambda error: (error.validator != "additionalProperties", [str(part) for part in error.absolute_path]),
     )
-    lines = [line for error in errors for line in _lines(error)]
+    lines = [*_not_finite(filled), *(line for error in errors for line in _lines(error))]
     if lines:
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise PipelineError(lines[0] + more, "config.yaml lists the settings")
@@ -167,6 +177,33 @@ def check_model(folder: Path) -> dict[str, Any]:
         )
     assert isinstance(card, dict)
     return card
+
+
+def check_stain(card: dict[str, Any], folder: Path, method: str, strength: float | None) -> None:
+    """Refuse a method of stain normalisation that the model has no reference for.
+
+    Parameters
+    ----------
+    card : dict
+        The model's card.
+    folder : pathlib.Path
+        The package.
+    method, strength : str, float or None
+        The settings ``stain.method`` and ``stain.strength``.
+
+    Raises
+    ------
+    PipelineError
+        When there is none; one line.
+    """
+    reference = (card.get("stain") or {}).get("reference") or {}
+    # Vahadane does with Macenko's: both describe the same two dyes.
+    enough = {method, "macenko"} if method == "vahadane" else {method}
+    if method not in ("model", "none") and strength != 0 and enough.isdisjoint(reference):
+        raise PipelineError(
+            f"setting 'stain.method': model {str(folder)!r} carries no stain reference for {method}",
+            "method model takes the one that it was trained with",
+        )
 
 
 def check_licence(card: dict[str, Any], folder: Path, accepted: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ import argparse
 import csv
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,6 +42,9 @@ SUFFIXES = (
 OWN_COLUMNS = ("slide", "path", "mpp", "tissue", "truth")
 """Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
 
+MPP_RANGE = (0.05, 20.0)
+"""µm per level-0 pixel that a slide can have."""
+
 MAX_NAME_BYTES = 200
 """Longest slide name: the name with a suffix has to be a file name."""
 
@@ -67,7 +69,7 @@ class SlideEntry:
     Raises
     ------
     PipelineError
-        When the name cannot be a folder's name or `mpp` is not positive.
+        When the name cannot be a folder's name or `mpp` is no slide's.
     """
 
     name: str
@@ -81,8 +83,11 @@ class SlideEntry:
         problem = name_problem(self.name)
         if problem:
             raise PipelineError(f"slide {self.name!r} ({str(self.path)!r}): the name {problem}", "rename the slide")
-        if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise PipelineError(f"slide {self.name!r}: mpp must be a positive number, got {self.mpp}")
+        if self.mpp is not None and not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
+            raise PipelineError(
+                f"slide {self.name!r}: mpp {self.mpp:g} is not plausible, slides have "
+                f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
@@ -166,7 +171,7 @@ def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
     if other is not None:
         raise PipelineError(
             f"{where}: two slides are called {entry.name!r}: {str(other.path)!r} and {str(entry.path)!r}",
-            "rename one, or name them apart in a slide table",
+            "give each a name of its own in a slide table",
         )
     entries[entry.name] = entry
 
@@ -227,7 +232,17 @@ def from_table(table: Path) -> SlideTable:
     if twice or "" in header:
         raise PipelineError(f"{where}: " + (f"column {twice[0]!r} is there twice" if twice else "a column has no name"))
 
+    for column in header:
+        if column not in OWN_COLUMNS and column.lower() in OWN_COLUMNS:
+            raise PipelineError(f"{where}: column {column!r} is not read", f"write it {column.lower()!r}")
+
     base = Path(os.path.abspath(table.parent))
+
+    def place(cell: str) -> Path:
+        # A blank at a name's end may belong to it, but hardly ever does.
+        path, stripped = (Path(os.path.abspath(base / text)) for text in (cell, cell.strip()))
+        return stripped if stripped.exists() and not path.exists() else path
+
     entries: dict[str, SlideEntry] = {}
     extra = tuple(column for column in header if column not in OWN_COLUMNS)
     for line, cells in rows[1:]:
@@ -241,21 +256,18 @@ def from_table(table: Path) -> SlideTable:
             mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
         except ValueError:
             raise PipelineError(f"{at}: mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
-        paths = {
-            column: Path(os.path.abspath(base / row[column])) if row.get(column, "").strip() else None
-            for column in ("tissue", "truth")
-        }
+        paths = {column: place(row[column]) if row.get(column, "").strip() else None for column in ("tissue", "truth")}
         try:
             entry = SlideEntry(
                 row["slide"],
-                Path(os.path.abspath(base / row["path"])),
+                place(row["path"]),
                 mpp,
                 **paths,
                 extra={column: row[column] for column in extra},
             )
         except PipelineError as error:
             raise PipelineError(f"{at}: {error}") from None
-        _add(entries, entry, where)
+        _add(entries, entry, at)
     if not entries:
         raise PipelineError(f"{where} lists no slide")
     return SlideTable(entries, extra)

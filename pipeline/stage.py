@@ -116,12 +116,22 @@ def _set_aside(path: Path) -> None:
         remove(old)
 
 
+_STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
+
+
 def _write_stub(path: Path, text: str) -> None:
     _set_aside(path)
     if path.suffix == ".zarr":
         path.mkdir(parents=True)
         path = path / "FAILED.txt"
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def stub_text(path: Path) -> str | None:
+    """What stands in place of an output whose slide failed, None where the output is there."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return start.decode("utf-8", "replace").strip() if start.startswith(_STUB.encode()) else None
 
 
 def _to_disk(path: Path) -> None:
@@ -237,7 +247,7 @@ def _run_stage(
                 staged[name].rename(path)
             else:
                 _write_stub(
-                    path, f"slide {slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+                    path, f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
                 )
         staged_manifest.rename(manifest)
     finally:

@@ -211,9 +211,10 @@ def fit_slide(
         target = "macenko"
         reference = {**reference, method: reference[target]}
     if method != "none" and method not in reference:
+        there = ", ".join(name for name in reference if name in kernel.METHODS) or "none"
         raise PipelineError(
             f"model {model.name} carries no stain reference for {method}",
-            f"it has {', '.join(reference) or 'none'}; method model takes the one it was trained with",
+            f"it has {there}; method model takes the one it was trained with",
         )
     warnings: list[str] = []
     transform = kernel.StainTransform()
@@ -335,16 +336,20 @@ def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
     """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, from top to bottom."""
     cells = np.argwhere(tiles.active)
     chosen = cells[np.sort(spread_order(len(cells))[: 4 * _PREVIEWS])]
+    shown: list[tuple[int, int]] = []
     for group in np.array_split(chosen, _PREVIEWS):
         best, best_score = None, 0.0
         for cell in group:
             window = _cell_window(tiles.grid, cell, _PREVIEW_SIZE)
+            if any(max(abs(window[0] - x), abs(window[1] - y)) < _PREVIEW_SIZE // 2 for x, y in shown):
+                continue
             rgb = tiles.read(*window)
             # Much tissue, and something to see on it.
             score = float(kernel.tissue_mask(rgb).mean()) * float(cv2.meanStdDev(rgb)[1].mean())
             if score > best_score:
                 best, best_score = window, score
         if best is not None:
+            shown.append(best[:2])
             yield best
 
 

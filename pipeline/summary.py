@@ -269,7 +269,7 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
             f"truth: {truth} has {right} x {bottom} pixels, level 0 of the slide {size[0]} x {size[1]}",
             "give a label map of level 0, or polygons",
         )
-    if left >= size[0] or top >= size[1]:
+    if left >= size[0] or top >= size[1] or (right > left and (right <= 0 or bottom <= 0)):
         raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
     if isinstance(found, Outlines) and right > left:
         scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.readers import SUFFIXES, compare, load, stem
-from pipeline.stage import write_json
+from pipeline.stage import stub_text, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def files_by_stem(path: Path) -> dict[str, Path]:
     if not path.exists():
         raise PipelineError(f"{path} is missing", "give a file or a folder of them")
     if not path.is_dir():
+        if failed := stub_text(path):
+            raise PipelineError(f"{path} holds no nuclei: {failed}", "give a slide that is finished")
         return {stem(path): path}
     found: dict[str, Path] = {}
     for entry in sorted(path.iterdir()):
@@ -56,6 +58,9 @@ def files_by_stem(path: Path) -> dict[str, Path]:
         else:
             name, target = stem(entry), entry if entry.name.lower().endswith(SUFFIXES) else None
         if target is None:
+            continue
+        if failed := stub_text(target):
+            log.warning("%s holds no nuclei and is left out: %s", target, failed)
             continue
         if name in found:
             raise PipelineError(f"{found[name]} and {target} have one name", "keep one of them in the folder")

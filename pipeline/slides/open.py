@@ -26,14 +26,12 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
+from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.integrity import MAX_SEGMENT_PIXELS, check_tiff, is_tiff, quick_hash
 
 log = logging.getLogger(__name__)
 
 READERS = ("auto", "openslide", "tiffslide", "image")
-MPP_RANGE = (0.05, 20.0)
-"""µm per pixel that a microscope slide can have."""
-
 MAX_IMAGE_PIXELS = 400_000_000
 """Largest plain image, which is decoded whole: 1.2 GB of RGB."""
 
@@ -474,6 +472,18 @@ def _ome_mpp(xml: str) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
+def _mpp_beside(path: Path) -> tuple[float, float] | None:
+    """What the OME-XML of a TIFF states whose pixels another reader reads, as where colours lie in planes."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tif:
+            return _ome_mpp(tif.ome_metadata or "") if tif.is_ome else None
+    except Exception as error:  # whatever a broken file makes it stumble over
+        log.debug("no OME-XML in %s: %s", path, error)
+        return None
+
+
 # --- plain images ----------------------------------------------------------------------------------------------------
 
 
@@ -589,6 +599,8 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
     _check_file(path)
     with quiet():
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
+        if slide is not None and slide.mpp is None and is_tiff(path):
+            slide.mpp = _mpp_beside(path)
     if slide is None:
         raise SlideError(
             "is no slide that OpenSlide, tiffslide or Pillow can read"

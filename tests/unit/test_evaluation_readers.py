@@ -293,6 +293,23 @@ def test_command_on_files_and_results(tmp_path: Path, capsys: pytest.CaptureFixt
     assert first.splitlines()[1].split()[0] == "x"
 
 
+def test_slides_that_failed_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("x", "bad"):
+        (tmp_path / "truth").mkdir(exist_ok=True)
+        (tmp_path / "truth" / f"{name}.geojson").write_bytes(collection(*boxes_of(labels_map())))
+        (tmp_path / "slides" / name).mkdir(parents=True)
+    (tmp_path / "slides" / "x" / "nuclei.geojson").write_bytes(collection(*boxes_of(labels_map(4))))
+    stub = tmp_path / "slides" / "bad" / "nuclei.parquet"
+    stub.write_text("slide 'bad' failed at inspect: file is empty. copy it again\n")
+    assert run(tmp_path / "slides", tmp_path / "truth", "--json", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found["images"]) == ["x"]
+    assert found["left_out"] == {"pred": [], "truth": ["bad"]}
+    assert "slide 'bad' failed at inspect" in caplog.text
+    with pytest.raises(PipelineError, match="holds no nuclei: slide 'bad' failed at inspect"):
+        run(stub, tmp_path / "truth" / "bad.geojson")
+
+
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", labels_map())
     np.save(tmp_path / "b.npy", labels_map()[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.errors import PipelineError
-from pipeline.settings import check_licence, check_model, check_settings, file_sha256, load_schema
+from pipeline.settings import check_licence, check_model, check_settings, check_stain, file_sha256, load_schema
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -120,3 +121,25 @@ def test_licences_that_are_not(licence: str | None) -> None:
         PipelineError, match=r"model 'm': its licence is .*, the setting licences accepts CC0 1.0, CC BY"
     ):
         check_licence({"licence": licence}, Path("m"), ["CC0 1.0", "CC BY 4.0"])
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "accepted"),
+    [("model", None, True), ("none", None, True), ("macenko", 0.5, True), ("vahadane", None, True),
+     ("reinhard", 0.0, True), ("reinhard", None, False), ("histogram", 0.5, False)],
+)  # fmt: skip
+def test_stain_methods_without_a_reference(method: str, strength: float | None, accepted: bool) -> None:
+    card = {"stain": {"method": "macenko", "reference": {"name": "x", "macenko": {}}}}
+    if accepted:
+        check_stain(card, Path("m"), method, strength)
+    else:
+        with pytest.raises(PipelineError, match=rf"'stain.method': model 'm' carries no stain reference for {method}"):
+            check_stain(card, Path("m"), method, strength)
+
+
+@pytest.mark.parametrize(
+    "config", [{"mpp": math.nan}, {"stain": {"strength": math.nan}}, {"tissue": {"mpp": math.inf}}]
+)
+def test_settings_that_are_no_numbers(config: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError, match=r"^setting '[a-z.]+' must be a number, got (nan|inf)"):
+        check_settings(config, SCHEMA)

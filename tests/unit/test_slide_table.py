@@ -92,6 +92,13 @@ def test_table_paths_are_relative_to_it_and_further_columns_are_carried(tmp_path
     assert (one.extra, two.extra) == ({"patient": "P1"}, {"patient": ""})
 
 
+def test_blanks_around_a_path_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").touch()
+    (tmp_path / "b.svs ").touch()
+    (tmp_path / "t.tsv").write_text("slide\tpath\na\t a.svs \nb\tb.svs \nc\tc.svs \n")
+    assert [entry.path.name for entry in resolve_slides(tmp_path / "t.tsv")] == ["a.svs", "b.svs ", "c.svs "]
+
+
 def test_csv(tmp_path: Path) -> None:
     (entry,) = from_table(write(tmp_path / "t.csv", 'slide,path\n"a,b","x, y.svs"\n'))
     assert (entry.name, entry.path.name) == ("a,b", "x, y.svs")
@@ -109,8 +116,11 @@ def test_csv(tmp_path: Path) -> None:
         ("slide\tpath\na\tb\tc\n", "line 2: 3 cells, but 2 columns"),
         ("slide\tpath\na\t\n", "line 2: no path"),
         ("slide\tpath\tmpp\na\tb\t0,25\n", "line 2: mpp is no number: '0,25'"),
-        ("slide\tpath\tmpp\na\tb\t-1\n", "mpp must be a positive number"),
-        ("slide\tpath\tmpp\na\tb\tnan\n", "mpp must be a positive number"),
+        ("slide\tpath\tmpp\na\tb\t-1\n", "line 2: .* mpp -1 is not plausible"),
+        ("slide\tpath\tmpp\na\tb\t30\n", "mpp 30 is not plausible, slides have 0.05 to 20 µm/px"),
+        ("slide\tpath\tMPP\na\tb\t0.25\n", "column 'MPP' is not read .*write it 'mpp'"),
+        ("slide\tpath\na\tb\nc\td\na\te\n", "line 4: two slides are called 'a'"),
+        ("slide\tpath\tmpp\na\tb\tnan\n", "mpp nan is not plausible"),
         ("slide\tpath\na/b\tb\n", "line 2: .*holds a slash"),
         ("slide\tpath\n..\tb\n", "means a folder"),
         ("slide\tpath\na\tb\na\tc\n", "two slides are called 'a'"),

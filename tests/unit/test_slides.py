@@ -208,6 +208,16 @@ def test_ome_units(tmp_path: Path, size: float, unit: str) -> None:
         assert slide.mpp == pytest.approx((0.5, 0.5))
 
 
+def test_ome_of_planes_keeps_its_pixel_size(tmp_path: Path) -> None:
+    planes = picture(300, 200).transpose(2, 0, 1)
+    metadata = {"axes": "SYX", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    for name, options in (("strips", {}), ("tiles", {"tile": (128, 128)})):
+        path = tmp_path / f"{name}.ome.tif"
+        tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", metadata=metadata, **options)
+        with open_slide(path) as slide:
+            assert (slide.width, slide.height, slide.mpp) == (300, 200, (0.25, 0.25))
+
+
 def test_mpp_policy(tmp_path: Path) -> None:
     with open_slide(slide_file(tmp_path)) as slide:
         assert resolve_mpp(slide, None) == (pytest.approx((0.25, 0.25)), "metadata")

@@ -212,6 +212,14 @@ def test_preview(shape: tuple[int, int]) -> None:
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > (100 if rgb.min() < 255 else 3)
 
 
+def test_previews_differ() -> None:
+    for shape, most in (((300, 300), 4), ((200, 2000), 6), ((3000, 3000), 6)):
+        windows = list(stain.preview_windows(ArrayTiles(tissue(*shape))))
+        assert 1 <= len(windows) <= most
+        for index, (x, y, *_) in enumerate(windows):
+            assert all(max(abs(x - left), abs(y - top)) >= 128 for left, top, *_ in windows[:index])
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Run the stage on an array."""

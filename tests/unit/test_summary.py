@@ -115,6 +115,14 @@ def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
     assert part["fn"] == 0
     assert part["fp"] <= 2  # neighbours within the box around them
     assert part["region"][3] < same["region"][3]
+    away = truth_of(tmp_path / "t.geojson", table)
+    value = json.loads(away.read_text())
+    for feature in value["features"]:
+        feature["geometry"]["coordinates"] = [
+            [[x - 9000, y] for x, y in ring] for ring in feature["geometry"]["coordinates"]
+        ]
+    away.write_text(json.dumps(value))
+    assert "lies outside of the slide" in run(paths, "s", truth=away)["failure"]["reason"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
-from pipeline.settings import check_licence, check_model, check_settings, load_schema
+from pipeline.settings import check_licence, check_model, check_settings, check_stain, load_schema
 from pipeline.slide_table import resolve_slides
 from pipeline.warm import possible, start_server
 
@@ -61,7 +61,9 @@ SLIDES = None
 try:
     SLIDES = resolve_slides(config["slides"])
     if workflow.is_main_process and NEEDS_SLIDES:
-        check_licence(check_model(MODEL), MODEL, config["licences"])
+        CARD = check_model(MODEL)
+        check_licence(CARD, MODEL, config["licences"])
+        check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
 except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
         stop(error)
