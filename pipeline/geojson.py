@@ -10,6 +10,12 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
+REGIONS = ("region", "training")
+"""Beginnings of names and classes of annotations that outline what is completely annotated."""
+
+IGNORED = "ignore"
+"""Beginning of the class of objects that are no nuclei."""
+
 
 def read_geojson(path: Path) -> Any:
     """Read a file as JSON.
@@ -64,6 +70,32 @@ def class_names(feature: dict[str, Any]) -> list[str]:
     value = (feature.get("properties") or {}).get("classification") or {}
     names = [value] if isinstance(value, str) else value.get("names") or [value.get("name") or ""]
     return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
+
+
+def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
+    """What an object of QuPath is there for.
+
+    Parameters
+    ----------
+    feature : dict
+        The feature.
+    regions : tuple of str
+        Beginnings of names and classes, in lower case, of what outlines an annotated region.
+
+    Returns
+    -------
+    {"nucleus", "region", "other"}
+        ``other`` are QuPath's own frames (root, tiles, TMA cores) and objects of classes to be ignored.
+    """
+    properties = feature.get("properties") or {}
+    # Before 0.4, QuPath told the type by the feature's id.
+    kind = str(properties.get("objectType") or feature.get("id") or "").casefold()
+    if "root" in kind or "tile" in kind or "tma" in kind:
+        return "other"
+    name, title = next(iter(class_names(feature)), "").casefold(), str(properties.get("name") or "").casefold()
+    if (name.startswith(regions) or title.startswith(regions)) and "detection" not in kind and "cell" not in kind:
+        return "region"
+    return "other" if name.startswith(IGNORED) or name.endswith("*") else "nucleus"
 
 
 def nucleus_geometry(feature: dict[str, Any]) -> Any:

@@ -48,6 +48,22 @@ def patients_of(images: Mapping[str, Mapping[str, Any]]) -> list[Hashable]:
     return [(i.get("source"), i["patient"]) if i.get("patient") else ("", name) for name, i in images.items()]
 
 
+def types_of(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``types`` of all fields together, where they have any: accuracy over matched nuclei, and F1 of each class."""
+    rows = [i["type_counts"] for i in images.values() if "type_counts" in i]
+    if not rows:
+        return {}
+    right, matched = (sum(row[key] for row in rows) for key in ("right", "matched"))
+    classes: dict[str, Any] = {}
+    for name in rows[0]["classes"]:
+        hits, truth, found = (sum(row["classes"][name][k] for row in rows) for k in range(3))
+        f1 = round(2 * hits / (truth + found), 4) if truth + found else None
+        classes[name] = {"n_truth": truth, "n_pred": found, "f1": f1}
+    return {
+        "types": {"accuracy": round(right / matched, 4) if matched else None, "matched": matched, "classes": classes}
+    }
+
+
 def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of the scores of fields with 95 % bootstrap intervals over patients, and the mean of each organ's.
 
@@ -71,9 +87,10 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     interval = {
         name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]), patients)]
         for name in names
+        if len(images) > 1  # a single field tells nothing of others
     }
     return {
         "mean": mean(list(images.values())),
         "interval_95": interval,
         "organs": {organ: mean(rows) | {"fields": len(rows)} for organ, rows in sorted(organs.items())},
-    }
+    } | types_of(images)

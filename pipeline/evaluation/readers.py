@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import Overlaps, score_overlaps
-from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson
+from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
 from pipeline.label_maps import read_instances
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", *LABEL_MAPS)
 """What can be read."""
@@ -181,12 +184,16 @@ def _geojson(path: Path) -> Outlines:
 def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     points: list[np.ndarray] = []
     polygons: list[int] = []
+    others: list[str] = []
+    any_polygon = False
     for feature in iter_features(value):
         geometry = nucleus_geometry(feature)
-        if geometry is None or any(name.endswith("*") for name in class_names(feature)):
+        if geometry is None or role(feature) != "nucleus":
             continue
         if geometry["type"] not in ("Polygon", "MultiPolygon"):
-            raise ValueError(f"found a {geometry['type']}")
+            others.append(str(geometry["type"]))
+            continue
+        any_polygon = True
         parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
         polygons.append(len(points))
         for ring in (ring for part in parts for ring in part):
@@ -199,6 +206,10 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
             points, polygons = [], []
+    if others and not any_polygon:
+        raise ValueError(f"found a {others[0]}")
+    if others:
+        log.warning("%d objects that are no polygons are left out, first a %s", len(others), others[0])
     if polygons:
         yield len(polygons), _outlines(points, polygons)
 

@@ -64,6 +64,8 @@ class ResidualUNet(nn.Module):
         super().__init__()
         if blocks and len(blocks) != len(widths):
             raise ValueError(f"blocks has {len(blocks)} levels, widths has {len(widths)}")
+        if not widths:
+            raise ValueError("widths lists no level")
         pairs = list(itertools.pairwise(widths))
         self.fold = fold
         self.stem = nn.Sequential(

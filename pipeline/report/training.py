@@ -58,6 +58,15 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], text: str = "") -> dict
     return {"title": title, "text": text, "columns": columns, "rows": cells}
 
 
+def types_table(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Table of the classes of nuclei."""
+    share = (
+        "" if types["accuracy"] is None else f" {types['accuracy']:.1%} of {types['matched']} matched nuclei are right."
+    )
+    rows = [{"class": name, **row} for name, row in types["classes"].items()]
+    return table("Classes", rows, f"All fields together, nuclei of known class.{share}")
+
+
 def interval_chart(
     rows: Sequence[Mapping[str, Any]], label: str, scores: Sequence[str] = ("aji", "pq", "dice")
 ) -> dict[str, Any] | None:
@@ -148,6 +157,8 @@ def write_training_report(work: Path, area: float | None = None) -> None:
     ]
     if len(organs) > 1:
         tables.append(table("Mean of each organ", organs))
+    if "types" in evaluation:
+        tables.append(types_table(evaluation["types"]))
     if "batchwise" in evaluation:
         tables.append(
             table(
@@ -217,6 +228,8 @@ def write_protocol_report(
         organs = [{"organ": k or "–", **v} for k, v in summary["organs"].items()]
         if len(organs) > 1:
             tables.append(table("Mean of each organ", organs))
+        if "types" in summary:
+            tables.append(types_table(summary["types"]))
         details.append(
             ("Standard deviation over folds", ", ".join(f"{TITLES[k]} {v}" for k, v in summary["spread"].items()))
         )
@@ -237,7 +250,7 @@ def write_protocol_report(
     if charts:
         draw_charts(charts, out / f"{kind}.png")
     html = _render(
-        title=f"{title}: {first['name']}" if kind == "crossval" else title,
+        title=f"{title}: {first['name'].rpartition('-fold-')[0] or first['name']}" if kind == "crossval" else title,
         subtitle=subtitle,
         facts=facts,
         notes=summary.get("notes", []),

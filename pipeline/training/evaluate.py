@@ -101,7 +101,10 @@ class Evaluator:
             images[one.name] = row | {"organ": one.organ, "source": one.source, "patient": one.patient}
             found[one.name] = scored.labels
             log.info(
-                "%s (%s): AJI %.3f, PQ %.3f, Dice %.3f", one.name, one.organ, *(row[k] for k in ("aji", "pq", "dice"))
+                "%s%s: AJI %.3f, PQ %.3f, Dice %.3f",
+                one.name,
+                f" ({one.organ})" if one.organ else "",
+                *(row[k] for k in ("aji", "pq", "dice")),
             )
         batchwise = batchwise_scores([m[self.channels.nucleus] for m in maps], fields)
         return {**summarise(images), "batchwise": batchwise, "images": images, "rules": asdict(rules)}, found

@@ -16,7 +16,7 @@ from pipeline.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
-METRICS = ("protocol", "mean", "interval_95", "organs", "batchwise", "images")
+METRICS = ("protocol", "mean", "interval_95", "organs", "types", "batchwise", "images")
 """What the card tells of an evaluation."""
 
 COLORS = ((46, 160, 67), (214, 69, 65), (52, 120, 200), (240, 170, 40), (140, 90, 190), (60, 180, 180), (120, 120, 120))

@@ -7,7 +7,9 @@ folder and is not repeated by a later run, so a killed experiment goes on where 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
 from pipeline.training.data import Field, load_fields, source_name
+from pipeline.training.datasets.source import TCGA_PATIENT
 from pipeline.training.evaluate import Evaluator
 from pipeline.training.experiment import Experiment
 from pipeline.training.files import read_json, save_json
@@ -85,6 +88,78 @@ def own_folder(experiment: Experiment, work: Path) -> None:
     save_json(owner, {"fingerprint": experiment.fingerprint, **asdict(experiment)})
 
 
+def check_classes(experiment: Experiment, fields: Sequence[Field]) -> None:
+    """Refuse classes that no field has, and warn of those that some settings name in vain.
+
+    Raises
+    ------
+    PipelineError
+        When not one of the classes is there.
+    """
+    own = classes_of(fields)
+    there = classes_of(fields, experiment.class_names)
+    missing = [name for name in experiment.classes if name not in there]
+    if missing and len(missing) == len(experiment.classes):
+        raise PipelineError(
+            f"train: no field has a class of {', '.join(missing)}", f"the data have {', '.join(own) or 'none'}"
+        )
+    for what, names in (
+        ("classes", missing),
+        ("class_names", [name for name in experiment.class_names or {} if name not in own]),
+    ):
+        if names:
+            log.warning("train.%s: no field has %s; the data have %s", what, ", ".join(names), ", ".join(own))
+
+
+def check_licences(experiment: Experiment) -> None:
+    """Warn of data whose licence asks for more than the model's states."""
+    for source in experiment.data:
+        licence = str(source.get("licence") or "")
+        more = restrictions(licence) - restrictions(experiment.licence)
+        if more:
+            log.warning(
+                "the licence of %s, %s, is stricter (%s) than that of the model, %s: set train.licence",
+                source_name(source), licence, ", ".join(sorted(more)), experiment.licence,
+            )  # fmt: skip
+
+
+def restrictions(licence: str) -> set[str]:
+    """What a licence asks for beyond naming the authors: not commercial, no changes, the same terms."""
+    return set(re.findall(r"\b(NC|ND|SA|GPL|AGPL)\b", licence.upper()))
+
+
+def digest_of(fields: Sequence[Field]) -> str:
+    """SHA-256 of all fields: who they are, images, labels."""
+    found = hashlib.sha256()
+    for field in fields:
+        found.update(repr((field.name, field.source, field.patient, field.mpp, field.image.shape)).encode())
+        for array in (field.image, field.labels, field.types):
+            found.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def check_unchanged(data: Data, work: Path, name: str) -> str:
+    """Digest of the data; refuse to go on with a training that began with others.
+
+    Its checkpoints may know patients that a new split holds out.
+
+    Raises
+    ------
+    PipelineError
+        When there are checkpoints of other data.
+    """
+    digest, recorded = digest_of(data.fields), work / "split.json"
+    if recorded.is_file() and any(work.glob("*/last.ckpt")):
+        before = read_json(recorded)
+        same = before.get("data", digest) == digest
+        if not same or any(before[part] != list(getattr(data.split, part)) for part in ("train", "validation", "test")):
+            raise PipelineError(
+                f"the data of {name!r} have changed since its training in {work} began",
+                "give the new training another train.name, or delete that folder",
+            )
+    return digest
+
+
 def load_data(experiment: Experiment) -> Data:
     """Read an experiment's fields and split them.
 
@@ -127,7 +202,9 @@ class Run:
         self.accelerator = accelerator
         self.deadline = deadline or Deadline()
         self.data = load_data(experiment)
-        save_json(work / "split.json", self.data.split.to_json(self.data.fields))
+        digest = check_unchanged(self.data, work, experiment.name)
+        save_json(work / "split.json", self.data.split.to_json(self.data.fields) | {"data": digest})
+        check_licences(experiment)
         train = self.data.part("train")
         self.area = area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
         self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
@@ -146,6 +223,7 @@ class Run:
             classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
             if not classes:
                 raise PipelineError("train: a type head, but no field has classes", "leave the head out")
+            check_classes(experiment, self.data.fields)
         self.targets = Targets(experiment.heads, classes, NETWORKS[experiment.network].instances)
         self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
@@ -154,7 +232,9 @@ class Run:
     def _check_start(self, start: ModelPackage) -> None:
         """Refuse a model that knows the patients it would be tested on."""
         known = {(entry["name"], patient) for entry in start.data for patient in entry.get("patients", ())}
-        leaked = sorted({(f.source, f.patient) for f in self.data.part("test")} & known)
+        tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
+        test = {(f.source, f.patient) for f in self.data.part("test")}
+        leaked = sorted({one for one in test if one in known or one[1] in tcga})
         if leaked:
             raise PipelineError(
                 f"train: start_from {start.folder} has learned from {len(leaked)} of the patients held out, first "
@@ -191,7 +271,10 @@ class Run:
         """How often each field is drawn."""
         share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
         count = {name: sum(f.source == name for f in fields) for name in share}
-        return np.array([share[f.source] / count[f.source] for f in fields])
+        found = np.array([share[f.source] / count[f.source] for f in fields])
+        if not found.any():
+            raise PipelineError("train: the weight of every source with training fields is 0", "give one a weight")
+        return found
 
     def fit(
         self,

@@ -263,7 +263,7 @@ def draw_sample(
     if augmentation.style > 0 and field.tones and rng.random() < augmentation.style:
         image = random_style(image, field.tones[version], styles, rng)
     if augmentation.blur > 0 and rng.random() < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, augmentation.blur))
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(min(0.2, augmentation.blur), augmentation.blur))
     if augmentation.stain > 0:
         image = jitter_stain(image, rng, augmentation.stain)
     if augmentation.brightness > 0:

@@ -104,7 +104,8 @@ def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Target
     Returns
     -------
     dict
-        ``type_accuracy`` over matched nuclei of known class and ``type_f1`` by class; None where there are none.
+        ``type_accuracy`` over matched nuclei of known class and ``type_f1`` by class, None where there are none; and
+        ``type_counts`` that they come from: ``right`` of ``matched``, and by class hits, known and found ones.
     """
     from scipy import ndimage
 
@@ -120,12 +121,18 @@ def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Target
     right = known[t[use]] == found[p[use]]
     unsure = set(p[~use].tolist())  # nuclei on truths of unknown class are neither right nor wrong
     f1: dict[str, float | None] = {}
+    counts: dict[str, tuple[int, int, int]] = {}
     for index, name in enumerate(spec.classes, start=1):
         hits = int((right & (known[t[use]] == index)).sum())
         n_truth = int((known == index).sum())
         n_found = sum(int(kind) == index for k, kind in enumerate(found) if k not in unsure)
         f1[name] = 2 * hits / (n_truth + n_found) if n_truth + n_found else None
-    return {"type_accuracy": float(right.mean()) if use.any() else None, "type_f1": f1}
+        counts[name] = (hits, n_truth, n_found)
+    return {
+        "type_accuracy": float(right.mean()) if use.any() else None,
+        "type_f1": f1,
+        "type_counts": {"right": int(right.sum()), "matched": int(use.sum()), "classes": counts},
+    }
 
 
 def _first_labels(labels: np.ndarray) -> np.ndarray:

@@ -322,8 +322,30 @@ def test_large_numbers_become_small() -> None:
     assert as_labels(labels).tolist() == [[0, 2], [1, 2]]
     assert as_labels(np.array([[2**31]], np.int64)).tolist() == [[1]]
     assert as_labels(np.array([[7, 0]], np.uint16)).tolist() == [[7, 0]]
+    assert as_labels(np.array([[5 * 10**8, 0]], np.int32)).tolist() == [[1, 0]]
+    for wrong in (np.array([[-1, 2]], np.int16), np.array([[np.nan, 2]])):
+        with pytest.raises(PipelineError, match="a label map holds"):
+            as_labels(wrong)
 
 
 def test_tcga_patients() -> None:
     assert tcga_patient("TCGA-A7-A13E-01Z-00-DX1") == tcga_patient("x_TCGA-A7-A13E_2") == "A7-A13E"
     assert tcga_patient("mine-1-2-3") is None
+
+
+def test_a_tcga_patient_is_the_same_in_every_source(tmp_path: Path) -> None:
+    root = write_labels(tmp_path / "data")
+    for file in [*root.glob("*/f0.*"), *root.glob("*/f1.*")]:
+        file.rename(file.with_name(file.name.replace("f", "TCGA-A7-A13E-01Z-", 1)))
+    patients = {f.name: f.patient for f in one("labels", root)}
+    assert [patients[f"labels-TCGA-A7-A13E-01Z-{i}"] for i in (0, 1)] == ["A7-A13E"] * 2
+    table = tmp_path / "t.tsv"
+    names = [name.removeprefix("labels-") for name in patients]
+    table.write_text("field\tpatient\n" + "".join(f"{name}\tTCGA-AR-A1AK\n" for name in names))
+    assert {f.patient for f in one("labels", root, table=str(table))} == {"AR-A1AK"}
+
+
+def test_images_that_are_not_in_0_to_255(tmp_path: Path) -> None:
+    root = write_conic(tmp_path)
+    np.save(root / "images.npy", IMAGES / 255.0)
+    fails("conic", root, "images are not in 0 to 255")

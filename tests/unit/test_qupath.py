@@ -16,6 +16,7 @@ import shapely
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import score
+from pipeline.evaluation.readers import compare, load
 from pipeline.export import write_geojson
 from pipeline.grid import Grid
 from pipeline.label_maps import read_label_map
@@ -144,6 +145,27 @@ def test_coarser_pixels(source: Write) -> None:
     assert score(LABELS, up)["dice"] > 0.93
     small = IMAGE.reshape(HEIGHT // 2, 2, WIDTH // 2, 2, 3).mean(axis=(1, 3))
     assert np.abs(field.image - small).mean() < 3
+
+
+def test_stated_pixels_are_those_that_are_read(source: Write) -> None:
+    region = feature(box(0, 0, WIDTH, HEIGHT), name="Region*")
+    stated, whole = (of(source(*nuclei(), region, **keys))[0] for keys in ({"mpp_of": {"qupath-s": 0.5}}, {"mpp": 0.5}))
+    assert stated.mpp == whole.mpp == 0.5
+    np.testing.assert_array_equal(stated.labels, whole.labels)
+
+
+def test_what_trains_is_what_is_evaluated(tmp_path: Path) -> None:
+    point = {"type": "Point", "coordinates": [3, 3]}
+    around = box(0, 0, WIDTH, HEIGHT)
+    others = [
+        feature(around, name="Region*"), feature(around, name="Training"), feature(around, title="Region 1"),
+        feature(around, name="Ignore*"), feature(around, kind="tile"), feature(point),
+    ]  # fmt: skip
+    for name, more in (("plain", []), ("full", others)):
+        text = json.dumps({"type": "FeatureCollection", "features": [*nuclei(), *more]})
+        (tmp_path / f"{name}.geojson").write_text(text)
+    plain, full = (load(tmp_path / f"{name}.geojson") for name in ("plain", "full"))
+    assert compare(plain, full)["aji"] == 1
 
 
 def test_large_regions_are_cut_evenly(source: Write) -> None:

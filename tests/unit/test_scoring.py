@@ -109,7 +109,15 @@ def test_classes_of_matched_nuclei() -> None:
     assert scores["type_accuracy"] == 0.5
     assert scores["type_f1"] == {"a": pytest.approx(2 / 3), "b": 0.0}
     nothing = type_scores(np.zeros_like(labels), maps, one, spec, truth)
-    assert nothing == {"type_accuracy": None, "type_f1": {"a": 0.0, "b": 0.0}}
+    assert nothing["type_accuracy"] is None
+    assert nothing["type_f1"] == {"a": 0.0, "b": 0.0}
+    images = {"one": {"aji": 1.0, **scores}, "two": {"aji": 0.0, **nothing}, "three": {"aji": 0.5}}
+    types = summarise(images)["types"]
+    assert (types["accuracy"], types["matched"]) == (0.5, 2)
+    hits, known, found = scores["type_counts"]["classes"]["a"]
+    assert types["classes"]["a"] == {
+        "n_truth": 2 * known, "n_pred": found, "f1": round(2 * hits / (2 * known + found), 4)
+    }  # fmt: skip
 
 
 def test_means_of_fields_and_organs() -> None:
@@ -120,6 +128,8 @@ def test_means_of_fields_and_organs() -> None:
     low, high = result["interval_95"]["aji"]
     assert low < 0.25 < high
     assert result["interval_95"]["pq"] == [0.5, 0.5]
+    single = summarise({"f0": images["f0"]})
+    assert (single["mean"]["aji"], single["interval_95"]) == (0.0, {})
     assert summarise({}) == {"mean": {}, "interval_95": {}, "organs": {}}
 
 

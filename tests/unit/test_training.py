@@ -26,11 +26,12 @@ from pipeline.inference import channel_names  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
+from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.pack import learned_from, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
-from pipeline.training.run import Run, run_experiment  # noqa: E402
+from pipeline.training.run import Run, check_classes, check_licences, run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
 
 
@@ -122,6 +123,68 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
         Run(leaking, tmp_path / "leaking", "cpu")
     next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
     Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
+    run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
+    before = (tmp_path / "work" / "split.json").read_bytes()
+    shutil.copytree(data, tmp_path / "more")
+    for folder in ("images", "labels"):
+        one = next((tmp_path / "more" / folder).glob("*A7-A13E*"))
+        shutil.copy(one, one.with_name("TCGA-ZZ-ZZZZ-x.png"))
+    for schedule in ({}, {"steps": 6}):
+        changed = section(tmp_path / "more", final_steps=0)
+        changed["schedule"] |= schedule
+        with pytest.raises(PipelineError, match=r"the data of 'tiny' have changed since its training in .*work began"):
+            Run(Experiment.from_json(changed), tmp_path / "work", "cpu")
+    assert (tmp_path / "work" / "split.json").read_bytes() == before
+
+
+def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Path) -> None:
+    start = replace(
+        write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}),
+        data=({"name": "theirs", "fields": 9, "patients": [f.patient for f in load_fields(section(data)["data"])]},),
+        stain={"method": "none", "reference": {"name": "x"}},
+    )
+    (tmp_path / "model" / "model.json").write_text(json.dumps(start.to_json()))
+    leaking = section(data, start_from=str(tmp_path / "model"))
+    with pytest.raises(PipelineError, match="has learned from"):
+        Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
+
+
+def test_classes_that_nobody_has(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image, labels = make_field(64, 64, 0.5, seed=1)
+    typed = Field("a", "s", "p", "", 0.5, image, labels, (labels > 0).astype(np.uint8), ("tumour",))
+    heads = {"heads": ["nucleus", "type"]}
+    with pytest.raises(PipelineError, match=r"no field has a class of Tumor, Stroma \(the data have tumour\)"):
+        check_classes(Experiment.from_json(section(data, classes=["Tumor", "Stroma"], **heads)), [typed])
+    check_classes(
+        Experiment.from_json(section(data, classes=["T", "S"], class_names={"tumour": "T", "x": "S"}, **heads)), [typed]
+    )
+    assert "train.classes: no field has S" in caplog.text
+    assert "train.class_names: no field has x" in caplog.text
+
+
+def test_stricter_licences_are_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_licences(Experiment.from_json(section(data)))
+    assert not caplog.text
+    check_licences(Experiment.from_json(section(data, data=[
+        {"kind": "monuseg", "path": str(data), "licence": "CC BY-NC-SA 4.0"}])))  # fmt: skip
+    assert (
+        "the licence of monuseg, CC BY-NC-SA 4.0, is stricter (NC, SA) than that of the model" in caplog.text
+    )
+
+
+def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:
+    image, labels = make_field(96, 96, 0.5, seed=1)
+    prepared = prepare_field(Field("a", "s", "p", "", 0.5, image, labels), 0.5)
+    for seed in range(8):
+        draw_sample(prepared, 32, Augmentation(blur=0.1), np.random.default_rng(seed))
+    weightless = section(data, data=[{"kind": "monuseg", "path": str(data), "weight": 0}])
+    run = Run(Experiment.from_json(weightless), tmp_path / "work", "cpu")
+    with pytest.raises(PipelineError, match="the weight of every source with training fields is 0"):
+        run.weights(run.data.part("train"))
 
 
 def test_what_was_learned_before_counts(tmp_path: Path) -> None:

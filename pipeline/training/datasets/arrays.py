@@ -38,6 +38,8 @@ def _stack(path: Path, channels: tuple[int, ...], count: int | None = None) -> n
 def _rgb(patch: np.ndarray) -> np.ndarray:
     if patch.dtype == np.uint8:
         return np.array(patch)
+    if not np.isfinite(patch).all() or (patch.dtype.kind == "f" and 0 < patch.max(initial=0) <= 1):
+        raise PipelineError("images are not in 0 to 255", "save them as uint8, or as floats of that range")
     return np.clip(np.rint(patch), 0, 255).astype(np.uint8)
 
 
@@ -124,6 +126,8 @@ def _organs(path: Path, count: int) -> list[str]:
 
 def _pannuke_field(source: Source, images: np.ndarray, masks: np.ndarray, index: int, fold: str, organ: str) -> Field:
     stack = np.asarray(masks[index])
+    if not np.isfinite(stack).all():
+        raise PipelineError(f"mask {index} of {fold} holds values that are no numbers", "copy it again")
     labels = np.zeros(stack.shape[:2], np.int32)
     types = np.zeros(stack.shape[:2], np.uint8)
     for channel in range(len(PANNUKE_CLASSES)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson
+from pipeline.geojson import REGIONS, class_names, iter_features, nucleus_geometry, read_geojson, role
 from pipeline.grid import Grid
 from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
 from pipeline.training.annotations import MAX_COORDINATE, burn, polygonal, repair
@@ -30,12 +30,6 @@ SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
 
 OPTIONS = ("slides", "regions", "field_size", "table")
 """Keys of a source of this kind."""
-
-REGIONS = ("region", "training")
-"""Beginnings of names and classes of annotations that outline what is completely annotated."""
-
-IGNORED = "ignore"
-"""Beginning of the class of objects that are no nuclei."""
 
 FIELD_SIZE = 1024
 """Longest side of a field in pixels."""
@@ -84,21 +78,17 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
     value = read_geojson(path)
     try:
         for feature in iter_features(value):
-            properties = feature.get("properties") or {}
-            # Before 0.4, QuPath told the type by the feature's id.
-            kind = str(properties.get("objectType") or feature.get("id") or "").casefold()
-            if "root" in kind or "tile" in kind or "tma" in kind:
+            kind = role(feature, regions)
+            if kind == "other":
                 continue
-            name, title = next(iter(class_names(feature)), ""), str(properties.get("name") or "")
+            name = next(iter(class_names(feature)), "")
             outline = nucleus_geometry(feature)
             shape = None if outline is None else _polygon(outline)
-            starts = [text.casefold() for text in (name, title)]
-            if any(text.startswith(regions) for text in starts) and "detection" not in kind and "cell" not in kind:
+            if kind == "region":
                 if shape is None:
-                    raise PipelineError(f"{path}: region {title or name!r} encloses nothing", "draw it as an area")
+                    title = (feature.get("properties") or {}).get("name") or name
+                    raise PipelineError(f"{path}: region {title!r} encloses nothing", "draw it as an area")
                 found.regions.append(shape)
-            elif name.casefold().startswith(IGNORED):
-                continue
             elif shape is None:
                 found.dropped += 1
             else:
@@ -193,7 +183,7 @@ def _fields_of(
     with slide:
         width, height = slide.width, slide.height
     native = math.sqrt(mpp_x * mpp_y)
-    mpp = source.mpp or (native if native >= MIN_MPP else 0.25)
+    mpp = source.stated_mpp(f"{source.name}-{entry.name}") or (native if native >= MIN_MPP else 0.25)
     grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)
     areas = shapely.area(objects.nuclei) * mpp_x * mpp_y if objects.nuclei else np.empty(0)
     if len(areas) and areas.max() > MAX_NUCLEUS_UM2:

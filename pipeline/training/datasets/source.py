@@ -24,6 +24,9 @@ COMMON = ("kind", "path", "name", "mpp", "mpp_of", "weight", "licence", "limit",
 TABLE_COLUMNS = ("field", "patient", "organ", "mpp")
 """Columns of a source's table; others are left alone."""
 
+TCGA_PATIENT = re.compile(r"[A-Z0-9]{2}-[A-Z0-9]{4}")
+"""What `tcga_patient` gives."""
+
 Lazy = Callable[[], Field]
 """A field that is yet to be read."""
 
@@ -102,6 +105,10 @@ class Source:
             options={key: value[key] for key in options if key in value},
         )
 
+    def stated_mpp(self, name: str) -> float | None:
+        """Pixel size that the settings state for the field of that name."""
+        return next((value for start, value in self.mpp_of.items() if name.startswith(start)), self.mpp)
+
     def field(
         self,
         stem: str,
@@ -138,13 +145,13 @@ class Source:
             if stem not in self.rows:
                 raise PipelineError(f"field {stem!r} of {self.name} is not in its table", "add a row for it")
             row = self.rows[stem]
-        stated = next((value for start, value in self.mpp_of.items() if name.startswith(start)), None)
+        whose = row.get("patient") or patient or name
         return Field(
             name=name,
             source=self.name,
-            patient=row.get("patient") or patient or name,
+            patient=tcga_patient(whose) or (not row.get("patient") and tcga_patient(stem)) or whose,
             organ=row.get("organ") or organ,
-            mpp=float(row.get("mpp") or stated or self.mpp or mpp),
+            mpp=float(row.get("mpp") or self.stated_mpp(name) or mpp),
             image=image,
             labels=as_labels(labels),
             types=types,
@@ -184,7 +191,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 def tcga_patient(name: str) -> str | None:
     """Tissue source site and participant of a TCGA barcode (``A7-A13E``), the same in every data set; else None."""
-    match = re.search(r"TCGA-([A-Z0-9]{2}-[A-Z0-9]{4})", name)
+    match = re.search(rf"TCGA-({TCGA_PATIENT.pattern})", name)
     return match[1] if match else None
 
 
@@ -203,8 +210,18 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def as_labels(labels: np.ndarray) -> np.ndarray:
-    """A label map as int32; numbers too large for it are replaced."""
-    if labels.dtype.kind in "iu" and int(labels.max(initial=0)) >= 2**31:
+    """A label map as int32; numbers much larger than needed are replaced.
+
+    Raises
+    ------
+    PipelineError
+        When numbers are negative or none.
+    """
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise PipelineError("a label map holds values that are no numbers", "give whole numbers, 0 is background")
+    if labels.size and labels.min() < 0:
+        raise PipelineError(f"a label map holds {labels.min()}", "give positive numbers, 0 is background")
+    if labels.dtype.kind in "iu" and int(labels.max(initial=0)) > max(2 * labels.size, 1 << 16):
         found, index = np.unique(np.r_[labels.dtype.type(0), labels.ravel()], return_inverse=True)
         labels = (index[1:] + (found[0] != 0)).reshape(labels.shape)
     return np.ascontiguousarray(labels, np.int32)
