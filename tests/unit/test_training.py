@@ -127,17 +127,18 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore")
 def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
-    run_experiment(Experiment.from_json(section(data, final_steps=0)), tmp_path / "work", tmp_path / "model", "cpu")
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    experiment = Experiment.from_json(section(mine, final_steps=0))
+    run_experiment(experiment, tmp_path / "work", tmp_path / "model", "cpu")
     before = (tmp_path / "work" / "split.json").read_bytes()
-    shutil.copytree(data, tmp_path / "more")
     for folder in ("images", "labels"):
-        one = next((tmp_path / "more" / folder).glob("*A7-A13E*"))
+        one = next((mine / folder).glob("*A7-A13E*"))
         shutil.copy(one, one.with_name("TCGA-ZZ-ZZZZ-x.png"))
-    for schedule in ({}, {"steps": 6}):
-        changed = section(tmp_path / "more", final_steps=0)
-        changed["schedule"] |= schedule
+    for steps in (4, 6):
+        longer = replace(experiment, schedule=replace(experiment.schedule, steps=steps))
         with pytest.raises(PipelineError, match=r"the data of 'tiny' have changed since its training in .*work began"):
-            Run(Experiment.from_json(changed), tmp_path / "work", "cpu")
+            Run(longer, tmp_path / "work", "cpu")
     assert (tmp_path / "work" / "split.json").read_bytes() == before
 
 
@@ -169,11 +170,9 @@ def test_classes_that_nobody_has(data: Path, caplog: pytest.LogCaptureFixture) -
 def test_stricter_licences_are_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_licences(Experiment.from_json(section(data)))
     assert not caplog.text
-    check_licences(Experiment.from_json(section(data, data=[
-        {"kind": "monuseg", "path": str(data), "licence": "CC BY-NC-SA 4.0"}])))  # fmt: skip
-    assert (
-        "the licence of monuseg, CC BY-NC-SA 4.0, is stricter (NC, SA) than that of the model" in caplog.text
-    )
+    source = {"kind": "monuseg", "path": str(data), "licence": "CC BY-NC-SA 4.0"}
+    check_licences(Experiment.from_json(section(data) | {"data": [source]}))
+    assert "the licence of monuseg, CC BY-NC-SA 4.0, is stricter (NC, SA) than that of the model" in caplog.text
 
 
 def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:
     prepared = prepare_field(Field("a", "s", "p", "", 0.5, image, labels), 0.5)
     for seed in range(8):
         draw_sample(prepared, 32, Augmentation(blur=0.1), np.random.default_rng(seed))
-    weightless = section(data, data=[{"kind": "monuseg", "path": str(data), "weight": 0}])
+    weightless = section(data) | {"data": [{"kind": "monuseg", "path": str(data), "weight": 0}]}
     run = Run(Experiment.from_json(weightless), tmp_path / "work", "cpu")
     with pytest.raises(PipelineError, match="the weight of every source with training fields is 0"):
         run.weights(run.data.part("train"))
