@@ -88,8 +88,9 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
         ``other`` are QuPath's own frames (root, tiles, TMA cores) and objects of classes to be ignored.
     """
     properties = feature.get("properties") or {}
-    # Before 0.4, QuPath told the type by the feature's id.
-    kind = str(properties.get("objectType") or feature.get("id") or "").casefold()
+    # Before 0.4, QuPath told the type by the feature's id; others' ids may be any text.
+    old = str(feature.get("id") or "")
+    kind = str(properties.get("objectType") or (old if old.endswith("Object") else "")).casefold()
     if "root" in kind or "tile" in kind or "tma" in kind:
         return "other"
     name, title = next(iter(class_names(feature)), "").casefold(), str(properties.get("name") or "").casefold()

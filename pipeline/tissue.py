@@ -224,7 +224,8 @@ def bounds_view(bounds: Sequence[float], grid: Grid) -> tuple[slice, slice]:
     x, y, width, height = bounds
     slices = []
     for start, size, scale, limit in ((y, height, grid.scale_y, grid.height), (x, width, grid.scale_x, grid.width)):
-        first, last = round(start / scale), round((start + size) / scale)
+        # Outwards: what does not fill a pixel of the view may hold tissue too.
+        first, last = math.floor(start / scale + 1e-6), math.ceil((start + size) / scale - 1e-6)
         first = min(max(first, 0), limit - 1)
         slices.append(slice(first, min(max(last, first + 1), limit)))
     return slices[0], slices[1]

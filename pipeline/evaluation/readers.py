@@ -186,9 +186,13 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     polygons: list[int] = []
     others: list[str] = []
     any_polygon = False
+    left_out = 0
     for feature in iter_features(value):
         geometry = nucleus_geometry(feature)
-        if geometry is None or role(feature) != "nucleus":
+        if geometry is None:
+            continue
+        if role(feature) != "nucleus":
+            left_out += 1
             continue
         if geometry["type"] not in ("Polygon", "MultiPolygon"):
             others.append(str(geometry["type"]))
@@ -206,6 +210,8 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
             points, polygons = [], []
+    if left_out:
+        log.info("%d objects are regions, frames or to be ignored, and are left out", left_out)
     if others and not any_polygon:
         raise ValueError(f"found a {others[0]}")
     if others:

@@ -164,8 +164,13 @@ def test_what_trains_is_what_is_evaluated(tmp_path: Path) -> None:
     for name, more in (("plain", []), ("full", others)):
         text = json.dumps({"type": "FeatureCollection", "features": [*nuclei(), *more]})
         (tmp_path / f"{name}.geojson").write_text(text)
-    plain, full = (load(tmp_path / f"{name}.geojson") for name in ("plain", "full"))
-    assert compare(plain, full)["aji"] == 1
+    # What others call their objects means nothing.
+    named = [one | {"id": f"tile_3-{i}", "properties": {}} for i, one in enumerate(nuclei())]
+    frame = feature(around) | {"id": "PathTileObject", "properties": {}}
+    text = json.dumps({"type": "FeatureCollection", "features": [*named, frame]})
+    (tmp_path / "named.geojson").write_text(text)
+    plain, full, other = (load(tmp_path / f"{name}.geojson") for name in ("plain", "full", "named"))
+    assert compare(plain, full)["aji"] == compare(plain, other)["aji"] == 1
 
 
 def test_large_regions_are_cut_evenly(source: Write) -> None:

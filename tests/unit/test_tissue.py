@@ -23,7 +23,7 @@ from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
-from pipeline.tissue import polygons_of, read_mask, read_tissue, run_tissue
+from pipeline.tissue import bounds_view, polygons_of, read_mask, read_tissue, run_tissue
 
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11])
@@ -323,6 +323,13 @@ def test_stage_keeps_to_the_bounds(slide: Path) -> None:
     write(slide / "slide.json", info)
     run(slide)
     assert max(p.bounds[2] for p in read_tissue(slide / "tissue.geojson")) <= 800
+
+
+def test_bounds_reach_to_the_last_strip() -> None:
+    grid = Grid(101, 51, 8.0, 10.0, 10.0)  # of 1004 x 503 pixels
+    assert bounds_view([0, 0, 1004, 503], grid) == (slice(0, 51), slice(0, 101))
+    assert bounds_view([200, 95, 304, 210], grid) == (slice(9, 31), slice(20, 51))
+    assert bounds_view([1003, 502, 9, 9], grid) == (slice(50, 51), slice(100, 101))
 
 
 def test_what_was_not_scanned_is_no_glass(tmp_path: Path) -> None:
