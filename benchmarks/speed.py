@@ -147,7 +147,8 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     if device == "cpu":
         keep_freed_memory()  # as the command does
     with one_result():
-        predictor, name = choose_predictor(package, device, 0, options.cores)
+        predictor, about = choose_predictor(package, device, 0, options.cores)
+        how = f"{about['device']}, {about['precision']}"
         count = len(windows) // predictor.batch * predictor.batch or predictor.batch
         chosen = [windows[i % len(windows)] for i in range(min(count, 8 * predictor.batch))]
         patches = np.stack([store.read(*grid.origin(*w), grid.patch, grid.patch) for w in chosen])
@@ -157,7 +158,7 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
         _, alone = spent(lambda: [predictor(batch) for _ in range(times) for batch in batches])
         (found, ours) = spent(lambda: infer_slide(store, transform, predictor, package, folder / "maps.zarr"))
     rate, limit = found["windows"] / ours.wall, times * len(patches) / alone.wall
-    note = f"{side} x {side} px, {package.name}, windows of {package.patch} px, {name}, {options.cores} threads"
+    note = f"{side} x {side} px, {package.name}, windows of {package.patch} px, {how}, {options.cores} threads"
     if device == "cpu":
         yield Figure(
             "infer", "windows by CPU time", found["windows"] / ours.cpu, "/s a core", times * len(patches) / alone.cpu,

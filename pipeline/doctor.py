@@ -119,7 +119,11 @@ def check_torch() -> Finding:
             card = torch.cuda.get_device_properties(index)
             cards.append(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)")
         return Finding("torch", "ok", f"{torch.__version__}, GPU: {', '.join(cards)}")
-    threads = f"{torch.__version__}, no CUDA GPU: {torch.get_num_threads()} CPU threads"
+    from pipeline.networks.precision import has_amx
+
+    threads = (
+        f"{torch.__version__}, no CUDA GPU: {torch.get_num_threads()} CPU threads{' with AMX' if has_amx() else ''}"
+    )
     return Finding("torch", "ok", threads, "a slide takes minutes to hours without a GPU")
 
 

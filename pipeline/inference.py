@@ -28,7 +28,8 @@ from pipeline.kernels.stain import StainTransform
 from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
-from pipeline.networks.outputs import FindsInstances, Outputs, map_names
+from pipeline.networks.outputs import FindsInstances, Folding, Outputs, map_names
+from pipeline.networks.precision import PRECISIONS
 from pipeline.networks.registry import build_method, needs_torch
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
@@ -36,6 +37,7 @@ from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import TileStore
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ class WindowPredictor:
         return np.stack(list(self._pool.map(self.maps, patches)))
 
 
-def network_on_cpu(network: nn.Module, outputs: Outputs) -> Callable[[np.ndarray], np.ndarray]:
+def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
     """A network as a function from a window to its maps, for `WindowPredictor`.
 
     Parameters
@@ -135,13 +137,15 @@ def network_on_cpu(network: nn.Module, outputs: Outputs) -> Callable[[np.ndarray
         Gives logits ``(N, C, H, W)`` for images in [0, 1].
     outputs : Outputs
         What its logits mean.
+    precision : torch.dtype
+        What it computes with.
     """
     import torch
 
     network.to(memory_format=torch.channels_last).eval()
 
     def maps(window: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", precision, precision != torch.float32):
             x = torch.from_numpy(window[None]).permute(0, 3, 1, 2)
             found = outputs.predict(network, x.float().div(255))[0]
             return np.asarray(found.mul(255).round().to(torch.uint8))
@@ -162,18 +166,18 @@ class BatchPredictor:
         Windows a forward pass; halves itself when the device runs out of memory.
     outputs : Outputs
         What its logits mean.
+    precision : torch.dtype
+        What it computes with.
     """
 
-    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs) -> None:
+    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs, precision: torch.dtype) -> None:
         import torch
 
         self.device = torch.device(device)
         self.batch = batch
         self.outputs = outputs
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
-        self._dtype = torch.float32
-        if device == "cuda":
-            self._dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        self.precision = precision
 
     @property
     def per_pass(self) -> int:
@@ -210,7 +214,7 @@ class BatchPredictor:
         if count < self.batch:  # one shape always, so that the same kernels run
             padding = np.zeros((self.batch - count, *patches.shape[1:]), np.uint8)
             patches = np.concatenate([patches, padding])
-        with torch.inference_mode(), torch.autocast(self.device.type, self._dtype, self._dtype != torch.float32):
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
             x = torch.from_numpy(patches).to(self.device).permute(0, 3, 1, 2)
             maps = self.outputs.predict(self.network, x.float().div(255))[:count]
             return np.asarray(maps.mul(255).round().to(torch.uint8).cpu())
@@ -240,8 +244,10 @@ def one_result() -> Iterator[None]:
         torch.set_num_threads(before[2])
 
 
-def choose_predictor(package: ModelPackage, device: str, batch: int, threads: int) -> tuple[Predictor, str]:
-    """A package's predictor, and the name of the device that it runs on.
+def choose_predictor(
+    package: ModelPackage, device: str, batch: int, threads: int, precision: str = "auto"
+) -> tuple[Predictor, dict[str, Any]]:
+    """A package's predictor, and what the manifest says of it: ``device``, ``precision``, ``batch``.
 
     Parameters
     ----------
@@ -253,23 +259,31 @@ def choose_predictor(package: ModelPackage, device: str, batch: int, threads: in
         Windows at once; 0 chooses by device.
     threads : int
         CPU threads.
+    precision : str
+        One of `pipeline.networks.precision.PRECISIONS`.
     """
     if not needs_torch(package.network):
         import cv2
 
         cv2.setNumThreads(1)
-        return WindowPredictor(build_method(package.network, package.network_args), threads, batch), "cpu"
+        method = WindowPredictor(build_method(package.network, package.network_args), threads, batch)
+        return method, {"device": "cpu", "precision": "float32", "batch": 1}
     import torch
 
     from pipeline.models.weights import load_network
+    from pipeline.networks.precision import choose_precision
 
     outputs = Outputs(channel_names(package), package.tta)
-    if choose_device(device) == "cuda":
-        predictor = BatchPredictor(load_network(package), "cuda", batch or DEFAULT_BATCH, outputs)
-        return predictor, torch.cuda.get_device_name()
+    kind, network = choose_device(device), load_network(package)
+    if isinstance(network, Folding):
+        network.fold_norms()
+    number = choose_precision(precision, kind, network)
+    about = {"device": "cpu", "precision": str(number).removeprefix("torch."), "batch": 1}
+    if kind == "cuda":
+        predictor = BatchPredictor(network, "cuda", batch or DEFAULT_BATCH, outputs, number)
+        return predictor, about | {"device": torch.cuda.get_device_name(), "batch": predictor.batch}
     torch.set_num_threads(1)  # a thread a window
-    network = load_network(package)
-    return WindowPredictor(network_on_cpu(network, outputs), threads, batch, network), "cpu"
+    return WindowPredictor(network_on_cpu(network, outputs, number), threads, batch, network), about
 
 
 def channel_names(package: ModelPackage) -> tuple[str, ...]:
@@ -458,8 +472,7 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
         "megapixels": round(megapixels, 3),
         "mp_per_s": round(megapixels / max(seconds, 1e-9), 3) if windows else None,
         "maps_sha256": digest.hexdigest(),
-        "device": manifests[0]["device"],
-        "batch": manifests[0]["batch"],
+        **{key: manifests[0][key] for key in ("device", "precision", "batch")},
     }
 
 
@@ -564,6 +577,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stain", type=Path, required=True, help="stain.json")
     parser.add_argument("--model", type=Path, required=True, help="model package")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="numbers that the network computes with"
+    )
     parser.add_argument("--batch", type=int, default=0, help="windows a forward pass; 0 chooses by device")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
@@ -583,6 +599,7 @@ def run_infer(
     out: Path,
     zarr_out: Path,
     device: str = "auto",
+    precision: str = "auto",
     batch: int = 0,
     threads: int = 0,
     part: Part | None = None,
@@ -602,10 +619,14 @@ def run_infer(
                 if needs_torch(package.network):
                     during.enter_context(borrow(device))
                     during.enter_context(one_result())
-                predictor, name = choose_predictor(package, device, batch, threads or os.cpu_count() or 1)
+                cores = threads or os.cpu_count() or 1
+                predictor, about = choose_predictor(package, device, batch, cores, precision)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part)
-                found |= {"device": name, "batch": predictor.per_pass}
-        log.info("slide %r: %.1f MP at %s MP/s on %s", slide, found["megapixels"], found["mp_per_s"], found["device"])
+                found |= about | {"batch": predictor.per_pass}  # smaller than chosen where memory ran out
+        log.info(
+            "slide %r: %.1f MP at %s MP/s on %s, %s",
+            slide, found["megapixels"], found["mp_per_s"], found["device"], found["precision"],
+        )  # fmt: skip
         return {
             "grid": store.grid.to_json(),
             "channels": list(channel_names(package)),
@@ -638,6 +659,7 @@ def main(args: argparse.Namespace) -> int:
         out=args.out,
         zarr_out=args.zarr_out,
         device=args.device,
+        precision=args.precision,
         batch=args.batch,
         threads=args.threads,
         part=args.part,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,6 +48,21 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
+
+
+def fold_norm(conv: nn.Conv2d, norm: Any) -> nn.Conv2d:
+    """One convolution that does what a convolution and the batch normalisation after it do in evaluation."""
+    return fuse_conv_bn_eval(conv, norm)
+
+
+def fold_sequences(network: nn.Module) -> None:
+    """Fold the batch normalisation that follows a convolution in each `torch.nn.Sequential` of a network, in place."""
+    for part in list(network.modules()):
+        if isinstance(part, nn.Sequential):
+            for index in range(len(part) - 1):
+                conv, norm = part[index], part[index + 1]
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    part[index], part[index + 1] = fold_norm(conv, norm), nn.Identity()
 
 
 class PositionTable(nn.Module):

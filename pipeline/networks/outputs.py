@@ -58,6 +58,14 @@ class FindsInstances(Protocol):
         """Loss of images ``(N, 3, H, W)`` in [0, 1] and their label maps ``(N, H, W)``: ``loss`` and its parts."""
 
 
+@runtime_checkable
+class Folding(Protocol):
+    """A network whose batch normalisations can become part of the convolutions before them, which saves a tenth."""
+
+    def fold_norms(self) -> None:
+        """Fold them, in place; for inference alone. Maps change by no more than rounding."""
+
+
 @dataclass(frozen=True)
 class Outputs:
     """How logits become maps.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.networks.blocks import fold_norm, fold_sequences
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation and a shortcut.
@@ -22,9 +24,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
+        self.norm1: nn.Module = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.norm2: nn.Module = nn.BatchNorm2d(channels)
+
+    def fold_norms(self) -> None:
+        """Make the normalisations part of the convolutions, for inference."""
+        self.conv1, self.conv2 = fold_norm(self.conv1, self.norm1), fold_norm(self.conv2, self.norm2)
+        self.norm1 = self.norm2 = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.norm1(self.conv1(x)))
@@ -139,6 +146,13 @@ class ResidualUNet(nn.Module):
                 weight[: small.shape[0], small.shape[1] :] = 0
             weight[tuple(slice(n) for n in small.shape)] = small
         return own
+
+    def fold_norms(self) -> None:
+        """See `pipeline.networks.outputs.Folding`."""
+        fold_sequences(self)
+        for part in list(self.modules()):
+            if isinstance(part, ResidualBlock):
+                part.fold_norms()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fold > 1:

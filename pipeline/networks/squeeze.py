@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.networks.blocks import IMAGENET_MEAN, IMAGENET_STD, conv_norm_relu
+from pipeline.networks.blocks import IMAGENET_MEAN, IMAGENET_STD, conv_norm_relu, fold_sequences
 from pipeline.networks.encoders import IMAGENET, encoder_part, load_encoder
 
 CAFFE_MEAN = (104.0, 117.0, 123.0)
@@ -164,6 +164,10 @@ class SqueezeUNet(nn.Module):
             nn.Sequential(conv_norm_relu(2 * a, a), conv_norm_relu(a, a)) for a, _ in reversed(pairs)
         )
         self.head = nn.Conv2d(widths[0], out_channels * self.square**2, 1)
+
+    def fold_norms(self) -> None:
+        """See `pipeline.networks.outputs.Folding`."""
+        fold_sequences(self)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.encoder(x)

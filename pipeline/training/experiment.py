@@ -56,6 +56,7 @@ RESULT_ONLY = (
     "encoder_licence",
     "evaluation",
     "stain_strength",
+    "half_weights",
 )
 SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
 
@@ -85,6 +86,12 @@ class Experiment:
         Terms of the loss, see `pipeline.training.losses.loss_terms`; none: the heads' defaults.
     start_from : str, optional
         Model package whose weights (and stain reference) to start from.
+    teacher : str, optional
+        Model package whose maps are part of what the network learns, see `pipeline.training.teacher`.
+    teacher_share : float
+        Their share, the annotations having the rest.
+    half_weights : bool
+        Round the weights to 16 bits, which halves the package.
     patch, overlap : int
         The window that inference uses.
     stain : str
@@ -126,6 +133,9 @@ class Experiment:
     class_names: dict[str, str] = field(default_factory=dict)
     loss: tuple[dict[str, Any], ...] = ()
     start_from: str | None = None
+    teacher: str | None = None
+    teacher_share: float = 0.5
+    half_weights: bool = False
     patch: int = 320
     overlap: int = 32
     stain: str = "macenko"
@@ -164,6 +174,8 @@ class Experiment:
             raise PipelineError(f"train: stain {self.stain!r}", f"choose from {', '.join(METHODS)}")
         if not 0 <= self.stain_strength <= 1:
             raise PipelineError(f"train: stain_strength {self.stain_strength}", "use a number from 0 to 1")
+        if not 0 <= self.teacher_share <= 1:
+            raise PipelineError(f"train: teacher_share {self.teacher_share}", "use a number from 0 to 1")
         map_names(self.heads, self.classes)
         try:
             rules = self.rules

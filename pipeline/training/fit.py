@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.models.weights import load_weights
 from pipeline.networks.outputs import FindsInstances, Outputs
+from pipeline.networks.precision import choose_precision
 from pipeline.training.data import Field
 from pipeline.training.files import save_json
 from pipeline.training.losses import CombinedLoss
@@ -363,11 +364,12 @@ class Report(Callback):
         )
 
 
-def _precision(name: str, accelerator: str) -> Any:
+def _precision(name: str, accelerator: str, network: nn.Module) -> Any:
     if name == "auto":
-        if accelerator == "cpu" or not torch.cuda.is_available():
-            return "32-true"
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        device = "cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+        name = {torch.float32: "32", torch.bfloat16: "bf16", torch.float16: "16"}[
+            choose_precision("auto", device, network)
+        ]
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[name]
 
 
@@ -471,7 +473,7 @@ def _train(
             accelerator=accelerator,
             devices=schedule.devices,
             strategy="ddp" if schedule.devices > 1 else "auto",
-            precision=_precision(schedule.precision, accelerator),
+            precision=_precision(schedule.precision, accelerator, job.network),
             max_steps=schedule.steps,
             val_check_interval=every if validation else None,
             check_val_every_n_epoch=None,

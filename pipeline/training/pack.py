@@ -32,7 +32,7 @@ def recorded_args(args: Mapping[str, Any]) -> dict[str, Any]:
 def learned_from(
     fields: Sequence[Field],
     sources: Sequence[Mapping[str, Any]],
-    start: ModelPackage | None = None,
+    earlier: Sequence[ModelPackage] = (),
     encoder: tuple[str, str] | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """What the card says of the training data: by source its licence, fields, and patients.
@@ -43,26 +43,41 @@ def learned_from(
         What was trained on.
     sources : sequence of mapping
         The experiment's ``data``.
-    start : ModelPackage, optional
-        The model that the training started from: what it has learned from counts, too.
+    earlier : sequence of ModelPackage
+        The models that the training started from and that taught it: what they have learned from counts, too.
     encoder : (str, str), optional
         The weights that the encoder started from, and their licence.
     """
-    entries: dict[str, dict[str, Any]] = {} if start is None else {one["name"]: dict(one) for one in start.data}
+    entries: dict[str, dict[str, Any]] = {}
+    for package in earlier:
+        for one in package.data:
+            known = entries.setdefault(one["name"], dict(one))
+            known["patients"] = sorted({*known.get("patients", ()), *one.get("patients", ())})
+            known["fields"] = max(known.get("fields", 0), one.get("fields", 0))
     if encoder is not None:
         name = f"encoder weights {encoder[0]}"
         entries[name] = {"name": name, "licence": encoder[1], "fields": 0, "patients": []}
     for source in sources:
         name = source_name(source)
         own = [f for f in fields if f.source == name]
-        earlier = entries.get(name, {})
+        before = entries.get(name, {})
         entries[name] = {
             "name": name,
             "licence": source.get("licence", "unknown"),
-            "fields": max(len(own), earlier.get("fields", 0)),
-            "patients": sorted({f.patient for f in own} | set(earlier.get("patients", ()))),
+            "fields": max(len(own), before.get("fields", 0)),
+            "patients": sorted({f.patient for f in own} | set(before.get("patients", ()))),
         }
     return tuple(entries.values())
+
+
+def round_weights(network: Any) -> None:
+    """Round a network's kernels to the nearest 16-bit numbers, in place; what they add and scale by stays as it is."""
+    import torch
+
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                weight.copy_(weight.half())
 
 
 def pack(
@@ -74,7 +89,7 @@ def pack(
     fields: list[Field],
     out: Path,
     classes: Sequence[str] = (),
-    start: ModelPackage | None = None,
+    earlier: Sequence[ModelPackage] = (),
 ) -> ModelPackage:
     """Write a model package.
 
@@ -96,8 +111,8 @@ def pack(
         Folder of the package.
     classes : sequence of str
         Classes of the type head.
-    start : ModelPackage, optional
-        The model that the training started from.
+    earlier : sequence of ModelPackage
+        The models that the training started from and that taught it.
     """
     from safetensors.torch import save_file
 
@@ -105,6 +120,9 @@ def pack(
     args = recorded_args(experiment.network_args)
     encoder = (args["encoder_weights"], experiment.encoder_licence) if args.get("encoder_weights") else None
     state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    if experiment.half_weights:
+        round_weights(network)
+        state = {k: v.half() if v.ndim > 1 else v for k, v in state.items()}
     staged = out / f".part-{os.getpid()}-{WEIGHTS}"
     save_file(state, staged)
     package = ModelPackage(
@@ -122,7 +140,7 @@ def pack(
         thresholds=rules,
         licence=experiment.licence,
         description=experiment.description,
-        data=learned_from(fields, experiment.data, start, encoder),
+        data=learned_from(fields, experiment.data, earlier, encoder),
         metrics={k: evaluation[k] for k in METRICS if k in evaluation},
         sha256=sha256_of(staged),
         tta=experiment.evaluation.tta,

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.kernels.blend import Blender, PatchGrid
 from pipeline.networks.outputs import FindsInstances, Outputs
+from pipeline.networks.precision import choose_precision
 
 WINDOWS_AT_ONCE = 8
 
@@ -52,10 +53,10 @@ def predict_field(
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
-    mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    precision = choose_precision("auto", device.type, network)
     if isinstance(network, FindsInstances):
         network.margin = 0 if window is None else window[1] // 2
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, mixed):
+    with torch.inference_mode(), torch.autocast(device.type, precision, precision != torch.float32):
         maps = _in_one(network, image, outputs) if window is None else _in_windows(network, image, outputs, *window)
     network.train(was_training)
     return maps

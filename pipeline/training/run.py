@@ -34,13 +34,14 @@ from pipeline.training.experiment import Experiment
 from pipeline.training.files import read_json, save_json
 from pipeline.training.fit import Examined, Job, fit
 from pipeline.training.losses import CombinedLoss
-from pipeline.training.pack import pack
+from pipeline.training.pack import pack, round_weights
 from pipeline.training.panel import write_panel
 from pipeline.training.reference import choose_reference, normalise
 from pipeline.training.samples import PreparedField, prepare_field
 from pipeline.training.schedule import Deadline, Schedule
 from pipeline.training.splits import Split, make_split
 from pipeline.training.targets import Targets, classes_of
+from pipeline.training.teacher import Teacher
 from pipeline.training.tuning import tune_rules
 
 log = logging.getLogger(__name__)
@@ -211,13 +212,17 @@ class Run:
         self.start: ModelPackage | None = None
         if experiment.start_from is not None:
             self.start = ModelPackage.load(Path(experiment.start_from), verify=True)
-            self._check_start(self.start)
+            self._check_known(self.start, "start_from")
             self.reference = self.start.stain["reference"]
         else:
             main = [f for f in train if f.source == experiment.holdout] or train
             chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
             self.reference = {"name": chosen.name, **reference}
         log.info("stain reference: %s", self.reference.get("name"))
+        self.teacher: ModelPackage | None = None
+        if experiment.teacher is not None:
+            self.teacher = ModelPackage.load(Path(experiment.teacher), verify=True)
+            self._check_known(self.teacher, "teacher")
         classes: tuple[str, ...] = ()
         if "type" in experiment.heads:
             classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
@@ -229,22 +234,22 @@ class Run:
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
 
-    def _check_start(self, start: ModelPackage) -> None:
-        """Refuse a model that knows the patients it would be tested on."""
-        known = {(entry["name"], patient) for entry in start.data for patient in entry.get("patients", ())}
+    def _check_known(self, package: ModelPackage, role: str) -> None:
+        """Refuse to learn from a model that knows the patients that are held out."""
+        known = {(entry["name"], patient) for entry in package.data for patient in entry.get("patients", ())}
         tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
         test = {(f.source, f.patient) for f in self.data.part("test")}
         leaked = sorted({one for one in test if one in known or one[1] in tcga})
         if leaked:
             raise PipelineError(
-                f"train: start_from {start.folder} has learned from {len(leaked)} of the patients held out, first "
+                f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
                 f"{leaked[0][1]} of {leaked[0][0]}",
-                "start from a model that held them out (final_steps: 0)",
+                "take a model that held them out (final_steps: 0)",
             )
-        if start.licence != self.experiment.licence:
+        if package.licence != self.experiment.licence:
             log.warning(
                 "the licence of %s, %s, holds for what is trained from it, too; this training states %s",
-                start.folder, start.licence, self.experiment.licence,
+                package.folder, package.licence, self.experiment.licence,
             )  # fmt: skip
 
     def build(self) -> nn.Module:
@@ -259,12 +264,22 @@ class Run:
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
         """Fields as training draws from them: as they are and in the model's stain."""
         one = self.experiment
+        teacher = None if self.teacher is None else Teacher.of(self.teacher, self.accelerator)
         prepared = []
         for field in fields:
             version = normalise(field.image, one.stain, self.reference)
-            versions = () if version is None else (version,)
-            styled = one.augmentation.style > 0
-            prepared.append(prepare_field(field, one.mpp, versions, self.targets, one.class_names, styled))
+            prepared.append(
+                prepare_field(
+                    field,
+                    one.mpp,
+                    () if version is None else (version,),
+                    self.targets,
+                    one.class_names,
+                    styled=one.augmentation.style > 0,
+                    taught=None if teacher is None else teacher.maps(field),
+                    share=one.teacher_share,
+                )
+            )
         return prepared
 
     def weights(self, fields: Sequence[Field]) -> np.ndarray:
@@ -333,6 +348,8 @@ class Run:
             known: dict[str, Any] = read_json(file)
             if known.get("settings", settings) == settings:
                 return known
+        if one.half_weights:
+            round_weights(network)
         validation, test = self.data.part("validation"), self.data.part("test")
         rules = one.rules
         if self.start is not None and not self.data.split.train:
@@ -372,7 +389,8 @@ class Run:
         rules = InstanceRules(**evaluation["rules"])
         classes = self.targets.classes
         fields = self.data.fields if self.experiment.final_steps else self.data.part("train")
-        return pack(network, self.experiment, evaluation, rules, self.reference, fields, out, classes, self.start)
+        earlier = [one for one in (self.start, self.teacher) if one is not None]
+        return pack(network, self.experiment, evaluation, rules, self.reference, fields, out, classes, earlier)
 
 
 def run_experiment(

@@ -116,6 +116,8 @@ def prepare_field(
     spec: Targets = NUCLEUS_DISTANCE,
     class_names: Mapping[str, str] | None = None,
     styled: bool = False,
+    taught: Mapping[str, np.ndarray] | None = None,
+    share: float = 0.5,
 ) -> PreparedField:
     """Bring a field to the model's pixel size and craft its targets.
 
@@ -133,6 +135,8 @@ def prepare_field(
         Class of the type head by class of the field, where they differ.
     styled : bool
         Whether samples shall take on the looks of other fields.
+    taught, share
+        A teacher's maps and their share in the targets, see `Targets.of_field`.
     """
     factor = field.mpp / mpp
     size = (max(1, round(field.image.shape[1] * factor)), max(1, round(field.image.shape[0] * factor)))
@@ -148,7 +152,7 @@ def prepare_field(
     return PreparedField(
         field.name,
         images,
-        np.round(cv2.resize(spec.of_field(field), size, interpolation=how) * 255).astype(np.uint8),
+        np.round(cv2.resize(spec.of_field(field, taught, share), size, interpolation=how) * 255).astype(np.uint8),
         spec,
         labels,
         types,

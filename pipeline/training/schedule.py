@@ -61,7 +61,8 @@ class Schedule:
     validate_every : int
         Steps between two validations.
     precision : str
-        ``auto`` (mixed on a GPU: bf16 where it can, else 16), ``32``, ``bf16``, ``16``.
+        ``auto`` (mixed on a GPU: bf16 where it can, else 16; bf16 on a CPU that multiplies it in hardware), ``32``,
+        ``bf16``, ``16``.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     devices : int

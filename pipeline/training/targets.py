@@ -61,15 +61,33 @@ class Targets:
         """All of them, in the order of a sample's channels."""
         return self.warped + self.crafted
 
-    def of_field(self, field: Field) -> np.ndarray:
-        """The warped targets of a field at its own resolution, float32 ``(H, W, n)`` in [0, 1]."""
+    def of_field(self, field: Field, taught: Mapping[str, np.ndarray] | None = None, share: float = 0.5) -> np.ndarray:
+        """The warped targets of a field at its own resolution.
+
+        Parameters
+        ----------
+        field : Field
+            The field.
+        taught : mapping of str to numpy.ndarray, optional
+            A teacher's maps by name, float32 ``(H, W)`` in [0, 1], see `pipeline.training.teacher`.
+        share : float
+            Their share in the targets of the same name.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(H, W, n)`` in [0, 1].
+        """
         made = {
             "nucleus": lambda: (field.labels > 0).astype(np.float32),
             "distance": lambda: craft_distance(field.labels),
             "contour": lambda: craft_contour(field.labels, max(1, round(CONTOUR_UM / field.mpp))),
             "seam": lambda: seam_weight(field.labels),
         }
-        return np.dstack([made[name]() for name in self.warped])
+        maps = {name: made[name]() for name in self.warped}
+        for name in set(maps).intersection(taught or {}):
+            maps[name] = (1 - share) * maps[name] + share * taught[name]  # type: ignore[index]
+        return np.dstack([maps[name] for name in self.warped])
 
     def of_sample(self, labels: np.ndarray, types: np.ndarray | None) -> np.ndarray:
         """The crafted targets of a sample.

@@ -69,17 +69,27 @@ def run(inputs: dict[str, Path], model: Path, out: Path, **options: Any) -> tupl
     return found["maps_sha256"], digest(out / "maps.zarr")
 
 
-def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path, precision: str) -> None:
     inputs = write_inputs(tmp_path / "in", stained(300, 420, 1))
     args = {"widths": [4, 6, 8]}
     fabricated.write_package(tmp_path / "model", "resunet", args, patch=96, overlap=24)
     results = {
-        run(inputs, tmp_path / "model", tmp_path / f"{batch}-{threads}", device="cpu", batch=batch, threads=threads)
+        run(
+            inputs,
+            tmp_path / "model",
+            tmp_path / f"{batch}-{threads}",
+            device="cpu",
+            precision=precision,
+            batch=batch,
+            threads=threads,
+        )
         for batch, threads in ((1, 1), (1, 1), (3, 2), (50, 1), (0, 4))
     }
     assert len(results) == 1
+    assert json.loads((tmp_path / "1-1" / "maps.json").read_text())["precision"] == precision
     other = write_inputs(tmp_path / "tiles", stained(300, 420, 1), chunk=320)
-    assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", threads=1) in results
+    assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", precision=precision, threads=1) in results
     fabricated.write_package(tmp_path / "second", "resunet", args, patch=96, overlap=24, seed=1)
     assert run(inputs, tmp_path / "second", tmp_path / "p", device="cpu", threads=1) not in results
 

@@ -30,6 +30,7 @@ from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
+from pipeline.networks.outputs import Folding  # noqa: E402
 from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of  # noqa: E402
 from pipeline.networks.squeeze import SqueezeEncoder  # noqa: E402
 
@@ -60,6 +61,32 @@ SMALL: dict[str, dict[str, Any]] = {
 
 FAMILIES = sorted(set(SMALL) - {"mtl-base", "unetplusplus-b4", "unetplusplus-b5", "hovernet-se-101", "maskrcnn"})
 """Names whose small networks differ."""
+
+
+def mixed_up(network: nn.Module) -> nn.Module:
+    """A network whose normalisations have something to do."""
+    torch.manual_seed(1)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for values in (part.weight, part.bias, part.running_mean):
+                nn.init.normal_(values, 0.5, 0.3)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("resunet", {"widths": [4, 6, 8], "blocks": [1, 2, 2], "fold": 2}), ("squeeze-unet", SMALL["squeeze-unet"])],
+)
+def test_folded_normalisations_change_no_map(name: str, args: dict[str, Any]) -> None:
+    network = mixed_up(build_network(name, 2, args))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = network(x)
+        assert isinstance(network, Folding)
+        network.fold_norms()
+        np.testing.assert_allclose(network(x), expected, rtol=1e-3, atol=1e-3)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
 def parameters(network: nn.Module) -> int:

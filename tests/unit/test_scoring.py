@@ -191,8 +191,9 @@ def test_inference_repeats_the_flips_of_the_card(tmp_path: Path) -> None:
     assert loaded.tta == "flips"
     network = load_network(loaded)
     patch = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    averaged = BatchPredictor(network, "cpu", 1, Outputs(channel_names(loaded), loaded.tta))(patch)[0].astype(float)
-    plain = BatchPredictor(network, "cpu", 1, Outputs(channel_names(loaded)))
+    averaged = BatchPredictor(network, "cpu", 1, Outputs(channel_names(loaded), loaded.tta), torch.float32)(patch)[0]
+    averaged = averaged.astype(float)
+    plain = BatchPredictor(network, "cpu", 1, Outputs(channel_names(loaded)), torch.float32)
     total = np.zeros_like(averaged)
     for rows in (1, -1):
         for columns in (1, -1):

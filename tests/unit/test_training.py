@@ -126,6 +126,45 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_teacher_is_part_of_what_is_learned(data: Path, tmp_path: Path) -> None:
+    run_experiment(
+        Experiment.from_json(section(data, name="large", final_steps=0)), tmp_path / "large", tmp_path / "model", "cpu"
+    )
+    taught = section(data, teacher=str(tmp_path / "model"), teacher_share=0.25, mpp=1.0, final_steps=0)
+    run = Run(Experiment.from_json(taught), tmp_path / "work", "cpu")
+    fields = run.data.part("train")[:1]
+    alone = Run(Experiment.from_json({**taught, "teacher": None}), tmp_path / "alone", "cpu").prepare(fields)[0]
+    mixed = run.prepare(fields)[0]
+    sure = run.prepare([replace(fields[0], labels=np.zeros_like(fields[0].labels))])[0]  # a quarter of its maps
+    channel = list(alone.spec.warped).index
+    for name in ("nucleus", "distance"):
+        hard, soft, part = (one.targets[..., channel(name)].astype(float) for one in (alone, mixed, sure))
+        np.testing.assert_allclose(soft, 0.75 * hard + part, atol=1.01)
+        assert part.any()
+    np.testing.assert_array_equal(mixed.targets[..., channel("seam")], alone.targets[..., channel("seam")])
+    run_experiment(Experiment.from_json(taught), tmp_path / "work", tmp_path / "small", "cpu")
+
+    run_experiment(Experiment.from_json(section(data, name="all")), tmp_path / "all", tmp_path / "knows", "cpu")
+    with pytest.raises(PipelineError, match=r"teacher .*knows has learned from \d of the patients held out"):
+        Run(Experiment.from_json({**taught, "teacher": str(tmp_path / "knows")}), tmp_path / "leaking", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_half_weights_are_those_that_were_scored(data: Path, tmp_path: Path) -> None:
+    one = section(data, final_steps=0, half_weights=True, network_args={"widths": [8, 16, 32]})
+    evaluation = run_experiment(Experiment.from_json(one), tmp_path / "work", tmp_path / "half", "cpu")
+    run_experiment(Experiment.from_json({**one, "half_weights": False}), tmp_path / "work", tmp_path / "whole", "cpu")
+    half, whole = (tmp_path / name / "weights.safetensors" for name in ("half", "whole"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    package = ModelPackage.load(tmp_path / "half", verify=True)
+    weights = load_network(package).state_dict()
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
+    again = Run(Experiment.from_json(one), tmp_path / "work", "cpu")
+    found, _ = again.evaluator.score(load_network(package), again.data.part("test"), package.thresholds)
+    assert found["mean"] == evaluation["mean"]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
     mine = tmp_path / "data"
     shutil.copytree(data, mine)
@@ -192,11 +231,13 @@ def test_what_was_learned_before_counts(tmp_path: Path) -> None:
         write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}), data=(earlier, {"name": "b", "fields": 2})
     )
     fields = [Field(f"f{i}", "a", f"p{i}", "", 0.5, *make_field(32, 32, 0.5, seed=i)) for i in range(2)]
-    assert learned_from(fields, [{"kind": "labels", "name": "a", "path": "x", "licence": "CC BY 4.0"}], start) == (
+    assert learned_from(
+        fields, [{"kind": "labels", "name": "a", "path": "x", "licence": "CC BY 4.0"}], [start, start]
+    ) == (
         {"name": "a", "licence": "CC BY 4.0", "fields": 9, "patients": ["p0", "p1"]},
         {"name": "b", "fields": 2},
     )
-    assert learned_from([], [], None, ("net.npz", "BSD")) == (
+    assert learned_from([], [], (), ("net.npz", "BSD")) == (
         {"name": "encoder weights net.npz", "licence": "BSD", "fields": 0, "patients": []},
     )
 

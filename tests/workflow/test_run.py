@@ -160,6 +160,7 @@ def test_changed_stain_runs_stain_and_what_follows_but_not_tiles(
     [
         ({"tissue": {"mpp": 4}}, "tissue", "inspect"),
         ({"tiles": {"keep": True, "max_unreadable": 0.5}}, "tiles", "tissue"),
+        ({"infer": {"precision": "bfloat16"}}, "infer", "tissue"),
         ({"reader": "tiffslide"}, "inspect", "slide_table"),
         ({"mpp": 0.25}, "inspect", "slide_table"),
     ],

@@ -156,11 +156,12 @@ rule infer:
         parts=parts_option,
         model=model_folder,
         device=config["infer"]["device"],
+        precision=config["infer"]["precision"],
         batch=batch_options,
     shell:
         "python -m pipeline infer --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE {params.parts:q} "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} --model={params.model:q} "
-        "--device={params.device:q} {params.batch:q} --threads={threads} "
+        "--device={params.device:q} --precision={params.precision} {params.batch:q} --threads={threads} "
         "--out={output.manifest:q} --zarr-out={output.zarr:q} "
         "> {log:q} 2>&1"
 

@@ -1,0 +1,59 @@
+"""What numbers a network computes with: float32, or half as many bits where the hardware multiplies them faster."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.networks.outputs import FindsInstances
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Values of the setting ``infer.precision``."""
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware (Intel AMX; Linux alone says so).
+
+    There it is about four times as fast as float32. CPUs with AVX-512 BF16 alone gain little and count as without.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+
+
+def choose_precision(name: str, device: str, network: nn.Module) -> torch.dtype:
+    """Resolve the `precision` setting for a network on a device.
+
+    Parameters
+    ----------
+    name : {"auto", "float32", "bfloat16"}
+        The setting. ``auto``: on a GPU bfloat16, or float16 where it has none; on a CPU bfloat16 where it is multiplied
+        in hardware, else float32.
+    device : str
+        ``cpu`` or ``cuda``.
+    network : torch.nn.Module
+        The network. One that finds instances itself computes with float32 on CPUs: its boxes need it.
+
+    Returns
+    -------
+    torch.dtype
+        What its convolutions and matrix products compute with.
+    """
+    import torch
+
+    if device == "cpu":
+        wanted = name == "bfloat16" or (name == "auto" and has_amx())
+        return torch.bfloat16 if wanted and not isinstance(network, FindsInstances) else torch.float32
+    if name == "float32":
+        return torch.float32
+    return torch.bfloat16 if name == "bfloat16" or torch.cuda.is_bf16_supported(False) else torch.float16

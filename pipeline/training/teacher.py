@@ -1,0 +1,69 @@
+"""A trained model as a teacher: its maps become part of what a smaller network learns.
+
+Annotations are drawn by hand; where they waver, a larger network's maps say how sure the border is. They are made once
+a field and mixed into its targets, so they are warped along with the image and cost nothing during training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.models.package import ModelPackage
+from pipeline.models.weights import load_network
+from pipeline.networks.outputs import Outputs, map_names
+from pipeline.training.field import Field
+from pipeline.training.predict import predict_field, resize_to_model
+from pipeline.training.reference import normalise
+
+log = logging.getLogger(__name__)
+
+TAUGHT = ("nucleus", "distance", "contour")
+"""Maps that a teacher gives; those whose values turn with the image are left to the annotations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A model that teaches.
+
+    Parameters
+    ----------
+    package : ModelPackage
+        The model.
+    network : torch.nn.Module
+        Its network.
+    device : str
+        Where it runs.
+    """
+
+    package: ModelPackage
+    network: nn.Module
+    device: str
+
+    @classmethod
+    def of(cls, package: ModelPackage, accelerator: str) -> Teacher:
+        """Load a model; `accelerator` as Lightning calls it."""
+        device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+        return cls(package, load_network(package).to(device), device)
+
+    def maps(self, field: Field) -> dict[str, np.ndarray]:
+        """What the teacher sees in a field, by map: float32 ``(H, W)`` of the field's size, 0 to 1."""
+        one = self.package
+        image = resize_to_model(field.image, field.mpp, one.mpp)
+        stain: Mapping[str, Any] = one.stain
+        version = normalise(image, stain["method"], stain["reference"], float(stain.get("strength", 1)))
+        names = map_names(one.heads, [c.name for c in one.classes])
+        found = predict_field(self.network, image if version is None else version, Outputs(names, one.tta))
+        height, width = field.labels.shape
+        return {
+            name: cv2.resize(values.astype(np.float32) / 255, (width, height), interpolation=cv2.INTER_LINEAR)
+            for name, values in zip(names, found, strict=True)
+            if name in TAUGHT
+        }

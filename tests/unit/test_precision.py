@@ -1,0 +1,60 @@
+"""Numbers that networks compute with: which are chosen, and what they change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pipeline.inference import network_on_cpu  # noqa: E402
+from pipeline.networks import precision  # noqa: E402
+from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
+from pipeline.networks.registry import build_network  # noqa: E402
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the machine says of its CPU."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(precision, "CPUINFO", path)
+    precision.has_amx.cache_clear()
+    monkeypatch.setattr(precision, "has_amx", precision.has_amx.__wrapped__)
+    return path
+
+
+def test_auto_on_a_cpu_is_what_its_hardware_multiplies(flags: Path) -> None:
+    network = build_network("resunet", 2, {"widths": [4, 6]})
+    assert precision.choose_precision("auto", "cpu", network) is torch.float32  # nothing is known of it
+    flags.write_text("model name: amx_bf16\nflags: sse avx512_bf16\n")
+    assert precision.choose_precision("auto", "cpu", network) is torch.float32
+    assert precision.choose_precision("bfloat16", "cpu", network) is torch.bfloat16
+    flags.write_text("flags\t\t: sse avx512f amx_bf16 amx_tile\n")
+    assert precision.choose_precision("auto", "cpu", network) is torch.bfloat16
+    assert precision.choose_precision("float32", "cpu", network) is torch.float32
+
+
+def test_a_network_that_finds_instances_computes_with_float32_on_cpus(flags: Path) -> None:
+    flags.write_text("flags: amx_bf16\n")
+    args = {"backbone": "resnet18", "channels": 8, "hidden": 8, "convolutions": 1}
+    assert precision.choose_precision("bfloat16", "cpu", build_network("maskrcnn-small", 2, args)) is torch.float32
+
+
+def test_a_gpu_without_bfloat16_uses_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = torch.nn.Identity()
+    for has, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
+        assert precision.choose_precision("auto", "cuda", network) is expected
+        assert precision.choose_precision("float32", "cuda", network) is torch.float32
+
+
+def test_fewer_bits_move_maps_by_little() -> None:
+    torch.manual_seed(0)
+    network = build_network("resunet", 2, {"widths": [8, 12, 16]})
+    window = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    outputs = Outputs(map_names(["nucleus", "distance"]))
+    exact, fast = (network_on_cpu(network, outputs, p)(window).astype(int) for p in (torch.float32, torch.bfloat16))
+    assert 0 < np.abs(exact - fast).mean() < 1
+    assert np.abs(exact - fast).max() < 16
