@@ -162,6 +162,7 @@ def test_changed_stain_runs_stain_and_what_follows_but_not_tiles(
         ({"tiles": {"keep": True, "max_unreadable": 0.5}}, "tiles", "tissue"),
         ({"reader": "tiffslide"}, "inspect", "slide_table"),
         ({"mpp": 0.25}, "inspect", "slide_table"),
+        ({"export": {"labels": True}}, "labels", "measure"),
     ],
 )
 def test_changed_setting_runs_what_uses_it(
