@@ -39,3 +39,4 @@ rule all:
         cohort_files(),
         each_slide("nuclei_geojson"),
         each_slide("overview"),
+        each_slide("labels_zarr") if config["export"]["labels"] else [],

@@ -44,6 +44,7 @@ STAGES = {
     "measure": Command("pipeline.measure", "measure shape and stain of each nucleus"),
     "export": Command("pipeline.export", "write the nuclei as GeoJSON for QuPath"),
     "summary": Command("pipeline.summary", "metrics and overview picture of a slide"),
+    "labels": Command("pipeline.label_export", "write the nuclei as a label map, where export.labels is set"),
     "cohort": Command("pipeline.cohort", "tables and report of all slides, and what failed"),
 }
 TOOLS = {

@@ -11,6 +11,9 @@ from pathlib import Path
 STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
 """Per-slide stages in the order in which they run."""
 
+OPTIONAL_STAGES = ("labels",)
+"""Further ones, which run where the settings ask for them. Nothing waits for them."""
+
 
 def folder_name(slide: str) -> str:
     """Name of a slide's results folder: the slide's own, but for braces and angle brackets.
@@ -102,6 +105,14 @@ class SlideLayout:
     @property
     def nuclei_geojson(self) -> Path:
         return self.root / "nuclei.geojson.gz"
+
+    @property
+    def labels(self) -> Path:
+        return self.root / "labels.json"
+
+    @property
+    def labels_zarr(self) -> Path:
+        return self.root / "nuclei.ome.zarr"
 
     @property
     def metrics(self) -> Path:

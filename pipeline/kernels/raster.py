@@ -7,7 +7,9 @@ import numpy as np
 _CROSSINGS_AT_ONCE = 4_000_000
 
 
-def polygon_runs(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> np.ndarray:
+def polygon_runs(
+    points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray, rows: tuple[int, int] | None = None
+) -> np.ndarray:
     """Pixel runs of polygons.
 
     A pixel belongs to a polygon when its centre lies inside, by the even-odd rule over all rings. A centre on the
@@ -22,6 +24,8 @@ def polygon_runs(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np
         Where each ring begins in `points`, int ``(r,)``.
     polygon_starts : numpy.ndarray
         Where each polygon begins among the rings, int ``(n,)``.
+    rows : (int, int), optional
+        First row and row after the last to look at; all without it.
 
     Returns
     -------
@@ -43,11 +47,13 @@ def polygon_runs(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np
     flip = y1 < y0
     x0, x1 = np.where(flip, x1, x0), np.where(flip, x0, x1)
     y0, y1 = np.where(flip, y1, y0), np.where(flip, y0, y1)
-    first = np.ceil(y0 - 0.5).astype(np.int64)  # centres with y0 <= row + 0.5 < y1
-    rows = np.maximum(np.ceil(y1 - 0.5).astype(np.int64) - first, 0)
+    first, last = np.ceil(y0 - 0.5).astype(np.int64), np.ceil(y1 - 0.5).astype(np.int64)
+    if rows is not None:
+        first, last = np.clip(first, *rows), np.clip(last, *rows)
+    counts = last - first  # centres with y0 <= row + 0.5 < y1
     parts = []
-    for start, end in _batches(rows, polygon):
-        count = rows[start:end]
+    for start, end in _batches(counts, polygon):
+        count = counts[start:end]
         edge = np.repeat(np.arange(start, end), count)
         row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
         x = x0[edge] + (row + 0.5 - y0[edge]) * ((x1[edge] - x0[edge]) / (y1[edge] - y0[edge]))

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import PipelineError, SlideError
-from pipeline.layout import STAGES
+from pipeline.layout import OPTIONAL_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[argparse.Namesp
 
 
 def test_every_stage_is_a_command() -> None:
-    assert tuple(cli.STAGES) == (*STAGES, "cohort")
+    assert tuple(cli.STAGES) == (*STAGES, *OPTIONAL_STAGES, "cohort")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -122,7 +122,9 @@ def test_command_line_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["inspect", "tissue", "tiles", "stain", "instances", "measure", "export", "cohort"])
+@pytest.mark.parametrize(
+    "name", ["inspect", "tissue", "tiles", "stain", "instances", "measure", "export", "labels", "cohort"]
+)
 def test_stage_modules_import_no_torch(name: str) -> None:
     code = f"import sys, {cli.COMMANDS[name].module}; sys.exit('torch' in sys.modules and 'imports torch')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -65,6 +65,8 @@ def test_a_pixel_is_inside_when_its_centre_is(rings: list[list[tuple[float, floa
     runs = polygon_runs(points, np.cumsum(sizes) - sizes, np.array([0]))
     out = np.zeros((20, 20), np.int32)
     paint_runs(runs[:, 1:], runs[:, 0] + 1, out, -4, -4)
+    some = polygon_runs(points, np.cumsum(sizes) - sizes, np.array([0]), (2, 7))
+    np.testing.assert_array_equal(some, runs[(runs[:, 1] >= 2) & (runs[:, 1] < 7)])
     for y in range(-4, 16):
         for x in range(-4, 16):
             crossings = 0

@@ -163,6 +163,7 @@ def test_changed_stain_runs_stain_and_what_follows_but_not_tiles(
         ({"infer": {"precision": "bfloat16"}}, "infer", "tissue"),
         ({"reader": "tiffslide"}, "inspect", "slide_table"),
         ({"mpp": 0.25}, "inspect", "slide_table"),
+        ({"export": {"labels": True}}, "labels", "measure"),
     ],
 )
 def test_changed_setting_runs_what_uses_it(

@@ -8,13 +8,16 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import command, run, write_slide
+import zarr
+from runs import command, read_json, run, write_slide
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 from outcome import outcome
 
+from pipeline.testing import digest
 from pipeline.warm import possible
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
@@ -24,15 +27,20 @@ def test_warm_start_and_scratch_change_no_byte(tmp_path: Path, model: Path) -> N
     (tmp_path / "in").mkdir()
     write_slide(tmp_path / "in" / "a.svs", seed=3, size=(320, 256))
     (tmp_path / "in" / "bad.svs").write_text("no slide")
-    config = {"slides": "in", "model": str(model), "tiles": {"keep": True}}
+    config = {"slides": "in", "model": str(model), "tiles": {"keep": True}, "export": {"labels": True}}
     plain = run(tmp_path, config | {"results": "plain"})
     assert plain.code == 0, plain.output
     other = run(tmp_path, config | {"results": "other", "scratch": "disk", "warm_start": possible()})
     assert other.code == 0, other.output
     assert outcome(tmp_path / "other") == outcome(tmp_path / "plain")
-    # The kept store is on the scratch disk alone, the others are gone.
+    # The kept store is on the scratch disk alone, the others are gone, but for the label map, which is a result.
     assert (tmp_path / "plain" / "slides" / "a" / "tiles.zarr").is_dir()
-    assert [path.name for path in (tmp_path / "other" / "slides" / "a").glob("*.zarr")] == []
+    assert [path.name for path in (tmp_path / "other" / "slides" / "a").glob("*.zarr")] == ["nuclei.ome.zarr"]
+    labels, same = (tmp_path / name / "slides" / "a" / "nuclei.ome.zarr" for name in ("plain", "other"))
+    assert digest(same) == digest(labels)
+    nuclei = read_json(tmp_path / "plain" / "slides" / "a" / "metrics.json")["nuclei"]
+    assert np.array_equal(np.unique(zarr.open_group(labels, mode="r")["0"]), np.arange(nuclei + 1))
+    assert (tmp_path / "plain" / "slides" / "bad" / "nuclei.ome.zarr" / "FAILED.txt").is_file()
     assert sorted(path.name for path in (tmp_path / "disk").glob("*/slides/a/*.zarr")) == ["tiles.zarr"]
     assert run(tmp_path, config | {"results": "other", "scratch": "disk"}, "-n").counts == {
         **dict.fromkeys(("settings", "cohort", "all"), 1 * possible()),

@@ -257,6 +257,33 @@ rule export:
         "> {log:q} 2>&1"
 
 
+# Only with export.labels.
+rule labels:
+    input:
+        measure=rules.measure.output.manifest,
+        nuclei=rules.measure.output.nuclei,
+    output:
+        manifest=whole(ONE.labels),
+        zarr=directory(str(ONE.labels_zarr)),
+    log:
+        str(RUN.log("labels", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("labels", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: threads_of(2)
+    resources:
+        mem_mb=megabytes(2000, 1000),
+        runtime=minutes(20, 20),
+    params:
+        slide=slide_name,
+    shell:
+        "python -m pipeline labels --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--workers={threads} --measure={input.measure:q} --nuclei={input.nuclei:q} "
+        "--out={output.manifest:q} --zarr={output.zarr:q} "
+        "> {log:q} 2>&1"
+
+
 rule summary:
     input:
         inspect=rules.inspect.output.manifest,
