@@ -1,6 +1,6 @@
 """Pin what the current environment has: writes the lock files and the conda environment beside this file.
 
-    python -m venv fresh && fresh/bin/pip install -r envs/requirements.in -r envs/dev.in   # with --upgrade to move on
+    python -m venv fresh && fresh/bin/pip install -r envs/requirements.in -r envs/stain.in -r envs/dev.in   # with --upgrade to move on
     fresh/bin/python envs/lock.py
 
 Each lock holds the packages of its ``.in`` file and everything they need, by exact version, to be installed with
@@ -99,7 +99,7 @@ def write(path: Path, pins: dict[str, str], comment: str) -> None:
 
 def main() -> int:
     """Write both locks."""
-    runtime = needed(names(HERE / "requirements.in"))
+    runtime = needed(names(HERE / "requirements.in") + names(HERE / "stain.in"))
     write(HERE / "requirements.lock", runtime, "The pipeline's packages, pinned.")
     dev = {name: version for name, version in needed(names(HERE / "dev.in")).items() if name not in runtime}
     write(HERE / "dev.lock", dev, "Tools for tests and style, pinned, on top of requirements.lock.")
