@@ -1,6 +1,7 @@
 """Pin what the current environment has: writes the lock files and the conda environment beside this file.
 
-    python -m venv fresh && fresh/bin/pip install -r envs/requirements.in -r envs/stain.in -r envs/dev.in   # with --upgrade to move on
+    python -m venv fresh
+    fresh/bin/pip install -r envs/requirements.in -r envs/stain.in -r envs/dev.in   # with --upgrade to move on
     fresh/bin/python envs/lock.py
 
 Each lock holds the packages of its ``.in`` file and everything they need, by exact version, to be installed with

@@ -237,7 +237,10 @@ class Worker:
         if not task.nuclei or not make.any():
             return seam, {}
         chosen = np.flatnonzero(make)
-        pieces = np.split(chosen, np.flatnonzero(np.diff(np.cumsum(front.areas[chosen]) // PIXELS_AT_ONCE)) + 1)
+        # Of a component that winds through its box, the box is what takes the memory.
+        boxes = front.boxes[chosen, 2].astype(np.int64) * front.boxes[chosen, 3]
+        load = np.cumsum(np.maximum(front.areas[chosen], boxes // 8))
+        pieces = np.split(chosen, np.flatnonzero(np.diff(load // PIXELS_AT_ONCE)) + 1)
         return seam, self._spool(pa.concat_batches([self._nuclei(maps, front, piece, x0, y0) for piece in pieces]))
 
     def _nuclei(self, maps: np.ndarray, front: Foreground, chosen: np.ndarray, x: int, y: int) -> pa.RecordBatch:

@@ -31,7 +31,7 @@ def read_geojson(path: Path) -> Any:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        return orjson.loads(data)
+        return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing", "give a GeoJSON file") from None
     except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:

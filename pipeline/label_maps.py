@@ -216,7 +216,7 @@ def read_instances(path: Path) -> np.ndarray:
             return labels
     from scipy import ndimage
 
-    parts, count = ndimage.label(labels)
+    parts, count = ndimage.label(labels != 0)
     if labels.dtype != np.bool_ and highest == 1 and count < 2:
         return labels
     log.warning("%s is a mask: its connected parts are taken for instances", path)

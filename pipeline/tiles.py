@@ -26,11 +26,14 @@ from pipeline.progress import Progress
 from pipeline.seal import check_seal, is_sealed
 from pipeline.slides.inspect import reopen
 from pipeline.slides.open import Level, Slide, SlidePool
-from pipeline.slides.regions import best_level, read_region
+from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
+
+MOST_ENLARGED = 4
+"""How much coarser than the model a slide may be."""
 
 _COMPARE = 16
 """Side, in grid pixels, of the squares whose means are compared between two levels."""
@@ -271,17 +274,6 @@ def _super_side(slide: Slide, grid: Grid, tile: int) -> int:
     return max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile)) * tile
 
 
-class _Through:
-    """A slide as it shows through one of its coarser levels."""
-
-    def __init__(self, slide: Slide, level: int) -> None:
-        self._slide, self._level = slide, level
-        self.levels = (slide.levels[level],)
-
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        return self._slide.read(self._level, x, y, w, h)
-
-
 def comparable_level(slide: Slide, grid: Grid) -> int | None:
     """The level to compare the one that is read with: the finest that is at least 3.5 times coarser, if there is one.
 
@@ -332,7 +324,7 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
         grid.scale_x * _COMPARE, grid.scale_y * _COMPARE,
     )  # fmt: skip
     try:
-        other = read_region(_Through(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
+        other = read_region(OneLevel(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
     except SlideError:
         return cells
     differ = (cv2.absdiff(fine, other).max(axis=2) > _COMPARE_GREY).astype(np.uint8)
@@ -499,7 +491,14 @@ def run_tiles(
 
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
-        grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, model_mpp(model))
+        wanted = model_mpp(model)
+        coarse = max(mpp_x, mpp_y) / wanted
+        if coarse > MOST_ENLARGED:
+            raise SlideError(
+                f"{max(mpp_x, mpp_y):g} µm/px is too coarse for a model of {wanted:g}: no nucleus can be told",
+                "is it an overview? give the scan itself, or its true mpp in the slide table",
+            )
+        grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, wanted)
         active = active_cells(read_tissue(geojson), grid)
         array = _create(staged["zarr"], grid, active, tile)
         total = _active_pixels(active, grid)
@@ -531,12 +530,18 @@ def run_tiles(
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
         warnings = []
+        if coarse > 1.5:
+            warnings.append(
+                f"the slide's {max(mpp_x, mpp_y):g} µm/px are enlarged to the model's {wanted:g}: small nuclei are "
+                "missed, outlines are coarse"
+            )
         if doubtful.any():
             warnings.append(
                 f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
                 f"slide: is the file damaged? The first: {_places(doubtful, grid)}"
             )
-            log.warning("slide %r: %s", slide, warnings[0])
+        for warning in warnings:
+            log.warning("slide %r: %s", slide, warning)
         rate = total / 1e6 / max(done.seconds, 1e-9)
         log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, done.tiles, total / 1e6, done.seconds, rate)
         digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())

@@ -20,8 +20,8 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
-from pipeline.slides.open import Slide
-from pipeline.slides.regions import best_level, read_region
+from pipeline.slides.open import Level, Slide
+from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.stage import read_manifest, run_stage
 
 if TYPE_CHECKING:
@@ -42,11 +42,9 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
     rgb : numpy.ndarray
         uint8, shape (grid.height, grid.width, 3). Blocks that cannot be decoded are white.
     unreadable : float
-        Share of blocks that could not be decoded.
+        Share of blocks that could not be decoded, from this level or any finer one.
     """
-    level = slide.levels[best_level(slide.levels, grid)]
-    native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
-    side = max(32, int(math.sqrt(_BLOCK_PIXELS / max(native, 1e-9))) // 32 * 32)
+    side = _block_side(slide.levels[best_level(slide.levels, grid)], grid)
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
     blocks, bad = 0, 0.0
     for y in range(0, grid.height, side):
@@ -60,8 +58,19 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
     return rgb, bad / blocks
 
 
+def _block_side(level: Level, grid: Grid) -> int:
+    """Side in grid pixels of the blocks that are read from a level at once."""
+    native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
+    return max(32, int(math.sqrt(_BLOCK_PIXELS / max(native, 1e-9))) // 32 * 32)
+
+
 def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> float:
-    """A block in 8 by 8 pieces, some of which cannot be decoded; the share of those."""
+    """A block in 8 by 8 pieces, some of which cannot be decoded; the share of those.
+
+    What one level of a pyramid has lost, a finer one may still have: a damaged overview costs no tissue.
+    """
+    own = slide.levels[best_level(slide.levels, grid)].scale_x
+    finer = [i for i, level in enumerate(slide.levels) if level.usable and level.scale_x < own * (1 - 1e-6)]
     step_x, step_y = max(1, -(-w // 8)), max(1, -(-h // 8))
     pieces = bad = 0
     for py in range(y, y + h, step_y):
@@ -71,8 +80,23 @@ def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: i
             try:
                 rgb[py : py + ph, px : px + pw] = read_region(slide, grid, px, py, pw, ph)
             except SlideError:
-                bad += 1
+                bad += not any(_read_level(slide, i, grid, rgb, px, py, pw, ph) for i in reversed(finer))
     return bad / pieces
+
+
+def _read_level(slide: Slide, level: int, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> bool:
+    """Read a window of a view through one level; False, and white, where it cannot be decoded."""
+    side = _block_side(slide.levels[level], grid)
+    one = OneLevel(slide, level)
+    try:
+        for top in range(y, y + h, side):
+            for left in range(x, x + w, side):
+                width, height = min(side, x + w - left), min(side, y + h - top)
+                rgb[top : top + height, left : left + width] = read_region(one, grid, left, top, width, height)
+    except SlideError:
+        rgb[y : y + h, x : x + w] = 255
+        return False
+    return True
 
 
 def polygons_of(mask: np.ndarray, scale_x: float, scale_y: float, width: float, height: float) -> list[BaseGeometry]:
@@ -162,7 +186,15 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
             if geometry is not None:
                 with np.errstate(invalid="ignore"):
                     geometries.append(shape(geometry))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        shapely.errors.ShapelyError,
+    ) as error:
         raise bad(f"no GeoJSON ({type(error).__name__}: {error})") from None
     parts = [part for geometry in geometries for part in shapely.get_parts(geometry)]
     nested = [inner for part in parts for inner in shapely.get_parts(part)]
@@ -185,11 +217,13 @@ def read_tissue(path: Path) -> list[BaseGeometry]:
     PipelineError
         When it is missing or damaged.
     """
+    import shapely
     from shapely.geometry import shape
 
     try:
         features = json.loads(path.read_text(encoding="utf-8"))["features"]
-        return [shape(feature["geometry"]) for feature in features]
+        polygons = shapely.make_valid([shape(feature["geometry"]) for feature in features])
+        return [part for part in shapely.get_parts(polygons) if part.geom_type == "Polygon"]
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing", "run the stage `tissue` first") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -197,13 +231,16 @@ def read_tissue(path: Path) -> list[BaseGeometry]:
 
 
 def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
+    import shapely
     from shapely.geometry import mapping
 
     def rounded(value: Any) -> Any:
         return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else round(float(value), 2)
 
+    # Rounding alone may make a polygon cross itself where a hole touches its edge.
+    snapped = [part for one in polygons for part in shapely.get_parts(shapely.set_precision(one, 0.01))]
     features = []
-    for number, polygon in enumerate(polygons, 1):
+    for number, polygon in enumerate((one for one in snapped if one.area > 0), 1):
         geometry = mapping(polygon)
         features.append(
             {
@@ -359,6 +396,8 @@ def run_tissue(
             "method": "mask" if found is None else "optical density",
             "mpp": view_mpp,
             "unreadable_share": round(unreadable, 6),
+            "warnings": [f"{100 * unreadable:.2g} % of the slide could not be decoded and counts as glass"]
+            * (unreadable > 0),
         }
         if found is not None:
             payload |= {

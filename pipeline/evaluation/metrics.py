@@ -161,38 +161,24 @@ def _best_per_truth(overlaps: Overlaps) -> np.ndarray:
 def _one_to_one(overlaps: Overlaps) -> np.ndarray:
     """Indices of the pairs of the one-to-one matching that maximises the sum of IoU.
 
-    Pairs that share no truth and no prediction with another pair are their own answer; the rest is solved component by
-    component, so that memory does not grow with the square of the number of nuclei.
+    A truth may stay alone: each has a column of its own to be matched with, at the IoU 0. So memory grows with the
+    pairs, not with the square of the number of nuclei.
     """
-    from scipy.optimize import linear_sum_assignment
     from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    n_pairs = len(overlaps.pixels)
-    if not n_pairs:
+    if not len(overlaps.pixels):
         return np.empty(0, np.int64)
     n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
-    nodes = n_truth + n_pred
-    graph = coo_array(
-        (np.ones(n_pairs, np.int8), (overlaps.truth_index, overlaps.pred_index + n_truth)), shape=(nodes, nodes)
-    )
-    component = connected_components(graph, directed=False)[1][overlaps.truth_index]
-    order = np.argsort(component, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(component[order]) != 0])
-    sizes = np.diff(np.r_[starts, n_pairs])
-    chosen = [order[starts[sizes == 1]]]
-    iou = overlaps.iou
-    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
-        pairs = order[start : start + size]
-        rows, row = np.unique(overlaps.truth_index[pairs], return_inverse=True)
-        columns, column = np.unique(overlaps.pred_index[pairs], return_inverse=True)
-        table = np.zeros((len(rows), len(columns)))
-        table[row, column] = iou[pairs]
-        which = np.full(table.shape, -1, np.int64)
-        which[row, column] = pairs
-        match = which[linear_sum_assignment(table, maximize=True)]
-        chosen.append(match[match >= 0])
-    return np.sort(np.concatenate(chosen))
+    row = np.r_[overlaps.truth_index, np.arange(n_truth)]
+    column = np.r_[overlaps.pred_index, n_pred + np.arange(n_truth)]
+    cost = np.r_[2 - overlaps.iou, np.full(n_truth, 2.0)]  # no cost may be 0, which would be no edge
+    table = coo_array((cost, (row, column)), shape=(n_truth, n_pred + n_truth)).tocsr()
+    truth, pred = min_weight_full_bipartite_matching(table)
+    real = pred < n_pred
+    keys = overlaps.truth_index.astype(np.int64) * n_pred + overlaps.pred_index
+    order = np.argsort(keys)
+    return np.sort(order[np.searchsorted(keys, truth[real].astype(np.int64) * n_pred + pred[real], sorter=order)])
 
 
 def _jaccard(overlaps: Overlaps, pairs: np.ndarray) -> float:

@@ -124,10 +124,10 @@ def count_values(rgb: np.ndarray) -> tuple[np.ndarray, int]:
     """How often each value occurs in each channel, int64 ``(3, 256)``, and how many pixels are wholly white."""
     flat = np.asarray(rgb).reshape(-1, 3)
     counts = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)])
-    return counts, int(np.count_nonzero(flat.min(axis=1) == 255))
+    return counts, int(np.count_nonzero((flat[:, 0] == 255) & (flat[:, 1] == 255) & (flat[:, 2] == 255)))
 
 
-def _glass_is_darker(green: np.ndarray) -> bool:
+def glass_is_darker(green: np.ndarray) -> bool:
     """Whether green values, integers ``(256,)`` of pixels that are not wholly white, have a narrow bright peak.
 
     Glass that the scanner shows as white leaves a tail that hardly falls towards 255, tissue a wide hump.
@@ -150,7 +150,7 @@ def white_of_counts(counts: np.ndarray, white_pixels: int = 0) -> np.ndarray:
     if white_pixels > WHITE_SHARE * total:
         counts = counts.copy()
         counts[:, 255] -= white_pixels
-        if not _glass_is_darker(counts[1]):
+        if not glass_is_darker(counts[1]):
             return np.zeros(3)
         total = counts[0].sum()
     brighter = np.cumsum(counts[:, ::-1], axis=1)  # from 255 down

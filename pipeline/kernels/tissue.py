@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from pipeline.kernels.stain import glass_is_darker
+
 _BACKGROUND = (245.0, 245.0, 245.0)
 _THRESHOLDS = (0.035, 0.06)
 _SMOOTH_UM = 6.0
@@ -61,10 +63,15 @@ def background_colour(rgb: np.ndarray) -> tuple[tuple[float, float, float], bool
     """
     flat = rgb.reshape(-1, 3).astype(np.int16)
     red, green, blue = flat[:, 0], flat[:, 1], flat[:, 2]
-    neutral = flat.max(axis=1) - flat.min(axis=1) <= 14
+    least = np.minimum(np.minimum(red, green), blue)  # NumPy takes ten times as long along an axis of three
+    neutral = np.maximum(np.maximum(red, green), blue) - least <= 14
     # Pale stroma is nearly neutral too, but it takes more green than red and blue, and is less bright than most glass.
     tinge = red + blue - 2 * green
-    glass = flat[neutral & (flat.min(axis=1) >= 170) & (tinge <= np.where(green >= 228, 10, 5))]
+    is_glass = neutral & (least >= 170) & (tinge <= np.where(green >= 228, 10, 5))
+    glass, coloured = flat[is_glass], flat[is_glass & (least < 255)]
+    # What is wholly white may be filler, where nothing was scanned: it does not count beside glass of a colour.
+    if len(coloured) >= 0.01 * len(flat) and glass_is_darker(np.bincount(coloured[:, 1], minlength=256)):
+        glass = coloured
     counts = np.bincount(glass[:, 1], minlength=256).astype(np.float64)
     near_counts = np.convolve(counts, np.ones(9), "same")
     common = np.nonzero(near_counts >= 0.01 * len(flat))[0]
@@ -103,10 +110,10 @@ def ink_mask(od: np.ndarray) -> np.ndarray:
         red ink takes green and blue alike, where eosin leaves blue; black ink takes all alike.
     """
     red, green, blue = od[..., 0], od[..., 1], od[..., 2]
-    strong = od.max(axis=2) > 0.25
+    darkest, lightest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    strong = darkest > 0.25
     cold = (red > 1.3 * green + 0.03) | ((red > 1.02 * green) & (blue < 0.38 * red) & (red > 0.4))
     warm = (green > 0.65) & (blue > 0.8 * green) & (red < 0.25 * green)
-    darkest, lightest = od.max(axis=2), od.min(axis=2)
     # Black and grey: the three agree within a sixth.
     neutral = (darkest > 0.45) & (lightest > 0.84 * darkest)
     black = lightest > 0.72
@@ -193,7 +200,8 @@ def find_tissue(rgb: np.ndarray, mpp: float, min_area_um2: float = 10_000, min_h
     if ink.any():
         ink = _morph(remove_small(ink, 400 / mpp**2), cv2.MORPH_DILATE, _INK_MARGIN_UM, mpp)
     green = od[..., 1]
-    spread = od.max(axis=2) - od.min(axis=2)
+    red, blue = od[..., 0], od[..., 2]
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     # Without glass to compare with, Otsu would split the tissue itself.
     threshold = _THRESHOLDS[0]
     if found and not ink.all():

@@ -7,6 +7,7 @@ OpenSlide's level 0. Where a format has bounds (MIRAX, Leica SCN), the part of l
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -30,6 +31,33 @@ from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.integrity import MAX_SEGMENT_PIXELS, check_tiff, is_tiff, quick_hash
 
 log = logging.getLogger(__name__)
+
+OF_THE_MACHINE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "ENOTCONN", "ECONNRESET", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+"""Numbers of errors for which a file is not to blame: disks, file servers and limits."""
+
+
+def raise_for_machine(error: Exception) -> None:
+    """Raise an error again that is the machine's and not the slide's: read another time, the slide may be sound.
+
+    Raises
+    ------
+    PipelineError
+        When memory ran out.
+    OSError
+        When the disk or the file server failed.
+    """
+    if isinstance(error, MemoryError):
+        raise PipelineError("there is not enough memory to read the slide", "give the job more memory") from None
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        raise error
+
 
 READERS = ("auto", "openslide", "tiffslide", "image")
 MAX_IMAGE_PIXELS = 400_000_000
@@ -269,6 +297,7 @@ class OpenSlideReader(Slide):
                 self._slide = self._open()
             return over_white(np.asarray(self._slide.read_region((x0, y0), level, (w, h))))
         except Exception as error:
+            raise_for_machine(error)
             # A handle that met an error answers nothing but this error from then on.
             self.close()
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x0}, {y0}) of level {level}: {error}") from None
@@ -445,6 +474,7 @@ class TiffSlideReader(Slide):
                 pixels = np.asarray(self._slide.read_region(corner, level, (w, h), as_array=True))
             return as_rgb(pixels)
         except Exception as error:
+            raise_for_machine(error)
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x}, {y}) of level {level}: {error}") from None
 
     def close(self) -> None:
@@ -638,6 +668,7 @@ def _open_with(path: Path, reader: str) -> Slide | None:
     except MemoryError:
         raise SlideError(f"{reader} asks for more memory than there is to open the file") from None
     except Exception as error:  # the libraries raise whatever a broken file makes them stumble over
+        raise_for_machine(error)
         log.debug("%s cannot open %s: %s: %s", reader, path, type(error).__name__, error)
         return None
 

@@ -33,6 +33,26 @@ class Pixels(Protocol):
         """Window of a level as RGB, uint8, shape (h, w, 3)."""
 
 
+class OneLevel:
+    """A slide as one of its levels shows it.
+
+    Parameters
+    ----------
+    slide : Pixels
+        The slide.
+    level : int
+        The level.
+    """
+
+    def __init__(self, slide: Pixels, level: int) -> None:
+        self._slide, self._level = slide, level
+        self.levels: tuple[Level, ...] = (slide.levels[level],)
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """Window of the level, whatever `level` says."""
+        return self._slide.read(self._level, x, y, w, h)
+
+
 def best_level(levels: tuple[Level, ...], grid: Grid) -> int:
     """The coarsest level that is no coarser than the grid."""
     fit = [

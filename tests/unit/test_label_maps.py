@@ -99,6 +99,7 @@ def test_grey_saved_as_colour(tmp_path: Path) -> None:
         ((LABELS > 0).astype(np.uint8) * 255, True),
         ((LABELS > 0).astype(np.uint8), True),
         ((LABELS > 0).astype(np.float64), True),
+        ((LABELS > 0).astype(">i4"), True),
         ((LABELS == 7).astype(np.uint8), False),  # one nucleus
         ((LABELS > 0).astype(np.uint16) * 255, False),  # nucleus 255, in pieces
         (LABELS, False),

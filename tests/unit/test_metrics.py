@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -213,6 +214,18 @@ def test_a_dense_field_is_fast_and_right() -> None:
     assert result["aji"] == pytest.approx(reference_aji(truth[:200, :200], pred[:200, :200]), abs=0.05)
     assert result["aji"] == pytest.approx(result["aji_plus"])
     assert result["tp"] == 800
+
+
+def test_memory_grows_with_the_overlaps() -> None:
+    rows, columns = np.mgrid[:600, :600] // 10
+    truth = rows * 60 + columns + 1
+    pred = np.roll(truth, (3, 4), (0, 1))  # every nucleus touches four others: one component
+    tracemalloc.start()
+    result = score(truth, pred)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result["aji_plus"] == pytest.approx(result["aji"], abs=0.05)
+    assert peak < 60e6  # tables of 3,600 by 3,600 would be 200 MB
 
 
 def test_nothing_matches() -> None:

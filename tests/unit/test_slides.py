@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -349,6 +350,30 @@ def test_tiles_that_do_not_decode(tmp_path: Path, reader: type[OpenSlideReader])
             slide.read(0, 0, 0, 10, 10)
         # The handle still serves the rest.
         assert slide.read(0, across, down, 100, 100).std() > 5
+
+
+@pytest.mark.parametrize("reader", [OpenSlideReader, TiffSlideReader])
+def test_errors_of_the_machine_are_not_the_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: type[OpenSlideReader]
+) -> None:
+    def fail(error: Exception) -> Any:
+        def read(*args: Any, **options: Any) -> None:
+            raise error
+
+        return read
+
+    with reader(slide_file(tmp_path)) as slide:
+        slide.read(0, 0, 0, 10, 10)
+        handle = type(slide._slide)
+        for error, expected in (
+            (OSError(errno.ESTALE, "Stale file handle"), OSError),
+            (MemoryError(), PipelineError),
+            (OSError("image file is truncated"), SlideError),
+        ):
+            monkeypatch.setattr(handle, "read_region", fail(error))
+            with pytest.raises(expected) as raised:
+                slide.read(0, 0, 0, 10, 10)
+            assert isinstance(raised.value, SlideError) == (expected is SlideError)
 
 
 def test_wrong_reader(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from PIL import Image
 from pipeline.errors import SlideError
 from pipeline.grid import Grid
 from pipeline.kernels.tissue import background_colour, fill_small, find_tissue, remove_small, thumbnail_mpp
+from pipeline.lattice import active_cells
 from pipeline.slides.inspect import run_inspect
-from pipeline.slides.open import open_slide
+from pipeline.slides.open import level_of, open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
-from pipeline.tissue import bounds_view, polygons_of, read_mask, read_tissue, run_tissue
+from pipeline.tissue import bounds_view, polygons_of, read_mask, read_tissue, read_view, run_tissue
 
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11])
@@ -161,6 +162,17 @@ def test_background_ignores_pale_tissue() -> None:
     colour, found = background_colour(pale)
     assert found
     assert colour == pytest.approx((236, 236, 238))
+
+
+def test_filler_is_no_glass() -> None:
+    glass = (225, 222, 230)
+    whole = view(blob(), background=glass)
+    filled = whole.copy()
+    filled[:, 200:] = 255
+    expected, found = find_tissue(whole, 8), find_tissue(filled, 8)
+    np.testing.assert_allclose(found.background, expected.background, atol=2)
+    assert overlap(found.mask[:, :190], expected.mask[:, :190]) > 0.95
+    assert not found.mask[:, 210:].any()
 
 
 def test_thumbnail_mpp() -> None:
@@ -308,6 +320,43 @@ def test_stage_with_a_mask(slide: Path) -> None:
     manifest = run(slide, mask=mask)
     assert manifest["status"] == "failed"
     assert manifest["failure"]["stage"] == "tissue"
+
+
+def test_a_hole_that_touches_the_edge(slide: Path) -> None:
+    shell = [[1603, 676], [910, 1548], [285, 626], [1603, 676]]
+    hole = [
+        [1275.835577553945, 1087.6700957762769], [1244.2964793379044, 1058.855424448654],
+        [1233.126610079861, 1086.6984490824507], [1275.835577553945, 1087.6700957762769],
+    ]  # fmt: skip
+    mask = write(slide / "mask.geojson", {"type": "Polygon", "coordinates": [shell, hole]})
+    run(slide, mask=mask)
+    polygons = read_tissue(slide / "tissue.geojson")
+    assert polygons and all(polygon.is_valid for polygon in polygons)
+    active_cells(polygons, Grid(1600, 1200, 1.0, 1.0, 1.0))
+
+
+def test_a_damaged_overview_costs_no_tissue(slide: Path) -> None:
+    class Damaged:
+        """A pyramid of which the coarsest level does not decode everywhere."""
+
+        def __init__(self, level_0_too: bool) -> None:
+            self.level_0_too = level_0_too
+            self.levels = (level_of(1600, 1200, 1600, 1200), level_of(400, 300, 1600, 1200))
+
+        def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+            factor = (1, 4)[level]
+            if x * factor < 500 and y * factor < 500 and (level or self.level_0_too):
+                raise SlideError("cannot decode")
+            return np.full((h, w, 3), 100 + level, np.uint8)
+
+    grid = Grid(200, 150, 8.0, 8.0, 8.0)
+    rgb, unreadable = read_view(Damaged(False), grid)  # type: ignore[arg-type]
+    assert unreadable == 0
+    assert rgb.max() == 101
+    assert rgb.min() == 100
+    rgb, unreadable = read_view(Damaged(True), grid)  # type: ignore[arg-type]
+    assert 0.05 < unreadable < 0.3
+    assert (rgb[:50, :50] == 255).all()
 
 
 def test_stage_without_tissue(tmp_path: Path) -> None:

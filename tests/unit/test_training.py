@@ -139,7 +139,7 @@ def test_a_teacher_is_part_of_what_is_learned(data: Path, tmp_path: Path) -> Non
     channel = list(alone.spec.warped).index
     for name in ("nucleus", "distance"):
         hard, soft, part = (one.targets[..., channel(name)].astype(float) for one in (alone, mixed, sure))
-        np.testing.assert_allclose(soft, 0.75 * hard + part, atol=1.01)
+        np.testing.assert_allclose(soft, 0.75 * hard + part, atol=1.4)  # three roundings
         assert part.any()
     np.testing.assert_array_equal(mixed.targets[..., channel("seam")], alone.targets[..., channel("seam")])
     run_experiment(Experiment.from_json(taught), tmp_path / "work", tmp_path / "small", "cpu")
