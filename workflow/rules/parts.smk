@@ -22,8 +22,8 @@ rule tiles_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(2000, 1000),
-        runtime=minutes(30, 30),
+        mem_mb=megabytes(2000, 100 / PARTS),
+        runtime=minutes(30, 30 / PARTS),
     params:
         slide=slide_name,
         part=part_option,
@@ -56,8 +56,8 @@ rule infer_part:
         "../../envs/pipeline.yaml"
     threads: 8
     resources:
-        mem_mb=megabytes(6000, 1000),
-        runtime=minutes(60, 240),
+        mem_mb=megabytes(6000, 100 / PARTS),
+        runtime=minutes(60, 240 / PARTS),
         gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
@@ -91,8 +91,8 @@ rule instances_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(3000, 2000),
-        runtime=minutes(30, 60),
+        mem_mb=megabytes(4000, 200 / PARTS),
+        runtime=minutes(30, 60 / PARTS),
     params:
         slide=slide_name,
         part=part_option,

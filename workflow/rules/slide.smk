@@ -15,7 +15,7 @@ rule inspect:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(1000, 500),
+        mem_mb=megabytes(1000, 50),
         runtime=minutes(20, 10),
     params:
         slide=slide_name,
@@ -46,7 +46,7 @@ rule tissue:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(1500, 1000),
+        mem_mb=megabytes(1500, 100),
         runtime=minutes(20, 10),
     params:
         slide=slide_name,
@@ -79,10 +79,10 @@ rule tiles:
         str(RUN.benchmark("tiles", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: threads_of(4)
+    threads: threads_of(4, joins=True)
     resources:
-        mem_mb=megabytes(2000, 1000),
-        runtime=minutes(30, 30),
+        mem_mb=megabytes(2000, 100, joined=(1500, 20)),
+        runtime=minutes(30, 30, joined=(30, 5)),
     params:
         slide=slide_name,
         parts=parts_option,
@@ -146,11 +146,11 @@ rule infer:
         str(RUN.benchmark("infer", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: threads_of(8, long=True)
+    threads: threads_of(8, long=True, joins=True)
     resources:
-        mem_mb=megabytes(6000, 1000),
-        runtime=minutes(60, 240),
-        gpu=own_gpus(config["infer"]["device"]),
+        mem_mb=megabytes(6000, 100, joined=(1500, 20)),
+        runtime=minutes(60, 240, joined=(30, 10)),
+        gpu=inference_gpus,
     params:
         slide=slide_name,
         parts=parts_option,
@@ -185,7 +185,7 @@ rule instances:
         "../../envs/pipeline.yaml"
     threads: threads_of(4)
     resources:
-        mem_mb=megabytes(3000, 2000),
+        mem_mb=megabytes(4000, 200),
         runtime=minutes(30, 60),
     params:
         slide=slide_name,
@@ -219,7 +219,7 @@ rule measure:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(30, 30),
     params:
         slide=slide_name,
@@ -246,7 +246,7 @@ rule export:
         "../../envs/pipeline.yaml"
     threads: threads_of(2)
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
@@ -273,7 +273,7 @@ rule labels:
         "../../envs/pipeline.yaml"
     threads: threads_of(2)
     resources:
-        mem_mb=megabytes(2000, 1000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
@@ -311,7 +311,7 @@ rule summary:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 200),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
