@@ -154,6 +154,7 @@ def run_stage(
     upstream: Sequence[Path] = (),
     on_bad_slide: str = "continue",
     minutes: float | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Run one stage of one slide. One process at a time does so; another one waits.
 
@@ -177,6 +178,8 @@ def run_stage(
     minutes : float, optional
         Minutes that the job may take. With it, `body` runs in a process of its own, and a slide over which a library
         hangs or crashes is a bad slide; see `pipeline.guard`.
+    again : bool
+        Whether the job is tried again with more time, when these are over: then it fails, and the slide is not bad yet.
 
     Returns
     -------
@@ -189,11 +192,12 @@ def run_stage(
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
     PipelineError
-        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew.
+        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew. When the time is
+        over, and the job is tried again.
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
-        return _run_stage(stage, slide, manifest, body, dict(outputs or {}), upstream, on_bad_slide, minutes)
+        return _run_stage(stage, slide, manifest, body, dict(outputs or {}), upstream, on_bad_slide, minutes, again)
 
 
 def _run_stage(
@@ -205,6 +209,7 @@ def _run_stage(
     upstream: Sequence[Path],
     on_bad_slide: str,
     minutes: float | None,
+    again: bool,
 ) -> dict[str, Any]:
     start = time.monotonic()
     staged = {name: _staged(path) for name, path in outputs.items()}
@@ -218,7 +223,7 @@ def _run_stage(
             try:
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                record |= guarded(partial(body, staged), minutes)
+                record |= guarded(partial(body, staged), minutes, again)
                 for path in staged.values():
                     if path.suffix == ".zarr":
                         write_seal(path)

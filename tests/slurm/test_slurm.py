@@ -133,7 +133,8 @@ def test_run_goes_on_and_ends_well(finished: Finished) -> None:
 def test_every_job_has_its_partition_and_its_gpus(finished: Finished) -> None:
     assert finished.code == 0, finished.output
     cpu, gpu = ("cpu", ""), ("gpu", "gres:gpu:1")
-    wanted = {name: {cpu: SLIDES} for name in ("look", "prepare", "finish")} | {"cohort": {cpu: 2}}
+    wanted = {name: {cpu: SLIDES} for name in ("prepare", "finish")}
+    wanted |= {"look": {cpu: SLIDES + 1}, "cohort": {cpu: 2}}  # one of each is tried again
     wanted |= {"tiles_part": {cpu: PARTS}, "infer_part": {gpu: PARTS}, "instances_part": {cpu: PARTS}}
     wanted["infer"] = {gpu: SLIDES - 1, cpu: 1}  # to join parts
     for name, counts in wanted.items():
@@ -148,8 +149,14 @@ def test_job_killed_for_memory_comes_back_with_more(finished: Finished) -> None:
     assert first["MinMemoryNode"] == "100M"
     assert second["JobState"] == "COMPLETED"
     assert second["MinMemoryNode"] == "1600M"
-    others = [job for job in finished.jobs if job not in (first, second)]
-    assert {job["JobState"] for job in others} == {"COMPLETED"}
+
+
+def test_slide_that_needs_too_long_is_tried_again(finished: Finished) -> None:
+    # It would be listed as failed if the first attempt took itself for the last one.
+    others = [job for job in finished.jobs if job not in submitted(finished.jobs, "cohort")]
+    (failed,) = [job for job in others if job["JobState"] != "COMPLETED"]
+    assert failed in submitted(finished.jobs, "look")
+    assert failed["JobState"] == "FAILED"
 
 
 def test_results_are_those_of_a_local_run_without_parts(finished: Finished, config: dict[str, Any]) -> None:

@@ -83,7 +83,14 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 
 
+# How often a job is tried. Jobs of a cluster are told that they will not be tried again, and have this from their
+# environment; where it does not reach them, each attempt is the last one. Snakemake knows it when the run starts.
+if workflow.is_main_process:
+    os.environ.update(JOB_ATTEMPTS="1")
+
+
 onstart:
+    os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
     # Only for jobs of this machine, in the environment that runs Snakemake.
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
     wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
@@ -270,6 +277,12 @@ def stages_in_a_row(rule):
     if rule not in groups:
         return 1
     return sum(group == groups[rule] and name not in OPTIONAL_STAGES for name, group in groups.items())
+
+
+@known
+def number_of_attempt(wildcards, attempt):
+    """Which attempt of a job it is, for stages that blame the slide after the last one only; see `JOB_ATTEMPTS`."""
+    return attempt
 
 
 def is_small(folder):

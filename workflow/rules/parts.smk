@@ -24,13 +24,15 @@ rule tiles_part:
     resources:
         mem_mb=megabytes(2000, 100 / PARTS),
         runtime=minutes(30, 30 / PARTS),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         part=part_option,
         model=model_folder,
         tile=config["tiles"]["tile"],
     shell:
-        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "{params.part} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --workers={threads} "

@@ -17,6 +17,7 @@ rule inspect:
     resources:
         mem_mb=megabytes(1000, 50),
         runtime=minutes(20, 10),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         path=slide_path,
@@ -24,7 +25,8 @@ rule inspect:
         mpp=mpp_options,
         reader=config["reader"],
     shell:
-        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "--path={params.path:q} {params.mpp:q} --reader={params.reader:q} "
         "--out={output.manifest:q} "
         "> {log:q} 2>&1"
@@ -48,6 +50,7 @@ rule tissue:
     resources:
         mem_mb=megabytes(1500, 100),
         runtime=minutes(20, 10),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         mask=extra_option("tissue", "--mask"),
@@ -55,7 +58,8 @@ rule tissue:
         min_area=config["tissue"]["min_area_um2"],
         min_hole=config["tissue"]["min_hole_um2"],
     shell:
-        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "--inspect={input.inspect:q} {params.mask:q} "
         "--mpp={params.mpp} --min-area={params.min_area} --min-hole={params.min_hole} "
         "--out={output.manifest:q} --geojson={output.geojson:q} --png={output.png:q} "
@@ -83,6 +87,7 @@ rule tiles:
     resources:
         mem_mb=megabytes(2000, 100, joined=(1500, 20)),
         runtime=minutes(30, 30, joined=(30, 5)),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         parts=parts_option,
@@ -90,7 +95,8 @@ rule tiles:
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
-        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "{params.parts:q} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
