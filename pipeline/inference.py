@@ -662,6 +662,7 @@ def run_infer(
         manifest=out,
         outputs={"maps": zarr_out},
         upstream=[tiles, stain, *map(manifest_of, parts)],
+        stores={zarr: tiles} | {part: manifest_of(part) for part in parts},
         on_bad_slide=on_bad_slide,
         body=body,
     )

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
-from pipeline.seal import write_seal
+from pipeline.seal import check_sealed, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,10 @@ def _peak_kb() -> int | None:
         return None
 
 
+def _is_store(path: Path) -> bool:
+    return path.suffix == ".zarr"
+
+
 def _staged(path: Path) -> Path:
     # The suffix stays last: writers choose the format by it.
     return path.with_name(f".part-{os.getpid()}-{path.name}")
@@ -119,12 +123,13 @@ def _set_aside(path: Path) -> None:
 _STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
 
 
-def _write_stub(path: Path, text: str) -> None:
-    _set_aside(path)
-    if path.suffix == ".zarr":
-        path.mkdir(parents=True)
-        path = path / "FAILED.txt"
-    path.write_text(text + "\n", encoding="utf-8")
+def _write_stub(staged: Path, text: str) -> None:
+    remove(staged)  # what there is of it
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    if _is_store(staged):
+        staged.mkdir()
+        staged = staged / "FAILED.txt"
+    staged.write_text(text + "\n", encoding="utf-8")
 
 
 def stub_text(path: Path) -> str | None:
@@ -152,6 +157,7 @@ def run_stage(
     body: Callable[[dict[str, Path]], dict[str, Any]],
     outputs: Mapping[str, Path] | None = None,
     upstream: Sequence[Path] = (),
+    stores: Mapping[Path, Path] | None = None,
     on_bad_slide: str = "continue",
     minutes: float | None = None,
     again: bool = False,
@@ -173,6 +179,8 @@ def run_stage(
         The other outputs by a name.
     upstream : sequence of pathlib.Path
         Manifests of earlier stages; when one tells of a failure, it is passed on and `body` is not run.
+    stores : mapping of pathlib.Path to pathlib.Path
+        Stores of earlier stages that `body` reads, and the manifest of each, which tells of the store's seal.
     on_bad_slide : {"continue", "stop"}
         Whether a bad slide is data or an error.
     minutes : float, optional
@@ -185,7 +193,8 @@ def run_stage(
     -------
     dict
         The manifest as written: ``stage``, ``slide``, ``status`` (``ok`` or ``failed``), ``failure``, ``seconds``,
-        ``peak_rss_mb``, and what `body` returned.
+        ``peak_rss_mb``, what `body` returned, and, where there are stores among the outputs, ``seals``: checksums of
+        their seals, by the store's name.
 
     Raises
     ------
@@ -197,7 +206,9 @@ def run_stage(
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
-        return _run_stage(stage, slide, manifest, body, dict(outputs or {}), upstream, on_bad_slide, minutes, again)
+        return _run_stage(
+            stage, slide, manifest, body, dict(outputs or {}), upstream, stores or {}, on_bad_slide, minutes, again
+        )
 
 
 def _run_stage(
@@ -207,6 +218,7 @@ def _run_stage(
     body: Callable[[dict[str, Path]], dict[str, Any]],
     outputs: dict[str, Path],
     upstream: Sequence[Path],
+    stores: Mapping[Path, Path],
     on_bad_slide: str,
     minutes: float | None,
     again: bool,
@@ -223,10 +235,12 @@ def _run_stage(
             try:
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
+                for store, made in stores.items():
+                    if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
+                        check_sealed(store, seal)
                 record |= guarded(partial(body, staged), minutes, again)
-                for path in staged.values():
-                    if path.suffix == ".zarr":
-                        write_seal(path)
+                seals = {path.name: write_seal(staged[name]) for name, path in outputs.items() if _is_store(path)}
+                record |= {"seals": seals} if seals else {}
             except DamagedStore as error:
                 _set_aside(error.path)
                 raise PipelineError(
@@ -240,6 +254,9 @@ def _run_stage(
                 log.warning("slide %r failed at %s: %s", slide, stage, error)
         if failure is not None:
             record |= {"status": "failed", "failure": asdict(failure)}
+            text = f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+            for path in staged.values():
+                _write_stub(path, text)
         record |= {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
         staged_manifest = _staged(manifest)
         staged["manifest"] = staged_manifest
@@ -247,13 +264,8 @@ def _run_stage(
         for path in staged.values():
             _to_disk(path)
         for name, path in outputs.items():
-            if failure is None:
-                _set_aside(path)
-                staged[name].rename(path)
-            else:
-                _write_stub(
-                    path, f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
-                )
+            _set_aside(path)
+            staged[name].rename(path)
         staged_manifest.rename(manifest)
     finally:
         for path in staged.values():

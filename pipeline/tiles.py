@@ -565,6 +565,7 @@ def run_tiles(
         manifest=out,
         outputs={"zarr": zarr},
         upstream=[inspect, tissue, *map(manifest_of, parts)],
+        stores={part: manifest_of(part) for part in parts},
         body=body,
         on_bad_slide=on_bad_slide,
         minutes=minutes,

@@ -16,6 +16,7 @@ from pipeline.census import Block, Entry, Seam, read_survey, write_survey
 from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.parts import Part, manifest_of, read_parts
+from pipeline.seal import SEAL
 from pipeline.slides.synthetic import make_field, write_svs
 from pipeline.stage import read_manifest, write_json
 from pipeline.testing import digest
@@ -132,6 +133,9 @@ def test_parts_give_the_bytes_of_the_whole(
         assert not (tmp_path / "m").exists()
     write_json(manifest_of(parts[1]), as_it_was)
     assert main(join) == 0
+    (parts[1] / SEAL).unlink()
+    assert main(join) == 2
+    assert "infer-2-of-3.zarr was damaged and has been removed" in capsys.readouterr().err
 
 
 def test_a_bad_part_makes_the_slide_bad(tmp_path: Path) -> None:

@@ -102,6 +102,27 @@ def test_the_stage_that_finds_out_removes_it(store: tuple[Path, Callable[[Path],
     assert not (path.parent / "next.json").exists()
 
 
+@pytest.mark.parametrize(("text", "why"), [(None, "is missing"), ("{}", "is not what was written")])
+def test_a_seal_that_is_gone_is_missed(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], text: str | None, why: str
+) -> None:
+    path, read, chunk = store
+    made, after = path.parent / "made.json", path.parent / "next.json"
+
+    def work(staged: dict[str, Path]) -> dict[str, Any]:
+        return {"sum": int(read(path).sum())}
+
+    whole = run_stage("next", "a", manifest=after, body=work, stores={path: made})["sum"]
+    assert whole == int(read(path).sum())
+    (path / SEAL).unlink()
+    (path / chunk).unlink()  # which reads as white, where nobody knows of it
+    if text is not None:
+        (path / SEAL).write_text(text)
+    with pytest.raises(PipelineError, match=rf"was damaged and has been removed: {SEAL} {why}"):
+        run_stage("next", "a", manifest=after, body=work, stores={path: made})
+    assert not path.exists()
+
+
 def test_what_no_stage_wrote_is_never_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
