@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.again import note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
@@ -243,9 +244,10 @@ def _run_stage(
                 record |= {"seals": seals} if seals else {}
             except DamagedStore as error:
                 _set_aside(error.path)
+                note_damage(error.path)
                 raise PipelineError(
                     f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
-                    "run the same command again: it is made anew",
+                    "run the same command again, where it does not start by itself: then it is made anew",
                 ) from None
             except SlideError as error:
                 if on_bad_slide == "stop":

@@ -13,6 +13,7 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
+from pipeline.again import NOTES, Restart
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
@@ -69,9 +70,12 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
+# In the environment as well: where stages note that they have removed a damaged store.
+os.environ[NOTES] = str(RUN.damaged)
+
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
-LOCK = None
+LOCK = RESTART = None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
     TRAINING = {"train", "crossval", "transfer", "compare"}.intersection(sys.argv[1:])
     LOCKED = config["compare" if "compare" in TRAINING else "train"]["name"]
@@ -79,6 +83,8 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
+    if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
+        RESTART = Restart(RUN.damaged)
     if LOCK is None:
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 
@@ -91,11 +97,26 @@ if workflow.is_main_process:
 
 onstart:
     os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
+    # Whoever asked to have things done over would have them done twice.
+    told = workflow.dag_settings
+    if RESTART is not None and not (
+        told.forceall or told.forcetargets or told.forcerun or workflow.overwrite_workdir
+    ):
+        RESTART.begin()
     # Only for jobs of this machine, in the environment that runs Snakemake.
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
     wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
     if wanted and workflow.local_exec and own and possible():
         atexit.register(start_server().stop)
+
+
+onerror:
+    damaged = [] if RESTART is None else RESTART.end()
+    if damaged:
+        print(
+            f"{', '.join(damaged)} had been damaged: the same command starts once more, to make it anew",
+            file=sys.stderr,
+        )
 
 
 wildcard_constraints:
