@@ -163,7 +163,7 @@ class RunLayout:
 
     @property
     def damaged(self) -> Path:
-        """Damaged stores that stages have removed, a line each; there during a run alone."""
+        """Damaged stores that stages of the last run have removed, a line each; not there where there were none."""
         return self.results / ".damaged"
 
     def training(self, name: str) -> Path:

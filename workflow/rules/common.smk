@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
-from pipeline.settings import check_licence, check_model, check_settings, check_stain, load_schema
+from pipeline.settings import check_folder, check_licence, check_model, check_settings, check_stain, load_schema
 from pipeline.slide_table import resolve_slides
 from pipeline.warm import possible, start_server
 
@@ -40,6 +40,12 @@ def stop(error):
 SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 try:
     config.update(check_settings(config, SCHEMA))
+except PipelineError as error:
+    stop(error)
+
+try:
+    for place in filter(config.get, ("results", "scratch")):
+        check_folder(place, Path(config[place]))
 except PipelineError as error:
     stop(error)
 
