@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
@@ -19,7 +20,7 @@ from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
 from pipeline.settings import check_folder, check_licence, check_model, check_settings, check_stain, load_schema
-from pipeline.slide_table import resolve_slides
+from pipeline.slide_table import resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -143,6 +144,7 @@ def slides():
 
 
 BY_FOLDER = {} if SLIDES is None else {folder_name(slide.name): slide for slide in SLIDES}
+SLIDES_IN = Counter(slide.path.parent for slide in BY_FOLDER.values())
 
 
 def entry(wildcards):
@@ -250,9 +252,7 @@ def whole(path):
 def gigabytes(folder):
     """Size of a slide's files by its results folder, 0 where they are missing."""
     path = BY_FOLDER[folder].path
-    # A MIRAX slide is a small file beside a folder of large ones.
-    files = [path, *(path.with_suffix("").glob("*.dat") if path.suffix.lower() == ".mrxs" else [])]
-    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
+    return slide_bytes(path, alone=SLIDES_IN[path.parent] == 1) / 1e9
 
 
 def growing(base, by_size, joined):
