@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import faulthandler
@@ -30,7 +31,26 @@ _TELL = signal.SIGUSR1  # the child writes where it is
 _SLICE = 1.0
 
 
-def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
+def tried_again(attempt: str) -> bool:
+    """Whether a job comes once more when this attempt fails, given as its number and the number of all.
+
+    >>> tried_again("1/3"), tried_again("3/3"), tried_again("1/1")
+    (True, False, False)
+    """
+    number, _, attempts = attempt.partition("/")
+    return int(number) < int(attempts)
+
+
+def add_time_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a stage that reads the slide: the time of its job, and whether that is tried again."""
+    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+    parser.add_argument(
+        "--attempt", type=tried_again, default=False, metavar="I/N", dest="again",
+        help="which attempt of the job this is, of how many: the slide fails in the last one, in others the job does",
+    )  # fmt: skip
+
+
+def guarded(work: Callable[[], Any], minutes: float | None, again: bool = False) -> Any:
     """Do some work on a slide in a forked process.
 
     Parameters
@@ -40,6 +60,8 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
     minutes : float or None
         Minutes that the job may take; the work gets nine tenths of them, not counting time for which the machine or
         the whole job was suspended. None: no limit, and no process of its own.
+    again : bool
+        Whether the job is tried again when it fails, with more time. Then time that is over is not the slide's fault.
 
     Returns
     -------
@@ -51,7 +73,7 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
     SlideError
         When the time is over, or the process was ended by a crash of a library.
     PipelineError
-        When it was ended from outside, as for want of memory.
+        When it was ended from outside, as for want of memory, or when the time is over and the job is tried again.
     """
     if minutes is None:
         return work()
@@ -69,8 +91,11 @@ def guarded(work: Callable[[], Any], minutes: float | None) -> Any:
         if answer is None:
             os.kill(child, _TELL)
             time.sleep(_SLICE)
+            what = f"was not finished in {SHARE * minutes:g} minutes"
+            if again:
+                raise PipelineError(f"the slide {what}", "the job is tried again, with more time")
             raise SlideError(
-                f"was not finished in {SHARE * minutes:g} minutes",
+                what,
                 "copy or export the slide again; if it is whole, delete its results and run with more time: "
                 "--set-resources RULE:runtime=MINUTES",
             )

@@ -436,6 +436,20 @@ def _add_chunk(digest: hashlib._Hash, rows: slice, columns: slice, pixels: np.nd
     digest.update(pixels.data)
 
 
+def _check_kinds(manifests: Sequence[dict[str, Any]]) -> None:
+    """See that the maps of all parts were computed alike: `auto` depends on the machine, and seams would show it."""
+    first: dict[str, int] = {}
+    for manifest in manifests:
+        kind = f"{manifest['precision']} on {'a CPU' if manifest['device'] == 'cpu' else 'a GPU'}"
+        first.setdefault(kind, manifest["part"][0])
+    if len(first) > 1:
+        found = ", ".join(f"part {number} in {kind}" for kind, number in first.items())
+        raise PipelineError(
+            f"the maps of the slide's parts were computed in different ways: {found}",
+            "set infer.precision and infer.device to one of them, not auto, and run again",
+        )
+
+
 def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, path: Path) -> dict[str, Any]:
     """Put the maps of all parts of a slide together.
 
@@ -454,9 +468,15 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     -------
     dict
         What `infer_slide` returns for the whole slide.
+
+    Raises
+    ------
+    PipelineError
+        When some were computed with other numbers or on another kind of device than the others.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
+    _check_kinds(manifests)
     store = _create_maps(path, tiles, grid, package)
     for part in parts:
         link_chunks(part, path, "maps")
@@ -472,7 +492,8 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
         "megapixels": round(megapixels, 3),
         "mp_per_s": round(megapixels / max(seconds, 1e-9), 3) if windows else None,
         "maps_sha256": digest.hexdigest(),
-        **{key: manifests[0][key] for key in ("device", "precision", "batch")},
+        "device": ", ".join(dict.fromkeys(manifest["device"] for manifest in manifests)),
+        **{key: manifests[0][key] for key in ("precision", "batch")},
     }
 
 
@@ -641,6 +662,7 @@ def run_infer(
         manifest=out,
         outputs={"maps": zarr_out},
         upstream=[tiles, stain, *map(manifest_of, parts)],
+        stores={zarr: tiles} | {part: manifest_of(part) for part in parts},
         on_bad_slide=on_bad_slide,
         body=body,
     )

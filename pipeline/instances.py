@@ -169,12 +169,16 @@ def main(args: argparse.Namespace) -> int:
         log.info("slide %r: %d nuclei, %.0f a second", args.slide, found["nuclei"], found["nuclei_per_s"])
         return found
 
+    stores = {part: manifest_of(part) for part in args.parts}
+    if args.maps_manifest is not None:
+        stores = {args.maps: args.maps_manifest} | stores
     run_stage(
         "instances",
         args.slide,
         manifest=args.manifest or args.out.with_suffix(".json"),
         outputs={"nuclei": args.out},
-        upstream=[*filter(None, [args.maps_manifest]), *map(manifest_of, args.parts)],
+        upstream=[*stores.values()],
+        stores=stores,
         on_bad_slide=args.on_bad_slide,
         body=body,
     )

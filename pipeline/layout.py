@@ -161,6 +161,11 @@ class RunLayout:
         """The settings of the run (JSON)."""
         return self.results / "settings.json"
 
+    @property
+    def damaged(self) -> Path:
+        """Damaged stores that stages of the last run have removed, a line each; not there where there were none."""
+        return self.results / ".damaged"
+
     def training(self, name: str) -> Path:
         """Folder for checkpoints, logs and scores of training the model `name`."""
         return self.results / "training" / name

@@ -265,6 +265,7 @@ def run_measure(
         manifest=out,
         outputs={"nuclei": nuclei},
         upstream=[instances, tiles, stain],
+        stores={zarr: tiles},
         body=body,
         on_bad_slide=on_bad_slide,
     )

@@ -33,12 +33,45 @@ def _sums(store: Path, files: list[str]) -> dict[str, int]:
     return {name: zlib.crc32((store / name).read_bytes()) for name in files if {*name.split("/")} & {*_SUMMED}}
 
 
-def write_seal(store: Path) -> None:
-    """Note which files a finished store has."""
+def write_seal(store: Path) -> int:
+    """Note which files a finished store has.
+
+    Returns
+    -------
+    int
+        CRC-32 of the seal. It goes into the stage's manifest, so that a seal that is gone is missed.
+    """
     files = _files(store)
     value: dict[str, Any] = {"files": files, "sums": _sums(store, files)}
     value["sum"] = zlib.crc32(json.dumps(value).encode())
-    (store / SEAL).write_text(json.dumps(value), encoding="utf-8")
+    text = json.dumps(value).encode()
+    (store / SEAL).write_bytes(text)
+    return zlib.crc32(text)
+
+
+def check_sealed(store: Path, seal: int) -> None:
+    """Check that a store, where there is one, carries the seal that it was given.
+
+    Parameters
+    ----------
+    store : pathlib.Path
+        The store.
+    seal : int
+        What `write_seal` returned.
+
+    Raises
+    ------
+    DamagedStore
+        When it carries none or another one.
+    """
+    try:
+        found = zlib.crc32((store / SEAL).read_bytes())
+    except FileNotFoundError:
+        if not store.is_dir():
+            return  # that is for its reader to say
+        raise DamagedStore(store, f"{SEAL} is missing") from None
+    if found != seal:
+        raise DamagedStore(store, f"{SEAL} is not what was written")
 
 
 def is_sealed(store: Path) -> bool:

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -91,6 +92,8 @@ def _lines(error: Any) -> Iterator[str]:
         types = error.validator_value
         wanted = types if isinstance(types, str) else " or ".join(types)
         yield f"setting {path!r} must be {wanted}, got {error.instance!r}"
+    elif error.validator == "pattern" and error.validator_value.startswith("^[^{}<>"):
+        yield f"setting {path!r}: no path may hold braces, angle brackets or line breaks, got {error.instance!r}"
     else:
         yield f"setting {path!r}: {error.message}"
 
@@ -132,6 +135,34 @@ def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
         more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
         raise PipelineError(lines[0] + more, "config.yaml lists the settings")
     return filled
+
+
+def check_folder(setting: str, path: Path) -> None:
+    """Refuse a folder for results that cannot be one, as a file is in its place or above it.
+
+    Parameters
+    ----------
+    setting : str
+        Name of the setting.
+    path : pathlib.Path
+        Its value. It need not exist.
+
+    Raises
+    ------
+    PipelineError
+        When there is a file; one line that names it.
+    """
+    for place in (path, *path.parents):
+        try:
+            found = place.stat()
+        except OSError:
+            continue  # missing, or hidden behind what is looked at next
+        if not stat.S_ISDIR(found.st_mode):
+            raise PipelineError(
+                f"setting {setting!r}: {str(place)!r} is a file, not a folder",
+                f"choose another: --config {setting}=FOLDER",
+            )
+        return
 
 
 def file_sha256(path: Path) -> str:

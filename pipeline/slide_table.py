@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -161,6 +162,41 @@ def stem(file_name: str) -> str | None:
         if lower.endswith(suffix) and len(file_name) > len(suffix):
             return file_name[: -len(suffix)]
     return None
+
+
+@functools.cache
+def _sizes(folder: Path) -> dict[str, int]:
+    try:
+        with os.scandir(folder) as found:
+            return {file.name: file.stat().st_size for file in found if file.is_file()}
+    except OSError:
+        return {}
+
+
+def slide_bytes(path: Path, alone: bool = True) -> int:
+    """Size of a slide in all of its files, as far as their names tell; no file is opened.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file that names the slide; 0 when it is missing.
+    alone : bool
+        Whether the run has no other slide in this folder. Then all DICOM files there are taken for one slide's.
+    """
+    try:
+        total = path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+    kind = path.suffix.lower()
+    if not total or kind not in (".mrxs", ".vms", ".vmu", ".dcm"):
+        return total
+    if kind == ".mrxs":  # a folder of the same name has the pixels
+        return total + sum(_sizes(path.with_suffix("")).values())
+    beside = {name: size for name, size in _sizes(path.parent).items() if name != path.name}
+    if kind == ".dcm":
+        return total + (sum(size for name, size in beside.items() if name.lower().endswith(kind)) if alone else 0)
+    # Hamamatsu: NAME.jpg or .ngr, NAME(1,0).jpg, NAME_map2.jpg, NAME.opt
+    return total + sum(size for name, size in beside.items() if name.startswith(path.stem))
 
 
 def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:

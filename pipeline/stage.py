@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.again import note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
-from pipeline.seal import write_seal
+from pipeline.seal import check_sealed, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,10 @@ def _peak_kb() -> int | None:
         return None
 
 
+def _is_store(path: Path) -> bool:
+    return path.suffix == ".zarr"
+
+
 def _staged(path: Path) -> Path:
     # The suffix stays last: writers choose the format by it.
     return path.with_name(f".part-{os.getpid()}-{path.name}")
@@ -119,12 +124,13 @@ def _set_aside(path: Path) -> None:
 _STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
 
 
-def _write_stub(path: Path, text: str) -> None:
-    _set_aside(path)
-    if path.suffix == ".zarr":
-        path.mkdir(parents=True)
-        path = path / "FAILED.txt"
-    path.write_text(text + "\n", encoding="utf-8")
+def _write_stub(staged: Path, text: str) -> None:
+    remove(staged)  # what there is of it
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    if _is_store(staged):
+        staged.mkdir()
+        staged = staged / "FAILED.txt"
+    staged.write_text(text + "\n", encoding="utf-8")
 
 
 def stub_text(path: Path) -> str | None:
@@ -152,8 +158,10 @@ def run_stage(
     body: Callable[[dict[str, Path]], dict[str, Any]],
     outputs: Mapping[str, Path] | None = None,
     upstream: Sequence[Path] = (),
+    stores: Mapping[Path, Path] | None = None,
     on_bad_slide: str = "continue",
     minutes: float | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Run one stage of one slide. One process at a time does so; another one waits.
 
@@ -172,28 +180,36 @@ def run_stage(
         The other outputs by a name.
     upstream : sequence of pathlib.Path
         Manifests of earlier stages; when one tells of a failure, it is passed on and `body` is not run.
+    stores : mapping of pathlib.Path to pathlib.Path
+        Stores of earlier stages that `body` reads, and the manifest of each, which tells of the store's seal.
     on_bad_slide : {"continue", "stop"}
         Whether a bad slide is data or an error.
     minutes : float, optional
         Minutes that the job may take. With it, `body` runs in a process of its own, and a slide over which a library
         hangs or crashes is a bad slide; see `pipeline.guard`.
+    again : bool
+        Whether the job is tried again with more time, when these are over: then it fails, and the slide is not bad yet.
 
     Returns
     -------
     dict
         The manifest as written: ``stage``, ``slide``, ``status`` (``ok`` or ``failed``), ``failure``, ``seconds``,
-        ``peak_rss_mb``, and what `body` returned.
+        ``peak_rss_mb``, what `body` returned, and, where there are stores among the outputs, ``seals``: checksums of
+        their seals, by the store's name.
 
     Raises
     ------
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
     PipelineError
-        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew.
+        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew. When the time is
+        over, and the job is tried again.
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
-        return _run_stage(stage, slide, manifest, body, dict(outputs or {}), upstream, on_bad_slide, minutes)
+        return _run_stage(
+            stage, slide, manifest, body, dict(outputs or {}), upstream, stores or {}, on_bad_slide, minutes, again
+        )
 
 
 def _run_stage(
@@ -203,8 +219,10 @@ def _run_stage(
     body: Callable[[dict[str, Path]], dict[str, Any]],
     outputs: dict[str, Path],
     upstream: Sequence[Path],
+    stores: Mapping[Path, Path],
     on_bad_slide: str,
     minutes: float | None,
+    again: bool,
 ) -> dict[str, Any]:
     start = time.monotonic()
     staged = {name: _staged(path) for name, path in outputs.items()}
@@ -218,15 +236,18 @@ def _run_stage(
             try:
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                record |= guarded(partial(body, staged), minutes)
-                for path in staged.values():
-                    if path.suffix == ".zarr":
-                        write_seal(path)
+                for store, made in stores.items():
+                    if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
+                        check_sealed(store, seal)
+                record |= guarded(partial(body, staged), minutes, again)
+                seals = {path.name: write_seal(staged[name]) for name, path in outputs.items() if _is_store(path)}
+                record |= {"seals": seals} if seals else {}
             except DamagedStore as error:
                 _set_aside(error.path)
+                note_damage(error.path)
                 raise PipelineError(
                     f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
-                    "run the same command again: it is made anew",
+                    "run the same command again, where it does not start by itself: then it is made anew",
                 ) from None
             except SlideError as error:
                 if on_bad_slide == "stop":
@@ -235,6 +256,9 @@ def _run_stage(
                 log.warning("slide %r failed at %s: %s", slide, stage, error)
         if failure is not None:
             record |= {"status": "failed", "failure": asdict(failure)}
+            text = f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+            for path in staged.values():
+                _write_stub(path, text)
         record |= {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
         staged_manifest = _staged(manifest)
         staged["manifest"] = staged_manifest
@@ -242,13 +266,8 @@ def _run_stage(
         for path in staged.values():
             _to_disk(path)
         for name, path in outputs.items():
-            if failure is None:
-                _set_aside(path)
-                staged[name].rename(path)
-            else:
-                _write_stub(
-                    path, f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
-                )
+            _set_aside(path)
+            staged[name].rename(path)
         staged_manifest.rename(manifest)
     finally:
         for path in staged.values():

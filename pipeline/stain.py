@@ -304,6 +304,7 @@ def run_stain(
         manifest=out,
         outputs={"png": png},
         upstream=[tiles],
+        stores={zarr: tiles},
         body=body,
         on_bad_slide=on_bad_slide,
     )

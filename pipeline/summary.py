@@ -368,6 +368,7 @@ def run_summary(
         manifest=out,
         outputs={"png": png},
         upstream=[manifests[name] for name in MANIFESTS],
+        stores={tiles_zarr: manifests["tiles"]},
         body=body,
         on_bad_slide=on_bad_slide,
     )

@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
+from pipeline.guard import add_time_arguments
 from pipeline.lattice import CELL, active_cells
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
@@ -441,6 +442,7 @@ def run_tiles(
     parts: Sequence[Path] = (),
     on_bad_slide: str = "continue",
     minutes: float | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Store the tissue of a slide at a model's pixel size.
 
@@ -468,6 +470,8 @@ def run_tiles(
         See `pipeline.stage.run_stage`.
     minutes : float, optional
         Minutes that the job may take, see `pipeline.stage.run_stage`.
+    again : bool
+        Whether the job is tried again with more, see there.
 
     Returns
     -------
@@ -566,9 +570,11 @@ def run_tiles(
         manifest=out,
         outputs={"zarr": zarr},
         upstream=[inspect, tissue, *map(manifest_of, parts)],
+        stores={part: manifest_of(part) for part in parts},
         body=body,
         on_bad_slide=on_bad_slide,
         minutes=minutes,
+        again=again,
     )
 
 
@@ -652,7 +658,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
     )
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+    add_time_arguments(parser)
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
@@ -677,5 +683,6 @@ def main(args: argparse.Namespace) -> int:
         parts=args.parts,
         on_bad_slide=args.on_bad_slide,
         minutes=args.job_minutes,
+        again=args.again,
     )
     return 0

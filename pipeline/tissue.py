@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
+from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.open import Level, Slide
@@ -321,6 +322,7 @@ def run_tissue(
     min_hole_um2: float = 5_000.0,
     on_bad_slide: str = "continue",
     minutes: float | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Find the tissue of a slide, or take a user's mask.
 
@@ -342,6 +344,8 @@ def run_tissue(
         See `pipeline.stage.run_stage`.
     minutes : float, optional
         Minutes that the job may take, see `pipeline.stage.run_stage`.
+    again : bool
+        Whether the job is tried again with more, see there.
 
     Returns
     -------
@@ -417,6 +421,7 @@ def run_tissue(
         body=body,
         on_bad_slide=on_bad_slide,
         minutes=minutes,
+        again=again,
     )
 
 
@@ -429,7 +434,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
     parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+    add_time_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
     parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
@@ -449,5 +454,6 @@ def main(args: argparse.Namespace) -> int:
         min_hole_um2=args.min_hole,
         on_bad_slide=args.on_bad_slide,
         minutes=args.job_minutes,
+        again=args.again,
     )
     return 0

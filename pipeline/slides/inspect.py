@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import SlideError
+from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import find_tissue
 from pipeline.slides.open import READERS, Slide, open_slide, resolve_mpp
 from pipeline.stage import run_stage
@@ -129,6 +130,7 @@ def run_inspect(
     reader: str = "auto",
     on_bad_slide: str = "continue",
     minutes: float | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Inspect a slide.
 
@@ -150,6 +152,8 @@ def run_inspect(
         See `pipeline.stage.run_stage`.
     minutes : float, optional
         Minutes that the job may take, see `pipeline.stage.run_stage`.
+    again : bool
+        Whether the job is tried again with more, see there.
 
     Returns
     -------
@@ -177,7 +181,7 @@ def run_inspect(
                 "tiles_tried": tiles,
             }
 
-    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide, minutes=minutes)
+    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide, minutes=minutes, again=again)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mpp-source", choices=("table", "config"), default="table", help="where --mpp comes from")
     parser.add_argument("--reader", choices=READERS, default="auto", help="what reads the file (default: auto)")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+    add_time_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="SLIDE.JSON")
 
 
@@ -203,5 +207,6 @@ def main(args: argparse.Namespace) -> int:
         reader=args.reader,
         on_bad_slide=args.on_bad_slide,
         minutes=args.job_minutes,
+        again=args.again,
     )
     return 0

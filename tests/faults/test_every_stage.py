@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline import cli
 from pipeline.cohort import run_cohort
 from pipeline.errors import SlideError
 from pipeline.layout import RunLayout, SlideLayout
+from pipeline.seal import SEAL
 from pipeline.stage import manifest_failure, read_manifest
 from pipeline.status import run_status, stage_manifests
 
@@ -40,6 +42,20 @@ def good(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, R
     layout = RunLayout(folder / "results")
     run_chain(folder / "good.svs", layout.slide("good"), model)
     return folder / "good.svs", layout
+
+
+@pytest.mark.parametrize("stage", ["stain", "infer", "instances", "measure", "summary"])
+def test_store_without_its_seal_is_damaged(
+    tmp_path: Path, good: tuple[Path, RunLayout], model: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, layout = good
+    slide = SlideLayout(tmp_path / "slide")
+    shutil.copytree(layout.slide("good").root, slide.root)
+    store = slide.maps_zarr if stage == "instances" else slide.tiles_zarr
+    (store / SEAL).unlink()
+    assert cli.main(arguments(stage, path, slide, slide, model)) == 2
+    assert f"{store} was damaged and has been removed: {SEAL} is missing" in capsys.readouterr().err
+    assert not store.exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -23,6 +23,9 @@ from pathlib import Path
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 """Debian's packages by a program of each."""
 
+PATIENCE_S = 900
+"""Seconds that apt-get may take."""
+
 MEMORY_MB = 64_000
 """Memory that the node claims to have, whatever is there: the jobs of the tests ask for more than they use."""
 
@@ -103,13 +106,16 @@ def install() -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
         for command in (["update"], ["install", "-y", "--no-install-recommends", *wanted]):
+            # The lock: of an attempt that was given up and has not ended yet, or of the system's own updates.
+            line = ["apt-get", "-qq", "-o", f"DPkg::Lock::Timeout={PATIENCE_S}", *command]
             done = subprocess.run(
-                ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, timeout=300, check=False
+                line, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
             )
             if done.returncode != 0 and command[0] == "install":
                 raise NoCluster(f"apt-get install {' '.join(wanted)} failed: {done.stderr.strip()[-300:]}")
     except subprocess.TimeoutExpired:
-        raise NoCluster("apt-get took longer than 5 minutes") from None
+        if missing_packages():  # else it is about manual pages
+            raise NoCluster(f"apt-get took longer than {PATIENCE_S // 60} minutes") from None
     finally:
         if own_veto:
             veto.unlink()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.guard import guarded
+from pipeline.guard import guarded, tried_again
 from pipeline.stage import manifest_failure, run_stage
 
 
@@ -51,6 +51,39 @@ def test_hanging_work_is_ended() -> None:
     with pytest.raises(SlideError, match=r"was not finished in 0.009 minutes"):
         guarded(lambda: time.sleep(600), 0.01)
     assert time.monotonic() - start < 30
+
+
+def test_time_that_is_over_is_the_slides_fault_in_the_last_attempt_alone(tmp_path: Path) -> None:
+    def stage(attempt: str) -> dict[str, Any]:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return run_stage(
+            "tiles", "a", manifest=tmp_path / "out" / "tiles.json", body=lambda staged: time.sleep(600) or {},
+            minutes=0.01, again=tried_again(attempt),
+        )  # fmt: skip
+
+    for attempt in ("1/3", "2/3"):
+        with pytest.raises(PipelineError, match=r"not finished in 0.009 minutes \(the job is tried again") as error:
+            stage(attempt)
+        assert not isinstance(error.value, SlideError)
+        assert not list((tmp_path / "out").iterdir())
+    for attempt in ("3/3", "1/1"):
+        failure = manifest_failure(stage(attempt))
+        assert failure is not None
+        assert failure.reason == "was not finished in 0.009 minutes"
+
+
+@pytest.mark.parametrize(("stage", "module"), [("inspect", "slides.inspect"), ("tissue", "tissue"), ("tiles", "tiles")])
+def test_stages_that_read_the_slide_know_the_attempt(stage: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import cli
+
+    found = {}
+    monkeypatch.setattr(f"pipeline.{module}.run_{stage}", lambda *args, **options: found.update(options))
+    files = {"inspect": ["path"], "tissue": ["inspect", "geojson", "png"]}
+    files["tiles"] = ["inspect", "tissue", "geojson", "model", "zarr"]
+    line = [stage, "--slide=a", "--out=o", "--job-minutes=30", *(f"--{name}=x" for name in files[stage])]
+    for attempt, again in ((["--attempt=2/3"], True), (["--attempt=3/3"], False), ([], False)):
+        assert cli.main([*line, *attempt]) == 0
+        assert (found["minutes"], found["again"]) == (30, again)
 
 
 def test_log_tells_where_the_work_hangs(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from pipeline.census import Block, Entry, Seam, read_survey, write_survey
 from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.parts import Part, manifest_of, read_parts
+from pipeline.seal import SEAL
 from pipeline.slides.synthetic import make_field, write_svs
 from pipeline.stage import read_manifest, write_json
 from pipeline.testing import digest
@@ -56,7 +57,9 @@ def small_model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_parts_give_the_bytes_of_the_whole(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_give_the_bytes_of_the_whole(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(tiles, "_SUPER_PIXELS", 40_000)
     rgb, _ = make_field(700, 600, 0.5, 5)
     write_svs(tmp_path / "slide.svs", rgb, 0.5)
@@ -103,9 +106,36 @@ def test_parts_give_the_bytes_of_the_whole(tmp_path: Path, small_model: Path, mo
     assert read_manifest(whole / "instances.json")["nuclei"] > 50
     assert read_manifest(whole / "instances.json")["components_followed"] > 0
     # Each part did a share.
-    shares = [read_manifest(manifest_of(p))["windows"] for p in sorted((gathered / "parts").glob("infer-*.zarr"))]
+    parts = sorted((gathered / "parts").glob("infer-*.zarr"))
+    shares = [read_manifest(manifest_of(part))["windows"] for part in parts]
     assert len(shares) == 3
     assert max(shares) < 0.6 * read_manifest(whole / "infer.json")["windows"]
+    # Parts that nodes of different kinds computed do not go together.
+    made = [f"--tiles={gathered / 'tiles.json'}", f"--zarr={gathered / 'tiles'}", f"--stain={tmp_path / 'stain.json'}"]
+    join = [
+        "infer",
+        *start,
+        "--parts",
+        *map(str, parts),
+        *made,
+        model,
+        *names("infer", tmp_path / "m.json", tmp_path / "m"),
+    ]
+    as_it_was = read_manifest(manifest_of(parts[1]))
+    for change, told_of in (
+        ({"device": "NVIDIA X"}, "float32 on a GPU"),
+        ({"precision": "bfloat16"}, "bfloat16 on a CPU"),
+    ):
+        write_json(manifest_of(parts[1]), as_it_was | change)
+        assert main(join) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"part 1 in float32 on a CPU, part 2 in {told_of} (set infer.precision and infer.device" in line
+        assert not (tmp_path / "m").exists()
+    write_json(manifest_of(parts[1]), as_it_was)
+    assert main(join) == 0
+    (parts[1] / SEAL).unlink()
+    assert main(join) == 2
+    assert "infer-2-of-3.zarr was damaged and has been removed" in capsys.readouterr().err
 
 
 def test_a_bad_part_makes_the_slide_bad(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.again import NOTES
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
@@ -90,9 +91,12 @@ def test_missing_and_cut_chunks_are_found(store: tuple[Path, Callable[[Path], np
         read(path)
 
 
-def test_the_stage_that_finds_out_removes_it(store: tuple[Path, Callable[[Path], np.ndarray], str]) -> None:
+def test_the_stage_that_finds_out_removes_it(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, read, chunk = store
     flip(path / chunk, 9)
+    monkeypatch.setenv(NOTES, str(path.parent / "notes"))
     with pytest.raises(
         PipelineError, match=r"slide 'a', next: .* was damaged and has been removed: .*made anew\)"
     ) as e:
@@ -100,6 +104,28 @@ def test_the_stage_that_finds_out_removes_it(store: tuple[Path, Callable[[Path],
     assert "\n" not in str(e.value)
     assert not path.exists()
     assert not (path.parent / "next.json").exists()
+    assert (path.parent / "notes").read_text() == f"{path}\n"
+
+
+@pytest.mark.parametrize(("text", "why"), [(None, "is missing"), ("{}", "is not what was written")])
+def test_a_seal_that_is_gone_is_missed(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], text: str | None, why: str
+) -> None:
+    path, read, chunk = store
+    made, after = path.parent / "made.json", path.parent / "next.json"
+
+    def work(staged: dict[str, Path]) -> dict[str, Any]:
+        return {"sum": int(read(path).sum())}
+
+    whole = run_stage("next", "a", manifest=after, body=work, stores={path: made})["sum"]
+    assert whole == int(read(path).sum())
+    (path / SEAL).unlink()
+    (path / chunk).unlink()  # which reads as white, where nobody knows of it
+    if text is not None:
+        (path / SEAL).write_text(text)
+    with pytest.raises(PipelineError, match=rf"was damaged and has been removed: {SEAL} {why}"):
+        run_stage("next", "a", manifest=after, body=work, stores={path: made})
+    assert not path.exists()
 
 
 def test_what_no_stage_wrote_is_never_removed(tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from pipeline.errors import PipelineError
-from pipeline.settings import check_licence, check_model, check_settings, check_stain, file_sha256, load_schema
+from pipeline.settings import (
+    check_folder,
+    check_licence,
+    check_model,
+    check_settings,
+    check_stain,
+    file_sha256,
+    load_schema,
+)
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -50,7 +58,10 @@ def test_every_line_of_config_yaml_that_sets_something_is_explained() -> None:
         ({"tiles": None}, "'tiles' must be object"),
         ({"slides": None}, "'slides' must be string"),
         ({"slides": {"a": "b"}}, "'slides' must be string"),
-        ({"results": "a{b}"}, "'results'"),
+        ({"results": "a{b}"}, "'results': no path may hold braces, angle brackets .*'a{b}'"),
+        ({"results": "r<x>"}, "'results': no path may hold .*'r<x>'"),
+        ({"model": "m<x>"}, "'model': no path may hold"),
+        ({"scratch": "s>"}, "'scratch': no path may hold"),
         ({"infer": {"batch": 0}}, "'infer.batch'"),
         ({"tiles": {"keep": "perhaps"}}, "'tiles.keep' must be boolean"),
     ],
@@ -75,6 +86,15 @@ def test_nested_settings_of_the_command_line_come_as_text() -> None:
     assert checked["infer"]["batch"] is None
     assert checked["tissue"]["mpp"] == 4.5
     assert checked["slides"] == "2024"
+
+
+def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for good in (tmp_path, tmp_path / "new", tmp_path / "new" / "deeper", Path("r")):
+        check_folder("results", good)
+    for bad in (tmp_path / "file", tmp_path / "file" / "r", tmp_path / "file" / "r" / "s"):
+        with pytest.raises(PipelineError, match=r"^setting 'results': '.*/file' is a file, not a folder \(choose"):
+            check_folder("results", bad)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PipelineError
-from pipeline.slide_table import SlideTable, from_table, name_problem, resolve_slides, stem, write_table
+from pipeline.slide_table import SlideTable, from_table, name_problem, resolve_slides, slide_bytes, stem, write_table
 
 HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
 
@@ -196,3 +196,20 @@ def test_a_single_slide(tmp_path: Path) -> None:
     (tmp_path / "b 1.ome.tiff").write_bytes(b"II*")
     table = resolve_slides(tmp_path / "b 1.ome.tiff")
     assert [(slide.name, slide.path) for slide in table] == [("b 1", tmp_path / "b 1.ome.tiff")]
+
+
+def test_size_of_slides_in_several_files(tmp_path: Path) -> None:
+    def sized(name: str, size: int) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+        return path
+
+    svs, other = sized("a.svs", 5), sized("a.jpg", 100)
+    mirax, _, _ = sized("m/a.MRXS", 1), sized("m/a/Data0000.dat", 10), sized("m/a/Data0001.dat", 20)
+    vms, *_ = sized("v/a b.vms", 1), sized("v/a b.jpg", 10), sized("v/a b(1,0).jpg", 20), sized("v/a b_map2.jpg", 30)
+    sized("v/other.jpg", 500)
+    dicom, *_ = sized("d/1.dcm", 1), sized("d/2.DCM", 10), sized("d/notes.txt", 500)
+    assert [slide_bytes(path) for path in (svs, other, mirax, vms, dicom)] == [5, 100, 31, 61, 11]
+    assert slide_bytes(dicom, alone=False) == 1
+    assert [slide_bytes(tmp_path / name) for name in ("none.svs", "none.mrxs", "m", "a.svs/b.svs")] == [0, 0, 0, 0]

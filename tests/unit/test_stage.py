@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ def test_failure_is_passed_on(tmp_path: Path) -> None:
     )
     assert record["failure"]["stage"] == "tiles"
     assert (tmp_path / "maps.zarr" / "FAILED.txt").is_file()
+
+
+def test_stub_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, good)
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[: len(text) // 2], **options)
+        if "data" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, bad)
+    assert (tmp_path / "data.txt").read_text() == "data"
+    assert read_manifest(tmp_path / "tiles.json")["status"] == "ok"
+    assert names(tmp_path) == ["data.txt", "tiles.json"]
 
 
 def test_stop_on_bad_slide(tmp_path: Path) -> None:

@@ -109,6 +109,18 @@ def test_unknown_setting(tmp_path: Path, toy_model: Path) -> None:
     assert_one_line(done.output, "unknown setting 'stain.metod'", "stain.method")
 
 
+@pytest.mark.parametrize("setting", ["results", "scratch", "model"])
+def test_paths_that_cannot_be_folders(tmp_path: Path, toy_model: Path, setting: str) -> None:
+    slides(tmp_path / "s", "a.svs")
+    (tmp_path / "file").write_text("x")
+    config = {"slides": "s", "results": "r", "model": str(toy_model)}
+    told = {"results": "'file' is a file, not a folder", "model": "model 'file': model.json is missing"}
+    for value, text in (("x<y>", "may hold braces, angle brackets"), ("file", told.get(setting, told["results"]))):
+        done = run(tmp_path, {**config, setting: value}, "-n")
+        assert done.code != 0
+        assert_one_line(done.output, text)
+
+
 def test_model_that_does_not_match_its_hash(tmp_path: Path, toy_model: Path) -> None:
     slides(tmp_path / "s", "a.svs")
     (toy_model / "weights.safetensors").write_bytes(b"other weights")

@@ -28,3 +28,18 @@ def test_a_slide_in_parts_has_the_nuclei_of_the_whole(tmp_path: Path, model: Pat
         assert run(tmp_path, settings).nothing
     assert files["whole"] == files["parts"]
     assert len(files["whole"][0]) > 5000
+
+
+def test_size_counts_all_files_of_a_slide(tmp_path: Path, toy_model: Path) -> None:
+    names = ("a.mrxs", "b.vms", "c/1.dcm", "d/1.dcm", "d/2.dcm", "a/Data0000.dat", "b(1,0).jpg", "c/2.dcm", "d/3.dcm")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10 if name in names[:5] else 3 * 10**9)
+    # Two slides in folder d: whose is the large file?
+    rows = [f"{name.replace('/', ' ')}\t{name}" for name in names[:5]]
+    (tmp_path / "slides.tsv").write_text("\n".join(["slide\tpath", *rows]))
+    config = {"slides": "slides.tsv", "results": "r", "model": str(toy_model), "parts": {"from_gb": 2, "count": 2}}
+    done = run(tmp_path, config, "-n")
+    assert done.counts["tiles"] == 5
+    assert done.counts["tiles_part"] == 3 * 2, done.output

@@ -181,6 +181,19 @@ def test_what_a_bad_slide_does_reruns_no_slide(finished: tuple[Path, Run], confi
     assert plan == {"settings": 1, "cohort": 1, "all": 1, "total": 3}
 
 
+@pytest.mark.parametrize(("retries", "status"), [(0, "failed"), (1, "ok")])
+def test_time_that_is_over_fails_the_slide_in_the_last_attempt_alone(
+    tmp_path: Path, config: dict[str, Any], retries: int, status: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=1)
+    more = ["--retries", str(retries), "--set-resources", "inspect:runtime=30 * (attempt > 1)"]
+    done = run(tmp_path, config | {"slides": "in", "results": "r"}, "r/slides/a/slide.json", *more)
+    assert done.code == 0, done.output
+    assert ("error: the slide was not finished in 0 minutes" in done.output) == (retries > 0)
+    assert read_json(tmp_path / "r" / "slides" / "a" / "slide.json")["status"] == status
+
+
 def test_slide_that_turned_up_is_run_alone(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
     folder, _ = finished
     found = folder / "in" / "not-there.svs"

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
@@ -13,12 +14,13 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
+from pipeline.again import NOTES, Restart
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
-from pipeline.layout import RunLayout, folder_name
+from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
-from pipeline.settings import check_licence, check_model, check_settings, check_stain, load_schema
-from pipeline.slide_table import resolve_slides
+from pipeline.settings import check_folder, check_licence, check_model, check_settings, check_stain, load_schema
+from pipeline.slide_table import resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -39,6 +41,12 @@ def stop(error):
 SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 try:
     config.update(check_settings(config, SCHEMA))
+except PipelineError as error:
+    stop(error)
+
+try:
+    for place in filter(config.get, ("results", "scratch")):
+        check_folder(place, Path(config[place]))
 except PipelineError as error:
     stop(error)
 
@@ -69,9 +77,12 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
+# In the environment as well: where stages note that they have removed a damaged store.
+os.environ[NOTES] = str(RUN.damaged)
+
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
-LOCK = None
+LOCK = RESTART = None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
     TRAINING = {"train", "crossval", "transfer", "compare"}.intersection(sys.argv[1:])
     LOCKED = config["compare" if "compare" in TRAINING else "train"]["name"]
@@ -79,16 +90,40 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
+    if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
+        RESTART = Restart(RUN.damaged)
     if LOCK is None:
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 
 
+# How often a job is tried. Jobs of a cluster are told that they will not be tried again, and have this from their
+# environment; where it does not reach them, each attempt is the last one. Snakemake knows it when the run starts.
+if workflow.is_main_process:
+    os.environ.update(JOB_ATTEMPTS="1")
+
+
 onstart:
+    os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
+    # Whoever asked to have things done over would have them done twice.
+    told = workflow.dag_settings
+    if RESTART is not None and not (
+        told.forceall or told.forcetargets or told.forcerun or workflow.overwrite_workdir
+    ):
+        RESTART.begin()
     # Only for jobs of this machine, in the environment that runs Snakemake.
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
     wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
     if wanted and workflow.local_exec and own and possible():
         atexit.register(start_server().stop)
+
+
+onerror:
+    damaged = [] if RESTART is None else RESTART.end()
+    if damaged:
+        print(
+            f"{', '.join(damaged)} had been damaged: the same command starts once more, to make it anew",
+            file=sys.stderr,
+        )
 
 
 wildcard_constraints:
@@ -109,6 +144,7 @@ def slides():
 
 
 BY_FOLDER = {} if SLIDES is None else {folder_name(slide.name): slide for slide in SLIDES}
+SLIDES_IN = Counter(slide.path.parent for slide in BY_FOLDER.values())
 
 
 def entry(wildcards):
@@ -216,32 +252,64 @@ def whole(path):
 def gigabytes(folder):
     """Size of a slide's files by its results folder, 0 where they are missing."""
     path = BY_FOLDER[folder].path
-    # A MIRAX slide is a small file beside a folder of large ones.
-    files = [path, *(path.with_suffix("").glob("*.dat") if path.suffix.lower() == ".mrxs" else [])]
-    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
+    return slide_bytes(path, alone=SLIDES_IN[path.parent] == 1) / 1e9
 
 
-def growing(base, by_size):
-    """Resource function: so much for any slide, so much for each GB of its file, and again for each attempt.
+def growing(base, by_size, joined):
+    """Amount of a job by its slide: so much for any, so much for each GB of its files.
 
-    Attempts are counted by the cluster's profile alone, which sets the retries.
+    `joined` has the same two numbers for a job that puts the parts of a huge slide together.
     """
 
-    @known
-    def amount(wildcards, attempt):
-        return round((base + by_size * gigabytes(wildcards.slide)) * attempt) if by_size else base * attempt
+    def amount(wildcards):
+        first, each = joined if joined and in_parts(wildcards) else (base, by_size)
+        return first + each * gigabytes(wildcards.slide) if each else first
 
     return amount
 
 
-def megabytes(base, by_size=0):
-    """Memory in MB. Of it, Snakemake's own processes take about 250 in a cluster job."""
-    return growing(base, by_size)
+def megabytes(base, by_size=0, joined=None):
+    """Memory in MB, again as much with each attempt. Of it, Snakemake's own processes take 250 in a cluster job.
+
+    Attempts are counted by the cluster's profile alone, which sets the retries.
+    """
+    amount = growing(base, by_size, joined)
+
+    @known
+    def memory(wildcards, attempt):
+        return round(amount(wildcards) * attempt)
+
+    return memory
 
 
-def minutes(base, by_size=0):
-    """Time limit in minutes."""
-    return growing(base, by_size)
+def minutes(base, by_size=0, joined=None, *, by_attempt=True):
+    """Time limit in minutes, again as much with each attempt, up to the settings' limit for a job of the cluster.
+
+    The stages of a group run one after another: each has its share of that limit.
+    """
+    amount = growing(base, by_size, joined)
+
+    @known
+    def time(wildcards, attempt, rulename):
+        limit = max(1, config["cluster"]["max_minutes"] // stages_in_a_row(rulename))
+        return min(limit, round(amount(wildcards) * (attempt if by_attempt else 1)))
+
+    return time
+
+
+@functools.cache
+def stages_in_a_row(rule):
+    """How many stages a cluster job does one after another, by one of their rules."""
+    groups = workflow.group_settings.overwrite_groups
+    if rule not in groups:
+        return 1
+    return sum(group == groups[rule] and name not in OPTIONAL_STAGES for name, group in groups.items())
+
+
+@known
+def number_of_attempt(wildcards, attempt):
+    """Which attempt of a job it is, for stages that blame the slide after the last one only; see `JOB_ATTEMPTS`."""
+    return attempt
 
 
 def is_small(folder):
@@ -249,8 +317,8 @@ def is_small(folder):
     return gigabytes(folder) < 0.005
 
 
-def threads_of(rule_threads, *, long=False):
-    """Threads of a rule's jobs: one for a small slide.
+def threads_of(rule_threads, *, long=False, joins=False):
+    """Threads of a rule's jobs: one for a small slide, and one where it `joins` the parts of a huge one.
 
     A `long` stage of a small slide runs on one thread only where there are slides enough to keep the cores busy.
     """
@@ -259,7 +327,8 @@ def threads_of(rule_threads, *, long=False):
     def number(wildcards):
         cores = workflow.resource_settings.cores if workflow.is_main_process else None  # a cluster job has its own
         crowded = not long or (isinstance(cores, int) and len(slides()) >= 2 * cores)
-        return 1 if crowded and is_small(wildcards.slide) else rule_threads
+        single = (crowded and is_small(wildcards.slide)) or (joins and in_parts(wildcards))
+        return 1 if single else rule_threads
 
     return number
 
@@ -298,6 +367,12 @@ def own_gpus(device):
 
 
 @known
+def inference_gpus(wildcards):
+    """The same for inference on a whole slide: none where its parts are joined."""
+    return 0 if in_parts(wildcards) else own_gpus(config["infer"]["device"])
+
+
+@known
 def model_folder(wildcards, input):
     """The model package of a job."""
     return os.path.dirname(input.model)
@@ -308,23 +383,37 @@ def as_json(value):
     return json.dumps(value, sort_keys=True)
 
 
+@known
 def in_parts(wildcards):
     """Whether a job's slide is large enough to be taken in parts."""
     least, path = config["parts"]["from_gb"], entry(wildcards).path
-    return least is not None and path.is_file() and path.stat().st_size >= least * 1e9
+    return least is not None and path.is_file() and gigabytes(wildcards.slide) >= least
+
+
+PARTS = config["parts"]["count"]
+
+
+def check_groups(stage):
+    """End where a group of the profile holds a stage and an earlier one: the stage's parts come between them."""
+    groups = workflow.group_settings.overwrite_groups
+    group = groups.get(stage)
+    earlier = [name for name in STAGES[: STAGES.index(stage)] if groups.get(name) == group]
+    if group is not None and earlier and groups.get(f"{stage}_part") != group:
+        stop(
+            f"parts: {stage} is in one group with {' and '.join(earlier)}, its parts have to run in between "
+            f"(give it a group of its own in the profile: {stage}=NAME)"
+        )
 
 
 def part_files(stage):
     """Input function for the stores of all parts of a stage, where the slide is taken in parts."""
 
     def files(wildcards):
-        total = config["parts"]["count"] if in_parts(wildcards) else 0
-        groups = workflow.group_settings.overwrite_groups
-        if total and "tissue" in groups and groups["tissue"] == groups.get("tiles"):
-            # Other jobs come between the two.
-            raise WorkflowError("parts: take inspect and tissue out of the groups of the profile")
+        if not in_parts(wildcards):
+            return []
+        check_groups(stage)
         folder = RUN.folder(wildcards.slide)
-        return [str(folder.part(stage, f"{number}-of-{total}")) for number in range(1, total + 1)]
+        return [str(folder.part(stage, f"{number}-of-{PARTS}")) for number in range(1, PARTS + 1)]
 
     return files
 

@@ -22,15 +22,17 @@ rule tiles_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(2000, 1000),
-        runtime=minutes(30, 30),
+        mem_mb=megabytes(2000, 100 / PARTS),
+        runtime=minutes(30, 30 / PARTS),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         part=part_option,
         model=model_folder,
         tile=config["tiles"]["tile"],
     shell:
-        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "{params.part} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --workers={threads} "
@@ -56,8 +58,8 @@ rule infer_part:
         "../../envs/pipeline.yaml"
     threads: 8
     resources:
-        mem_mb=megabytes(6000, 1000),
-        runtime=minutes(60, 240),
+        mem_mb=megabytes(6000, 100 / PARTS),
+        runtime=minutes(60, 240 / PARTS),
         gpu=own_gpus(config["infer"]["device"]),
     params:
         slide=slide_name,
@@ -91,8 +93,8 @@ rule instances_part:
         "../../envs/pipeline.yaml"
     threads: 4
     resources:
-        mem_mb=megabytes(3000, 2000),
-        runtime=minutes(30, 60),
+        mem_mb=megabytes(4000, 200 / PARTS),
+        runtime=minutes(30, 60 / PARTS),
     params:
         slide=slide_name,
         part=part_option,

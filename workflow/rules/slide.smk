@@ -15,8 +15,9 @@ rule inspect:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(1000, 500),
+        mem_mb=megabytes(1000, 50),
         runtime=minutes(20, 10),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         path=slide_path,
@@ -24,7 +25,8 @@ rule inspect:
         mpp=mpp_options,
         reader=config["reader"],
     shell:
-        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline inspect --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "--path={params.path:q} {params.mpp:q} --reader={params.reader:q} "
         "--out={output.manifest:q} "
         "> {log:q} 2>&1"
@@ -46,8 +48,9 @@ rule tissue:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(1500, 1000),
+        mem_mb=megabytes(1500, 100),
         runtime=minutes(20, 10),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         mask=extra_option("tissue", "--mask"),
@@ -55,7 +58,8 @@ rule tissue:
         min_area=config["tissue"]["min_area_um2"],
         min_hole=config["tissue"]["min_hole_um2"],
     shell:
-        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tissue --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "--inspect={input.inspect:q} {params.mask:q} "
         "--mpp={params.mpp} --min-area={params.min_area} --min-hole={params.min_hole} "
         "--out={output.manifest:q} --geojson={output.geojson:q} --png={output.png:q} "
@@ -79,10 +83,11 @@ rule tiles:
         str(RUN.benchmark("tiles", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: threads_of(4)
+    threads: threads_of(4, joins=True)
     resources:
-        mem_mb=megabytes(2000, 1000),
-        runtime=minutes(30, 30),
+        mem_mb=megabytes(2000, 100, joined=(1500, 20)),
+        runtime=minutes(30, 30, joined=(30, 5)),
+        attempt=number_of_attempt,
     params:
         slide=slide_name,
         parts=parts_option,
@@ -90,7 +95,8 @@ rule tiles:
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
-        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE --job-minutes={resources.runtime} "
+        "python -m pipeline tiles --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--job-minutes={resources.runtime} --attempt={resources.attempt}/${{JOB_ATTEMPTS:-1}} "
         "{params.parts:q} "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --geojson={input.geojson:q} --model={params.model:q} "
         "--tile={params.tile} --max-unreadable={params.max_unreadable} --workers={threads} "
@@ -146,11 +152,11 @@ rule infer:
         str(RUN.benchmark("infer", "{slide}"))
     conda:
         "../../envs/pipeline.yaml"
-    threads: threads_of(8, long=True)
+    threads: threads_of(8, long=True, joins=True)
     resources:
-        mem_mb=megabytes(6000, 1000),
-        runtime=minutes(60, 240),
-        gpu=own_gpus(config["infer"]["device"]),
+        mem_mb=megabytes(6000, 100, joined=(1500, 20)),
+        runtime=minutes(60, 240, joined=(30, 10)),
+        gpu=inference_gpus,
     params:
         slide=slide_name,
         parts=parts_option,
@@ -185,7 +191,7 @@ rule instances:
         "../../envs/pipeline.yaml"
     threads: threads_of(4)
     resources:
-        mem_mb=megabytes(3000, 2000),
+        mem_mb=megabytes(4000, 200),
         runtime=minutes(30, 60),
     params:
         slide=slide_name,
@@ -219,7 +225,7 @@ rule measure:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(30, 30),
     params:
         slide=slide_name,
@@ -246,7 +252,7 @@ rule export:
         "../../envs/pipeline.yaml"
     threads: threads_of(2)
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
@@ -273,7 +279,7 @@ rule labels:
         "../../envs/pipeline.yaml"
     threads: threads_of(2)
     resources:
-        mem_mb=megabytes(2000, 1000),
+        mem_mb=megabytes(2000, 100),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
@@ -311,7 +317,7 @@ rule summary:
         "../../envs/pipeline.yaml"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 2000),
+        mem_mb=megabytes(2000, 200),
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
