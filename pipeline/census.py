@@ -14,14 +14,19 @@ and the manifest says so.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 import tempfile
+import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +34,13 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 from pipeline.kernels.contours import centroids, outlines, pixel_runs, polygon_wkb
 from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
 from pipeline.maps import MapStore
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema
+from pipeline.parts import Part
 from pipeline.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,9 @@ CUT = 2048
 
 PIXELS_AT_ONCE = 1 << 19
 """Pixels of components that are divided into nuclei at once: their arrays outweigh a block's images."""
+
+LIBRARIES = ("scipy.sparse.csgraph", "skimage.morphology", "skimage.segmentation")
+"""What is imported late in each process that does tasks, or joins their seams."""
 
 BAND = 256
 """Rows of the grid whose nuclei are sorted at once."""
@@ -480,18 +490,34 @@ def slide_blocks(store: MapStore, side: int) -> list[Block]:
     return [b for b in squares if store.is_active(b.x, b.y, b.width, b.height)]
 
 
+_setup: list[Setup] = []
 _worker: list[Worker] = []
-"""The worker of this process."""
+"""The slide of this process, and its worker, once there is something to do."""
 
 
-def _start_worker(setup: Setup) -> None:
+def _begin(setup: Setup) -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    _worker[:] = [Worker(setup)]
+    _setup[:], _worker[:] = [setup], []
+
+
+def _begin_process(setup: Setup) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()
+    _begin(setup)
+
+
+def _end_with_parent() -> None:
+    """End when the process that gives the tasks ends, however it does: when killed it cannot tell."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_task(task: Task) -> tuple[Seam | None, dict[int, Entry]]:
+    if not _worker:
+        _worker.append(Worker(_setup[0]))
     return _worker[0].run(task)
 
 
@@ -507,16 +533,40 @@ class _Inline(Executor):
         return map(fn, *iterables)
 
 
-def _executor(setup: Setup, workers: int) -> Executor:
+def _here(setup: Setup) -> Executor:
+    _begin(setup)
+    return _Inline()
+
+
+def _processes(setup: Setup, workers: int) -> Executor:
+    """Processes for a slide. Ask for them before its maps are opened: that starts threads."""
     if workers == 1:
-        _start_worker(setup)
-        return _Inline()
+        return _here(setup)
+    if sys.platform == "linux" and threading.active_count() == 1:
+        return _forked(setup, workers)
     # Forked from a server that has imported everything once, and has no threads.
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     context = get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([__name__, "scipy.sparse.csgraph", "skimage.segmentation"])
-    return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(setup,))
+        context.set_forkserver_preload([__name__, *LIBRARIES])
+    return ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(setup,))
+
+
+def _forked(setup: Setup, workers: int) -> Executor:
+    """Processes that are copies of this one, with everything imported: they start at once."""
+    import cv2
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_process, initargs=(setup,))
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # of those that it has, a copy would wait for ever
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any thread. Those of OpenBLAS and Arrow, which this can only be, are made for forks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool.submit(os.getpid)  # the first task starts all processes
+    cv2.setNumThreads(threads)
+    return pool
 
 
 def useful_workers(workers: int, blocks: Sequence[Block]) -> int:
@@ -602,13 +652,14 @@ def take_census(
     check_blocks(block, halo, workers)
     census = Census()
     limit, cut = setup.max_component, setup.cut
-    store = MapStore.open(setup.maps)
-    blocks = [] if parts else slide_blocks(store, block)
-    total = sum(b.width * b.height for b in blocks) / 1e6
-    with (
-        _executor(setup, max(useful_workers(workers, blocks), min(workers, len(parts)))) as pool,
-        Progress(total, "instances", "MP") as done,
-    ):
+    with ExitStack() as stack:
+        pool = stack.enter_context(_processes(setup, workers))
+        store = MapStore.open(setup.maps)
+        blocks = [] if parts else slide_blocks(store, block)
+        if max(useful_workers(workers, blocks), min(workers, len(parts))) == 1:
+            pool = _here(setup)
+        total = sum(b.width * b.height for b in blocks) / 1e6
+        done = stack.enter_context(Progress(total, "instances", "MP"))
 
         def results(tasks: Iterable[Task]) -> Iterator[tuple[Task, Seam | None]]:
             for task, seam, entries in _results(pool, tasks):
@@ -648,19 +699,25 @@ def take_census(
     return census
 
 
-def take_survey(setup: Setup, blocks: Sequence[Block], *, halo: int, workers: int) -> None:
+def take_survey(setup: Setup, part: Part, *, block: int, halo: int, workers: int) -> None:
     """Look at some of a slide's blocks, and leave their nuclei and seams in the setup's folder, a part's.
 
     Parameters
     ----------
     setup : Setup
         The slide, and the folder.
-    blocks : sequence of Block
-        Some of `slide_blocks`.
-    halo, workers : int
+    part : Part
+        Which of its blocks.
+    block, halo, workers : int
         See `take_census`.
     """
-    with _executor(setup, useful_workers(workers, blocks)) as pool:
+    check_blocks(block, halo, workers)
+    with ExitStack() as stack:
+        pool = stack.enter_context(_processes(setup, workers))
+        blocks = slide_blocks(MapStore.open(setup.maps), block)
+        blocks = [blocks[i] for i in part.of([b.width * b.height for b in blocks])]
+        if useful_workers(workers, blocks) == 1:
+            pool = _here(setup)
         tasks = (Task(b, halo, survey=True) for b in blocks)
         write_survey(
             setup.spool / SURVEY, ((task.block, seam, entries) for task, seam, entries in _results(pool, tasks))

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, Setup, check_blocks, slide_blocks, take_census, take_survey
+from pipeline.allocator import keep_freed_memory
+from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, Setup, check_blocks, take_census, take_survey
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
@@ -69,9 +70,7 @@ def write_part(
     out.mkdir()
     outline = None if tissue is None else shapely.to_wkb(tissue)
     setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), out, outline)
-    blocks = slide_blocks(MapStore.open(maps), block)
-    chosen = [blocks[i] for i in part.of([b.width * b.height for b in blocks])]
-    take_survey(setup, chosen, halo=halo, workers=workers)
+    take_survey(setup, part, block=block, halo=halo, workers=workers)
     return {"part": part.to_json(), "block": block, "model": package.sha256}
 
 
@@ -95,31 +94,32 @@ def write_instances(
         ``nuclei``, ``nuclei_per_s``, ``components_followed`` (that no block saw whole), ``components_cut`` (too large)
         and ``digest``, the sha256 of ids, polygons and classes.
     """
-    about = {
-        "slide": slide,
-        "grid": MapStore.open(maps).grid.to_json(),
-        "classes": package.colors,
-        "model": {"name": package.name, "sha256": package.sha256},
-    }
-    schema = nuclei_schema(about, [RUNS_FIELD])
     digest = hashlib.sha256()
     count = 0
     # Beside the table, under a name that `run_stage` clears away after a killed run.
     with (
         Progress(1, "nuclei", "slide") as clock,
         tempfile.TemporaryDirectory(prefix=".part-spool-", suffix=f"-{out.name}", dir=out.parent) as spool,
-        pq.ParquetWriter(out, schema, **COMPRESSION) as writer,
     ):
         outline = None if tissue is None else shapely.to_wkb(tissue)
         setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), Path(spool), outline)
+        # First of all: it may fork, which wants a process without threads and open files.
         census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
+        about = {
+            "slide": slide,
+            "grid": MapStore.open(maps).grid.to_json(),
+            "classes": package.colors,
+            "model": {"name": package.name, "sha256": package.sha256},
+        }
+        schema = nuclei_schema(about, [RUNS_FIELD])
         tables = regroup(census.batches(), ROW_GROUP)
-        for table in one_ahead(tables) if workers > 1 else tables:
-            count += table.num_rows
-            digest.update(table.column("id").to_numpy().tobytes())
-            digest.update(table.column("class_id").to_numpy().tobytes())
-            digest.update(wkb_of(table.column("geometry").chunk(0))[0].data)
-            writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
+        with pq.ParquetWriter(out, schema, **COMPRESSION) as writer:
+            for table in one_ahead(tables) if workers > 1 else tables:
+                count += table.num_rows
+                digest.update(table.column("id").to_numpy().tobytes())
+                digest.update(table.column("class_id").to_numpy().tobytes())
+                digest.update(wkb_of(table.column("geometry").chunk(0))[0].data)
+                writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
         if census.cut:
             log.warning(
                 "slide %r: %d components of more than %d pixels were cut along a grid of %d pixels: is the nucleus "
@@ -153,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
+    keep_freed_memory()
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         package = ModelPackage.load(args.model)

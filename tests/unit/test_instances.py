@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import os
 import random
+import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -326,6 +330,49 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     whole = slide_nuclei(path, RULES, block=200)
     assert whole.num_rows > 20
     assert slide_nuclei(path, RULES, block=64, workers=2).equals(whole)
+
+
+PROCESSES = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import pipeline.census as census
+from pipeline.kernels.instances import InstanceRules
+
+if __name__ == "__main__":
+    census.WORKER_MEGAPIXELS = 0.01
+    maps, how, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    if how != "fork":
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # with which no process is forked
+    forked = census._forked
+    census._forked = lambda *args: print("fork") or forked(*args)
+    if what == "nuclei":
+        print(len(census.slide_nuclei(maps, InstanceRules(min_area=1), block=64, workers=3)))
+    else:
+        setup = census.Setup(maps, InstanceRules(), ("Nucleus",), maps.parent)
+        pool = census._processes(setup, 2)
+        print(pool.submit(os.getpid).result() != os.getpid(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A program that does something with processes of both kinds."""
+
+
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+def test_processes_of_both_kinds(tmp_path: Path, how: str) -> None:
+    path = make_store(tmp_path / "maps.zarr", random_maps(200, 200, 7, 0.5))
+    (tmp_path / "program.py").write_text(PROCESSES)
+    program = [sys.executable, tmp_path / "program.py", path, how]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def say(what: str) -> tuple[int, list[str]]:
+        # What is written ends when all processes have ended.
+        pipe = subprocess.PIPE
+        done = subprocess.run([*program, what], env=environment, stdout=pipe, text=True, timeout=300, check=False)
+        return done.returncode, done.stdout.split()
+
+    forks = ["fork"] * (how == "fork" and sys.platform == "linux")
+    whole = slide_nuclei(path, InstanceRules(min_area=1), block=200)
+    assert say("nuclei") == (0, [*forks, str(len(whole))])
+    assert say("be killed") == (-signal.SIGKILL, [*forks, "True"])
 
 
 def test_small_slides_are_not_spread_over_processes() -> None:
