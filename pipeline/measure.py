@@ -174,7 +174,9 @@ def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
         rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom + 1 - top))
         for batch, part in users:
             found = batch.pieces
-            batch.stains.add(rgb, found.nucleus[part], found.y[part] - top, found.x0[part] - left, found.x1[part] - left)
+            batch.stains.add(
+                rgb, found.nucleus[part], found.y[part] - top, found.x0[part] - left, found.x1[part] - left
+            )
 
 
 def measured_batches(

@@ -205,7 +205,9 @@ def cut_runs(runs: np.ndarray, nucleus: np.ndarray, block: int) -> Pieces:
         further = (x1[cut] - 1) // block - column[cut]
         which = np.repeat(cut, further)
         more = expand(column[cut] + 1, further).astype(np.int32)
-        y, nucleus, column = (np.concatenate([v, w]) for v, w in ((y, y[which]), (nucleus, nucleus[which]), (column, more)))
+        y, nucleus, column = (
+            np.concatenate([v, w]) for v, w in ((y, y[which]), (nucleus, nucleus[which]), (column, more))
+        )
         left = np.concatenate([left, more * block])
         right = np.concatenate([right, np.minimum(x1[which], (more + 1) * block)])
     columns = int(column.max(initial=0)) + 1

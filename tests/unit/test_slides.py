@@ -353,10 +353,10 @@ def test_tiles_that_do_not_decode(tmp_path: Path, reader: type[OpenSlideReader])
 
 
 def test_errors_of_the_machine_are_not_the_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error: Exception
+    errors: list[Exception] = []
 
     def read(*args: Any, **options: Any) -> None:
-        raise error
+        raise errors.pop()
 
     with OpenSlideReader(slide_file(tmp_path)) as slide:
         slide.read(0, 0, 0, 10, 10)
@@ -366,6 +366,7 @@ def test_errors_of_the_machine_are_not_the_slides(tmp_path: Path, monkeypatch: p
             (MemoryError(), PipelineError),
             (OSError("image file is truncated"), SlideError),
         ):
+            errors.append(error)
             with pytest.raises(expected) as raised:
                 slide.read(0, 0, 0, 10, 10)
             assert isinstance(raised.value, SlideError) == (expected is SlideError)
