@@ -1,14 +1,16 @@
 """Stage ``measure``: shape and stain of each nucleus.
 
-The table of nuclei is read, measured and written in batches of rows, and the tiles under a batch are read in blocks, so
-memory does not grow with the slide.
+The table of nuclei is read, measured and written in batches of rows, and the tiles under them are read block by block,
+each once, so memory does not grow with the slide.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +20,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.grid import Grid
 from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
-from pipeline.kernels.measure import STAIN_COLUMNS, StainSums, cut_runs, hull_areas, polygon_shapes
+from pipeline.kernels.measure import STAIN_COLUMNS, Pieces, StainSums, cut_runs, hull_areas, polygon_shapes
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.stain import stain_matrix
@@ -30,6 +32,12 @@ log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16_384
 """Nuclei measured at once."""
+
+BATCHES_AT_ONCE = 4
+"""Batches that wait for blocks that the next one may meet too: on a wide slide, one row of blocks has several."""
+
+SHAPES_AT_ONCE = 1024
+"""Nuclei whose outlines are measured at once: as many as the processor's caches hold."""
 
 BLOCK = 1024
 """Side of the blocks in which tiles are read, in grid pixels."""
@@ -103,52 +111,72 @@ def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Gr
     return np.asarray(shapely.area(shapely.convex_hull(lines)))
 
 
-def measure_stains(
-    runs: np.ndarray, nucleus: np.ndarray, count: int, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None = None
-) -> StainSums:
-    """Sums of both stains over the pixels of nuclei.
+@dataclass
+class Batch:
+    """Rows of ``instances.parquet`` that are being measured.
 
     Parameters
     ----------
-    runs : numpy.ndarray
-        Row, first column, column after the last of pixel runs, grid pixels, int ``(m, 3)``.
-    nucleus : numpy.ndarray
-        Index of each run's nucleus, never falling, ``(m,)``.
-    count : int
-        Number of nuclei.
-    tiles : Tiles
-        The slide's tiles.
-    matrix : numpy.ndarray
-        Stain matrix, ``(2, 3)``.
-    white : numpy.ndarray, optional
-        OD of the glass, ``(3,)``.
+    rows : pyarrow.RecordBatch
+        The rows, without their runs.
+    shapes : dict of str to numpy.ndarray
+        What `measure_shapes` says of them.
+    pieces : Pieces
+        Their runs, block by block.
+    stains : StainSums
+        Sums over the pixels of the blocks that have been read.
+    done : int
+        How many blocks those are.
     """
-    sums = StainSums(count, matrix, white)
-    pieces = cut_runs(runs, nucleus, BLOCK)
-    for start, end in zip(pieces.starts, pieces.ends, strict=True):
-        y, x0, x1 = pieces.y[start:end], pieces.x0[start:end], pieces.x1[start:end]
-        left, top, right, bottom = int(x0.min()), int(y.min()), int(x1.max()), int(y.max()) + 1
-        rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom - top))
-        sums.add(rgb, pieces.nucleus[start:end], y - top, x0 - left, x1 - left)
-    return sums
+
+    rows: pa.RecordBatch
+    shapes: dict[str, np.ndarray]
+    pieces: Pieces
+    stains: StainSums
+    done: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its blocks have been read."""
+        return self.done == len(self.pieces.blocks)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """``centroid_x``, ``centroid_y`` and `COLUMNS`, float64."""
+        return self.shapes | self.stains.columns()
 
 
-def measure_batch(
-    batch: pa.RecordBatch, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """All measurements of some rows of ``instances.parquet``.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        ``centroid_x``, ``centroid_y`` and `COLUMNS`, float64.
-    """
-    values = measure_shapes(batch.column("geometry"), tiles.grid)
-    lists = batch.column("runs")
+def begin_batch(batch: pa.RecordBatch, grid: Grid, matrix: np.ndarray, white: np.ndarray | None = None) -> Batch:
+    """Measure what needs no pixels of some rows of ``instances.parquet``."""
+    geometry, lists = batch.column("geometry"), batch.column("runs")
+    parts = [measure_shapes(geometry.slice(at, SHAPES_AT_ONCE), grid) for at in range(0, len(lists), SHAPES_AT_ONCE)]
+    shapes = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     lengths = np.diff(lists.offsets.to_numpy()) // 3
     runs = lists.flatten().to_numpy().reshape(-1, 3)
-    sums = measure_stains(runs, np.repeat(np.arange(len(lengths)), lengths), len(lengths), tiles, matrix, white)
-    return values | sums.columns()
+    pieces = cut_runs(runs, np.repeat(np.arange(len(lengths)), lengths), BLOCK)
+    return Batch(batch.drop_columns(["runs"]), shapes, pieces, StainSums(len(lengths), matrix, white))
+
+
+def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
+    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once."""
+    blocks: dict[tuple[int, int], list[tuple[Batch, slice]]] = {}
+    for batch in batches:
+        pieces = batch.pieces
+        end = int(np.searchsorted(pieces.blocks[:, 0], before))
+        for number in range(batch.done, end):
+            row, column = pieces.blocks[number].tolist()
+            part = slice(int(pieces.starts[number]), int(pieces.ends[number]))
+            blocks.setdefault((row, column), []).append((batch, part))
+        batch.done = max(batch.done, end)
+    for _, users in sorted(blocks.items(), key=lambda item: item[0]):
+        left, top = (min(int(getattr(b.pieces, name)[part].min()) for b, part in users) for name in ("x0", "y"))
+        right, bottom = (max(int(getattr(b.pieces, name)[part].max()) for b, part in users) for name in ("x1", "y"))
+        rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom + 1 - top))
+        for batch, part in users:
+            found = batch.pieces
+            batch.stains.add(
+                rgb, found.nucleus[part], found.y[part] - top, found.x0[part] - left, found.x1[part] - left
+            )
 
 
 def measured_batches(
@@ -157,15 +185,30 @@ def measured_batches(
     """Batches of ``nuclei.parquet`` from an open ``instances.parquet``."""
     import pyarrow as pa
 
-    for batch in source.iter_batches(batch_size=BATCH_ROWS):
-        values = measure_batch(batch, tiles, matrix, white)
+    def finish(batch: Batch) -> pa.RecordBatch:
+        values = batch.values
         columns = [
             pa.array(values[field.name].astype(field.type.to_pandas_dtype()))
             if field.name in values
-            else batch.column(field.name)
+            else batch.rows.column(field.name)
             for field in schema
         ]
-        yield pa.record_batch(columns, schema=schema)
+        return pa.record_batch(columns, schema=schema)
+
+    waiting: deque[Batch] = deque()
+    for rows in source.iter_batches(batch_size=BATCH_ROWS):
+        if rows.num_rows == 0:
+            continue
+        waiting.append(begin_batch(rows, tiles.grid, matrix, white))
+        # What comes later begins no higher than the last of these.
+        last = int(rows.column("id")[-1].as_py()) >> 32
+        read_blocks(waiting, tiles, last // BLOCK)
+        if len(waiting) > BATCHES_AT_ONCE:
+            read_blocks(waiting, tiles, int(waiting[0].pieces.blocks[-1, 0]) + 1)
+        while waiting and waiting[0].finished:
+            yield finish(waiting.popleft())
+    read_blocks(waiting, tiles, np.iinfo(np.int64).max)
+    yield from map(finish, waiting)
 
 
 def measured_schema(schema: pa.Schema) -> pa.Schema:

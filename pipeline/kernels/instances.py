@@ -220,14 +220,13 @@ def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
 
 
 def expand(starts: np.ndarray, lengths: np.ndarray, step: int = 1) -> np.ndarray:
-    """Numbers of runs: `lengths` numbers (at least one) from each of `starts` on, `step` apart; int64."""
+    """Numbers of runs: `lengths` numbers from each of `starts` on, `step` apart; int64."""
     if len(starts) == 0:
         return np.zeros(0, np.int64)
-    ends = np.cumsum(lengths)
-    numbers = np.full(int(ends[-1]), step, np.int64)
-    numbers[0] = starts[0]
-    numbers[ends[:-1]] = starts[1:] - starts[:-1] - step * (lengths[:-1] - 1)
-    return np.cumsum(numbers, out=numbers)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    numbers = np.repeat(starts - step * (ends - lengths), lengths)
+    numbers += np.arange(0, step * int(ends[-1]), step)
+    return numbers
 
 
 @dataclass(frozen=True, eq=False)

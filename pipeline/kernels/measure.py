@@ -152,7 +152,7 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
             inside &= whose[2:] == whose[:-2]
             if not inside.any():
                 break
-            keep = np.concatenate([[True], ~inside, [True]])
+            keep = np.flatnonzero(np.concatenate([[True], ~inside, [True]]))
             cx, cy, whose = cx[keep], cy[keep], whose[keep]
         same = whose[1:] == whose[:-1]
         twice = np.where(same, (cx[1:] + cx[:-1]) * (cy[1:] - cy[:-1]), 0)
@@ -167,7 +167,7 @@ class Pieces:
     Parameters
     ----------
     nucleus, y, x0, x1 : numpy.ndarray
-        For each piece: index of its nucleus, row, first column, column after the last; int64 ``(p,)``.
+        For each piece: index of its nucleus, row, first column, column after the last; int32 ``(p,)``.
     blocks : numpy.ndarray
         Row and column of each block that has pieces, int64 ``(b, 2)``, in raster order.
     starts, ends : numpy.ndarray
@@ -195,26 +195,34 @@ def cut_runs(runs: np.ndarray, nucleus: np.ndarray, block: int) -> Pieces:
     block : int
         Side of a block.
     """
-    y, x0, x1 = runs.astype(np.int64).T.reshape(3, -1)
-    first, last = x0 // block, np.maximum(x1 - 1, x0) // block
-    parts = last - first + 1
-    which = np.repeat(np.arange(len(y)), parts)
-    column = first[which] + np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
-    row = y[which] // block
-    left, right = np.maximum(x0[which], column * block), np.minimum(x1[which], (column + 1) * block)
+    y, x0, x1 = np.ascontiguousarray(runs.T, np.int32)
+    nucleus = np.asarray(nucleus, np.int32)
+    column = x0 // block
+    border = (column + 1) * block
+    left, right = x0, np.minimum(x1, border)
+    cut = np.flatnonzero(x1 > border)  # few: their parts in further blocks are pieces of their own
+    if len(cut):
+        further = (x1[cut] - 1) // block - column[cut]
+        which = np.repeat(cut, further)
+        more = expand(column[cut] + 1, further).astype(np.int32)
+        y, nucleus, column = (
+            np.concatenate([v, w]) for v, w in ((y, y[which]), (nucleus, nucleus[which]), (column, more))
+        )
+        left = np.concatenate([left, more * block])
+        right = np.concatenate([right, np.minimum(x1[which], (more + 1) * block)])
     columns = int(column.max(initial=0)) + 1
-    key = row * columns + column
-    order = np.argsort(key, kind="stable")
-    blocks, starts, counts = np.unique(key[order], return_index=True, return_counts=True)
-    which = which[order]
+    key = (y // block).astype(np.int64) * columns + column
+    order = np.argsort(key * (int(nucleus.max(initial=0)) + 1) + nucleus, kind="stable")
+    key = key[order]
+    starts = np.flatnonzero(np.r_[len(key) > 0, key[1:] != key[:-1]])
     return Pieces(
-        nucleus=np.asarray(nucleus, np.int64)[which],
-        y=y[which],
+        nucleus=nucleus[order],
+        y=y[order],
         x0=left[order],
         x1=right[order],
-        blocks=np.stack([blocks // columns, blocks % columns], axis=1),
+        blocks=np.stack([key[starts] // columns, key[starts] % columns], axis=1),
         starts=starts,
-        ends=starts + counts,
+        ends=np.r_[starts[1:], len(key)][: len(starts)],
     )
 
 
@@ -238,7 +246,7 @@ class StainSums:
     """Integer steps of one unit of (natural) OD."""
 
     _LIMIT = 1 << 24
-    """Both stains are in one number, eosin in the lower 32 bits, raised by so much that it is positive."""
+    """Steps that no pixel reaches of stains that can be told apart."""
 
     def __init__(self, count: int, matrix: np.ndarray, white: np.ndarray | None = None) -> None:
         vectors = unmixing(matrix)
@@ -247,10 +255,10 @@ class StainSums:
         table = np.rint(od[:, :, None] * vectors * self.SCALE).astype(np.int64)
         if np.abs(table).max() * 3 >= self._LIMIT:
             raise ValueError("the stain vectors are too close to each other to be told apart")
-        packed = (table[..., 0] << 32) + table[..., 1]
-        # Two look-ups a pixel: red and green in one table, blue in another.
-        self._red_green = (packed[:, 1][:, None] + packed[:, 0][None, :]).ravel()
-        self._blue = packed[:, 2] + self._LIMIT
+        table = table.astype(np.int32)
+        # Two look-ups a pixel, both stains at once: red and green in one table, blue in another.
+        self._red_green = (table[:, 1][:, None] + table[:, 0][None, :]).reshape(-1, 2)
+        self._blue = np.ascontiguousarray(table[:, 2])
         self.pixels = np.zeros(count, np.int64)
         self.sums = np.zeros((2, count), np.int64)
         self.squares = np.zeros((2, count), np.int64)
@@ -275,21 +283,20 @@ class StainSums:
         lengths = x1 - x0
         colours = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view("<u4").ravel()
         colours = np.take(colours, expand(y * rgb.shape[1] + x0, lengths))
-        packed = np.take(self._red_green, colours & 0xFFFF)
-        packed += np.take(self._blue, (colours >> 16) & 0xFF)
+        stains = np.take(self._red_green, colours.view("<u2")[::2], axis=0)
+        stains += np.take(self._blue, colours.view(np.uint8)[2::4], axis=0)
         change = np.flatnonzero(np.r_[True, nucleus[1:] != nucleus[:-1]])
         size = np.add.reduceat(lengths, change)
         whose, starts = nucleus[change], np.cumsum(size) - size
         self.pixels[whose] += size
-        # Whole numbers below 2**53 are exact in float64, and so are their sums in any order.
-        halves = packed.astype("<i8", copy=False).view("<i4").reshape(-1, 2)
-        hematoxylin = halves[:, 1].astype(np.float64)
-        eosin = halves[:, 0].astype(np.float64)
-        eosin -= self._LIMIT
-        for stain, values in enumerate((hematoxylin, eosin)):
-            self.sums[stain, whose] += np.add.reduceat(values, starts).astype(np.int64)
-            values *= values
-            self.squares[stain, whose] += np.add.reduceat(values, starts).astype(np.int64)
+        # Whole numbers below 2**53 are exact in float64, and so are their sums in any order. A complex number is two.
+        values = stains.astype(np.float64)
+        for power, total in enumerate((self.sums, self.squares), start=1):
+            if power == 2:
+                values *= values
+            both = np.add.reduceat(values.view(np.complex128)[:, 0], starts)
+            total[0, whose] += both.real.astype(np.int64)
+            total[1, whose] += both.imag.astype(np.int64)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Mean and standard deviation of each nucleus, float64, as decadic OD; NaN for a nucleus without pixels.

@@ -283,6 +283,43 @@ def test_no_partition_changes_a_bit(
     assert results[0].equals(results[1], check_metadata=True)
 
 
+def test_a_block_is_read_once_whatever_the_batches(
+    scene: tuple[np.ndarray, np.ndarray, pa.Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rgb, table = scene
+    write_instances(tmp_path / "in.parquet", table, 1000)
+    monkeypatch.setattr(measure, "BLOCK", 64)
+    monkeypatch.setattr(measure, "BATCH_ROWS", 3)
+    held: list[int] = []
+    read_blocks = measure.read_blocks
+
+    def noted(batches: Any, *rest: Any) -> None:
+        held.append(len(batches))
+        read_blocks(batches, *rest)
+
+    monkeypatch.setattr(measure, "read_blocks", noted)
+    results, reads = [], []
+    for waiting in (1000, 2):
+        monkeypatch.setattr(measure, "BATCHES_AT_ONCE", waiting)
+        places: list[tuple[int, int]] = []
+
+        class Watched(ArrayTiles):
+            def read(self, x: int, y: int, w: int, h: int, places: list[tuple[int, int]] = places) -> np.ndarray:
+                places.append((y // 64, x // 64))
+                return super().read(x, y, w, h)
+
+        out = tmp_path / f"{waiting}.parquet"
+        measure.write_measured(tmp_path / "in.parquet", Watched(rgb), stain_kernel.RUIFROK, out)
+        results.append(out.read_bytes())
+        reads.append(places)
+    assert results[0] == results[1]
+    assert len(reads[0]) == len(set(reads[0])) == len(set(reads[1])) < len(reads[1])
+    assert max(held) > 3
+    held.clear()
+    measure.write_measured(tmp_path / "in.parquet", ArrayTiles(rgb), stain_kernel.RUIFROK, out)
+    assert max(held) == 3  # the new one and two that wait
+
+
 def test_extreme_colours_do_not_spill_between_stains() -> None:
     rgb = np.array([[[0, 0, 0], [255, 255, 255], [0, 255, 0], [255, 0, 255]]], np.uint8)
     matrix = np.array([[0.65, 0.70, 0.29], [0.55, 0.78, 0.29]])
