@@ -250,8 +250,8 @@ def _outlines(points: list[np.ndarray], polygons: list[int]) -> Outlines:
     return Outlines.of(flat, np.cumsum(sizes) - sizes, np.array(polygons, np.int64))
 
 
-def canvas(first: Instances, second: Instances) -> Box:
-    """The box on which two sets of instances are compared.
+def canvas(truth: Instances, pred: Instances) -> Box:
+    """The box on which instances are compared with the known ones.
 
     Label maps must be of one size; outlines are compared with a label map on its image, what reaches outside being cut
     off, and with outlines on the box around both.
@@ -261,13 +261,16 @@ def canvas(first: Instances, second: Instances) -> Box:
     PipelineError
         When two label maps differ in size.
     """
-    a, b = first.box, second.box
-    if isinstance(first, LabelMap) and isinstance(second, LabelMap):
+    a, b = truth.box, pred.box
+    if isinstance(truth, LabelMap) and isinstance(pred, LabelMap):
         if a != b:
-            raise PipelineError(f"sizes differ: {a[2]} x {a[3]} and {b[2]} x {b[3]} pixels", "compare the same image")
+            raise PipelineError(
+                f"sizes differ: the truth has {a[2]} x {a[3]} pixels, the prediction {b[2]} x {b[3]}",
+                "compare the same image",
+            )
         return a
-    if isinstance(first, LabelMap) or isinstance(second, LabelMap):
-        return a if isinstance(first, LabelMap) else b
+    if isinstance(truth, LabelMap) or isinstance(pred, LabelMap):
+        return a if isinstance(truth, LabelMap) else b
     if a[2] <= a[0] or b[2] <= b[0]:
         return a if b[2] <= b[0] else b
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
