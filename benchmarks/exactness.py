@@ -24,8 +24,21 @@ from pipeline.kernels.instances import InstanceRules, segment
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 
+SIZES = {"full": (6144, 1024), "quick": (1536, 512)}
+"""Side of the maps and of a tile, in pixels."""
+
 MARGIN = 64
 """Overlap of tiles, and half the width of strips over their borders, in pixels."""
+
+
+WAYS = (
+    "tiles side by side",
+    "overlap, by the centre",
+    "overlap, scaled by each tile's extremes",
+    "strips over borders",
+    "the pipeline",
+)
+"""Ways to put tiles together, as they are named in the table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,22 +212,22 @@ def seams(options: Options) -> Iterator[Figure]:
     folder = options.place("seams")
     package = ModelPackage.load(options.model)
     rules = package.thresholds
-    side, tile = (1536, 512) if options.quick else (6144, 1024)
+    side, tile = SIZES["quick" if options.quick else "full"]
     material.write_maps(folder / "maps.zarr", material.field(package.mpp), side, side, package.mpp, 1.0)
     maps = MapStore.open(folder / "maps.zarr").read(0, 0, side, side)
     whole = segment(maps, rules)
     tiling = Tiling(maps, rules, tile)
     note = f"{whole.max()} nuclei, {side} x {side} px, tiles of {tile} px, margins of {MARGIN} px"
-    ways = {
-        "tiles side by side": tiling.cut,
-        "overlap, by the centre": tiling.centred,
-        "overlap, scaled by each tile's extremes": lambda: tiling.centred(scaled=True),
-        "strips over borders": tiling.strips,
-        "the pipeline": lambda: of_table(slide_nuclei(folder / "maps.zarr", rules, block=tile, halo=MARGIN)),
-    }
-    for name, way in ways.items():
-        target = "value <= 0" if name == "the pipeline" else ""
-        for what, count in vars(damage(whole, way())).items():
+    found = [
+        tiling.cut(),
+        tiling.centred(),
+        tiling.centred(scaled=True),
+        tiling.strips(),
+        of_table(slide_nuclei(folder / "maps.zarr", rules, block=tile, halo=MARGIN)),
+    ]
+    for name, nuclei in zip(WAYS, found, strict=True):
+        target = "value <= 0" if name == WAYS[-1] else ""
+        for what, count in vars(damage(whole, nuclei)).items():
             yield Figure("seams", f"{name}: {what}", count, "nuclei", target=target, note=note)
     yield _digests(folder, package, 2 if options.quick else 4)
 

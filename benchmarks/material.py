@@ -124,13 +124,34 @@ def write_manifests(folder: Path, width: int, height: int, mpp: float) -> None:
     grid = Grid(width, height, mpp, 1.0, 1.0).to_json()
     transform = {"method": "none"}
     manifests: dict[str, dict[str, Any]] = {
+        "slide": {"width": width, "height": height, "mpp": [mpp, mpp]},
         "tiles": {"grid": grid},
         "stain": {"transform": transform, "method": "none", "stains": None},
         "maps": {"grid": grid},
     }
     for name, value in manifests.items():
-        record: dict[str, Any] = {"stage": name, "slide": "s", "status": "ok", "failure": None}
-        (folder / f"{name}.json").write_text(json.dumps(record | value))
+        _write_manifest(folder, name, value)
+
+
+def _write_manifest(folder: Path, name: str, value: dict[str, Any]) -> None:
+    stage = {"slide": "inspect", "maps": "infer"}.get(name, name)
+    record: dict[str, Any] = {"stage": stage, "slide": "s", "status": "ok", "failure": None}
+    record |= {"seconds": 0.0, "peak_rss_mb": 0.0}
+    (folder / f"{name}.json").write_text(json.dumps(record | value))
+
+
+def write_tissue(folder: Path, width: int, height: int, mpp: float, share: float) -> None:
+    """Write what the stage `tissue` says of such a slide."""
+    squares = tissue_squares(width, height, share)
+    rows, columns = (np.flatnonzero(squares.any(axis=axis)) for axis in (1, 0))
+    left, right = int(columns[0]) * SIDE, min((int(columns[-1]) + 1) * SIDE, width)
+    top, bottom = int(rows[0]) * SIDE, min((int(rows[-1]) + 1) * SIDE, height)
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    (folder / "tissue.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    pixels = (right - left) * (bottom - top)
+    area = {"area_mm2": pixels * mpp**2 / 1e6, "fraction": pixels / (width * height), "parts": 1}
+    _write_manifest(folder, "tissue", area)
 
 
 # A slide as a pyramidal TIFF whose tiles are shared: each different tile is in the file once.

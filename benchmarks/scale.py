@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import material
 from benchmarks.harness import Figure, stage
-from benchmarks.speed import BASELINE, Options, all_stages
+from benchmarks.speed import BASELINE, Options, all_stages, summary_options
 
 SMALL = (10_000, 8_000)
 LARGE = (100_000, 80_000)
@@ -44,7 +44,7 @@ def memory(options: Options) -> Iterator[Figure]:
 
 
 def million(options: Options) -> Iterator[Figure]:
-    """Nuclei by the million through instances, measure and export on two workers."""
+    """Nuclei by the million through instances, measure, export and summary, two workers where a stage takes several."""
     field = material.field(0.5)
     per_square = int(field.labels.max())
     took: dict[int, dict[str, Any]] = {}
@@ -56,6 +56,7 @@ def million(options: Options) -> Iterator[Figure]:
         material.write_maps(folder / "maps.zarr", field, width, height, 0.5, 1.0)
         material.write_tiles(folder / "tiles.zarr", field, width, height, 0.5, 1.0)
         material.write_manifests(folder, width, height, 0.5)
+        material.write_tissue(folder, width, height, 0.5, 1.0)
         parquet, nuclei = folder / "instances.parquet", folder / "nuclei.parquet"
         runs = {
             "instances": stage(
@@ -71,6 +72,7 @@ def million(options: Options) -> Iterator[Figure]:
                 "export", slide="s", measure=folder / "measure.json", nuclei=nuclei, out=folder / "export.json",
                 geojson=folder / "nuclei.geojson.gz", workers=2,
             ),
+            "summary": stage("summary", slide="s", **summary_options(folder)),
         }  # fmt: skip
         count = json.loads((folder / "export.json").read_text())["nuclei"]
         sizes = {p.name: p.stat().st_size / 1e6 for p in (parquet, nuclei, folder / "nuclei.geojson.gz")}

@@ -256,13 +256,12 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
     SlideError
         When the truth cannot be read or is none of this slide.
     """
-    from pipeline.evaluation.readers import LabelMap, Outlines, compare, load
+    from pipeline.evaluation.readers import LabelMap, compare, load, some_nuclei
 
     try:
         known = load(truth)
     except PipelineError as error:
         raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
-    found = load(nuclei.path)
     left, top, right, bottom = known.box
     if isinstance(known, LabelMap) and (right, bottom) != tuple(size):
         raise SlideError(
@@ -271,12 +270,11 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
         )
     if left >= size[0] or top >= size[1] or (right > left and (right <= 0 or bottom <= 0)):
         raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
-    if isinstance(found, Outlines) and right > left:
-        scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
-        places = nuclei.centroids * scale
-        inside = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
-        kept = inside[found.labels - 1]
-        found = Outlines(found.runs[kept], found.labels[kept])
+    wanted = np.ones(len(nuclei), bool)  # where nothing is known, all are wrong
+    if right > left:
+        places = nuclei.centroids * (nuclei.grid.scale_x, nuclei.grid.scale_y)
+        wanted = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
+    found = some_nuclei(nuclei.path, wanted)
     scores = compare(known, found)
     rounded_ = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
     return rounded_ | {"region": [left, top, right, bottom]}

@@ -142,17 +142,41 @@ def load(path: Path) -> Instances:
     return LabelMap(read_instances(path))
 
 
-def _parquet(path: Path) -> Outlines:
+def some_nuclei(path: Path, wanted: np.ndarray) -> Outlines:
+    """Some nuclei of a ``nuclei.parquet``; memory grows with these, not with the file.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    wanted : numpy.ndarray
+        bool, one for each nucleus.
+
+    Raises
+    ------
+    PipelineError
+        When the file is missing or damaged.
+    """
+    return _parquet(path, wanted)
+
+
+def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
     import pyarrow as pa
     import shapely
 
     from pipeline.nuclei import open_nuclei
 
     with open_nuclei(path) as file:
-        parts = []
+        parts, start = [], 0
         try:
             for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry"]):
-                polygons = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
+                column = batch.column("geometry")
+                if wanted is not None:
+                    column = column.take(pa.array(np.flatnonzero(wanted[start : start + len(column)])))
+                start += batch.num_rows
+                if not len(column):
+                    continue
+                polygons = shapely.from_wkb(column.to_numpy(zero_copy_only=False))
                 _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
                 parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
         except (OSError, pa.ArrowException, shapely.errors.ShapelyError, ValueError) as error:
@@ -162,13 +186,13 @@ def _parquet(path: Path) -> Outlines:
 
 
 def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
-    runs, labels, before = [np.empty((0, 3), np.int32)], [np.empty(0, np.int32)], 0
-    for count, part in parts:
-        runs.append(part.runs)
-        labels.append(part.labels + np.int32(before))
-        before += count
-    row_order = np.argsort(np.concatenate(runs)[:, 0], kind="stable")
-    return Outlines(np.concatenate(runs)[row_order], np.concatenate(labels)[row_order])
+    if len(parts) == 1:
+        return parts[0][1]
+    before = np.cumsum([0, *(count for count, _ in parts)])
+    runs = np.concatenate([np.empty((0, 3), np.int32), *(part.runs for _, part in parts)])
+    labels = [part.labels + np.int32(first) for (_, part), first in zip(parts, before, strict=False)]
+    order = np.argsort(runs[:, 0], kind="stable")
+    return Outlines(runs[order], np.concatenate([np.empty(0, np.int32), *labels])[order])
 
 
 def _geojson(path: Path) -> Outlines:
@@ -226,8 +250,8 @@ def _outlines(points: list[np.ndarray], polygons: list[int]) -> Outlines:
     return Outlines.of(flat, np.cumsum(sizes) - sizes, np.array(polygons, np.int64))
 
 
-def canvas(first: Instances, second: Instances) -> Box:
-    """The box on which two sets of instances are compared.
+def canvas(truth: Instances, pred: Instances) -> Box:
+    """The box on which instances are compared with the known ones.
 
     Label maps must be of one size; outlines are compared with a label map on its image, what reaches outside being cut
     off, and with outlines on the box around both.
@@ -237,13 +261,16 @@ def canvas(first: Instances, second: Instances) -> Box:
     PipelineError
         When two label maps differ in size.
     """
-    a, b = first.box, second.box
-    if isinstance(first, LabelMap) and isinstance(second, LabelMap):
+    a, b = truth.box, pred.box
+    if isinstance(truth, LabelMap) and isinstance(pred, LabelMap):
         if a != b:
-            raise PipelineError(f"sizes differ: {a[2]} x {a[3]} and {b[2]} x {b[3]} pixels", "compare the same image")
+            raise PipelineError(
+                f"sizes differ: the truth has {a[2]} x {a[3]} pixels, the prediction {b[2]} x {b[3]}",
+                "compare the same image",
+            )
         return a
-    if isinstance(first, LabelMap) or isinstance(second, LabelMap):
-        return a if isinstance(first, LabelMap) else b
+    if isinstance(truth, LabelMap) or isinstance(pred, LabelMap):
+        return a if isinstance(truth, LabelMap) else b
     if a[2] <= a[0] or b[2] <= b[0]:
         return a if b[2] <= b[0] else b
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import material
 from benchmarks.__main__ import main
-from benchmarks.exactness import Damage, Nucleus, Tiling, damage
+from benchmarks.exactness import MARGIN, SIZES, WAYS, Damage, Nucleus, Tiling, damage
 from benchmarks.harness import Figure, run_command, table
 from pipeline.kernels.instances import InstanceRules, segment
 
@@ -100,6 +101,14 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert found["environment"]["cores"] > 0
     assert "nuclei to GeoJSON" in capsys.readouterr().out
     assert not list(tmp_path.glob("benchmarks-*")), "nothing is left behind"
+
+
+def test_the_table_of_seams_is_the_commands() -> None:
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8").split("## Nuclei at seams")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (.+?) \| [\d,]+ \|", text, re.MULTILINE) == list(WAYS)
+    assert f"| | {' | '.join(vars(Damage(0, 0, 0, 0)))} |" in text
+    side, tile = SIZES["full"]
+    assert f"maps of {side} x {side} px, tiles of {tile} px, margins of {MARGIN} px" in " ".join(text.split())
 
 
 def test_unknown_rows_are_told() -> None:

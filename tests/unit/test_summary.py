@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pipeline import overview, summary, testing
 from pipeline.errors import SlideError
+from pipeline.evaluation import readers
 from pipeline.grid import Grid
 from pipeline.layout import SlideLayout
 
@@ -123,6 +125,37 @@ def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
         ]
     away.write_text(json.dumps(value))
     assert "lies outside of the slide" in run(paths, "s", truth=away)["failure"]["reason"]
+
+
+def test_only_nuclei_near_the_truth_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the slide, what is held are the nuclei of its annotated part."""
+    of, looked_at = readers.Outlines.of, []
+
+    def counted(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray) -> readers.Outlines:
+        looked_at.append(len(polygons))
+        return of(points, rings, polygons)
+
+    monkeypatch.setattr(readers.Outlines, "of", counted)
+    monkeypatch.setattr(readers, "_POLYGONS_AT_ONCE", 500)
+    peaks = []
+    for count in (1_000, 1_000, 30_000):  # the first one imports
+        width, height = 2000, 10 * count
+        table = testing.nuclei_table(count, width, height)
+        path = tmp_path / f"{count}.parquet"
+        testing.write_nuclei(path, table, Grid.for_slide(width, height, 0.25, 0.25, 0.5), "s")
+        truth = truth_of(tmp_path / "t.geojson", table.slice(count // 2, 20))
+        nuclei = summary.Nuclei.open(path)
+        looked_at.clear()
+        tracemalloc.start()
+        found = summary.evaluate_slide(nuclei, truth, (width, height))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found["n_truth"] == 20
+        assert found["fn"] == 0
+        assert sum(looked_at) == found["n_truth"] + found["n_pred"]
+        assert found["n_pred"] < 200
+    print([round(peak / 1e6, 1) for peak in peaks])
+    assert peaks[2] - peaks[1] < 3_000_000  # 30,000 outlines as pixels are 20 MB
 
 
 @pytest.mark.usefixtures("undrawn")
