@@ -117,7 +117,15 @@ def test_crossval_is_stopped_and_goes_on(tmp_path: Path, data: Path) -> None:
     assert longer.counts["train_part"] == 2
 
 
-def test_two_processes_train_together(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["none", "slurm"])
+def test_two_processes_train_together(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    if scheduler == "slurm":  # the environment of a job of one task
+        for name in ("JOB_ID", "NTASKS", "NTASKS_PER_NODE"):
+            monkeypatch.setenv(f"SLURM_{name}", "1")
+        for name in ("PROCID", "LOCALID", "NODEID"):
+            monkeypatch.setenv(f"SLURM_{name}", "0")
     settings = section(data, schedule={"devices": 2, "device": "cpu"})
     (tmp_path / "section.json").write_text(json.dumps(settings))
     done = subprocess.run(
