@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval
 from pipeline.kernels.instances import InstanceRules
@@ -187,6 +188,29 @@ def test_another_model_is_not_trained_over(data: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="holds a model that the training in"):
         run_experiment(Experiment.from_json(section(data)), tmp_path / "work", tmp_path / "model", "cpu")
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "section.json holds no settings, but '[]' (give the train section as JSON)"),
+        ('{"schedule": 3}', "section.json: setting 'schedule' must be object, got 3"),
+        ('{"schedule": {"device": [], "devices": "two"}}', "section.json: setting 'schedule.device': [] is not one of"),
+        ('{"data": {"kind": "monuseg"}}', "section.json: setting 'data' must be array"),
+        ('{"schedul": {}}', "section.json: unknown setting 'schedul' (did you mean schedule?)"),
+        ("{", "section.json cannot be read"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "section.json"
+    path.write_text(content)
+    code = main(["train", f"--config-json={path}", f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'model'}"])
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}")
+    assert message in line
 
 
 @pytest.mark.filterwarnings("ignore")
