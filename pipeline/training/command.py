@@ -12,8 +12,11 @@ from typing import Any
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
+from pipeline.settings import check_settings, load_schema
 
 log = logging.getLogger(__name__)
+
+SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "train.schema.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +35,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    try:
-        section = json.loads(args.config_json.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{args.config_json} cannot be read: {error}", "give the train section as JSON") from None
     from pipeline.gpus import borrow
 
+    section = read_section(args.config_json)
     schedule = section.get("schedule", {})
     with borrow(args.device or schedule.get("device", "auto"), schedule.get("devices", 1)):
         return _train(args, section)
+
+
+def read_section(path: Path) -> dict[str, Any]:
+    """The train section of a file, checked as Snakemake does.
+
+    Raises
+    ------
+    PipelineError
+        When it cannot be read, or a setting is unknown or wrong; one line.
+    """
+    hint = "give the train section as JSON"
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path} cannot be read: {error}", hint) from None
+    if not isinstance(section, dict):
+        raise PipelineError(f"{path} holds no settings, but {str(section)[:40]!r}", hint)
+    if not SCHEMA.is_file():  # a package installed without its checkout
+        return section
+    try:
+        return check_settings(section, load_schema(SCHEMA))
+    except PipelineError as error:
+        raise PipelineError(f"{path}: {Exception.__str__(error)}", error.hint) from None
 
 
 def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:

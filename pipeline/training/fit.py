@@ -16,6 +16,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -480,7 +481,8 @@ def _train(
             limit_val_batches=None if validation else 0,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            plugins=[WholeCheckpoints()],
+            # In a SLURM job, too, where Lightning would else take the job's tasks, which are one, for its processes.
+            plugins=[WholeCheckpoints(), LightningEnvironment()],
             enable_checkpointing=False,
             logger=CSVLogger(folder, name="", version=f"log-{done:07d}"),
             log_every_n_steps=max(1, min(10, schedule.steps // 20)),
@@ -488,6 +490,8 @@ def _train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        if trainer.world_size != schedule.devices:
+            raise RuntimeError(f"{trainer.world_size} processes would train, not {schedule.devices}")
         trainer.fit(
             module,
             loader,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.kernels.instances import InstanceRules
-from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass
 from pipeline.stage import write_json
 from pipeline.training.data import Field, source_name
 from pipeline.training.experiment import Experiment
+from pipeline.training.owner import check_place, note_package
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +89,15 @@ def pack(
     rules: InstanceRules,
     reference: dict[str, Any],
     fields: list[Field],
+    work: Path,
     out: Path,
     classes: Sequence[str] = (),
     earlier: Sequence[ModelPackage] = (),
 ) -> ModelPackage:
-    """Write a model package.
+    """Write a model package: both files beside their places, then renamed, the card last.
+
+    One that is there stays until the new one is complete. Between the two renames the card's hash is not that of the
+    weights, which the check before a run finds.
 
     Parameters
     ----------
@@ -107,15 +113,23 @@ def pack(
         Stain reference.
     fields : list of Field
         What the network has learned from.
+    work : pathlib.Path
+        Folder of the training.
     out : pathlib.Path
         Folder of the package.
     classes : sequence of str
         Classes of the type head.
     earlier : sequence of ModelPackage
         The models that the training started from and that taught it.
-    """
-    from safetensors.torch import save_file
 
+    Raises
+    ------
+    PipelineError
+        When another one's package is there.
+    """
+    from safetensors.torch import save
+
+    check_place(out, work)
     out.mkdir(parents=True, exist_ok=True)
     args = recorded_args(experiment.network_args)
     encoder = (args["encoder_weights"], experiment.encoder_licence) if args.get("encoder_weights") else None
@@ -123,8 +137,7 @@ def pack(
     if experiment.half_weights:
         round_weights(network)
         state = {k: v.half() if v.ndim > 1 else v for k, v in state.items()}
-    staged = out / f".part-{os.getpid()}-{WEIGHTS}"
-    save_file(state, staged)
+    weights = save(state)
     package = ModelPackage(
         name=experiment.name,
         mpp=experiment.mpp,
@@ -142,11 +155,18 @@ def pack(
         description=experiment.description,
         data=learned_from(fields, experiment.data, earlier, encoder),
         metrics={k: evaluation[k] for k in METRICS if k in evaluation},
-        sha256=sha256_of(staged),
+        sha256=hashlib.sha256(weights).hexdigest(),
         tta=experiment.evaluation.tta,
     )
-    staged.chmod(0o644)  # safetensors keeps its files to their owner
-    staged.rename(out / WEIGHTS)
-    write_json(out / CARD, package.to_json())
-    log.info("packed %s (%.1f MB)", out, (out / WEIGHTS).stat().st_size / 1e6)
+    staged = {name: out / f".part-{os.getpid()}-{name}" for name in (WEIGHTS, CARD)}
+    try:
+        staged[WEIGHTS].write_bytes(weights)
+        write_json(staged[CARD], package.to_json())
+        note_package(work, package.sha256)
+        for name, path in staged.items():
+            path.replace(out / name)
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+    log.info("packed %s (%.1f MB)", out, len(weights) / 1e6)
     return package

@@ -34,6 +34,7 @@ from pipeline.training.experiment import Experiment
 from pipeline.training.files import read_json, save_json
 from pipeline.training.fit import Examined, Job, fit
 from pipeline.training.losses import CombinedLoss
+from pipeline.training.owner import check_place
 from pipeline.training.pack import pack, round_weights
 from pipeline.training.panel import write_panel
 from pipeline.training.reference import choose_reference, normalise
@@ -390,7 +391,8 @@ class Run:
         classes = self.targets.classes
         fields = self.data.fields if self.experiment.final_steps else self.data.part("train")
         earlier = [one for one in (self.start, self.teacher) if one is not None]
-        return pack(network, self.experiment, evaluation, rules, self.reference, fields, out, classes, earlier)
+        one, reference = self.experiment, self.reference
+        return pack(network, one, evaluation, rules, reference, fields, self.work, out, classes, earlier)
 
 
 def run_experiment(
@@ -426,10 +428,11 @@ def run_experiment(
     Raises
     ------
     PipelineError
-        When data are missing or do not fit.
+        When data are missing or do not fit, or another model's package is where this one's goes.
     pipeline.training.schedule.Unfinished
         When the time is over; what there is has been kept.
     """
+    check_place(out, work)
     run = Run(experiment, work, accelerator, deadline)
     if not run.data.split.train and run.start is None:
         raise PipelineError("train: split.method all-test without start_from", "name the model package to score")
@@ -440,7 +443,7 @@ def run_experiment(
     save_json(work / "evaluation.json", evaluation)
     if experiment.final_steps:
         network = run.train_on(network)
-    run.pack(network, evaluation, out)
     if leads():
+        run.pack(network, evaluation, out)
         write_training_report(work, run.area or None)
     return evaluation

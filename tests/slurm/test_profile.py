@@ -27,7 +27,7 @@ def test_same_jobs_on_the_same_partitions(profiles: dict[str, dict[str, Any]]) -
 
 
 def test_rules_of_the_profile_exist(profiles: dict[str, dict[str, Any]]) -> None:
-    rules = set(re.findall(r"^rule (\w+):", RULES, re.MULTILINE))
+    rules = set(re.findall(r"^(?:use rule \w+ as|rule) (\w+)", RULES, re.MULTILINE))
     for profile in profiles.values():
         assert {entry.split("=")[0] for entry in profile["groups"]} <= rules
         assert {*profile["set-resources"], *profile.get("set-threads", {})} <= rules

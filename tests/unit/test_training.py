@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -13,9 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval
+from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
+from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import write_package
 from pipeline.training.field import Field
@@ -29,7 +33,8 @@ from pipeline.networks.registry import build_network, head_channels  # noqa: E40
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
-from pipeline.training.pack import learned_from, recorded_args  # noqa: E402
+from pipeline.training.owner import check_place  # noqa: E402
+from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import Run, check_classes, check_licences, run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
@@ -123,6 +128,89 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
         Run(leaking, tmp_path / "leaking", "cpu")
     next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
     Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
+
+
+def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "model", tmp_path / "work"
+    work.mkdir()
+
+    def packed(seed: int) -> dict[str, bytes]:
+        torch.manual_seed(seed)
+        one = Experiment.from_json(section(tmp_path))
+        network = build_network(one.network, 2, one.network_args)
+        pack(network, one, {"mean": {}}, InstanceRules(), {"name": "x"}, [], work, out)
+        return files()
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    first = packed(0)
+    check_model(out)
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.training.pack.write_json", no_room)
+        with pytest.raises(OSError, match="No space"):
+            packed(1)
+    assert files() == first
+
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Any:
+        if target.name == "model.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            packed(1)
+    assert sorted(files()) == ["model.json", "weights.safetensors"]
+    with pytest.raises(PipelineError, match=r"weights\.safetensors has sha256"):
+        check_model(out)
+    second = packed(1)
+    check_model(out)
+    assert second["weights.safetensors"] != first["weights.safetensors"]
+    # That of another training stays.
+    for there in ("model.json", "weights.safetensors"):
+        with pytest.raises(PipelineError, match=r"model holds a model that the training in .*other has not made"):
+            check_place(out, tmp_path / "other")
+        assert files() == second
+        (out / there).rename(tmp_path / there)
+        second.pop(there)
+    check_place(out, tmp_path / "other")  # an empty folder is nobody's
+
+
+def test_another_model_is_not_trained_over(data: Path, tmp_path: Path) -> None:
+    write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]})
+    with pytest.raises(PipelineError, match="holds a model that the training in"):
+        run_experiment(Experiment.from_json(section(data)), tmp_path / "work", tmp_path / "model", "cpu")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "section.json holds no settings, but '[]' (give the train section as JSON)"),
+        ('{"schedule": 3}', "section.json: setting 'schedule' must be object, got 3"),
+        ('{"schedule": {"device": [], "devices": "two"}}', "section.json: setting 'schedule.device': [] is not one of"),
+        ('{"data": {"kind": "monuseg"}}', "section.json: setting 'data' must be array"),
+        ('{"schedul": {}}', "section.json: unknown setting 'schedul' (did you mean schedule?)"),
+        ("{", "section.json cannot be read"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "section.json"
+    path.write_text(content)
+    code = main(["train", f"--config-json={path}", f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'model'}"])
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}")
+    assert message in line
 
 
 @pytest.mark.filterwarnings("ignore")

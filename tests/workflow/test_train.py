@@ -13,8 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from runs import ROOT, read_json, run
+from runs import ROOT, read_json, run, write_toy_model
 
+from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
 
 pytestmark = pytest.mark.workflow
@@ -117,7 +118,54 @@ def test_crossval_is_stopped_and_goes_on(tmp_path: Path, data: Path) -> None:
     assert longer.counts["train_part"] == 2
 
 
-def test_two_processes_train_together(tmp_path: Path, data: Path) -> None:
+def test_a_package_stays_until_the_next_is_there(tmp_path: Path, data: Path) -> None:
+    package, config = tmp_path / "models/tiny", {"train": section(data)}
+
+    def files() -> dict[str, bytes]:
+        return {name: (package / name).read_bytes() for name in ("model.json", "weights.safetensors")}
+
+    done = run(tmp_path, config, "train")
+    assert done.code == 0, done.output
+    first = files()
+    assert run(tmp_path, config, "-n", "train").nothing
+    # A run with this model on slides, whose settings say nothing of the training, leaves the training alone.
+    (tmp_path / "a.svs").write_text("no slide")
+    planned = run(tmp_path, {"slides": "a.svs", "model": "models/tiny", "train": {"name": "tiny"}}, "-n")
+    assert planned.counts["inspect"] == 1, planned.output
+    assert not [rule for rule in planned.counts if rule.startswith("train")]
+    nowhere = [{"kind": "labels", "path": "nowhere", "mpp": 0.5}]
+    failed = run(tmp_path, {"train": section(data) | {"data": nowhere}}, "train")
+    assert failed.code != 0
+    assert files() == first
+    changed = {"train": section(data, final_steps=2)}
+    longer = run(tmp_path, changed, "train")
+    assert longer.code == 0, longer.output
+    assert check_model(package)["sha256"] != json.loads(first["model.json"])["sha256"]
+    package.rename(tmp_path / "elsewhere")
+    assert run(tmp_path, changed, "-n", "train").counts["train_model"] == 1
+
+
+@pytest.mark.parametrize(("target", "name"), [("train", "tiny"), ("crossval", "tiny-cv")])
+def test_another_model_is_not_written_over(tmp_path: Path, data: Path, target: str, name: str) -> None:
+    (tmp_path / "models").mkdir()
+    write_toy_model(tmp_path / "models" / name)
+    done = run(tmp_path, {"train": section(data)}, target)
+    assert done.code != 0
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert f"models/{name} holds a model that the training in results/training/tiny" in line
+    assert "another name" in line
+    assert check_model(tmp_path / "models" / name)["name"] == "toy"
+
+
+@pytest.mark.parametrize("scheduler", ["none", "slurm"])
+def test_two_processes_train_together(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    if scheduler == "slurm":  # the environment of a job of one task
+        for name in ("JOB_ID", "NTASKS", "NTASKS_PER_NODE"):
+            monkeypatch.setenv(f"SLURM_{name}", "1")
+        for name in ("PROCID", "LOCALID", "NODEID"):
+            monkeypatch.setenv(f"SLURM_{name}", "0")
     settings = section(data, schedule={"devices": 2, "device": "cpu"})
     (tmp_path / "section.json").write_text(json.dumps(settings))
     done = subprocess.run(

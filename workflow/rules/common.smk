@@ -434,7 +434,7 @@ def parts_option(wildcards, input):
 
 def part_option(wildcards):
     """Option for the part that a job does."""
-    return f"--part={wildcards.part.replace('-of-', '/')}"
+    return [f"--part={wildcards.part.replace('-of-', '/')}"]
 
 
 def part_outputs(stage):

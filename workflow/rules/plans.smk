@@ -1,6 +1,7 @@
 # Which trainings there are, and their settings. Parsed again in every cluster job, like common.smk.
 import re
 
+from pipeline.training.owner import check_place
 from pipeline.training.plan import plan_compare, plan_crossval, plan_transfer
 
 NAME = config["train"]["name"]
@@ -39,9 +40,12 @@ wildcard_constraints:
     training="|".join(map(re.escape, SECTIONS)),
 
 
-def package(folder):
-    """The files of a model package."""
-    return [str(Path(folder) / name) for name in ("model.json", "weights.safetensors")]
+def mark(folder):
+    """The file that tells Snakemake that a training has put its package into a folder.
+
+    The package itself is no output: Snakemake would remove the one before, before the new one is there.
+    """
+    return str(Path(folder) / ".trained")
 
 
 def training_gpus(wildcards):
@@ -52,13 +56,14 @@ def training_gpus(wildcards):
 
 
 def start_package(wildcards):
-    """The model that a training of a protocol starts from, where it does."""
-    start = TRAININGS[wildcards.training].start
-    return [] if start is None else package(RUN.training(wildcards.training).parent / start / "model")
+    """The training that one of a protocol starts from, where it does."""
+    run = TRAININGS.get(wildcards.training)
+    start = run and run.start
+    return [mark(RUN.training(wildcards.training).parent / start / "model")] if start else []
 
 
 def start_option(wildcards, input):
-    """The option that names it."""
+    """The option that names its model."""
     return [f"--start-from={os.path.dirname(input.start[0])}"] if input.start else []
 
 
@@ -72,10 +77,22 @@ def evaluations(group, names):
     return [str(RUN.training(f"{group}/{name}") / "evaluation.json") for name in names]
 
 
+# Where the packages of trainings go that are no part of a protocol, and the trainings.
+PACKAGES = {"train": (Path("models") / NAME, RUN.training(NAME))}
+if FINAL is not None:
+    PACKAGES["crossval"] = (Path("models") / f"{NAME}-cv", RUN.training(f"{NAME}/final"))
+
 NOTHING = {
     "compare": None if COMPARED else "compare: no experiments (list them in the setting compare.experiments)",
     "transfer": NO_ARMS,
 }
-for target, reason in NOTHING.items():
-    if reason and target in sys.argv[1:] and workflow.is_main_process:
-        stop(reason)
+if workflow.is_main_process:
+    for target, reason in NOTHING.items():
+        if reason and target in sys.argv[1:]:
+            stop(reason)
+    for target, (folder, work) in PACKAGES.items():
+        if target in sys.argv[1:]:
+            try:
+                check_place(folder, work)
+            except PipelineError as error:
+                stop(error)

@@ -1,13 +1,14 @@
 # Model packages from annotated fields: snakemake train, crossval, compare, transfer.
 rule train:
     input:
-        package(Path("models") / NAME),
+        mark(Path("models") / NAME),
+        RUN.training(NAME) / "report.html",
 
 
 rule crossval:
     input:
         RUN.training(NAME) / "crossval.tsv",
-        package(Path("models") / f"{NAME}-cv") if FINAL else [],
+        [mark(Path("models") / f"{NAME}-cv"), RUN.training(f"{NAME}/final") / "report.html"] if FINAL else [],
 
 
 rule compare:
@@ -37,41 +38,14 @@ rule train_settings:
         "printf '%s\\n' {params.settings:q} > {output.settings:q} 2> {log:q}"
 
 
-# Its checkpoints are no output: Snakemake would remove them, and a training that was stopped could not go on.
-rule train_model:
-    input:
-        settings=str(RUN.training_settings(NAME)),
-    output:
-        card=whole(Path("models") / NAME / "model.json"),
-        weights=whole(Path("models") / NAME / "weights.safetensors"),
-        report=whole(RUN.training(NAME) / "report.html"),
-    log:
-        str(RUN.log("train", NAME)),
-    benchmark:
-        str(RUN.benchmark("train", NAME))
-    conda:
-        "../../envs/pipeline.yaml"
-    threads: 16
-    resources:
-        mem_mb=megabytes(16000),
-        runtime=minutes(1440),
-        gpu=training_gpus,
-    params:
-        work=lambda wildcards: str(RUN.training(NAME)),
-        folder=lambda wildcards, output: os.path.dirname(output.card),
-    shell:
-        "python -m pipeline train --config-json={input.settings:q} --work={params.work:q} --out={params.folder:q} "
-        '--max-minutes="$TRAIN_MAX_MINUTES" --threads={threads} > {log:q} 2>&1'
-
-
-# One training of a protocol: a fold, an experiment, an arm.
+# One training of a protocol: a fold, an experiment, an arm. Neither its checkpoints nor its package are outputs: Snakemake
+# would remove them, and a training that was stopped could not go on, one that failed would leave nothing.
 rule train_part:
     input:
         settings=str(RUN.training_settings("{training}")),
         start=start_package,
     output:
-        card=whole(RUN.training("{training}") / "model" / "model.json"),
-        weights=whole(RUN.training("{training}") / "model" / "weights.safetensors"),
+        package=touch(mark(RUN.training("{training}") / "model")),
         scores=whole(RUN.training("{training}") / "evaluation.json"),
         report=whole(RUN.training("{training}") / "report.html"),
     log:
@@ -88,12 +62,21 @@ rule train_part:
         runtime=minutes(1440),
         gpu=training_gpus,
     params:
-        work=lambda wildcards: str(RUN.training(wildcards.training)),
-        folder=lambda wildcards, output: os.path.dirname(output.card),
-        start=start_option,
+        work=lambda wildcards, output: os.path.dirname(output.report),
+        folder=lambda wildcards, output: os.path.dirname(output.package),
+        option=start_option,
     shell:
         "python -m pipeline train --config-json={input.settings:q} --work={params.work:q} --out={params.folder:q} "
-        '{params.start:q} --max-minutes="$TRAIN_MAX_MINUTES" --threads={threads} > {log:q} 2>&1'
+        '{params.option:q} --max-minutes="$TRAIN_MAX_MINUTES" --threads={threads} > {log:q} 2>&1'
+
+
+use rule train_part as train_model with:
+    output:
+        package=touch(mark(Path("models") / "{training}")),
+        scores=whole(RUN.training("{training}") / "evaluation.json"),
+        report=whole(RUN.training("{training}") / "report.html"),
+    wildcard_constraints:
+        training=re.escape(NAME),
 
 
 rule crossval_table:
@@ -112,39 +95,29 @@ rule crossval_table:
         mem_mb=megabytes(1000),
         runtime=minutes(10),
     params:
+        kind="crossval",
         runs=run_options(NAME, FOLDS),
         folder=lambda wildcards, output: os.path.dirname(output.table),
     shell:
-        "python -m pipeline training-summary crossval {params.runs:q} --out={params.folder:q} > {log:q} 2>&1"
+        "python -m pipeline training-summary {params.kind} {params.runs:q} --out={params.folder:q} > {log:q} 2>&1"
 
 
-rule crossval_final:
+use rule train_part as crossval_final with:
     input:
         settings=str(RUN.training_settings(f"{NAME}/final")),
         scores=rules.crossval_table.output.summary,
     output:
-        card=whole(Path("models") / f"{NAME}-cv" / "model.json"),
-        weights=whole(Path("models") / f"{NAME}-cv" / "weights.safetensors"),
+        package=touch(mark(Path("models") / f"{NAME}-cv")),
+        report=whole(RUN.training(f"{NAME}/final") / "report.html"),
     log:
         str(RUN.log("train", f"{NAME}/final")),
     benchmark:
         str(RUN.benchmark("train", f"{NAME}/final"))
-    conda:
-        "../../envs/pipeline.yaml"
-    threads: 16
-    resources:
-        mem_mb=megabytes(16000),
-        runtime=minutes(1440),
-        gpu=training_gpus,
     params:
-        work=lambda wildcards: str(RUN.training(f"{NAME}/final")),
-        folder=lambda wildcards, output: os.path.dirname(output.card),
-    shell:
-        "python -m pipeline train --config-json={input.settings:q} --work={params.work:q} --out={params.folder:q} "
-        '--scores={input.scores:q} --max-minutes="$TRAIN_MAX_MINUTES" --threads={threads} > {log:q} 2>&1'
+        option=lambda wildcards, input: [f"--scores={input.scores}"],
 
 
-rule compare_table:
+use rule crossval_table as compare_table with:
     input:
         evaluations(config["compare"]["name"], COMPARED),
     output:
@@ -153,20 +126,12 @@ rule compare_table:
         report=whole(RUN.training(config["compare"]["name"]) / "compare.html"),
     log:
         str(RUN.log("train", f"{config['compare']['name']}.compare")),
-    conda:
-        "../../envs/pipeline.yaml"
-    threads: 1
-    resources:
-        mem_mb=megabytes(1000),
-        runtime=minutes(10),
     params:
+        kind="compare",
         runs=run_options(config["compare"]["name"], COMPARED),
-        folder=lambda wildcards, output: os.path.dirname(output.table),
-    shell:
-        "python -m pipeline training-summary compare {params.runs:q} --out={params.folder:q} > {log:q} 2>&1"
 
 
-rule transfer_table:
+use rule crossval_table as transfer_table with:
     input:
         evaluations(NAME, ARMS),
     output:
@@ -175,14 +140,6 @@ rule transfer_table:
         report=whole(RUN.training(NAME) / "transfer.html"),
     log:
         str(RUN.log("train", f"{NAME}.transfer")),
-    conda:
-        "../../envs/pipeline.yaml"
-    threads: 1
-    resources:
-        mem_mb=megabytes(1000),
-        runtime=minutes(10),
     params:
+        kind="transfer",
         runs=run_options(NAME, ARMS),
-        folder=lambda wildcards, output: os.path.dirname(output.table),
-    shell:
-        "python -m pipeline training-summary transfer {params.runs:q} --out={params.folder:q} > {log:q} 2>&1"
