@@ -298,12 +298,12 @@ def minutes(base, by_size=0, joined=None, *, by_attempt=True):
 
 
 @functools.cache
-def stages_in_a_row(rule):
-    """How many stages a cluster job does one after another, by one of their rules."""
+def stages_in_a_row(stage):
+    """How many stages a cluster job does one after another, by one of them."""
     groups = workflow.group_settings.overwrite_groups
-    if rule not in groups:
+    if stage not in groups:
         return 1
-    return sum(group == groups[rule] and name not in OPTIONAL_STAGES for name, group in groups.items())
+    return sum(group == groups[stage] and name not in OPTIONAL_STAGES for name, group in groups.items())
 
 
 @known
