@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from alone import alone
 from mutate import MPP, MUTATIONS, WRITERS, mutated, write_whole
-from runs import read_json, read_tsv, run
+from runs import ROOT, read_json, read_tsv, run
 
 from pipeline.slides.inspect import run_inspect
 from pipeline.stage import manifest_failure
@@ -27,6 +28,46 @@ MINUTES = 2.0
 
 PEAK_MB = 1500
 """Most memory that a stage may take for a slide of this size, of which some 250 MB are libraries."""
+
+SILENT = ("other pixels", "another size")
+"""Verdicts over wrong results that pass for good ones."""
+
+PYRAMIDS = ("svs", "tif", "ome.tif")
+"""Formats with levels that can be compared."""
+
+FEW, FAINT = 0.001, 24.0
+"""Share of a slide's pixels, and grey levels of the mean of any square of 16 pixels: a slide with a pyramid that differs
+without a warning does so by less than one of them."""
+
+SHORT, SHORT_SILENT = 40, {"svs": 1, "tif": 1, "ome.tif": 1, "dcm": 3}
+"""The trials of `make test`, always the same ones, and how many wrong results among them pass for good ones."""
+
+STATED = "| format | failed, listed |"
+"""Head of the table in docs/reliability.md, which is of 300 trials from the seed 0."""
+
+
+def most_silent(kind: str, count: int, seed: int) -> int:
+    """How many of so many damaged slides of a format may be taken for good, as docs/reliability.md says.
+
+    For other trials than those that it tells of: its share, and two standard deviations.
+    """
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").split(STATED)[1]
+    name = {"svs": "SVS", "tif": "tiled TIFF", "ome.tif": "OME-TIFF", "dcm": "DICOM"}[kind]
+    row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    numbers = [int(cell) for cell in row.split("|")[2:-1]]
+    silent, total = sum(numbers[-2:]), sum(numbers)
+    if (count, seed) == (total, 0):
+        return silent
+    share = silent / total
+    return math.floor(count * share + 2 * math.sqrt(count * share * (1 - share)))
+
+
+def moved(pixels: np.ndarray, whole: np.ndarray) -> float:
+    """Grey levels by which the mean of a square of 16 pixels differs at most."""
+    difference = pixels.astype(np.float32) - whole
+    height, width = (side // 16 * 16 for side in difference.shape[:2])
+    squares = difference[:height, :width].reshape(height // 16, 16, width // 16, 16, 3)
+    return float(np.abs(squares.mean(axis=(1, 3))).max(initial=0))
 
 
 def stages(path: Path, out: Path, model: Path) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -94,9 +135,11 @@ def campaign(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]
         if record["status"] == "failed":
             stage_of[record["failure"]["stage"]] += 1
             reasons[record["failure"]["reason"][:60]] += 1
-        if verdict in ("other pixels", "another size"):
-            share = float((pixels != whole).any(axis=2).mean()) if pixels.shape == whole.shape else None  # type: ignore[union-attr]
-            doubtful.append((path.name, damage, verdict, share))
+        if verdict in SILENT:
+            assert pixels is not None
+            alike = pixels.shape == whole.shape
+            share = float((pixels != whole).any(axis=2).mean()) if alike else None
+            doubtful.append((kind, path.name, damage, verdict, share, moved(pixels, whole) if alike else None))
         else:
             path.unlink()
     return {
@@ -123,16 +166,55 @@ def report(found: dict[str, Any]) -> None:
     print("doubtful:", json.dumps(found["doubtful"]))
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "count", [16, pytest.param(int(os.environ.get("FAULTS_SLIDES", "300")), marks=pytest.mark.faults_long)]
-)
-def test_damaged_slides(tmp_path: Path, model: Path, count: int) -> None:
-    found = alone(campaign, tmp_path, model, count, int(os.environ.get("FAULTS_SEED", "0")))
+def check(found: dict[str, Any], count: int, most: dict[str, int]) -> None:
+    """What must hold whatever the damage."""
     report(found)
     assert sum(found["table"].values()) == count
     assert found["peak_mb"] < PEAK_MB
     assert found["slowest"] < 3 * 60 * MINUTES
+    silent = {kind: sum(n for (k, _, v), n in found["table"].items() if k == kind and v in SILENT) for kind in WRITERS}
+    assert all(silent[kind] <= most[kind] for kind in WRITERS), (silent, most)
+    for kind, name, damage, verdict, share, grey in found["doubtful"]:
+        if kind in PYRAMIDS and verdict == "other pixels":
+            assert share <= FEW or grey <= FAINT, (name, damage, share, grey)
+
+
+@pytest.mark.timeout(1800)
+def test_damaged_slides(tmp_path: Path, model: Path) -> None:
+    check(alone(campaign, tmp_path, model, SHORT, 0), SHORT, SHORT_SILENT)
+
+
+@pytest.mark.faults_long
+@pytest.mark.timeout(3600)
+def test_many_damaged_slides(tmp_path: Path, model: Path) -> None:
+    count, seed = int(os.environ.get("FAULTS_SLIDES", "300")), int(os.environ.get("FAULTS_SEED", "0"))
+    found = alone(campaign, tmp_path, model, count, seed)
+    check(found, count, {kind: most_silent(kind, -(-count // len(WRITERS)), seed) for kind in WRITERS})
+
+
+def test_wrong_results_would_be_counted() -> None:
+    whole = np.full((64, 64, 3), 200, np.uint8)
+    other = whole.copy()
+    other[16:32, 16:32] -= 40
+    good = {"status": "ok", "failure": None, "unreadable": [], "warnings": []}
+    assert judge(good, whole, whole) == "the same pixels"
+    assert judge(good, other, whole) == "other pixels"
+    assert judge(good, other[1:], whole) == "another size"
+    assert judge(good | {"warnings": ["levels differ"]}, other, whole) == "warned of"
+    assert judge(good | {"unreadable": [(16, 16, 16, 16)]}, other, whole) == "tiles listed"
+    assert moved(other, whole) == 40
+    found = {
+        "table": Counter({("svs", "block", "other pixels"): 1}), "stages": {}, "reasons": Counter(), "slowest": 1.0,
+        "peak_mb": 100.0, "doubtful": [("svs", "0.svs", "block", "other pixels", 0.0625, 40.0)],
+    }  # fmt: skip
+    with pytest.raises(AssertionError, match="0.svs"):
+        check(found, 1, dict.fromkeys(WRITERS, 1))
+    found["doubtful"] = []
+    check(found, 1, dict.fromkeys(WRITERS, 1))
+    with pytest.raises(AssertionError, match="'svs': 1"):
+        check(found, 1, dict.fromkeys(WRITERS, 0))
+    assert [most_silent(kind, 75, 0) for kind in WRITERS] == [5, 5, 3, 11]
+    assert [most_silent(kind, 75, 1) for kind in WRITERS] == [9, 9, 6, 17]
 
 
 @pytest.mark.workflow
