@@ -22,6 +22,7 @@ use rule tiles as tiles_part with:
     resources:
         mem_mb=megabytes(2000, 100 / PARTS),
         runtime=minutes(30, 30 / PARTS),
+        attempt=number_of_attempt,
     params:
         parts=part_option,
 
