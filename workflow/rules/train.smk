@@ -59,7 +59,7 @@ rule train_part:
     threads: 16
     resources:
         mem_mb=megabytes(16000),
-        runtime=minutes(1440),
+        runtime=minutes(1440, by_attempt=False),
         gpu=training_gpus,
     params:
         work=lambda wildcards, output: os.path.dirname(output.report),
