@@ -36,8 +36,8 @@ PYRAMIDS = ("svs", "tif", "ome.tif")
 """Formats with levels that can be compared."""
 
 FEW, FAINT = 0.001, 24.0
-"""Share of a slide's pixels, and grey levels of the mean of any square of 16 pixels: a slide with a pyramid that
-differs without a warning does so by less than one of them."""
+"""Share of a slide's pixels, and grey levels of the mean of any square of 16 pixels: what is wrong of a slide with a
+pyramid, and not warned of, exceeds one of them at most."""
 
 SHORT, SHORT_SILENT = 40, {"svs": 1, "tif": 1, "ome.tif": 1, "dcm": 3}
 """The trials of `make test`, always the same ones, and how many wrong results among them pass for good ones."""

@@ -18,6 +18,7 @@ with open("starts", "a") as stream:
     stream.write(f"{os.getpid()} {sys.argv[1:]}\\n")
 start = len(Path("starts").read_text().splitlines())
 signal.signal(signal.SIGTERM, lambda *_: None)  # as Snakemake does
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which those started in the background lack
 restart = Restart(Path("notes"))
 restart.begin()
 atexit.register(print, "cleaned up")

@@ -323,7 +323,7 @@ def test_what_was_learned_before_counts(tmp_path: Path) -> None:
         fields, [{"kind": "labels", "name": "a", "path": "x", "licence": "CC BY 4.0"}], [start, start]
     ) == (
         {"name": "a", "licence": "CC BY 4.0", "fields": 9, "patients": ["p0", "p1"]},
-        {"name": "b", "fields": 2},
+        {"name": "b", "fields": 2, "patients": []},
     )
     assert learned_from([], [], (), ("net.npz", "BSD")) == (
         {"name": "encoder weights net.npz", "licence": "BSD", "fields": 0, "patients": []},

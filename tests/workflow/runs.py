@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class Run:
         return counts
 
     @property
+    def changed(self) -> set[str]:
+        """Rules whose parameters have changed, as a dry run tells."""
+        found = re.search(r"params have changed since last execution:\n +(.*)", self.output)
+        return set(found[1].split(", ")) if found else set()
+
+    @property
     def nothing(self) -> bool:
         """Whether everything was up to date."""
         return "Nothing to be done" in self.output
@@ -62,6 +69,16 @@ def run(folder: Path, config: dict[str, Any], *options: str, cores: int = 2, bef
         check=False,
     )
     return Run(done.returncode, done.stdout)
+
+
+def leaves(schema: dict[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of the settings of a schema that have none below them, such as ``tissue.mpp``, and what it says of each."""
+    for key, value in schema["properties"].items():
+        name = f"{above}{key}"
+        if "properties" in value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
 
 
 def write_toy_model(folder: Path) -> Path:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import MPP, Run, read_json, read_tsv, run, write_slide
+from runs import MPP, ROOT, Run, leaves, read_json, read_tsv, run, write_slide
+
+from pipeline.settings import load_schema
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
@@ -36,9 +42,13 @@ FILES = (
 """What scripts of others rely on, by its name."""
 
 
+STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
+
+
 @pytest.fixture(scope="module")
-def config(model: Path) -> dict[str, Any]:
-    return {"slides": "in/slides.tsv", "results": "out", "model": str(model), "tiles": {"keep": True}}
+def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    own = shutil.copytree(model, tmp_path_factory.mktemp("models") / "own")
+    return {"slides": "in/slides.tsv", "results": "out", "model": str(own), "tiles": {"keep": True}}
 
 
 @pytest.fixture(scope="module")
@@ -138,47 +148,166 @@ def test_second_run_has_nothing_to_do(finished: tuple[Path, Run], config: dict[s
 
 def test_touched_model_card_and_slide_table_change_nothing(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
     folder, _ = finished
+    card = Path(config["model"]) / "model.json"
+    before = card.read_bytes()
     (folder / "in" / "slides.tsv").touch()
+    for path in card.parent.iterdir():
+        path.touch()
     assert run(folder, config, "-n").nothing
+    card.write_text(json.dumps(json.loads(before) | {"description": "another one"}))
+    plan = run(folder, config, "-n").counts
+    card.write_bytes(before)
+    assert next(stage for stage in STAGES if plan.get(stage)) == "tiles"
 
 
-def test_changed_stain_runs_stain_and_what_follows_but_not_tiles(
-    finished: tuple[Path, Run], config: dict[str, Any]
-) -> None:
+@dataclass(frozen=True)
+class Change:
+    """A setting that is changed, and what a run does then.
+
+    Parameters
+    ----------
+    value : object
+        Another value than that of the finished run.
+    rule : str, optional
+        The rule that has the setting among its parameters; None where something else tells it, as a path.
+    first : str
+        The first stage to run again; all after it do too.
+    slides : int
+        Slides that it is of account to.
+    """
+
+    value: Any
+    rule: str | None
+    first: str
+    slides: int = len(GOOD) + 1
+
+
+SLIDE_SETTINGS = {
+    "results": Change("elsewhere", None, "inspect"),
+    "mpp": Change(0.25, "inspect", "inspect", len(GOOD)),  # the table states the PNG's
+    "reader": Change("tiffslide", "inspect", "inspect"),
+    "tissue.mpp": Change(4, "tissue", "tissue"),
+    "tissue.min_area_um2": Change(9000, "tissue", "tissue"),
+    "tissue.min_hole_um2": Change(4000, "tissue", "tissue"),
+    "model": Change("the same at another place", None, "tiles"),
+    "scratch": Change("scratch", None, "tiles"),
+    "tiles.tile": Change(512, "tiles", "tiles"),
+    "tiles.max_unreadable": Change(0.5, "tiles", "tiles"),
+    "parts.from_gb": Change(0, None, "tiles", len(GOOD)),
+    "stain.method": Change("macenko", "stain", "stain"),
+    "stain.strength": Change(0.5, "stain", "stain"),
+    "infer.device": Change("cpu", "infer", "infer"),
+    "infer.precision": Change("bfloat16", "infer", "infer"),
+    "infer.batch": Change(2, "infer", "infer"),
+    # The maps have gone, so that they are made again first.
+    "instances.block": Change(1024, "instances", "infer"),
+    "instances.halo": Change(64, "instances", "infer"),
+}
+"""Settings on which the results of slides depend, or where they are."""
+
+NO_SLIDE = {
+    "slides": "in/the same.tsv",
+    "licences": [],
+    "on_bad_slide": "stop",
+    "warm_start": True,
+    "tiles.keep": False,
+    "infer.keep": True,
+    "instances.keep": True,
+    "parts.count": 3,
+}
+"""Settings that rerun no slide when they are changed."""
+
+OTHERS = {"export.labels"}
+"""Settings with a test of their own."""
+
+TRAINING = ("train", "crossval", "compare", "transfer")
+"""Sections that are of no account to slides."""
+
+
+def changed(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others in some places."""
+    result = copy.deepcopy(config)
+    for name, value in values.items():
+        *above, key = name.split(".")
+        section = result
+        for part in above:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return result
+
+
+@pytest.fixture(scope="module")
+def plans(finished: tuple[Path, Run], config: dict[str, Any]) -> dict[str, Run]:
+    """What a run would do after each change, two dry runs at a time."""
     folder, _ = finished
-    plan = run(folder, {**config, "stain": {"method": "macenko"}}, "-n").counts
+    shutil.copy(folder / "in" / "slides.tsv", folder / "in" / "the same.tsv")
+    other = shutil.copytree(config["model"], Path(config["model"]).with_name("other"))
+    licence = json.loads((other / "model.json").read_text())["licence"]
+    changes = {name: {name: change.value} for name, change in SLIDE_SETTINGS.items()}
+    changes["model"] = {"model": str(other)}
+    changes["none"] = NO_SLIDE | {"licences": [licence]}
+    changes["labels"] = {"export.labels": True}
+    changes["train"] = {"train.name": "mine", "train.seed": 5, "train.schedule.steps": 7}
+    changes["protocols"] = {"crossval.folds": 3, "compare.name": "mine", "transfer.folds": 2, **changes["train"]}
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda values: run(folder, changed(config, values), "-n"), changes.values())
+        return dict(zip(changes, found, strict=True))
+
+
+def test_every_setting_is_in_the_tables() -> None:
+    schema = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    names = {name for name, _ in leaves(schema) if name.split(".")[0] not in TRAINING}
+    assert names == SLIDE_SETTINGS.keys() | NO_SLIDE.keys() | OTHERS
+
+
+@pytest.mark.parametrize("name", SLIDE_SETTINGS)
+def test_changed_setting_runs_what_uses_it(plans: dict[str, Run], name: str) -> None:
+    change, plan = SLIDE_SETTINGS[name], plans[name]
+    if name != "results":  # there, nothing has run yet
+        assert plan.changed == {"settings", change.rule} - {None}
+    again = STAGES[STAGES.index(change.first) :]
+    expected = {stage: change.slides * (stage in again) for stage in STAGES}
+    assert {stage: plan.counts.get(stage, 0) for stage in STAGES} == expected
+    parts = {rule: count for rule, count in plan.counts.items() if rule.endswith("_part")}
+    parts_of = ("tiles_part", "infer_part", "instances_part") if name == "parts.from_gb" else ()
+    assert parts == dict.fromkeys(parts_of, 4 * len(GOOD))
+
+
+def test_settings_that_change_no_slide_rerun_none(plans: dict[str, Run]) -> None:
+    assert plans["none"].counts == {"slide_table": 1, "settings": 1, "cohort": 1, "all": 1, "total": 4}
+    assert plans["train"].nothing
+    assert plans["protocols"].counts == {"settings": 1, "cohort": 1, "all": 1, "total": 3}
+
+
+def test_label_maps_are_made_of_what_is_there(plans: dict[str, Run]) -> None:
     slides = len(GOOD) + 1
-    assert plan == {
-        **dict.fromkeys(("stain", "infer", "instances", "measure", "export", "summary"), slides),
-        **dict.fromkeys(("settings", "cohort", "all"), 1),
-        "total": 6 * slides + 3,
-    }
+    assert plans["labels"].counts == {"labels": slides, "settings": 1, "cohort": 1, "all": 1, "total": slides + 3}
 
 
 @pytest.mark.parametrize(
-    ("change", "first", "spared"),
-    [
-        ({"tissue": {"mpp": 4}}, "tissue", "inspect"),
-        ({"tiles": {"keep": True, "max_unreadable": 0.5}}, "tiles", "tissue"),
-        ({"infer": {"precision": "bfloat16"}}, "infer", "tissue"),
-        ({"reader": "tiffslide"}, "inspect", "slide_table"),
-        ({"mpp": 0.25}, "inspect", "slide_table"),
-        ({"export": {"labels": True}}, "labels", "measure"),
-    ],
+    ("column", "first"), [("mpp", "inspect"), ("tissue", "tissue"), ("truth", "summary"), ("group", None)]
 )
-def test_changed_setting_runs_what_uses_it(
-    finished: tuple[Path, Run], config: dict[str, Any], change: dict[str, Any], first: str, spared: str
+def test_changed_column_runs_its_slide_alone(
+    finished: tuple[Path, Run], config: dict[str, Any], column: str, first: str | None
 ) -> None:
     folder, _ = finished
-    plan = run(folder, {**config, **change}, "-n").counts
-    assert plan.get(first), plan
-    assert spared not in plan
-
-
-def test_what_a_bad_slide_does_reruns_no_slide(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
-    folder, _ = finished
-    plan = run(folder, {**config, "on_bad_slide": "stop"}, "-n").counts
-    assert plan == {"settings": 1, "cohort": 1, "all": 1, "total": 3}
+    table = folder / "in" / "slides.tsv"
+    before = table.read_text(encoding="utf-8")
+    head, svs, *rest = before.splitlines()
+    shutil.copy(folder / "in" / "0.geojson.gz", folder / "in" / "other.geojson.gz")
+    value = {"mpp": "0.25", "tissue": "other.geojson.gz", "truth": "other.geojson.gz", "group": "G5"}[column]
+    columns, cells = head.split("\t"), svs.split("\t")
+    if column not in columns:
+        columns, cells, rest = [*columns, column], [*cells, ""], [f"{line}\t" for line in rest]
+    cells[columns.index(column)] = value
+    table.write_text("\n".join(["\t".join(columns), "\t".join(cells), *rest]) + "\n", encoding="utf-8")
+    try:
+        plan = run(folder, config, "-n")
+    finally:
+        table.write_text(before, encoding="utf-8")
+    again = STAGES[STAGES.index(first) :] if first else ()
+    assert {stage: plan.counts.get(stage, 0) for stage in STAGES} == {stage: int(stage in again) for stage in STAGES}
+    assert plan.counts["slide_table"] == plan.counts["cohort"] == 1
 
 
 @pytest.mark.parametrize(("retries", "status"), [(0, "failed"), (1, "ok")])
@@ -202,8 +331,7 @@ def test_slide_that_turned_up_is_run_alone(finished: tuple[Path, Run], config: d
         plan = run(folder, config, "-n").counts
     finally:
         found.unlink()
-    stages = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
-    assert plan == {**dict.fromkeys((*stages, "cohort", "all"), 1), "total": 11}
+    assert plan == {**dict.fromkeys((*STAGES, "cohort", "all"), 1), "total": 11}
 
 
 def test_snakemake_report(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
