@@ -210,6 +210,7 @@ NO_SLIDE = {
     "licences": [],
     "on_bad_slide": "stop",
     "warm_start": True,
+    "cluster.max_minutes": 60,
     "tiles.keep": False,
     "infer.keep": True,
     "instances.keep": True,
