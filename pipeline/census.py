@@ -60,7 +60,7 @@ CUT = 2048
 PIXELS_AT_ONCE = 1 << 19
 """Pixels of components that are divided into nuclei at once: their arrays outweigh a block's images."""
 
-LIBRARIES = ("scipy.sparse.csgraph", "skimage.morphology", "skimage.segmentation")
+LIBRARIES = ("pyarrow.compute", "scipy.sparse.csgraph", "skimage.morphology", "skimage.segmentation")
 """What is imported late in each process that does tasks, or joins their seams."""
 
 BAND = 256
