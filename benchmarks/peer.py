@@ -35,7 +35,9 @@ def tiatoolbox(options: Options) -> Iterator[Figure]:
     (folder / "settings.json").write_text(json.dumps(settings))
     theirs = run_command([options.peer, ROOT / "benchmarks/tiatoolbox_run.py", folder / "settings.json"])
     seconds = json.loads((folder / "seconds.json").read_text())
-    ours = all_stages(folder, options.model, options.cores, slide, summary=False)  # the other draws no overview
+    ours = all_stages(
+        folder, options.model, options.cores, slide, summary=False, precision="float32"
+    )  # the other draws no overview
     features = [
         json.loads(gzip.decompress((folder / "nuclei.geojson.gz").read_bytes())),
         json.loads(next((folder / "out").glob("*.json")).read_bytes()),

@@ -41,6 +41,8 @@ class Options:
         Python of an environment with TIAToolbox, for the row `tiatoolbox`.
     cores : int
         CPU cores that may be used.
+    precision : str
+        Numbers that networks compute with, see `pipeline.networks.precision.PRECISIONS`.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Options:
     slide: Path | None = None
     peer: Path | None = None
     cores: int = os.cpu_count() or 1
+    precision: str = "auto"
 
     def slide_file(self, folder: Path, side: int, share: float) -> tuple[Path, str]:
         """The slide that was given, or a synthetic one in `folder`; and what it is."""
@@ -151,7 +154,7 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     if device == "cpu":
         keep_freed_memory()  # as the command does
     with one_result():
-        predictor, about = choose_predictor(package, device, 0, options.cores)
+        predictor, about = choose_predictor(package, device, 0, options.cores, options.precision)
         how = f"{about['device']}, {about['precision']}"
         count = len(windows) // predictor.batch * predictor.batch or predictor.batch
         chosen = [windows[i % len(windows)] for i in range(min(count, 8 * predictor.batch))]
@@ -327,14 +330,14 @@ def whole(options: Options) -> Iterator[Figure]:
     folder = options.place("slide")
     package = ModelPackage.load(options.model)
     path, what = options.slide_file(folder, 4096 if options.quick else 16384, 0.5)
-    runs = all_stages(folder, options.model, options.cores, path)
-    alone = _forward_seconds(folder, package, options.cores)
+    runs = all_stages(folder, options.model, options.cores, path, precision=options.precision)
+    alone, precision = _forward_seconds(folder, package, options.cores, options.precision)
     cpu = {name: run.cpu for name, run in runs.items()}
     total = sum(cpu.values())
     note = "CPU seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in cpu.items())
     yield Figure(
         "slide", "all but the forward pass", total - alone, "CPU s", alone, "forward", "ratio <= 0.25",
-        f"{what}, {package.name}; {note}",
+        f"{what}, {package.name}, {precision}; {note}",
     )  # fmt: skip
     yield Figure("slide", "whole slide", sum(r.wall for r in runs.values()), "s", note=note)
 
@@ -346,6 +349,7 @@ def all_stages(
     slide: Path | None = None,
     mpp: float | None = None,
     summary: bool = True,
+    precision: str = "auto",
 ) -> dict[str, Run]:
     """Run the stages of one slide, each a process of its own.
 
@@ -363,6 +367,8 @@ def all_stages(
         Its pixel size, where its file tells none.
     summary : bool
         Also the last stage, which draws the overview.
+    precision : str
+        Numbers that the network computes with.
 
     Returns
     -------
@@ -386,7 +392,7 @@ def all_stages(
     )  # fmt: skip
     do("stain", tiles=f["tiles"], zarr=tiles, model=model, out=f["stain"], png=folder / "stain.png")
     do(
-        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", threads=workers,
+        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", precision=precision, threads=workers,
         out=f["maps"], zarr_out=maps,
     )  # fmt: skip
     do(
@@ -415,8 +421,8 @@ def summary_options(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _forward_seconds(folder: Path, package: ModelPackage, threads: int) -> float:
-    """CPU seconds of the network alone on the windows of a slide's tiles."""
+def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precision: str) -> tuple[float, str]:
+    """CPU seconds of the network alone on the windows of a slide's tiles, and the numbers that it computed with."""
     from pipeline.inference import active_windows, choose_predictor, one_result
     from pipeline.kernels.blend import PatchGrid
     from pipeline.lattice import CELL
@@ -426,12 +432,12 @@ def _forward_seconds(folder: Path, package: ModelPackage, threads: int) -> float
     grid = PatchGrid(store.grid.width, store.grid.height, package.patch, package.overlap)
     windows = list(active_windows(grid, store.active, CELL))
     with one_result():
-        predictor, _ = choose_predictor(package, "cpu", 0, threads)
+        predictor, about = choose_predictor(package, "cpu", 0, threads, precision)
         some = windows[:: max(1, len(windows) // 32)][:32]
         patches = np.stack([store.read(*grid.origin(*w), grid.patch, grid.patch) for w in some])
         predictor(patches[:threads])
         _, found = spent(lambda: predictor(patches))
-    return found.cpu / len(patches) * len(windows)
+    return found.cpu / len(patches) * len(windows), about["precision"]
 
 
 def startup(options: Options) -> Iterator[Figure]:
