@@ -35,9 +35,8 @@ def tiatoolbox(options: Options) -> Iterator[Figure]:
     (folder / "settings.json").write_text(json.dumps(settings))
     theirs = run_command([options.peer, ROOT / "benchmarks/tiatoolbox_run.py", folder / "settings.json"])
     seconds = json.loads((folder / "seconds.json").read_text())
-    ours = all_stages(
-        folder, options.model, options.cores, slide, summary=False, precision="float32"
-    )  # the other draws no overview
+    # With the other's numbers, and without the overview, which it does not draw.
+    ours = all_stages(folder, options.model, options.cores, slide, summary=False, precision="float32")
     features = [
         json.loads(gzip.decompress((folder / "nuclei.geojson.gz").read_bytes())),
         json.loads(next((folder / "out").glob("*.json")).read_bytes()),

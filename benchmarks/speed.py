@@ -392,8 +392,8 @@ def all_stages(
     )  # fmt: skip
     do("stain", tiles=f["tiles"], zarr=tiles, model=model, out=f["stain"], png=folder / "stain.png")
     do(
-        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", precision=precision, threads=workers,
-        out=f["maps"], zarr_out=maps,
+        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", precision=precision,
+        threads=workers, out=f["maps"], zarr_out=maps,
     )  # fmt: skip
     do(
         "instances", maps=maps, maps_manifest=f["maps"], tissue=tissue, model=model, workers=workers,
