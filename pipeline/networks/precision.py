@@ -22,7 +22,8 @@ CPUINFO = Path("/proc/cpuinfo")
 def has_amx() -> bool:
     """Whether this machine's CPU multiplies bfloat16 matrices in hardware (Intel AMX; Linux alone says so).
 
-    There it is about four times as fast as float32. CPUs with AVX-512 BF16 alone gain little and count as without.
+    There a network is about three times as fast as with float32. CPUs with AVX-512 BF16 alone, which have not been
+    measured, count as without.
     """
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
