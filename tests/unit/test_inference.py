@@ -21,7 +21,7 @@ from scipy import ndimage
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
-from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, one_result, run_infer
+from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, run_infer
 from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
 from pipeline.kernels.hematoxylin import HematoxylinRules, hematoxylin_density, hematoxylin_maps
 from pipeline.kernels.instances import InstanceRules, segment
@@ -30,6 +30,7 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
+from pipeline.predictors import one_result
 from pipeline.stage import write_json
 from pipeline.testing import digest
 
@@ -118,7 +119,7 @@ def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         chunk = grid.stride, CHUNK_COLUMNS * grid.stride
         store = MapStore.create(Path(folder, "maps"), Grid(width, height, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
-        blender, writer = Blender(grid, 2), MapWriter(store, grid, rows)
+        blender, writer = Blender(grid), MapWriter(store, grid, rows)
         for window, prediction in zip(windows, predictions, strict=True):
             if rows.start <= window[0] <= rows.stop:
                 writer.add(*window, blender.add(*window, prediction))
@@ -138,7 +139,7 @@ def test_what_is_held_grows_with_the_tissue_not_with_the_slide(tmp_path: Path) -
     prediction = np.ones((2, 128, 128), np.uint8)
     windows = list(active_windows(grid, active, CELL))
     tracemalloc.start()
-    blender, writer = Blender(grid, 2), MapWriter(store, grid)
+    blender, writer = Blender(grid), MapWriter(store, grid)
     for window in windows:
         writer.add(*window, blender.add(*window, prediction))
     writer.close()
@@ -171,7 +172,7 @@ def test_one_result_leaves_torch_as_it_was() -> None:
 def test_one_result_does_not_import_the_compiler() -> None:
     code = """
 import sys, torch
-from pipeline.inference import one_result
+from pipeline.predictors import one_result
 with one_result():
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
 sys.exit("torch._inductor" in sys.modules and "the compiler was imported")
