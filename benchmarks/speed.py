@@ -17,6 +17,7 @@ from benchmarks import material
 from benchmarks.harness import ROOT, Figure, Run, best, run_command, spent, stage
 from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
+from pipeline.stage import read_manifest
 from pipeline.summary import MANIFESTS
 
 DEFAULT = ROOT / "models/default"
@@ -72,7 +73,6 @@ def tiles_row(options: Options) -> Iterator[Figure]:
     from pipeline import tiles
     from pipeline.allocator import keep_freed_memory
     from pipeline.slides.inspect import reopen
-    from pipeline.stage import read_manifest
 
     module: Any = tiles
     folder = options.place("tiles")
@@ -377,6 +377,7 @@ def all_stages(
     mpp: float | None = None,
     summary: bool = True,
     precision: str = "auto",
+    device: str = "cpu",
 ) -> dict[str, Run]:
     """Run the stages of one slide, each a process of its own.
 
@@ -396,6 +397,8 @@ def all_stages(
         Also the last stage, which draws the overview.
     precision : str
         Numbers that the network computes with.
+    device : {"cpu", "cuda"}
+        Where it runs.
 
     Returns
     -------
@@ -419,7 +422,7 @@ def all_stages(
     )  # fmt: skip
     do("stain", tiles=f["tiles"], zarr=tiles, model=model, out=f["stain"], png=folder / "stain.png")
     do(
-        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", precision=precision,
+        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device=device, precision=precision,
         threads=workers, out=f["maps"], zarr_out=maps,
     )  # fmt: skip
     do(
@@ -437,6 +440,26 @@ def all_stages(
     if summary:
         do("summary", **summary_options(folder))
     return runs
+
+
+def whole_gpu(options: Options) -> Iterator[Figure]:
+    """The same slide where the network runs on a GPU: what each stage takes by the clock, and what limits the slide."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("slide-gpu: skipped, this machine has no GPU", file=sys.stderr)
+        return
+    folder = options.place("slide-gpu")
+    path, what = options.slide_file(folder, 4096 if options.quick else 16384, 0.5)
+    runs = all_stages(folder, options.model, options.cores, path, precision=options.precision, device="cuda")
+    maps = read_manifest(folder / "maps.json")
+    busy = maps["gpu_busy"] * maps["megapixels"] / maps["mp_per_s"]
+    total = sum(run.wall for run in runs.values())
+    note = ", ".join(f"{name} {run.wall:.1f}" for name, run in runs.items())
+    yield Figure(
+        "slide-gpu", "whole slide", total, "s", busy, "the GPU's work alone",
+        note=f"{what}, {options.model.name}, {maps['device']}, {options.cores} cores; seconds: {note}",
+    )  # fmt: skip
 
 
 def summary_options(folder: Path) -> dict[str, Any]:
@@ -487,8 +510,6 @@ def startup(options: Options) -> Iterator[Figure]:
 def cohort(options: Options) -> Iterator[Figure]:
     """Many tiny slides through the workflow on two cores, stages started cold and warm."""
     from PIL import Image
-
-    from pipeline.stage import read_manifest
 
     count = 2 if options.quick else 40
     field = material.field(0.5)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
@@ -31,36 +30,10 @@ from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
 from pipeline.predictors import one_result
-from pipeline.stage import write_json
-from pipeline.testing import digest
+from pipeline.testing import digest, stained, write_inputs
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "models/hematoxylin"
-
-
-def stained(height: int, width: int, seed: int) -> np.ndarray:
-    """Random H&E tissue, uint8 RGB."""
-    rng = np.random.default_rng(seed)
-    amounts = np.stack([ndimage.gaussian_filter(rng.normal(size=(height, width)), s) * s for s in (3, 6)], axis=-1)
-    return od_to_rgb(np.clip(amounts * 2 + 0.4, 0, 3) @ RUIFROK)
-
-
-def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, Path]:
-    """What the stages before inference leave of a slide of these pixels, one corner of it not tissue."""
-    import zarr
-
-    height, width = rgb.shape[:2]
-    grid = Grid(width, height, 0.5, 2.0, 2.0)
-    folder.mkdir(parents=True)
-    active = np.ones((-(-height // 64), -(-width // 64)), bool)
-    active[:2, :2] = False
-    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": 64})
-    group.create_array("rgb", shape=rgb.shape, chunks=(chunk, chunk, 3), dtype="uint8", fill_value=255)[:] = rgb
-    group.create_array("active", data=active)
-    transform = {"method": "matrix", "matrix": (np.eye(3) * 0.9 + 0.03).tolist()}
-    write_json(folder / "tiles.json", {"stage": "tiles", "status": "ok"})
-    write_json(folder / "stain.json", {"stage": "stain", "status": "ok", "transform": transform})
-    return {"tiles": folder / "tiles.json", "zarr": folder / "tiles.zarr", "stain": folder / "stain.json"}
 
 
 def run(inputs: dict[str, Path], model: Path, out: Path, **options: Any) -> tuple[str, str]:
