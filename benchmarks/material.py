@@ -186,7 +186,7 @@ def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, s
         # After level 0 Aperio's files have a thumbnail in strips; without it tifffile takes the next level for one, and
         # the slide falls to OpenSlide, which reads more slowly.
         tissue = np.where(squares[..., None], field.rgb.mean(axis=(0, 1)), 243).astype(np.uint8)
-        thumbnail = cv2.resize(tissue, (_TILE, _TILE * height // width), interpolation=cv2.INTER_NEAREST)
+        thumbnail = cv2.resize(tissue, (_TILE, max(1, _TILE * height // width)), interpolation=cv2.INTER_NEAREST)
         place = _append(file, encode(thumbnail))
         images.insert(1, _Image(thumbnail.shape[1], thumbnail.shape[0], [place], tiled=False))
         _write_directories(file, images, mpp)
