@@ -79,7 +79,7 @@ class Outlines:
     @classmethod
     def of(cls, points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> Outlines:
         """Outlines of polygons given as flat arrays, see `pipeline.kernels.raster.polygon_runs`."""
-        runs = polygon_runs(points, ring_starts, polygon_starts)
+        runs = polygon_runs(points, ring_starts, polygon_starts, even_ties=True)
         order = np.argsort(runs[:, 1], kind="stable")
         return cls(runs[order, 1:].astype(np.int32), (runs[order, 0] + 1).astype(np.int32))
 
