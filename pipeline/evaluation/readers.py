@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ class Outlines:
             return 0, 0, 0, 0
         row, first, last = self.runs.T
         return int(first.min()), int(row[0]), int(last.max()), int(row[-1]) + 1
+
+    def cut(self, box: Box) -> tuple[Outlines, np.ndarray]:
+        """What lies within a box, and the pixels (int64) of each instance that has none there."""
+        left, top, right, bottom = box
+        row, first, last = self.runs.T
+        pixels = np.bincount(self.labels, weights=last - first).astype(np.int64)
+        first, last = np.clip(first, left, right), np.clip(last, left, right)
+        inside = (row >= top) & (row < bottom) & (last > first)
+        pixels[self.labels[inside]] = 0
+        return Outlines(np.stack([row, first, last], axis=1)[inside], self.labels[inside]), pixels[pixels > 0]
 
     def paint(self, box: Box) -> np.ndarray:
         """Labels within a box, whatever lies outside being cut off."""
@@ -276,14 +287,50 @@ def canvas(truth: Instances, pred: Instances) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def compare(truth: Instances, pred: Instances) -> dict[str, Any]:
+def slide_box(path: Path) -> Box | None:
+    """The slide of a ``nuclei.parquet`` in level-0 pixels, up to a pixel of the grid more; None for other files."""
+    if not path.name.lower().endswith(".parquet"):
+        return None
+    from pipeline.grid import Grid
+    from pipeline.nuclei import about_nuclei, open_nuclei
+
+    with open_nuclei(path) as file:
+        try:
+            grid = Grid.from_json(about_nuclei(file.schema_arrow)["grid"])
+        except (KeyError, TypeError, ValueError):
+            return None
+    return 0, 0, math.ceil((grid.width + 1) * grid.scale_x), math.ceil((grid.height + 1) * grid.scale_y)
+
+
+def told_outside(outside: int, known: int) -> str:
+    """What to say when some of the known nuclei lie outside of the slide."""
+    question = "are they in level-0 pixels?"
+    return f"{outside} of {known} known nuclei lie outside of the slide and count as missed: {question}"
+
+
+def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict[str, Any]:
     """The scores of `pipeline.evaluation.metrics.score`, computed in bands: memory does not grow with the image.
+
+    Parameters
+    ----------
+    truth, pred : LabelMap or Outlines
+        What is compared.
+    slide : Box, optional
+        The slide. Known outlines are cut at it; those that lie outside count as missed, without a canvas out to them.
+
+    Returns
+    -------
+    dict
+        The scores, and ``n_outside``: how many of the truths lie outside of the slide.
 
     Raises
     ------
     PipelineError
         When two label maps differ in size.
     """
+    outside = np.empty(0, np.int64)
+    if slide is not None and isinstance(truth, Outlines):
+        truth, outside = truth.cut(slide)
     left, top, right, bottom = canvas(truth, pred)
     step = max(1, BAND_PIXELS // max(1, right - left))
 
@@ -293,4 +340,6 @@ def compare(truth: Instances, pred: Instances) -> dict[str, Any]:
             if truth.busy(y, end) or pred.busy(y, end):
                 yield truth.paint((left, y, right, end)), pred.paint((left, y, right, end))
 
-    return score_overlaps(Overlaps.of_bands(bands()))
+    overlaps = Overlaps.of_bands(bands())
+    missed = replace(overlaps, truth_area=np.concatenate([overlaps.truth_area, outside]))
+    return score_overlaps(missed) | {"n_outside": len(outside)}

@@ -218,7 +218,7 @@ def test_nothing_found(tmp_path: Path) -> None:
     assert readers.compare(empty, some)["fp"] == 1
 
 
-def test_nuclei_of_a_slide(tmp_path: Path) -> None:
+def test_nuclei_of_a_slide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = labels_map()
     rows = [
         {
@@ -235,6 +235,13 @@ def test_nuclei_of_a_slide(tmp_path: Path) -> None:
     (tmp_path / "truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels))))
     known, found = readers.load(tmp_path / "truth.geojson.gz"), readers.load(tmp_path / "nuclei.parquet")
     assert readers.compare(known, found)["aji"] == 1
+
+    stray = feature(box(9e6, 5, 9e6 + 10, 9))  # the slide's end is known, so no canvas reaches there
+    (tmp_path / "truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels), stray)))
+    result = command.evaluate(tmp_path / "nuclei.parquet", tmp_path / "truth.geojson.gz")["images"]["truth"]
+    assert (result["n_truth"], result["n_outside"], result["tp"], result["fn"]) == (7, 1, 6, 1)
+    assert result["aji"] == pytest.approx(480 / (480 + 40))
+    assert "1 of 7 known nuclei lie outside of the slide" in caplog.text
 
 
 def test_a_mask_is_taken_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
