@@ -219,6 +219,8 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "vendor": inspect.get("vendor"),
         "width": inspect.get("width"),
         "height": inspect.get("height"),
+        "bounds": inspect.get("bounds"),
+        "geojson_origin": manifests["export"].get("origin") or [0, 0],
         "mpp": inspect.get("mpp"),
         "mpp_source": inspect.get("mpp_source"),
         "objective": inspect.get("objective"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import Overlaps, score_overlaps
-from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role
+from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
 from pipeline.label_maps import read_instances
@@ -222,6 +222,7 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     others: list[str] = []
     any_polygon = False
     left_out = 0
+    origin = stated_origin(value)
     for feature in iter_features(value):
         geometry = nucleus_geometry(feature)
         if geometry is None:
@@ -241,7 +242,7 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
                 raise ValueError("a ring is no list of points")
             if not (np.abs(corners[:, :2]) < MAX_COORDINATE).all():
                 raise ValueError("a corner is no number of pixels")
-            points.append(corners[:, :2])
+            points.append(corners[:, :2] + origin)
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
             points, polygons = [], []

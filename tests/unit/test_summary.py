@@ -107,6 +107,16 @@ def test_warnings_name_their_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_bounds_are_told(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=3)
+    assert run(paths, "s")["bounds"] is None
+    for path, more in ((paths.inspect, {"bounds": [8, 6, 900, 700]}), (paths.export, {"origin": [8, 6]})):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    metrics = run(paths, "s")
+    assert (metrics["bounds"], metrics["geojson_origin"]) == ([8, 6, 900, 700], [8, 6])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
     paths = testing.write_slide(tmp_path, "s", count=60)
     table = testing.nuclei_table(60, 2400, 1800)
