@@ -119,6 +119,14 @@ def test_manifest(tmp_path: Path, slide_folder: Path) -> None:
     assert not list(tmp_path.glob(".part-*"))
 
 
+@pytest.mark.parametrize(("mpp", "told"), [(0.5, False), (0.125, False), (0.1, True)])
+def test_coarse_slides_are_told(tmp_path: Path, slide_folder: Path, mpp: float, told: bool) -> None:
+    prepare(tmp_path, slide_folder / "s.svs", tissue=[shapely.box(0, 0, 300, 300)])
+    warnings = run(tmp_path, mpp)["warnings"]
+    assert len(warnings) == told
+    assert not told or "0.25 µm/px are 2.5 times as coarse as the model's 0.1" in warnings[0]
+
+
 def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
     prepare(tmp_path, slide_folder / "s.svs", tissue=[])
     manifest = run(tmp_path)
