@@ -102,12 +102,15 @@ class TileStore:
         check_seal(path)
         try:
             about = group_attributes(path)
+        except FileNotFoundError:
+            raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
+        except Exception as error:
+            raise _damaged(path, error) from None
+        try:
             if about["cell"] != CELL:
                 raise ValueError(f"cells of {about['cell']} pixels")
             rgb, active = (ChunkedArray.open(path / name) for name in ("rgb", "active"))
             return cls(path, Grid.from_json(about["grid"]), active[...], rgb.chunks[0], rgb)
-        except FileNotFoundError as error:
-            raise PipelineError(f"{error.filename} is missing", "run the stage `tiles` first") from None
         except Exception as error:
             raise _damaged(path, error) from None
 

@@ -13,10 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.chunks import MASK, ChunkedArray, create_group, group_attributes
-from pipeline.errors import PipelineError
-from pipeline.grid import Grid
-from pipeline.testing import write_tiles
-from pipeline.tiles import TileStore
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (100, 70, 3), np.uint8)
 PIXELS[32:64, :32] = 255
@@ -96,6 +92,9 @@ def test_chunks_are_written_whole(tmp_path: Path) -> None:
 
 
 def test_tiles_are_read_without_zarr(tmp_path: Path) -> None:
+    from pipeline.grid import Grid
+    from pipeline.testing import write_tiles
+
     write_tiles(tmp_path / "tiles.zarr", Grid(300, 200, 0.5, 1.0, 1.0))
     code = (
         "import sys; from pathlib import Path; from pipeline.tiles import TileStore;"
@@ -104,6 +103,3 @@ def test_tiles_are_read_without_zarr(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "tiles.zarr" / "rgb" / "zarr.json").unlink()
-    with pytest.raises(PipelineError, match=r"rgb/zarr\.json is missing"):
-        TileStore.open(tmp_path / "tiles.zarr")
