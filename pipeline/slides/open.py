@@ -12,14 +12,12 @@ import logging
 import math
 import os
 import re
-import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from ctypes import POINTER, c_uint32
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -297,28 +295,12 @@ class OpenSlideReader(Slide):
         try:
             if self._slide is None:
                 self._slide = self._open()
-            return self._pixels(level, x0, y0, w, h)
+            return over_white(np.asarray(self._slide.read_region((x0, y0), level, (w, h))))
         except Exception as error:
             raise_for_machine(error)
             # A handle that met an error answers nothing but this error from then on.
             self.close()
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x0}, {y0}) of level {level}: {error}") from None
-
-    def _pixels(self, level: int, x0: int, y0: int, w: int, h: int) -> np.ndarray:
-        """What ``read_region`` of openslide-python gives, as RGB.
-
-        By OpenSlide's own buffer: to make a Pillow image of it first takes a quarter of the time of reading.
-        """
-        import cv2
-        from openslide import _convert, lowlevel
-
-        words: Any = np.empty((h, w), np.uint32)  # alpha, red, green, blue: little-endian machines store blue first
-        lowlevel._read_region(self._slide._osr, words.ctypes.data_as(POINTER(c_uint32)), x0, y0, level, w, h)
-        pixels = words.view(np.uint8).reshape(h, w, 4)
-        if sys.byteorder == "little" and pixels.size and int(pixels[..., 3].min()) == 255:
-            return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB))
-        _convert.argb2rgba(words)  # in place; alpha is no longer multiplied in
-        return over_white(pixels)
 
     def close(self) -> None:
         if self._slide is not None:
