@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
-from pipeline.chunks import MASK, ChunkedArray, create_group, group_attributes
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
@@ -87,7 +86,7 @@ class TileStore:
     grid: Grid
     active: np.ndarray
     tile: int
-    _rgb: ChunkedArray
+    _rgb: Any
 
     @classmethod
     def open(cls, path: Path) -> TileStore:
@@ -98,21 +97,20 @@ class TileStore:
         PipelineError
             When it is missing or damaged.
         """
-        path = Path(path)
-        check_seal(path)
+        import zarr
+
+        check_seal(Path(path))
         try:
-            about = group_attributes(path)
+            group = zarr.open_group(path, mode="r")
+            if group.attrs["cell"] != CELL:
+                raise ValueError(f"cells of {group.attrs['cell']} pixels")
+            grid = Grid.from_json(group.attrs["grid"])  # type: ignore[arg-type]
+            rgb, active = group["rgb"], np.asarray(group["active"][:])  # type: ignore[index]
+            return cls(Path(path), grid, active, int(rgb.chunks[0]), rgb)  # type: ignore[union-attr]
         except FileNotFoundError:
             raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
         except Exception as error:
-            raise _damaged(path, error) from None
-        try:
-            if about["cell"] != CELL:
-                raise ValueError(f"cells of {about['cell']} pixels")
-            rgb, active = (ChunkedArray.open(path / name) for name in ("rgb", "active"))
-            return cls(path, Grid.from_json(about["grid"]), active[...], rgb.chunks[0], rgb)
-        except Exception as error:
-            raise _damaged(path, error) from None
+            raise _damaged(Path(path), error) from None
 
     def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
         """Read a window.
@@ -145,8 +143,8 @@ class TileStore:
         if not cells.any():
             return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         try:
-            return self._rgb[y0:y1, x0:x1]
-        except Exception as error:  # codecs raise what they like over a damaged chunk
+            return np.asarray(self._rgb[y0:y1, x0:x1])
+        except Exception as error:  # zarr's codecs raise what they like over a damaged chunk
             raise _damaged(self.path, error) from None
 
 
@@ -343,7 +341,7 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
 class _Writer:
     """Reads blocks of a slide and writes their tiles, in any number of threads."""
 
-    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, array: ChunkedArray) -> None:
+    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, array: Any) -> None:
         self.pool, self.grid, self.active, self.tile, self.array = pool, grid, active, tile, array
         self.sums = np.zeros(active.shape, np.uint32)
         self.unreadable: set[tuple[int, int, int]] = set()
@@ -406,10 +404,20 @@ class _Writer:
         return 1
 
 
-def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> ChunkedArray:
-    create_group(path, {"grid": grid.to_json(), "cell": CELL})
-    ChunkedArray.create(path / "active", active.shape, active.shape, "bool", False, MASK)[...] = active
-    return ChunkedArray.create(path / "rgb", (grid.height, grid.width, 3), (tile, tile, 3), "uint8", 255)
+def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    group = zarr.create_group(path, overwrite=True, attributes={"grid": grid.to_json(), "cell": CELL})
+    group.create_array("active", data=active)
+    return group.create_array(
+        "rgb",
+        shape=(grid.height, grid.width, 3),
+        chunks=(tile, tile, 3),
+        dtype="uint8",
+        fill_value=255,
+        compressors=[BloscCodec(typesize=1, cname="lz4", clevel=1, shuffle="noshuffle"), Crc32cCodec()],
+    )
 
 
 def default_workers() -> int:
@@ -486,6 +494,8 @@ def run_tiles(
         raise PipelineError(f"workers {workers} is not a number of threads", "give 1 or more")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
+        import zarr as zarr_store
+
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
         wanted = model_mpp(model)
@@ -501,8 +511,6 @@ def run_tiles(
         total = _active_pixels(active, grid)
         done = _read(info, grid, active, tile, array, workers or default_workers(), part) if not parts else None
         if done is not None and part is not None:
-            import zarr as zarr_store
-
             group = zarr_store.open_group(staged["zarr"], mode="r+")
             group.create_array("sums", data=done.sums)
             if done.doubtful is not None:
@@ -585,13 +593,7 @@ class _Read:
 
 
 def _read(
-    info: dict[str, Any],
-    grid: Grid,
-    active: np.ndarray,
-    tile: int,
-    array: ChunkedArray,
-    workers: int,
-    part: Part | None,
+    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, array: Any, workers: int, part: Part | None
 ) -> _Read:
     """Read a slide's tissue, or a part of it, into the array."""
     with SlidePool(lambda: reopen(info)) as pool:
