@@ -418,10 +418,10 @@ class TiffSlideReader(Slide):
     backend = "tiffslide"
 
     def __init__(self, path: Path) -> None:
-        from pipeline.slides import tiffslide_backend
+        import tiffslide
 
         super().__init__(path)
-        self._slide: Any = tiffslide_backend.load().TiffSlide(path)
+        self._slide: Any = tiffslide.TiffSlide(path)
         self._file = os.open(path, os.O_RDONLY)
         try:
             self._describe()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +82,6 @@ def test_formats(tmp_path: Path, kind: str) -> None:
         assert len(slide.quick_hash) == 64
         close = np.abs(slide.read(0, 0, 0, 900, 700).astype(int) - picture())
         assert close.mean() < 3
-
-
-def test_zarr_is_imported_only_where_tiffslide_reads_by_it(tmp_path: Path) -> None:
-    path = slide_file(tmp_path)
-    code = f"""
-import sys
-from pipeline.slides.open import open_slide
-with open_slide({str(path)!r}) as slide:
-    assert slide.backend == "tiffslide", slide.backend
-    decoded = slide.read(0, 100, 100, 300, 200)
-    assert not {{"zarr", "tiffslide._zarr"}} & set(sys.modules)
-    slide._pages = [None] * len(slide.levels)
-    assert (slide.read(0, 100, 100, 300, 200) == decoded).all()
-    import zarr
-    assert zarr.__spec__ is not None
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_ome_levels_that_openslide_does_not_see(tmp_path: Path) -> None:
