@@ -36,7 +36,7 @@ from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.predictors import Finish, Predictor, channel_names, choose_predictor, one_result
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
-from pipeline.tiles import TileStore
+from pipeline.tiles import RasterReader, TileStore
 
 log = logging.getLogger(__name__)
 
@@ -330,6 +330,7 @@ def infer_slide(
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
     blender = predictor.blender(grid)
+    reader = RasterReader(tiles)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
         patches = predictor.empty((len(batch), grid.patch, grid.patch, 3))
@@ -339,7 +340,7 @@ def infer_slide(
                 continue
             # Neighbours are read as one strip, for tiles are larger than windows.
             x, y = grid.origin(*batch[start])
-            strip = tiles.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
+            strip = reader.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
             strip = transform.apply(strip)
             for index in range(start, end):
                 left = (index - start) * grid.stride

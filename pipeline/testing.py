@@ -15,6 +15,7 @@ import shapely
 from pipeline.grid import Grid
 from pipeline.kernels.instances import InstanceRules, Pixels
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
+from pipeline.lattice import CELL
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
 from pipeline.stage import write_json
@@ -219,9 +220,11 @@ def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, P
     height, width = rgb.shape[:2]
     grid = Grid(width, height, 0.5, 2.0, 2.0)
     folder.mkdir(parents=True)
-    active = np.ones((-(-height // 64), -(-width // 64)), bool)
+    active = np.ones((-(-height // CELL), -(-width // CELL)), bool)
     active[:2, :2] = False
-    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": 64})
+    rgb = rgb.copy()
+    rgb[: 2 * CELL, : 2 * CELL] = 255
+    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": CELL})
     group.create_array("rgb", shape=rgb.shape, chunks=(chunk, chunk, 3), dtype="uint8", fill_value=255)[:] = rgb
     group.create_array("active", data=active)
     transform = {"method": "matrix", "matrix": (np.eye(3) * 0.9 + 0.03).tolist()}
