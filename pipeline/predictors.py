@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.kernels.blend import Blender, PatchGrid
+from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances, Folding, Outputs, map_names
 from pipeline.networks.registry import build_method, needs_torch
@@ -78,7 +78,7 @@ class Predictor(Protocol):
     @property
     def busy(self) -> float | None: ...
 
-    def blender(self, grid: PatchGrid) -> Blender:
+    def blender(self, grid: PatchGrid) -> Any:
         """What blends its windows."""
 
     def empty(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -87,7 +87,7 @@ class Predictor(Protocol):
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)``."""
 
-    def begin(self, places: Places, patches: np.ndarray, blender: Blender) -> Finish:
+    def begin(self, places: Places, patches: np.ndarray, blender: Any) -> Finish:
         """Begin with windows, without waiting; each is blended once the ones begun before it have been."""
 
 
@@ -167,31 +167,84 @@ def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype)
     return maps
 
 
-class DeviceBlender(Blender):
-    """The same sums on a GPU, of tensors: integers, so the results are the same."""
+class DeviceBlender:
+    """What `pipeline.kernels.blend.Blender` does, on a GPU: by batches, as a call of its own for each window's edges
+    would take longer than the network. Sums of integers, so the results are the same.
+
+    Parameters
+    ----------
+    grid : PatchGrid
+        Where the windows lie.
+    largest : bool
+        As for `Blender`.
+    device : torch.device
+        Where the maps are.
+    """
 
     def __init__(self, grid: PatchGrid, largest: bool, device: torch.device) -> None:
         import torch
 
-        super().__init__(grid, largest)
-        self._weights = torch.from_numpy(self._weights).to(device)
+        self.grid = grid
+        self._largest = largest
+        self._weights = torch.from_numpy(blend_weights(grid.patch, grid.overlap)).to(device)
+        self._sum = weight_sum(grid.overlap)
+        # By column: the lower edge of its last window, and that window's row.
+        self._edges: Tensor | None = None
+        self._rows = np.full(grid.columns, -2)
+        self._left: Tensor | None = None
+        self._last = (-2, -2)
 
-    def _join(self, edge: Any, other: Any) -> None:
+    def add(self, places: Places, maps: Tensor) -> Tensor:
+        """Add windows.
+
+        Parameters
+        ----------
+        places : sequence of (int, int)
+            Their rows and columns; windows come in raster order.
+        maps : torch.Tensor
+            uint8 ``(N, C, patch, patch)``.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8 ``(N, C, stride, stride)``: the pixels of each that no later window reaches.
+        """
+        stride, overlap = self.grid.stride, self.grid.overlap
+        total = maps.int() if self._largest else maps * self._weights
+        right = total[..., stride:].clone()
+        if self._edges is None:
+            self._edges = total.new_zeros((self.grid.columns, maps.shape[1], overlap, stride))
+        start = 0
+        for end in range(1, len(places) + 1):
+            row, column = places[end - 1]
+            if end < len(places) and places[end] == (row, column + 1):
+                continue
+            # Neighbours in a row.
+            first = column - (end - 1 - start)
+            run, columns = total[start:end], slice(first, column + 1)
+            if self._left is not None and self._last == (row, first - 1):
+                self._join(run[0, ..., :overlap], self._left)
+            self._join(run[1:, ..., :overlap], right[start : end - 1])
+            above = self._rows[columns] == row - 1
+            if above.any():
+                edges = self._edges[columns]
+                if not above.all():
+                    edges = edges * edges.new_tensor(above)[:, None, None, None]
+                self._join(run[..., :overlap, :stride], edges)
+            self._edges[columns] = run[..., stride:, :stride]
+            self._rows[columns] = row
+            self._left, self._last = right[end - 1], (row, column)
+            start = end
+        done = total[..., :stride, :stride]
+        return (done if self._largest else (done + self._sum // 2) // self._sum).byte()
+
+    def _join(self, edge: Tensor, other: Tensor) -> None:
         import torch
 
         if self._largest:
             torch.maximum(edge, other, out=edge)
         else:
             edge += other
-
-    def _weigh(self, prediction: Any) -> Any:
-        return prediction.int() if self._largest else prediction * self._weights
-
-    def _keep(self, part: Any) -> Any:
-        return part.clone()
-
-    def _finish(self, done: Any) -> Any:
-        return (done if self._largest else (done + self._sum // 2) // self._sum).byte()
 
 
 class BatchPredictor:
@@ -233,7 +286,7 @@ class BatchPredictor:
         """Seconds that a GPU has computed."""
         return self._busy if self._on_gpu else None
 
-    def blender(self, grid: PatchGrid) -> Blender:
+    def blender(self, grid: PatchGrid) -> DeviceBlender:
         """See `Predictor`."""
         return DeviceBlender(grid, isinstance(self.network, FindsInstances), self.device)
 
@@ -247,14 +300,14 @@ class BatchPredictor:
         """Maps of windows, see `Predictor`."""
         return np.asarray(self._maps(patches).cpu())
 
-    def begin(self, places: Places, patches: np.ndarray, blender: Blender) -> Finish:
+    def begin(self, places: Places, patches: np.ndarray, blender: DeviceBlender) -> Finish:
         """See `Predictor`."""
         import torch
 
         started, ended = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._on_gpu else (None, None)
-        maps: Any = self._maps(patches, started)
+        maps = self._maps(patches, started)
         with torch.inference_mode():
-            blended: Any = torch.stack([blender.add(*place, one) for place, one in zip(places, maps, strict=True)])  # type: ignore[misc]
+            blended = blender.add(places, maps)
             if started is None or ended is None:
                 return lambda: iter(np.asarray(blended))
             done = torch.empty(blended.shape, dtype=torch.uint8, pin_memory=True)

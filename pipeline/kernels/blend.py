@@ -7,7 +7,6 @@ the same constant everywhere. Integer sums do not depend on order, so neither do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -102,12 +101,12 @@ class Blender:
     def __init__(self, grid: PatchGrid, largest: bool = False) -> None:
         self.grid = grid
         self._largest = largest
-        self._weights: Any = blend_weights(grid.patch, grid.overlap)
+        self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
         # Lower edges of windows by column: those of the row above that are still to be met, and those of this row.
-        self._above: dict[int, Any] = {}
-        self._below: dict[int, Any] = {}
-        self._left: Any = None
+        self._above: dict[int, np.ndarray] = {}
+        self._below: dict[int, np.ndarray] = {}
+        self._left = np.empty(0, np.int32)
         self._left_of = (-2, -2)
 
     def add(self, row: int, column: int, prediction: np.ndarray) -> np.ndarray:
@@ -126,32 +125,21 @@ class Blender:
             uint8 ``(C, stride, stride)``: the pixels that no later window reaches, from the window's origin on.
         """
         stride, overlap = self.grid.stride, self.grid.overlap
-        total = self._weigh(prediction)
+        join = np.maximum if self._largest else np.add
+        total = prediction.astype(np.int32) if self._largest else prediction * self._weights
         if self._left_of == (row, column - 1):
-            self._join(total[:, :, :overlap], self._left)
+            edge = total[:, :, :overlap]
+            join(edge, self._left, out=edge)
         if row != self._left_of[0]:
             self._above = self._below if row == self._left_of[0] + 1 else {}
             self._below = {}
-        self._left = self._keep(total[:, :, stride:])
+        self._left = total[:, :, stride:].copy()
         self._left_of = row, column
         strip = total[:, :, :stride]
         above = self._above.pop(column, None)
         if above is not None:
-            self._join(strip[:, :overlap], above)
-        self._below[column] = self._keep(strip[:, stride:])
-        done: np.ndarray = self._finish(strip[:, :stride])
-        return done
-
-    # What differs where the arrays are a GPU's.
-
-    def _weigh(self, prediction: Any) -> Any:
-        return prediction.astype(np.int32) if self._largest else prediction * self._weights
-
-    def _join(self, edge: Any, other: Any) -> None:
-        (np.maximum if self._largest else np.add)(edge, other, out=edge)
-
-    def _keep(self, part: Any) -> Any:
-        return part.copy()
-
-    def _finish(self, done: Any) -> Any:
+            edge = strip[:, :overlap]
+            join(edge, above, out=edge)
+        self._below[column] = strip[:, stride:].copy()
+        done = strip[:, :stride]
         return (done if self._largest else (done + self._sum // 2) // self._sum).astype(np.uint8)

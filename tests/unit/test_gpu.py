@@ -34,17 +34,19 @@ def predictor(folder: Path, device: str, batch: int) -> BatchPredictor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("largest", [False, True])
-def test_a_device_blends_as_numpy_does(device: str, largest: bool) -> None:
-    grid = PatchGrid(200, 170, 64, 20)
-    rng = np.random.default_rng(1)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_blends_as_numpy_does(device: str, largest: bool, seed: int) -> None:
+    grid = PatchGrid(200 + 60 * seed, 170, 64, 20)
+    rng = np.random.default_rng(seed)
     ours, theirs = Blender(grid, largest), DeviceBlender(grid, largest, torch.device(device))
-    for row in range(grid.rows):
-        for column in range(grid.columns):
-            if rng.random() < 0.2:
-                continue
-            maps = rng.integers(0, 256, (2, 64, 64), np.uint8)
-            found: Any = theirs.add(row, column, torch.from_numpy(maps).to(device))  # type: ignore[arg-type]
-            np.testing.assert_array_equal(ours.add(row, column, maps), found.cpu().numpy())
+    places = [(row, column) for row in range(grid.rows) for column in range(grid.columns) if rng.random() < 0.8]
+    while places:
+        count = int(rng.integers(1, 9))
+        batch, places = places[:count], places[count:]
+        maps = rng.integers(0, 256, (len(batch), 2, 64, 64), np.uint8)
+        found = theirs.add(batch, torch.from_numpy(maps).to(device))
+        for place, one, blended in zip(batch, maps, found.cpu().numpy(), strict=True):
+            np.testing.assert_array_equal(blended, ours.add(*place, one))
 
 
 @pytest.mark.parametrize("device", DEVICES)
