@@ -25,6 +25,7 @@ from pipeline.slide_table import SlideEntry, resolve_slides
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import write_failed_slide
+from pipeline.training.annotations import read_imagescope_xml
 
 
 class Payload:
@@ -80,6 +81,17 @@ def test_xml_bomb_in_a_slide(tmp_path: Path, body: str) -> None:
     # Ten billion times "ha" were 20 GB: the text is left alone or refused.
     assert record["peak_rss_mb"] < 400
     assert record["seconds"] < 50
+
+
+@pytest.mark.parametrize("layer", ["<Annotation>&k;</Annotation>", '<Annotation Name="&k;"/>'])
+def test_xml_bomb_in_annotations(tmp_path: Path, layer: str) -> None:
+    body = f"<Annotations>{layer}</Annotations>"
+    (tmp_path / "a.xml").write_text(BOMB + "]>" + body)
+    with pytest.raises(PipelineError, match="EntitiesForbidden") as error:
+        read_imagescope_xml(tmp_path / "a.xml")
+    assert "\n" not in str(error.value)
+    (tmp_path / "a.xml").write_text(body.replace("&k;", "ha"))
+    assert read_imagescope_xml(tmp_path / "a.xml") == []
 
 
 @pytest.mark.workflow
