@@ -165,3 +165,26 @@ def test_in_the_end_all_is_there(story: dict[str, Any]) -> None:
     for name in ("tissue.geojson", "stain.png", "tiles.zarr"):
         assert len({found[f"slides/{folder.name}/{name}"] for folder in folders}) == 1
     assert len({read_json(folder / "instances.json")["digest"] for folder in folders}) == 1
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("stage", ["tiles", "infer", "instances"])
+def test_damaged_part_of_a_huge_slide_is_made_anew(tmp_path: Path, model: Path, stage: str) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=1)
+    config = {"slides": "in", "model": str(model), "parts": {"from_gb": 0, "count": 2}}
+    assert run(tmp_path, {**config, "results": "whole"}).code == 0
+    slide = tmp_path / "out" / "slides" / "a"
+    obstacle = slide / f".lock-{'maps' if stage == 'infer' else stage}.json"
+    obstacle.mkdir(parents=True)
+    assert run(tmp_path, {**config, "results": "out"}).code == 1
+    obstacle.rmdir()
+    store = slide / "parts" / f"{stage}-1-of-2.zarr"
+    largest = max((path for path in store.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    done = run(tmp_path, {**config, "results": "out"})
+    assert done.code == 0, done.output
+    assert done.output.count(f"{stage}-1-of-2.zarr was damaged and has been removed") == 1
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
