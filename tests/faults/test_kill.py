@@ -130,7 +130,7 @@ def test_killed_at_many_random_moments(tmp_path: Path, model: Path) -> None:
     expected = outcome(unbroken / FOLDER)
     rng = random.Random(seed)
     done_kills = ended = checked = 0
-    while done_kills < kills or ended == 0:
+    while done_kills < kills or broken.exists():
         broken.mkdir(exist_ok=True)
         with start(broken, config) as process:
             # Up to a fifth of a run, so that it is the later stages' turn too.
