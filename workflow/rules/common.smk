@@ -104,6 +104,10 @@ if workflow.is_main_process:
 
 onstart:
     os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
+    # Snakemake's limit of 100 jobs a second, which no run comes near: it makes the scheduler look at all jobs that are
+    # ready once a second more with each job that ends, until it keeps a core busy.
+    if not any(word.startswith("--max-jobs-per-") for word in sys.argv):
+        workflow.scheduler.job_rate_limiter = None
     # Whoever asked to have things done over would have them done twice.
     told = workflow.dag_settings
     if RESTART is not None and not (
