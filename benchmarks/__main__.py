@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "measure": speed.measure,
     "export": speed.export,
     "slide": speed.whole,
+    "slide-gpu": speed.whole_gpu,
     "startup": speed.startup,
     "cohort": speed.cohort,
     "seams": exactness.seams,

@@ -164,12 +164,15 @@ def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, s
     """Write an Aperio-style slide with this share of tissue, a BigTIFF of JPEG tiles, levels /4 and /16."""
     from imagecodecs import jpeg_encode
 
+    def encode(pixels: np.ndarray) -> bytes:
+        return bytes(jpeg_encode(pixels, level=90, colorspace="RGB", outcolorspace="YCBCR", subsampling="444"))
+
     squares = tissue_squares(width, height, share)
     known: dict[bytes, tuple[int, int]] = {}
     shrunk = {f: cv2.resize(field.rgb, (SIDE // f, SIDE // f), interpolation=cv2.INTER_AREA) for f in _LEVELS}
     with path.open("wb") as file:
         file.write(b"II" + struct.pack("<HHHQ", 43, 8, 0, 0))
-        ifds = []
+        images = []
         for factor in _LEVELS:
             columns, rows = -(-width // factor // _TILE), -(-height // factor // _TILE)
             places = []
@@ -177,12 +180,33 @@ def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, s
                 for column in range(columns):
                     key, make = _tile(shrunk[factor], squares, factor, row, column)
                     if key not in known:
-                        data = jpeg_encode(make(), level=90, colorspace="RGB", outcolorspace="YCBCR", subsampling="444")
-                        known[key] = (file.tell(), len(data))
-                        file.write(data)
+                        known[key] = _append(file, encode(make()))
                     places.append(known[key])
-            ifds.append((width // factor, height // factor, places))
-        _write_directories(file, ifds, mpp)
+            images.append(_Image(width // factor, height // factor, places))
+        # After level 0 Aperio's files have a thumbnail in strips; without it tifffile takes the next level for one, and
+        # the slide falls to OpenSlide, which reads more slowly.
+        tissue = np.where(squares[..., None], field.rgb.mean(axis=(0, 1)), 243).astype(np.uint8)
+        thumbnail = cv2.resize(tissue, (_TILE, max(1, _TILE * height // width)), interpolation=cv2.INTER_NEAREST)
+        place = _append(file, encode(thumbnail))
+        images.insert(1, _Image(thumbnail.shape[1], thumbnail.shape[0], [place], tiled=False))
+        _write_directories(file, images, mpp)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a TIFF file, and where its tiles, or its only strip, lie: offsets and sizes in bytes."""
+
+    width: int
+    height: int
+    places: list[tuple[int, int]]
+    tiled: bool = True
+
+
+def _append(file: io.BufferedWriter, data: bytes) -> tuple[int, int]:
+    """Write at the end of a file: where, and how many bytes."""
+    place = file.tell(), len(data)
+    file.write(data)
+    return place
 
 
 def _tile(
@@ -203,29 +227,32 @@ def _tile(
     return key, make
 
 
-def _write_directories(file: io.BufferedWriter, ifds: list[tuple[int, int, list[tuple[int, int]]]], mpp: float) -> None:
+def _write_directories(file: io.BufferedWriter, images: list[_Image], mpp: float) -> None:
     link = 8
-    for number, (width, height, places) in enumerate(ifds):
-        size = f"{ifds[0][0]}x{ifds[0][1]} [0,0 {ifds[0][0]}x{ifds[0][1]}] (256x256)"
+    for number, image in enumerate(images):
+        size = f"{images[0].width}x{images[0].height} [0,0 {images[0].width}x{images[0].height}] (256x256)"
         if number:
-            size += f" -> {width}x{height}"
+            size += f" -> {image.width}x{image.height}"
         text = f"Aperio Image Library v12.0.16\r\n{size} JPEG/RGB Q=90|AppMag = 40|MPP = {mpp:.4f}\0".encode()
-        offsets, counts = np.array(places, "<u8").T
+        offsets, counts = np.array(image.places, "<u8").T
         entries: list[tuple[int, int, bytes]] = [
             (254, 4, struct.pack("<I", 0)),
-            (256, 4, struct.pack("<I", width)),
-            (257, 4, struct.pack("<I", height)),
+            (256, 4, struct.pack("<I", image.width)),
+            (257, 4, struct.pack("<I", image.height)),
             (258, 3, struct.pack("<HHH", 8, 8, 8)),
             (259, 3, struct.pack("<H", 7)),
             (262, 3, struct.pack("<H", 6)),  # YCbCr
             (270, 2, text),
             (277, 3, struct.pack("<H", 3)),
-            (322, 4, struct.pack("<I", _TILE)),
-            (323, 4, struct.pack("<I", _TILE)),
-            (324, 16, offsets.tobytes()),
-            (325, 16, counts.tobytes()),
             (530, 3, struct.pack("<HH", 1, 1)),  # colours at full resolution
         ]
+        if image.tiled:
+            entries += [(tag, 4, struct.pack("<I", _TILE)) for tag in (322, 323)]
+            entries += [(324, 16, offsets.tobytes()), (325, 16, counts.tobytes())]
+        else:
+            rows = struct.pack("<I", image.height)
+            entries += [(273, 16, offsets.tobytes()), (278, 4, rows), (279, 16, counts.tobytes())]
+        entries.sort()
         sizes = {2: 1, 3: 2, 4: 4, 16: 8}
         body, rest = b"", b""
         file.seek(0, io.SEEK_END)

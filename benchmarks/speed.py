@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks import material
 from benchmarks.harness import ROOT, Figure, Run, best, run_command, spent, stage, stage_here
 from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
+from pipeline.stage import read_manifest
 from pipeline.summary import MANIFESTS
 
 DEFAULT = ROOT / "models/default"
@@ -75,7 +76,6 @@ def tiles_row(options: Options) -> Iterator[Figure]:
     from pipeline import tiles
     from pipeline.allocator import keep_freed_memory
     from pipeline.slides.inspect import reopen
-    from pipeline.stage import read_manifest
 
     module: Any = tiles
     folder = options.place("tiles")
@@ -138,10 +138,11 @@ def tissue_options(folder: Path) -> dict[str, Any]:
 def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     """Tiles to maps, against the network's forward pass alone on the same windows."""
     from pipeline.allocator import keep_freed_memory
-    from pipeline.inference import active_windows, choose_predictor, infer_slide, one_result
+    from pipeline.inference import active_windows, infer_slide
     from pipeline.kernels.blend import PatchGrid
     from pipeline.kernels.stain import StainTransform
     from pipeline.lattice import CELL
+    from pipeline.predictors import choose_predictor, one_result
     from pipeline.tiles import TileStore
 
     folder = options.place(f"infer-{device}")
@@ -163,10 +164,13 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
         chosen = [windows[i % len(windows)] for i in range(min(count, 8 * predictor.batch))]
         patches = np.stack([store.read(*grid.origin(*w), grid.patch, grid.patch) for w in chosen])
         batches = np.split(patches, len(patches) // predictor.batch)
-        predictor(batches[0])
+        forward = _forward_alone(predictor, batches)
+        forward()
         times = max(1, round(len(windows) / len(patches)))
-        _, alone = spent(lambda: [predictor(batch) for _ in range(times) for batch in batches])
-        (found, ours) = spent(lambda: infer_slide(store, transform, predictor, package, folder / "maps.zarr"))
+        _, alone = spent(lambda: [forward() for _ in range(times)])
+        (found, ours) = spent(
+            lambda: infer_slide(store, transform, predictor, package, folder / "maps.zarr", threads=options.cores)
+        )
     rate, limit = found["windows"] / ours.wall, times * len(patches) / alone.wall
     note = f"{side} x {side} px, {package.name}, windows of {package.patch} px, {how}, {options.cores} threads"
     if device == "cpu":
@@ -176,8 +180,31 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
         )  # fmt: skip
     yield Figure("infer", f"windows, {device}", rate, "/s", limit, "forward alone",
                  "" if device == "cpu" else "ratio >= 0.8", note)  # fmt: skip
+    if "gpu_busy" in found:
+        yield Figure("infer", "GPU busy", 100 * found["gpu_busy"], "%", target="value >= 85", note=note)
     megapixels = found["windows"] * grid.stride**2 / 1e6
     yield Figure("infer", f"tissue, {device}", megapixels * package.mpp**2 / ours.wall, "mm²/s", note=note)
+
+
+def _forward_alone(predictor: Any, batches: Sequence[np.ndarray]) -> Callable[[], None]:
+    """The network on batches of windows, which on a GPU are there already."""
+    if predictor.busy is None:
+
+        def on_cpu() -> None:
+            for batch in batches:
+                predictor(batch)
+
+        return on_cpu
+    import torch
+
+    loaded = [predictor.load(batch) for batch in batches]
+
+    def on_gpu() -> None:
+        for batch in loaded:
+            predictor.forward(batch)
+        torch.cuda.synchronize()
+
+    return on_gpu
 
 
 def infer_gpu(options: Options) -> Iterator[Figure]:
@@ -353,6 +380,7 @@ def all_stages(
     mpp: float | None = None,
     summary: bool = True,
     precision: str = "auto",
+    device: str = "cpu",
     run: Callable[..., Run] = stage,
 ) -> dict[str, Run]:
     """Run the stages of one slide.
@@ -373,6 +401,8 @@ def all_stages(
         Also the last stage, which draws the overview.
     precision : str
         Numbers that the network computes with.
+    device : {"cpu", "cuda"}
+        Where it runs.
     run : callable
         What runs a stage; by default each in a process of its own.
 
@@ -398,7 +428,7 @@ def all_stages(
     )  # fmt: skip
     do("stain", tiles=f["tiles"], zarr=tiles, model=model, out=f["stain"], png=folder / "stain.png")
     do(
-        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device="cpu", precision=precision,
+        "infer", tiles=f["tiles"], zarr=tiles, stain=f["stain"], model=model, device=device, precision=precision,
         threads=workers, out=f["maps"], zarr_out=maps,
     )  # fmt: skip
     do(
@@ -418,6 +448,26 @@ def all_stages(
     return runs
 
 
+def whole_gpu(options: Options) -> Iterator[Figure]:
+    """The same slide where the network runs on a GPU: what each stage takes by the clock, and what limits the slide."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("slide-gpu: skipped, this machine has no GPU", file=sys.stderr)
+        return
+    folder = options.place("slide-gpu")
+    path, what = options.slide_file(folder, 4096 if options.quick else 16384, 0.5)
+    runs = all_stages(folder, options.model, options.cores, path, precision=options.precision, device="cuda")
+    maps = read_manifest(folder / "maps.json")
+    busy = maps["gpu_busy"] * maps["megapixels"] / maps["mp_per_s"]
+    total = sum(run.wall for run in runs.values())
+    note = ", ".join(f"{name} {run.wall:.1f}" for name, run in runs.items())
+    yield Figure(
+        "slide-gpu", "whole slide", total, "s", busy, "the GPU's work alone",
+        note=f"{what}, {options.model.name}, {maps['device']}, {options.cores} cores; seconds: {note}",
+    )  # fmt: skip
+
+
 def summary_options(folder: Path) -> dict[str, Any]:
     """Options of the stage `summary` for a slide whose results are in `folder`, under the names that they have here."""
     manifests = {name: folder / f"{'slide' if name == 'inspect' else name}.json" for name in MANIFESTS}
@@ -429,9 +479,10 @@ def summary_options(folder: Path) -> dict[str, Any]:
 
 def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precision: str) -> tuple[float, str]:
     """CPU seconds of the network alone on the windows of a slide's tiles, and the numbers that it computed with."""
-    from pipeline.inference import active_windows, choose_predictor, one_result
+    from pipeline.inference import active_windows
     from pipeline.kernels.blend import PatchGrid
     from pipeline.lattice import CELL
+    from pipeline.predictors import choose_predictor, one_result
     from pipeline.tiles import TileStore
 
     store = TileStore.open(folder / "tiles.zarr")
@@ -465,8 +516,6 @@ def startup(options: Options) -> Iterator[Figure]:
 def cohort(options: Options) -> Iterator[Figure]:
     """Many tiny slides through the workflow on two cores, stages started cold and warm, against their work alone."""
     from PIL import Image
-
-    from pipeline.stage import read_manifest
 
     count = 2 if options.quick else options.count
     field = material.field(0.5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,6 +117,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
     if name in STAGES:
         share_heap()
+        # There is hardly any linear algebra in stages, but OpenBLAS starts a thread a core, which waits busily for it.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # Imports make objects by the hundred thousand, none of them garbage, and Python would look at them many times.
+        gc.set_threshold(50_000)
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=f"{command.help}.")

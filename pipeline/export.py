@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import PipelineError
+from pipeline.geojson import ORIGIN
 from pipeline.kernels.contours import wkb_rings
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import run_stage
+from pipeline.stage import read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,7 +110,11 @@ def classifications(classes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def features(
-    batch: pa.RecordBatch, slide: str, known: Mapping[str, dict[str, Any]], digits: int = 2
+    batch: pa.RecordBatch,
+    slide: str,
+    known: Mapping[str, dict[str, Any]],
+    digits: int = 2,
+    origin: tuple[int, int] = (0, 0),
 ) -> list[dict[str, Any]]:
     """GeoJSON features of a batch of nuclei.
 
@@ -122,6 +128,8 @@ def features(
         What `classifications` returned.
     digits : int
         Decimals of a coordinate in level-0 pixels.
+    origin : tuple of int
+        Level-0 pixel from which coordinates count, x and y.
 
     Returns
     -------
@@ -133,7 +141,7 @@ def features(
     if batch.num_rows == 0:
         return []
     points, ring_starts, shape_starts = wkb_rings(*wkb_of(batch.column("geometry")))
-    coordinates = np.round(points, digits)
+    coordinates = np.round(points - origin, digits)
     rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts.tolist())]
 
     columns = {key: name for key, name in MEASUREMENTS.items() if key in batch.schema.names}
@@ -228,18 +236,21 @@ class GzipWriter:
             self._stream.write(self._pending.popleft().result())
 
 
-def _blocks(source: Path, slide: str, columns: Sequence[str], known: Mapping[str, dict[str, Any]]) -> Iterator[Any]:
+def _blocks(
+    source: Path, slide: str, columns: Sequence[str], known: Mapping[str, dict[str, Any]], origin: tuple[int, int]
+) -> Iterator[Any]:
     import orjson
 
     with open_nuclei(source) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
             if batch.num_rows:
                 with _no_collector():
-                    text = orjson.dumps(features(batch, slide, known), option=orjson.OPT_SERIALIZE_NUMPY)
+                    found = features(batch, slide, known, origin=origin)
+                    text = orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
                 yield batch.num_rows, text[1:-1]
 
 
-def write_geojson(source: Path, target: Path, slide: str, *, workers: int = 1) -> int:
+def write_geojson(source: Path, target: Path, slide: str, *, origin: tuple[int, int] = (0, 0), workers: int = 1) -> int:
     """Write the nuclei of a table as gzipped GeoJSON.
 
     Parameters
@@ -250,6 +261,8 @@ def write_geojson(source: Path, target: Path, slide: str, *, workers: int = 1) -
         The file to write.
     slide : str
         Name of the slide.
+    origin : tuple of int
+        Level-0 pixel from which coordinates count, x and y; another one than (0, 0) is written into the collection.
     workers : int
         Threads that compress. The bytes written do not depend on it.
 
@@ -264,13 +277,28 @@ def write_geojson(source: Path, target: Path, slide: str, *, workers: int = 1) -
     columns = [name for name in ("id", "geometry", "class", *MEASUREMENTS) if name in schema.names]
     count = 0
     with target.open("wb") as stream, GzipWriter(stream, workers=workers) as out:
-        lead = b'{"type":"FeatureCollection","features":[\n'
-        for rows, text in _blocks(source, slide, columns, known):
+        about = b'"%s":[%d,%d],' % (ORIGIN.encode(), *origin) if any(origin) else b""
+        lead = b'{"type":"FeatureCollection",' + about + b'"features":[\n'
+        for rows, text in _blocks(source, slide, columns, known, origin):
             out.write(lead + text)
             lead = b",\n"
             count += rows
         out.write(b"\n]}\n" if count else lead + b"]}\n")
     return count
+
+
+def origin_of(inspect: Path, origin: str) -> tuple[int, int]:
+    """Level-0 pixel from which exported coordinates count.
+
+    Parameters
+    ----------
+    inspect : pathlib.Path
+        ``slide.json``.
+    origin : {"slide", "bounds"}
+        The corner of level 0, or that of the bounds where the slide has them, from which on QuPath shows it.
+    """
+    bounds = read_manifest(inspect).get("bounds") if origin == "bounds" else None
+    return (int(bounds[0]), int(bounds[1])) if bounds else (0, 0)
 
 
 def run_export(
@@ -280,6 +308,8 @@ def run_export(
     out: Path,
     geojson: Path,
     *,
+    inspect: Path | None = None,
+    origin: str = "slide",
     workers: int = 1,
     on_bad_slide: str = "continue",
 ) -> dict[str, Any]:
@@ -293,6 +323,10 @@ def run_export(
         What the stage ``measure`` wrote.
     out, geojson : pathlib.Path
         The manifest and the GeoJSON to write.
+    inspect : pathlib.Path, optional
+        ``slide.json``, without which there are no bounds.
+    origin : {"slide", "bounds"}
+        See `origin_of`.
     workers : int
         Threads that compress.
     on_bad_slide : {"continue", "stop"}
@@ -301,14 +335,22 @@ def run_export(
     Returns
     -------
     dict
-        The manifest, with ``nuclei`` (count) and ``bytes``.
+        The manifest, with ``nuclei`` (count), ``bytes`` and ``origin`` (x and y in level-0 pixels).
+
+    Raises
+    ------
+    PipelineError
+        When the bounds are asked for without `inspect`.
     """
+    if origin == "bounds" and inspect is None:
+        raise PipelineError(f"slide {slide!r}: origin 'bounds' without a slide.json", "give it with --inspect")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        count = write_geojson(nuclei, staged["geojson"], slide, workers=workers)
+        corner = (0, 0) if inspect is None else origin_of(inspect, origin)
+        count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=workers)
         size = staged["geojson"].stat().st_size
         log.info("slide %r: %d nuclei exported, %.1f MB", slide, count, size / 1e6)
-        return {"nuclei": count, "bytes": size}
+        return {"nuclei": count, "bytes": size, "origin": list(corner)}
 
     return run_stage(
         "export",
@@ -328,6 +370,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--geojson", type=Path, required=True, metavar="FILE", help="GeoJSON to write (.geojson.gz)")
+    parser.add_argument("--inspect", type=Path, metavar="FILE", help="slide.json, for its bounds")
+    parser.add_argument(
+        "--origin", choices=("slide", "bounds"), default="slide", help="corner from which coordinates count"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that compress (default: 1)")
     parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
@@ -340,6 +386,8 @@ def main(args: argparse.Namespace) -> int:
         args.nuclei,
         args.out,
         args.geojson,
+        inspect=args.inspect,
+        origin=args.origin,
         workers=max(1, args.workers),
         on_bad_slide=args.on_bad_slide,
     )

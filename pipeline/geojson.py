@@ -17,6 +17,10 @@ IGNORED = "ignore"
 """Beginning of the class of objects that are no nuclei."""
 
 
+ORIGIN = "level0_origin"
+"""Member of a collection whose coordinates count from another pixel of level 0 than (0, 0): its x and y."""
+
+
 def read_geojson(path: Path) -> Any:
     """Read a file as JSON.
 
@@ -63,6 +67,12 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
         yield from iter_features(value["geometries"])
     else:
         yield {"type": "Feature", "geometry": value}
+
+
+def stated_origin(value: Any) -> tuple[float, float]:
+    """Level-0 pixel from which the coordinates of a file count."""
+    x, y = value.get(ORIGIN, (0, 0)) if isinstance(value, dict) else (0, 0)
+    return float(x), float(y)
 
 
 def class_names(feature: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Inference stage: tiles through the network, window by window, into blended maps.
 
 Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tiles' size. Reading and
-stain normalisation run ahead in threads, a bounded number of batches deep; the network sees batches of one shape.
+stain normalisation run ahead in threads, a bounded number of batches deep; while a batch is written the next one is
+under way.
 """
 
 from __future__ import annotations
@@ -11,284 +12,45 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 from pipeline.gpus import borrow
-from pipeline.kernels.blend import Blender, PatchGrid
+from pipeline.kernels.blend import PatchGrid
 from pipeline.kernels.stain import StainTransform
 from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
-from pipeline.networks.outputs import FindsInstances, Folding, Outputs, map_names
+from pipeline.networks.outputs import FindsInstances
 from pipeline.networks.precision import PRECISIONS
-from pipeline.networks.registry import build_method, needs_torch
+from pipeline.networks.registry import needs_torch
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
+from pipeline.predictors import Finish, Predictor, channel_names, choose_predictor, one_result
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
-from pipeline.tiles import TileStore
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from pipeline.tiles import RasterReader, TileStore
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCH = 64
-"""Windows a forward pass on a GPU."""
+MOST_READERS = 8
+"""Threads that read and normalise for a GPU."""
 
-READ_AHEAD = 3
-"""Batches that are read ahead of the network."""
+GPU_WRITERS = 3
+"""Threads that compress maps while a GPU computes."""
+
+MOST_WAITING = 2 * GPU_WRITERS
+"""Chunks that wait to be written."""
 
 CHUNK_COLUMNS = 4
 """Windows in a chunk of the maps."""
-
-
-def choose_device(name: str) -> str:
-    """Resolve the `device` setting to ``cpu`` or ``cuda``.
-
-    Raises
-    ------
-    PipelineError
-        When CUDA is asked for and there is none.
-    """
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if available else "cpu"
-    if name == "cuda" and not available:
-        raise PipelineError("device cuda: this machine has no usable GPU", "use device: auto or cpu")
-    return name
-
-
-class Predictor(Protocol):
-    """What makes maps of windows.
-
-    Parameters
-    ----------
-    batch : int
-        Windows that it is given at once.
-    per_pass : int
-        Windows in a forward pass.
-    network : torch.nn.Module, optional
-        The network, where there is one.
-    """
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def per_pass(self) -> int: ...
-
-    @property
-    def network(self) -> Any: ...
-
-    def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)``."""
-
-
-class WindowPredictor:
-    """One window at a time, on several threads: what comes out of a window depends on nothing else.
-
-    On CPUs this is also faster than batches, whose layers outgrow the caches.
-
-    Parameters
-    ----------
-    maps : callable
-        Makes uint8 maps ``(C, H, W)`` of a window uint8 ``(H, W, 3)``.
-    threads : int
-        Windows at once.
-    batch : int
-        Windows that it is given at once.
-    network : torch.nn.Module, optional
-        The network behind it.
-    """
-
-    per_pass = 1
-
-    def __init__(
-        self, maps: Callable[[np.ndarray], np.ndarray], threads: int, batch: int = 0, network: nn.Module | None = None
-    ) -> None:
-        self.maps = maps
-        self.batch = batch or 4 * threads
-        self.network = network
-        self._pool = ThreadPoolExecutor(threads, "maps")
-
-    def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps of windows, see `Predictor`."""
-        return np.stack(list(self._pool.map(self.maps, patches)))
-
-
-def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as a function from a window to its maps, for `WindowPredictor`.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Gives logits ``(N, C, H, W)`` for images in [0, 1].
-    outputs : Outputs
-        What its logits mean.
-    precision : torch.dtype
-        What it computes with.
-    """
-    import torch
-
-    network.to(memory_format=torch.channels_last).eval()
-
-    def maps(window: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), torch.autocast("cpu", precision, precision != torch.float32):
-            x = torch.from_numpy(window[None]).permute(0, 3, 1, 2)
-            found = outputs.predict(network, x.float().div(255))[0]
-            return np.asarray(found.mul(255).round().to(torch.uint8))
-
-    return maps
-
-
-class BatchPredictor:
-    """Batches of one size on a GPU.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Gives logits ``(N, C, H, W)`` for images in [0, 1].
-    device : str
-        ``cuda``, or ``cpu`` for comparison.
-    batch : int
-        Windows a forward pass; halves itself when the device runs out of memory.
-    outputs : Outputs
-        What its logits mean.
-    precision : torch.dtype
-        What it computes with.
-    """
-
-    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs, precision: torch.dtype) -> None:
-        import torch
-
-        self.device = torch.device(device)
-        self.batch = batch
-        self.outputs = outputs
-        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
-        self.precision = precision
-
-    @property
-    def per_pass(self) -> int:
-        """Windows in a forward pass."""
-        return self.batch
-
-    def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps of windows, see `Predictor`."""
-        import torch
-
-        done: list[np.ndarray] = []
-        start = 0
-        while start < len(patches):
-            part = patches[start : start + self.batch]
-            try:
-                done.append(self._forward(part))
-            except (torch.OutOfMemoryError, MemoryError):
-                if self.batch == 1:
-                    raise PipelineError(
-                        f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
-                    ) from None
-                self.batch //= 2
-                log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            start += len(part)
-        return done[0] if len(done) == 1 else np.concatenate(done)
-
-    def _forward(self, patches: np.ndarray) -> np.ndarray:
-        import torch
-
-        count = len(patches)
-        if count < self.batch:  # one shape always, so that the same kernels run
-            padding = np.zeros((self.batch - count, *patches.shape[1:]), np.uint8)
-            patches = np.concatenate([patches, padding])
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
-            x = torch.from_numpy(patches).to(self.device).permute(0, 3, 1, 2)
-            maps = self.outputs.predict(self.network, x.float().div(255))[:count]
-            return np.asarray(maps.mul(255).round().to(torch.uint8).cpu())
-
-
-@contextmanager
-def one_result() -> Iterator[None]:
-    """Let torch choose kernels that give the same bits in every run on the same machine; undone at the end."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    cudnn = torch.backends.cudnn
-    memory: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), cudnn.benchmark, torch.get_num_threads()
-    filled = memory.fill_uninitialized_memory
-    # Warned of, not refused: a network may hold an operation that has no such kernel. `use_deterministic_algorithms`
-    # does the same, but imports the compiler first, which takes longer than all else before the first window.
-    torch.set_deterministic_debug_mode("warn")
-    memory.fill_uninitialized_memory = False  # which costs time and is for finding bugs
-    cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        memory.fill_uninitialized_memory = filled
-        cudnn.benchmark = before[1]
-        torch.set_num_threads(before[2])
-
-
-def choose_predictor(
-    package: ModelPackage, device: str, batch: int, threads: int, precision: str = "auto"
-) -> tuple[Predictor, dict[str, Any]]:
-    """A package's predictor, and what the manifest says of it: ``device``, ``precision``, ``batch``.
-
-    Parameters
-    ----------
-    package : ModelPackage
-        The model.
-    device : {"auto", "cpu", "cuda"}
-        Where it shall run.
-    batch : int
-        Windows at once; 0 chooses by device.
-    threads : int
-        CPU threads.
-    precision : str
-        One of `pipeline.networks.precision.PRECISIONS`.
-    """
-    if not needs_torch(package.network):
-        import cv2
-
-        cv2.setNumThreads(1)
-        method = WindowPredictor(build_method(package.network, package.network_args), threads, batch)
-        return method, {"device": "cpu", "precision": "float32", "batch": 1}
-    import torch
-
-    from pipeline.models.weights import load_network
-    from pipeline.networks.precision import choose_precision
-
-    outputs = Outputs(channel_names(package), package.tta)
-    kind, network = choose_device(device), load_network(package)
-    if isinstance(network, Folding):
-        network.fold_norms()
-    number = choose_precision(precision, kind, network)
-    about = {"device": "cpu", "precision": str(number).removeprefix("torch."), "batch": 1}
-    if kind == "cuda":
-        predictor = BatchPredictor(network, "cuda", batch or DEFAULT_BATCH, outputs, number)
-        return predictor, about | {"device": torch.cuda.get_device_name(), "batch": predictor.batch}
-    torch.set_num_threads(1)  # a thread a window
-    return WindowPredictor(network_on_cpu(network, outputs, number), threads, batch, network), about
-
-
-def channel_names(package: ModelPackage) -> tuple[str, ...]:
-    """Names of a model's maps in the order of the network's channels."""
-    return map_names(package.heads, [c.name for c in package.classes])
 
 
 def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[tuple[int, int]]:
@@ -338,9 +100,13 @@ class MapWriter:
         The windows.
     rows : range, optional
         Rows of chunks to write; the others are dropped.
+    pool : concurrent.futures.Executor, optional
+        Compresses and writes beside; a bounded number of chunks waits.
     """
 
-    def __init__(self, store: MapStore, grid: PatchGrid, rows: range | None = None) -> None:
+    def __init__(
+        self, store: MapStore, grid: PatchGrid, rows: range | None = None, pool: Executor | None = None
+    ) -> None:
         self.store = store
         self.grid = grid
         self.rows = range(grid.rows) if rows is None else rows
@@ -350,6 +116,8 @@ class MapWriter:
         self._row = -1
         self._written = 0
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
+        self._pool = pool
+        self._writing: deque[Future[None]] = deque()
 
     def add(self, row: int, column: int, pixels: np.ndarray) -> None:
         """Take the pixels that `Blender.add` gave for a window."""
@@ -363,6 +131,16 @@ class MapWriter:
     def close(self) -> None:
         """Write what is held."""
         self._begin(self._row + 2)
+        while self._writing:
+            self._writing.popleft().result()
+
+    def _write(self, rows: slice, columns: slice, part: np.ndarray) -> None:
+        if self._pool is None:
+            self.store.array[:, rows, columns] = part
+            return
+        self._writing.append(self._pool.submit(self.store.array.__setitem__, (slice(None), rows, columns), part))
+        while len(self._writing) > MOST_WAITING:
+            self._writing.popleft().result()
 
     def _begin(self, row: int) -> None:
         width = self.store.grid.width
@@ -398,7 +176,7 @@ class MapWriter:
                 if held is not None:
                     np.multiply(held[:, : len(mask)], mask, out=part)
                 _add_chunk(self.digest, rows, columns, part)
-                self.store.array[:, rows, columns] = part
+                self._write(rows, columns, part)
             self._written = columns.stop
             while self._waiting and min(self._waiting[0][0] + stride, width) <= columns.stop:
                 left, pixels = self._waiting.popleft()
@@ -513,6 +291,7 @@ def infer_slide(
     package: ModelPackage,
     path: Path,
     part: Part | None = None,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Run a slide's tiles through a network.
 
@@ -530,14 +309,16 @@ def infer_slide(
         The store of maps to write.
     part : Part, optional
         Write this part's rows of chunks alone.
+    threads : int
+        CPU threads that read, where a GPU computes.
 
     Returns
     -------
     dict
-        What the manifest says of the run: windows, megapixels, rates, the maps' hash.
+        What the manifest says of the run: windows, megapixels, rates, the maps' hash; ``gpu_busy``, the share of the
+        time in which a GPU computed, where one did.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
-    channels = channel_names(package)
     active = np.asarray(tiles.active, bool)
     store = _create_maps(path, tiles, grid, package)
     windows = list(active_windows(grid, active, CELL))
@@ -548,18 +329,18 @@ def infer_slide(
         windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
-    blender = Blender(grid, len(channels), largest=isinstance(predictor.network, FindsInstances))
-    writer = MapWriter(store, grid, rows)
+    blender = predictor.blender(grid)
+    reader = RasterReader(tiles)
 
     def read(batch: list[tuple[int, int]]) -> np.ndarray:
-        patches = np.empty((len(batch), grid.patch, grid.patch, 3), np.uint8)
+        patches = predictor.empty((len(batch), grid.patch, grid.patch, 3))
         start = 0
         for end in range(1, len(batch) + 1):
             if end < len(batch) and batch[end] == (batch[end - 1][0], batch[end - 1][1] + 1):
                 continue
             # Neighbours are read as one strip, for tiles are larger than windows.
             x, y = grid.origin(*batch[start])
-            strip = tiles.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
+            strip = reader.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
             strip = transform.apply(strip)
             for index in range(start, end):
                 left = (index - start) * grid.stride
@@ -568,26 +349,40 @@ def infer_slide(
         return patches
 
     megapixels = grid.stride**2 / 1e6
-    with ThreadPoolExecutor(2, "read") as pool, Progress(len(windows) * megapixels, "infer", "MP") as progress:
+    on_gpu = predictor.busy is not None
+    readers = max(2, min(threads, MOST_READERS)) if on_gpu else 2
+    with (
+        ThreadPoolExecutor(readers, "read") as pool,
+        ThreadPoolExecutor(GPU_WRITERS, "write") as writers,
+        Progress(len(windows) * megapixels, "infer", "MP") as progress,
+    ):
+        writer = MapWriter(store, grid, rows, writers if on_gpu else None)
         pending = _batches(iter(windows), predictor.batch)
         ahead: deque[tuple[list[tuple[int, int]], Future[np.ndarray]]] = deque()
+        begun: deque[tuple[list[tuple[int, int]], Finish]] = deque()
         while True:
-            while len(ahead) <= READ_AHEAD and (batch := next(pending, None)):
+            while len(ahead) <= readers + 1 and (batch := next(pending, None)):
                 ahead.append((batch, pool.submit(read, batch)))
-            if not ahead:
+            # The next batch is under way while the one before is written.
+            while len(begun) < 2 and ahead:
+                batch, patches = ahead.popleft()
+                begun.append((batch, predictor.begin(batch, patches.result(), blender)))
+            if not begun:
                 break
-            batch, patches = ahead.popleft()
-            predictions = predictor(patches.result())
-            for (row, column), prediction in zip(batch, predictions, strict=True):
-                writer.add(row, column, blender.add(row, column, prediction))
+            batch, finish = begun.popleft()
+            for (row, column), pixels in zip(batch, finish(), strict=True):
+                writer.add(row, column, pixels)
             progress.advance(len(batch) * megapixels)
         writer.close()
-        return {
+        found = {
             "windows": len(windows),
             "megapixels": round(len(windows) * megapixels, 3),
             "mp_per_s": round(progress.rate, 3) if windows else None,
             "maps_sha256": writer.digest.hexdigest(),
         }
+        if predictor.busy is not None:
+            found["gpu_busy"] = round(predictor.busy / max(progress.seconds, 1e-9), 3)
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -642,7 +437,7 @@ def run_infer(
                     during.enter_context(one_result())
                 cores = threads or os.cpu_count() or 1
                 predictor, about = choose_predictor(package, device, batch, cores, precision)
-                found = infer_slide(store, transform, predictor, package, staged["maps"], part)
+                found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
                 found |= about | {"batch": predictor.per_pass}  # smaller than chosen where memory ran out
         log.info(
             "slide %r: %.1f MP at %s MP/s on %s, %s",

@@ -34,6 +34,9 @@ MARGIN, MAP_WIDTH, CROP_WIDTH = 0.45, 5.85, (13 - 2 * 0.45 - 2 * 0.4) / 3
 INK, MUTED, RULE = "#1b1f24", "#667085", "#d0d5dd"
 TISSUE_LINE = "#0b7285"
 COLOUR_MAP = "magma"
+PNG_LEVEL = 4
+"""Compression of pictures: a twentieth larger at most than with Pillow's 6, in half the time."""
+
 FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
 
 
@@ -115,9 +118,11 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
             block = tiles.read(left, top, w, h)
             rows, cols = math.ceil(h / factor), math.ceil(w / factor)
             block = np.pad(block, ((0, rows * factor - h), (0, cols * factor - w), (0, 0)), mode="edge")
-            small = block.reshape(rows, factor, cols, factor, 3).mean(axis=(1, 3), dtype=np.float32)
+            # One axis after the other: NumPy adds whole rows several times as fast as squares of single pixels.
+            lines = block.reshape(rows, factor, -1).sum(axis=1, dtype=np.uint32)
+            sums = lines.reshape(rows, cols, factor, 3).sum(axis=2, dtype=np.uint32)
             y, x = top // factor, left // factor
-            image[y : y + rows, x : x + cols] = np.rint(small)
+            image[y : y + rows, x : x + cols] = np.rint(sums / factor**2)
     return image, factor
 
 
@@ -357,7 +362,8 @@ def draw(
         figure = Figure(figsize=(13, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         _draw(figure, tall, slide, facts, tiles, rings, centroids, regions, contours, legend)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        compression = {"compress_level": PNG_LEVEL}
+        figure.savefig(path, format="png", metadata={"Software": None}, pil_kwargs=compression)
 
 
 def _draw(

@@ -22,6 +22,7 @@ from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
+from pipeline.overview import PNG_LEVEL
 from pipeline.stage import run_stage
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def run_stain(
         transform, payload = fit_slide(rgb, method, package, strength, white)
         for warning in payload["warnings"]:
             log.warning("slide %r: %s", slide, warning)
-        draw_preview(store, transform, payload, package).save(staged["png"])
+        draw_preview(store, transform, payload, package).save(staged["png"], compress_level=PNG_LEVEL)
         return payload | {"samples": {"pixels": len(rgb), "cells": cells}}
 
     return run_stage(

@@ -219,6 +219,8 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "vendor": inspect.get("vendor"),
         "width": inspect.get("width"),
         "height": inspect.get("height"),
+        "bounds": inspect.get("bounds"),
+        "geojson_origin": manifests["export"].get("origin") or [0, 0],
         "mpp": inspect.get("mpp"),
         "mpp_source": inspect.get("mpp_source"),
         "objective": inspect.get("objective"),
@@ -247,35 +249,45 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
     Returns
     -------
     dict
-        Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals, and ``region``: the box (left,
-        top, right, bottom in level-0 pixels) around the known nuclei, or the label map's. Nuclei whose centroid lies
-        outside of it are left out, so that a part of a slide may be annotated.
+        Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals; ``n_outside``, how many of the
+        truths lie outside of the slide, which count as missed; and ``region``: the box (left, top, right, bottom in
+        level-0 pixels) around the known nuclei on the slide, or the label map's. Nuclei whose centroid lies outside of
+        it are left out, so that a part of a slide may be annotated.
 
     Raises
     ------
     SlideError
         When the truth cannot be read or is none of this slide.
     """
+    from pipeline.evaluation.metrics import Overlaps, score_overlaps
     from pipeline.evaluation.readers import LabelMap, compare, load, some_nuclei
 
     try:
         known = load(truth)
     except PipelineError as error:
         raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
-    left, top, right, bottom = known.box
-    if isinstance(known, LabelMap) and (right, bottom) != tuple(size):
-        raise SlideError(
-            f"truth: {truth} has {right} x {bottom} pixels, level 0 of the slide {size[0]} x {size[1]}",
-            "give a label map of level 0, or polygons",
-        )
-    if left >= size[0] or top >= size[1] or (right > left and (right <= 0 or bottom <= 0)):
-        raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
-    wanted = np.ones(len(nuclei), bool)  # where nothing is known, all are wrong
-    if right > left:
+    slide = (0, 0, *size)
+    if isinstance(known, LabelMap):
+        box = known.box
+        if box != slide:
+            raise SlideError(
+                f"truth: {truth} has {box[2]} x {box[3]} pixels, level 0 of the slide {size[0]} x {size[1]}",
+                "give a label map of level 0, or polygons",
+            )
+    else:
+        inside, outside = known.cut(slide)
+        box = inside.box
+        if len(outside) and not len(inside.runs):
+            raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
+    left, top, right, bottom = box
+    if known.busy(top, bottom):
         places = nuclei.centroids * (nuclei.grid.scale_x, nuclei.grid.scale_y)
         wanted = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
-    found = some_nuclei(nuclei.path, wanted)
-    scores = compare(known, found)
+        scores = compare(known, some_nuclei(nuclei.path, wanted), slide)
+    else:  # all that was found is wrong, whatever its outlines
+        none = np.empty(0, np.int64)
+        found = Overlaps(none, np.ones(len(nuclei), np.int64), none, none, none)
+        scores = score_overlaps(found) | {"n_outside": 0}
     rounded_ = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
     return rounded_ | {"region": [left, top, right, bottom]}
 
@@ -356,7 +368,15 @@ def run_summary(
         before = {name: read_manifest(manifests[name]) for name in MANIFESTS}
         numbers = summarise(table, before)
         size = (before["inspect"]["width"], before["inspect"]["height"])
-        numbers["evaluation"] = None if truth is None else evaluate_slide(table, truth, size)
+        numbers["evaluation"] = None
+        if truth is not None:
+            numbers["evaluation"] = scores = evaluate_slide(table, truth, size)
+            if scores["n_outside"]:
+                from pipeline.evaluation.readers import told_outside
+
+                warning = told_outside(scores["n_outside"], scores["n_truth"])
+                numbers["warnings"].append(f"summary: {warning}")
+                log.warning("slide %r: %s", slide, warning)
         draw_overview(staged["png"], slide, numbers, table, tissue_geojson, tiles_zarr)
         return numbers
 

@@ -14,8 +14,11 @@ import shapely
 
 from pipeline.grid import Grid
 from pipeline.kernels.instances import InstanceRules, Pixels
+from pipeline.kernels.stain import RUIFROK, od_to_rgb
+from pipeline.lattice import CELL
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.stage import write_json
 
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]
 
@@ -199,3 +202,32 @@ def ring_of(wkb: bytes) -> list[list[float]]:
     """Exterior of a polygon given as WKB."""
     points: list[list[float]] = shapely.get_coordinates(shapely.get_exterior_ring(shapely.from_wkb(wkb))).tolist()
     return points
+
+
+def stained(height: int, width: int, seed: int) -> np.ndarray:
+    """Random H&E tissue, uint8 RGB."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(seed)
+    amounts = np.stack([ndimage.gaussian_filter(rng.normal(size=(height, width)), s) * s for s in (3, 6)], axis=-1)
+    return od_to_rgb(np.clip(amounts * 2 + 0.4, 0, 3) @ RUIFROK)
+
+
+def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, Path]:
+    """What the stages before inference leave of a slide of these pixels, one corner of it not tissue."""
+    import zarr
+
+    height, width = rgb.shape[:2]
+    grid = Grid(width, height, 0.5, 2.0, 2.0)
+    folder.mkdir(parents=True)
+    active = np.ones((-(-height // CELL), -(-width // CELL)), bool)
+    active[:2, :2] = False
+    rgb = rgb.copy()
+    rgb[: 2 * CELL, : 2 * CELL] = 255
+    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": CELL})
+    group.create_array("rgb", shape=rgb.shape, chunks=(chunk, chunk, 3), dtype="uint8", fill_value=255)[:] = rgb
+    group.create_array("active", data=active)
+    transform = {"method": "matrix", "matrix": (np.eye(3) * 0.9 + 0.03).tolist()}
+    write_json(folder / "tiles.json", {"stage": "tiles", "status": "ok"})
+    write_json(folder / "stain.json", {"stage": "stain", "status": "ok", "transform": transform})
+    return {"tiles": folder / "tiles.json", "zarr": folder / "tiles.zarr", "stain": folder / "stain.json"}

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 
 MOST_ENLARGED = 4
 """How much coarser than the model a slide may be."""
+
+ENLARGED_WELL = 2.2
+"""Up to here no warning: slides of a 20x objective, some 0.5 µm/px, before a model of 0.25."""
+
+Window = Callable[[int, int, int, int], np.ndarray]
 
 _COMPARE = 16
 """Side, in grid pixels, of the squares whose means are compared between two levels."""
@@ -109,7 +114,7 @@ class TileStore:
         except Exception as error:
             raise _damaged(Path(path), error) from None
 
-    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def read(self, x: int, y: int, w: int, h: int, window: Window | None = None) -> np.ndarray:
         """Read a window.
 
         Parameters
@@ -117,6 +122,8 @@ class TileStore:
         x, y, w, h : int
             Window in grid pixels. Where it reaches outside the grid, pixels come by reflection at the grid's edge
             (the edge pixel repeated), so that a patch at the slide's edge sees more of the same tissue, not a border.
+        window : callable, optional
+            What reads windows within the grid: `window`, or another that gives the same.
 
         Returns
         -------
@@ -128,14 +135,16 @@ class TileStore:
         PipelineError
             When a stored tile is damaged.
         """
+        window = window or self.window
         if x >= 0 and y >= 0 and x + w <= self.grid.width and y + h <= self.grid.height:
-            return self._window(x, y, x + w, y + h)
+            return window(x, y, x + w, y + h)
         columns, rows = reflect(x, w, self.grid.width), reflect(y, h, self.grid.height)
         x0, y0 = int(columns.min()), int(rows.min())
-        pixels = self._window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)
+        pixels = window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)
         return pixels[(rows - y0)[:, None], columns - x0]
 
-    def _window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    def window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        """Pixels of columns `x0` to `x1` and rows `y0` to `y1` of the grid, the last ones excluded."""
         cells = self.active[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)]
         if not cells.any():
             return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
@@ -143,6 +152,72 @@ class TileStore:
             return np.asarray(self._rgb[y0:y1, x0:x1])
         except Exception as error:  # zarr's codecs raise what they like over a damaged chunk
             raise _damaged(self.path, error) from None
+
+
+class RasterReader:
+    """Reads windows of a store in raster order, from several threads, and decodes each tile once.
+
+    Held are the tiles of the rows that windows lie in now, up to a limit; those beyond it are decoded for each window.
+
+    Parameters
+    ----------
+    store : TileStore
+        What is read.
+    limit : int
+        Tiles that are held at most.
+    """
+
+    def __init__(self, store: TileStore, limit: int = 24) -> None:
+        self.store = store
+        self.limit = limit
+        self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """Read a window that does not lie more than a tile above an earlier one; see `TileStore.read`."""
+        return self.store.read(x, y, w, h, self._window)
+
+    def _window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        tile = self.store.tile
+        out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+        for row in range(y0 // tile, -(-y1 // tile)):
+            for column in range(x0 // tile, -(-x1 // tile)):
+                top, left = row * tile, column * tile
+                a, b, c, d = max(y0, top), min(y1, top + tile), max(x0, left), min(x1, left + tile)
+                part = out[a - y0 : b - y0, c - x0 : d - x0]
+                if not self.store.active[a // CELL : -(-b // CELL), c // CELL : -(-d // CELL)].any():
+                    part[:] = 255
+                elif (pixels := self._tile(row, column, y0 // tile)) is None:
+                    part[:] = self.store.window(c, a, d, b)
+                else:
+                    part[:] = pixels[a - top : b - top, c - left : d - left]
+        return out
+
+    def _tile(self, row: int, column: int, first: int) -> np.ndarray | None:
+        """A tile, or None where there is no room; `first` is the window's first row of tiles."""
+        with self._lock:
+            found = self._held.get((row, column))
+            if found is None:
+                # The row above may still be wanted by a thread that is behind.
+                for key in [key for key in self._held if key[0] < first - 1]:
+                    del self._held[key]
+                if len(self._held) >= self.limit:
+                    for key in [key for key in self._held if key[0] < first]:
+                        del self._held[key]
+                if len(self._held) >= self.limit:
+                    return None
+                mine = self._held[row, column] = Future()
+        if found is not None:
+            return found.result()
+        tile, grid = self.store.tile, self.store.grid
+        x, y = column * tile, row * tile
+        try:
+            pixels = self.store.window(x, y, min(x + tile, grid.width), min(y + tile, grid.height))
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        mine.set_result(pixels)
+        return pixels
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
@@ -534,10 +609,10 @@ def run_tiles(
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
         warnings = []
-        if coarse > 1.5:
+        if coarse > ENLARGED_WELL:
             warnings.append(
-                f"the slide's {max(mpp_x, mpp_y):g} µm/px are enlarged to the model's {wanted:g}: small nuclei are "
-                "missed, outlines are coarse"
+                f"the slide's {max(mpp_x, mpp_y):g} µm/px are {coarse:.2g} times as coarse as the model's {wanted:g}: "
+                "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
             )
         if doubtful.any():
             warnings.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.readers import SUFFIXES, compare, load, stem
+from pipeline.evaluation.readers import SUFFIXES, compare, load, slide_box, stem, told_outside
 from pipeline.stage import stub_text, write_json
 
 log = logging.getLogger(__name__)
@@ -132,11 +132,13 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
     matched, alone = pairs(pred, truth)
     for name, (prediction, known) in matched.items():
         try:
-            images[name] = compare(load(known), load(prediction))
+            images[name] = row = compare(load(known), load(prediction), slide_box(prediction))
         except PipelineError as error:
             if str(prediction) in str(error) or str(known) in str(error):
                 raise
             raise PipelineError(f"{prediction} and {known}: {error}") from None
+        if row["n_outside"]:
+            log.warning("%s: %s", known, told_outside(row["n_outside"], row["n_truth"]))
     mean = {metric: sum(row[metric] for row in images.values()) / len(images) for metric in METRICS}
     return {"images": images, "mean": mean, "left_out": alone}
 

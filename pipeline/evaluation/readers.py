@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import Overlaps, score_overlaps
-from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role
+from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
 from pipeline.label_maps import read_instances
@@ -79,7 +80,7 @@ class Outlines:
     @classmethod
     def of(cls, points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> Outlines:
         """Outlines of polygons given as flat arrays, see `pipeline.kernels.raster.polygon_runs`."""
-        runs = polygon_runs(points, ring_starts, polygon_starts)
+        runs = polygon_runs(points, ring_starts, polygon_starts, even_ties=True)
         order = np.argsort(runs[:, 1], kind="stable")
         return cls(runs[order, 1:].astype(np.int32), (runs[order, 0] + 1).astype(np.int32))
 
@@ -90,6 +91,16 @@ class Outlines:
             return 0, 0, 0, 0
         row, first, last = self.runs.T
         return int(first.min()), int(row[0]), int(last.max()), int(row[-1]) + 1
+
+    def cut(self, box: Box) -> tuple[Outlines, np.ndarray]:
+        """What lies within a box, and the pixels (int64) of each instance that has none there."""
+        left, top, right, bottom = box
+        row, first, last = self.runs.T
+        pixels = np.bincount(self.labels, weights=last - first).astype(np.int64)
+        first, last = np.clip(first, left, right), np.clip(last, left, right)
+        inside = (row >= top) & (row < bottom) & (last > first)
+        pixels[self.labels[inside]] = 0
+        return Outlines(np.stack([row, first, last], axis=1)[inside], self.labels[inside]), pixels[pixels > 0]
 
     def paint(self, box: Box) -> np.ndarray:
         """Labels within a box, whatever lies outside being cut off."""
@@ -211,6 +222,7 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
     others: list[str] = []
     any_polygon = False
     left_out = 0
+    origin = stated_origin(value)
     for feature in iter_features(value):
         geometry = nucleus_geometry(feature)
         if geometry is None:
@@ -230,7 +242,7 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
                 raise ValueError("a ring is no list of points")
             if not (np.abs(corners[:, :2]) < MAX_COORDINATE).all():
                 raise ValueError("a corner is no number of pixels")
-            points.append(corners[:, :2])
+            points.append(corners[:, :2] + origin)
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
             points, polygons = [], []
@@ -276,14 +288,50 @@ def canvas(truth: Instances, pred: Instances) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def compare(truth: Instances, pred: Instances) -> dict[str, Any]:
+def slide_box(path: Path) -> Box | None:
+    """The slide of a ``nuclei.parquet`` in level-0 pixels, up to a pixel of the grid more; None for other files."""
+    if not path.name.lower().endswith(".parquet"):
+        return None
+    from pipeline.grid import Grid
+    from pipeline.nuclei import about_nuclei, open_nuclei
+
+    with open_nuclei(path) as file:
+        try:
+            grid = Grid.from_json(about_nuclei(file.schema_arrow)["grid"])
+        except (KeyError, TypeError, ValueError):
+            return None
+    return 0, 0, math.ceil((grid.width + 1) * grid.scale_x), math.ceil((grid.height + 1) * grid.scale_y)
+
+
+def told_outside(outside: int, known: int) -> str:
+    """What to say when some of the known nuclei lie outside of the slide."""
+    question = "are they in level-0 pixels?"
+    return f"{outside} of {known} known nuclei lie outside of the slide and count as missed: {question}"
+
+
+def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict[str, Any]:
     """The scores of `pipeline.evaluation.metrics.score`, computed in bands: memory does not grow with the image.
+
+    Parameters
+    ----------
+    truth, pred : LabelMap or Outlines
+        What is compared.
+    slide : Box, optional
+        The slide. Known outlines are cut at it; those that lie outside count as missed, without a canvas out to them.
+
+    Returns
+    -------
+    dict
+        The scores, and ``n_outside``: how many of the truths lie outside of the slide.
 
     Raises
     ------
     PipelineError
         When two label maps differ in size.
     """
+    outside = np.empty(0, np.int64)
+    if slide is not None and isinstance(truth, Outlines):
+        truth, outside = truth.cut(slide)
     left, top, right, bottom = canvas(truth, pred)
     step = max(1, BAND_PIXELS // max(1, right - left))
 
@@ -293,4 +341,6 @@ def compare(truth: Instances, pred: Instances) -> dict[str, Any]:
             if truth.busy(y, end) or pred.busy(y, end):
                 yield truth.paint((left, y, right, end)), pred.paint((left, y, right, end))
 
-    return score_overlaps(Overlaps.of_bands(bands()))
+    overlaps = Overlaps.of_bands(bands())
+    missed = replace(overlaps, truth_area=np.concatenate([overlaps.truth_area, outside]))
+    return score_overlaps(missed) | {"n_outside": len(outside)}

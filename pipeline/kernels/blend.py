@@ -7,6 +7,7 @@ the same constant everywhere. Integer sums do not depend on order, so neither do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -93,22 +94,20 @@ class Blender:
     ----------
     grid : PatchGrid
         Where the windows lie.
-    channels : int
-        Maps.
     largest : bool
         Take the largest value of the windows over a pixel instead of their weighted mean; for maps of instances, of
         which each window draws its own alone.
     """
 
-    def __init__(self, grid: PatchGrid, channels: int, largest: bool = False) -> None:
+    def __init__(self, grid: PatchGrid, largest: bool = False) -> None:
         self.grid = grid
         self._largest = largest
-        self._weights = blend_weights(grid.patch, grid.overlap)
+        self._weights: Any = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
         # Lower edges of windows by column: those of the row above that are still to be met, and those of this row.
-        self._above: dict[int, np.ndarray] = {}
-        self._below: dict[int, np.ndarray] = {}
-        self._left = np.zeros((channels, grid.patch, grid.overlap), np.int32)
+        self._above: dict[int, Any] = {}
+        self._below: dict[int, Any] = {}
+        self._left: Any = None
         self._left_of = (-2, -2)
 
     def add(self, row: int, column: int, prediction: np.ndarray) -> np.ndarray:
@@ -127,21 +126,32 @@ class Blender:
             uint8 ``(C, stride, stride)``: the pixels that no later window reaches, from the window's origin on.
         """
         stride, overlap = self.grid.stride, self.grid.overlap
-        join = np.maximum if self._largest else np.add
-        total = prediction.astype(np.int32) if self._largest else prediction * self._weights
+        total = self._weigh(prediction)
         if self._left_of == (row, column - 1):
-            edge = total[:, :, :overlap]
-            join(edge, self._left, out=edge)
+            self._join(total[:, :, :overlap], self._left)
         if row != self._left_of[0]:
             self._above = self._below if row == self._left_of[0] + 1 else {}
             self._below = {}
-        self._left = total[:, :, stride:].copy()
+        self._left = self._keep(total[:, :, stride:])
         self._left_of = row, column
         strip = total[:, :, :stride]
         above = self._above.pop(column, None)
         if above is not None:
-            edge = strip[:, :overlap]
-            join(edge, above, out=edge)
-        self._below[column] = strip[:, stride:].copy()
-        done = strip[:, :stride]
+            self._join(strip[:, :overlap], above)
+        self._below[column] = self._keep(strip[:, stride:])
+        done: np.ndarray = self._finish(strip[:, :stride])
+        return done
+
+    # What differs where the arrays are a GPU's.
+
+    def _weigh(self, prediction: Any) -> Any:
+        return prediction.astype(np.int32) if self._largest else prediction * self._weights
+
+    def _join(self, edge: Any, other: Any) -> None:
+        (np.maximum if self._largest else np.add)(edge, other, out=edge)
+
+    def _keep(self, part: Any) -> Any:
+        return part.copy()
+
+    def _finish(self, done: Any) -> Any:
         return (done if self._largest else (done + self._sum // 2) // self._sum).astype(np.uint8)

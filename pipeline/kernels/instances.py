@@ -201,7 +201,8 @@ def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
     if mask[:, -1].any():
         raise ValueError("the last column of a window must be empty")
     count, image = _components(mask, 4)
-    borders = np.flatnonzero(np.diff(mask.ravel(), prepend=np.uint8(0)))
+    flat = mask.ravel()
+    borders = np.flatnonzero(np.concatenate([flat[:1] != 0, flat[1:] != flat[:-1]]))
     starts, ends = borders[0::2], borders[1::2]
     label = image.ravel()[starts]
     rows = starts // width

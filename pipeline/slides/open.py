@@ -454,7 +454,7 @@ class TiffSlideReader(Slide):
             self._pages = [None] * len(self.levels)
         if any(page is None for page in self._pages):
             if series.dtype != np.uint8:
-                raise SlideError(f"holds {series.dtype} pixels", "convert it to 8-bit RGB")
+                raise _not_8_bit(series.dtype, series.keyframe.samplesperpixel)
             if int(series.keyframe.photometric) not in (0, 1, 2, 6):
                 raise ValueError("a palette or an unusual colour space, left to Pillow")
 
@@ -517,6 +517,13 @@ def _mpp_beside(path: Path) -> tuple[float, float] | None:
 # --- plain images ----------------------------------------------------------------------------------------------------
 
 
+def _not_8_bit(kind: np.dtype[Any], samples: int) -> SlideError:
+    hint = "convert it to 8-bit RGB"
+    if kind == np.uint16:
+        hint += ", as by: vips msb OLD.tif 'NEW.tif[tile,pyramid,compression=jpeg,Q=90]'"
+    return SlideError(f"holds {samples} x {kind} a pixel, where 8-bit grey, RGB or RGBA can be read", hint)
+
+
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
     """Grey, RGB or RGBA of 8 or 16 bits, samples last, as RGB, uint8 (h, w, 3).
 
@@ -532,7 +539,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
-        raise SlideError(f"holds {pixels.dtype} pixels of shape {pixels.shape}", "convert it to 8-bit RGB")
+        raise _not_8_bit(pixels.dtype, pixels.shape[-1])
     if pixels.shape[2] == 4:
         return over_white(pixels)
     if pixels.shape[2] < 3:
@@ -580,6 +587,14 @@ def _decode_image(path: Path) -> np.ndarray:
                 f"is a plain image of {width} x {height} pixels, too large to decode whole",
                 "convert it to a tiled pyramidal TIFF",
             )
+        try:
+            image.load()
+        except Exception as error:  # what each format's decoder stumbles over
+            raise_for_machine(error)
+            raise SlideError(
+                f"is a {image.format} of {width} x {height} pixels that is damaged or cut short: {error}",
+                "copy or export the image again",
+            ) from None
         if image.mode.startswith(("I", "F")):
             return as_rgb(np.asarray(image).astype(np.uint16) if image.mode.startswith("I") else np.asarray(image))
         mode = "RGBA" if "A" in image.mode or "a" in image.mode or "transparency" in image.info else "RGB"

@@ -93,22 +93,27 @@ class Job:
     augmentation: Augmentation
 
 
-def moving_average(decay: float, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-    """Exponential moving average that forgets faster while it is young, so that what it began with has no weight.
+@torch.no_grad()
+def move_averages(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    """Exponential moving averages that forget faster while young, so that what they began with has no weight.
+
+    All at once, as a GPU would wait for hundreds of small calls.
 
     Parameters
     ----------
     decay : float
-        Weight of the average in the long run.
-    averaged, current : torch.Tensor
-        The average so far and the new value.
+        Weight of the averages in the long run.
+    averaged, current : list of torch.Tensor
+        The averages so far, changed in place, and the new values; all of one type.
     count : torch.Tensor
         Values averaged so far; a tensor, as reading it would hold up a GPU.
     """
-    if not current.is_floating_point():
-        return current
-    weight = ((1 + count) / (10 + count)).clamp(max=decay).to(current.dtype)
-    return torch.lerp(current, averaged, weight)
+    if not current[0].is_floating_point():
+        torch._foreach_copy_(averaged, current)
+        return
+    weight = ((1 + count) / (10 + count)).clamp(max=decay).to(current[0].dtype)
+    torch._foreach_mul_(averaged, weight)
+    torch._foreach_add_(averaged, torch._foreach_mul(current, 1 - weight))
 
 
 class TrainingModule(lightning.LightningModule):
@@ -135,6 +140,7 @@ class TrainingModule(lightning.LightningModule):
         self.stream = stream
         self.plateau = 1.0
         """Factor on the learning rate that `decay: plateau` has come to."""
+        self._last: tuple[int, Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         """Called by the trainer on each device, before samples are drawn."""
@@ -154,13 +160,25 @@ class TrainingModule(lightning.LightningModule):
             parts = self.network.loss(image, targets["label"])
         else:
             parts = self.job.loss(self(image), targets)
-        if not torch.isfinite(parts["loss"]):
-            raise PipelineError(
-                f"the loss is {float(parts['loss'].detach())} at step {self.global_step}",
-                "lower the learning rate; the last checkpoint is kept",
-            )
+        # A step late, as asking at once would hold up a GPU.
+        self.check_loss()
+        self._last = self.global_step, parts["loss"].detach()
         self.log_dict({f"train/{name}": part for name, part in parts.items()}, on_step=True, on_epoch=False)
         return parts["loss"]
+
+    def check_loss(self) -> None:
+        """See that the loss of the step before was a number; to be called before what it changed is kept.
+
+        Raises
+        ------
+        PipelineError
+            When it was not.
+        """
+        if self._last is not None and not torch.isfinite(self._last[1]):
+            step, loss = self._last
+            raise PipelineError(
+                f"the loss is {float(loss)} at step {step}", "lower the learning rate; the last checkpoint is kept"
+            )
 
     def validation_step(self, batch: Tensor, index: int) -> None:
         """Scores of one validation field."""
@@ -287,6 +305,7 @@ class Checkpoints(Callback):
         self._since = time.monotonic()
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        self._check(trainer)
         self.saved = trainer.global_step
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
@@ -295,6 +314,11 @@ class Checkpoints(Callback):
             device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "cpu"
             spent = {"seconds": round(self.seconds, 1), "steps": self.saved, "device": device}
             save_json(self.folder / "time.json", spent | {"devices": trainer.world_size})
+
+    def _check(self, trainer: lightning.Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, TrainingModule)
+        module.check_loss()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by the trainer."""
@@ -328,6 +352,7 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by the trainer."""
+        self._check(trainer)
         if self.schedule.keep != "last":
             value = float(trainer.callback_metrics[f"val/{self.schedule.keep}"])
             value = -value if self.schedule.keep == "loss" else value
@@ -463,7 +488,7 @@ def _train(
     every = min(schedule.validate_every, schedule.steps)
     callbacks: list[Callback] = [Checkpoints(folder, schedule, bool(validation), deadline), Report()]
     if schedule.ema > 0:
-        callbacks.append(WeightAveraging(avg_fn=partial(moving_average, schedule.ema)))
+        callbacks.append(WeightAveraging(multi_avg_fn=partial(move_averages, schedule.ema)))
     if schedule.decay == "plateau":
         callbacks.append(Plateau(schedule))
     with warnings.catch_warnings():

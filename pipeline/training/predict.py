@@ -82,7 +82,7 @@ def _in_windows(network: nn.Module, image: np.ndarray, outputs: Outputs, patch: 
     grid = PatchGrid(width, height, patch, overlap)
     bottom, right = (count * grid.stride - side for count, side in ((grid.rows, height), (grid.columns, width)))
     padded = cv2.copyMakeBorder(image, overlap, bottom, overlap, right, cv2.BORDER_REFLECT)
-    blender = Blender(grid, len(outputs.names), largest=isinstance(network, FindsInstances))
+    blender = Blender(grid, largest=isinstance(network, FindsInstances))
     maps = np.empty((len(outputs.names), grid.rows * grid.stride, grid.columns * grid.stride), np.uint8)
     for row in range(grid.rows):
         corners = [(row * grid.stride, column * grid.stride) for column in range(grid.columns)]

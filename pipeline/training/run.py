@@ -366,12 +366,12 @@ class Run:
         evaluation, found = self.evaluator.score(network, test, rules)
         if leads():
             write_panel(panel, test, found, evaluation["images"])
-        chosen = f"checkpoint and thresholds chosen on {len(validation)} fields of other patients"
-        if on_training:
-            chosen = (
-                f"checkpoint chosen on {len(validation)} fields of other patients, thresholds on these and "
-                f"{len(tuning) - len(validation)} training fields"
-            )
+        others = f"{len(validation)} fields of other patients"
+        more = f" and {len(tuning) - len(validation)} training fields" if on_training else ""
+        if one.schedule.keep == "last":
+            chosen = f"the last checkpoint; thresholds chosen on {others}{more}"
+        else:
+            chosen = f"checkpoint chosen on {others}, thresholds on these{more}"
         protocol = f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); {chosen}"
         spent = self.work / "heldout" / "time.json"
         evaluation |= {

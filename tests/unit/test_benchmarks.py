@@ -83,6 +83,7 @@ def test_slides_and_stores_of_the_benchmarks_are_sparse(tmp_path: Path) -> None:
     with open_slide(tmp_path / "slide.svs") as slide:
         assert (slide.width, slide.height) == (40_000, 30_000)
         assert slide.mpp == (0.25, 0.25)
+        assert slide.backend == "tiffslide", "as scanners' slides are"
         corner, middle = slide.read(0, 0, 0, 64, 64), slide.read(0, 20_000, 15_000, 64, 64)
     assert corner.min() > 235
     assert abs(float(middle.mean()) - 180) < 3

@@ -20,7 +20,7 @@ grids = st.builds(
 
 def blend_all(grid: PatchGrid, predict, skip=lambda row, column: False) -> np.ndarray:  # type: ignore[no-untyped-def]
     """Blend `predict(x, y)` windows and put them together, cut to the slide."""
-    blender = Blender(grid, 1)
+    blender = Blender(grid)
     step, o = grid.stride, grid.overlap
     whole = np.zeros((grid.rows * step, grid.columns * step), np.uint8)
     for row in range(grid.rows):

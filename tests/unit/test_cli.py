@@ -131,6 +131,24 @@ def test_stage_modules_import_no_torch(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads here")
+def test_stages_start_no_threads_for_linear_algebra() -> None:
+    code = """
+import os
+from contextlib import suppress
+from pipeline import cli
+with suppress(SystemExit):
+    cli.run("measure", ["--help"])
+print(len(os.listdir("/proc/self/task")))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "1"
+
+
 def test_stages_start_without_what_they_do_not_use() -> None:
     # pyarrow alone would import pandas here, staintools pyplot and SPAMS.
     code = (

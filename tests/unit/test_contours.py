@@ -52,6 +52,13 @@ def test_area_and_place(seed: int) -> None:
     np.testing.assert_array_equal(inside, mask)
 
 
+def test_rings_turn_as_documented() -> None:
+    for seed in range(9):
+        shape = polygon(blob(seed))
+        assert not shape.exterior.is_ccw
+        assert all(ring.is_ccw for ring in shape.interiors)
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (7, 1), (4, 5)])
 def test_rectangles(height: int, width: int) -> None:
     shape = polygon(np.ones((height, width), bool))

@@ -128,7 +128,7 @@ def test_windows_draw_each_nucleus_once(patch: int, overlap: int) -> None:
     whole = draw_instances(detections(labels), labels.shape)
     grid = PatchGrid(width, height, patch, overlap)
     wide = np.pad(labels, patch)
-    blender = Blender(grid, 2, largest=True)
+    blender = Blender(grid, largest=True)
     rows: list[list[np.ndarray]] = [[] for _ in range(grid.rows)]
     for row in range(grid.rows):
         for column in range(grid.columns):
@@ -147,7 +147,7 @@ def test_largest_does_not_depend_on_what_the_others_say() -> None:
     rng = np.random.default_rng(0)
     windows = rng.integers(0, 256, (grid.rows, grid.columns, 1, 32, 32), np.uint8)
     expected = np.zeros((1, grid.rows * 24 + 8, grid.columns * 24 + 8), np.uint8)
-    blender = Blender(grid, 1, largest=True)
+    blender = Blender(grid, largest=True)
     rows: list[list[np.ndarray]] = [[] for _ in range(grid.rows)]
     for row in range(grid.rows):
         for column in range(grid.columns):

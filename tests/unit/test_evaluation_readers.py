@@ -17,14 +17,18 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation import command, readers
 from pipeline.evaluation.metrics import METRICS, score
 from pipeline.grid import Grid
+from pipeline.kernels.contours import outlines, pixel_runs
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.nuclei import nuclei_schema
+from pipeline.testing import pixels_of
 
+HALVES = st.integers(1, 60).map(lambda v: v / 2)
 COORDINATE = st.one_of(st.integers(0, 24).map(lambda v: v / 2), st.floats(-3, 13, width=32))
 RINGS = st.lists(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=7), min_size=1, max_size=3)
 
@@ -79,13 +83,18 @@ def test_a_pixel_is_inside_when_its_centre_is(rings: list[list[tuple[float, floa
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(0.5, 30, width=32), min_size=2, max_size=6, unique=True), st.floats(-1, 1))
-def test_neighbours_share_no_pixel_and_leave_none_out(cuts: list[float], slope: float) -> None:
+@given(
+    st.lists(st.floats(0.5, 30, width=32) | HALVES, min_size=2, max_size=6, unique=True),
+    st.floats(-1, 1) | st.sampled_from([-1.0, 0.0, 1.0]),
+    st.booleans(),
+)
+def test_neighbours_share_no_pixel_and_leave_none_out(cuts: list[float], slope: float, even_ties: bool) -> None:
     cuts = [0.0, *sorted(cuts), 31.0]
     rings = [[(a, 0.0), (b, 0.0), (b + 20 * slope, 20.0), (a + 20 * slope, 20.0)] for a, b in itertools.pairwise(cuts)]
-    whole = polygon_runs(np.array([rings[0][0], rings[-1][1], rings[-1][2], rings[0][3]]), np.array([0]), np.array([0]))
+    corners = np.array([rings[0][0], rings[-1][1], rings[-1][2], rings[0][3]])
+    whole = polygon_runs(corners, np.array([0]), np.array([0]), even_ties=even_ties)
     starts = 4 * np.arange(len(rings))
-    parts = polygon_runs(np.array(rings).reshape(-1, 2), starts, np.arange(len(rings)))
+    parts = polygon_runs(np.array(rings).reshape(-1, 2), starts, np.arange(len(rings)), even_ties=even_ties)
     count = np.zeros((22, 100), int)
     for _, y, x0, x1 in parts:
         count[y, x0 + 30 : x1 + 30] += 1
@@ -93,6 +102,43 @@ def test_neighbours_share_no_pixel_and_leave_none_out(cuts: list[float], slope: 
     for _, y, x0, x1 in whole:
         expected[y, x0 + 30 : x1 + 30] = 1
     assert np.array_equal(count, expected)
+
+
+def enlarged(labels: np.ndarray, factor: int) -> np.ndarray:
+    """A label map from its outlines, enlarged."""
+    shapes = outlines(*pixel_runs(pixels_of(labels)))
+    found = readers.Outlines.of(shapes.points * (factor / 2), shapes.rings[:-1], shapes.polygons[:-1])
+    return found.paint((0, 0, factor * labels.shape[1], factor * labels.shape[0]))
+
+
+def some_regions(seed: int) -> np.ndarray:
+    """4-connected regions that touch each other along all kinds of borders, numbered from 1 on."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(30, 40)), 1.2)
+    many, count = ndimage.label(noise > 0.1)
+    few, more = ndimage.label(noise < -0.1)
+    few[few > 0] += count
+    assert count and more
+    return np.asarray(many + few, np.int32)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_outlines_give_back_the_label_map(seed: int, factor: int) -> None:
+    labels = some_regions(seed)
+    np.testing.assert_array_equal(enlarged(labels, factor), labels.repeat(factor, 0).repeat(factor, 1))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 6])
+def test_enlarged_outlines_are_not_shifted(factor: int) -> None:
+    for seed in range(5):
+        labels = some_regions(seed)
+        numbers = np.arange(1, labels.max() + 1)
+        near = labels.repeat(factor, 0).repeat(factor, 1)
+        got = enlarged(labels, factor)
+        shifts = np.subtract(*(ndimage.center_of_mass(m > 0, m, numbers) for m in (got, near)))
+        assert np.abs(np.mean(shifts, axis=0)).max() < 0.03
+        for axis in (0, 1):  # what leans to one side would lean to the other in a mirror
+            np.testing.assert_array_equal(enlarged(np.flip(labels, axis), factor), np.flip(got, axis))
 
 
 def test_many_polygons_at_once_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +218,7 @@ def test_nothing_found(tmp_path: Path) -> None:
     assert readers.compare(empty, some)["fp"] == 1
 
 
-def test_nuclei_of_a_slide(tmp_path: Path) -> None:
+def test_nuclei_of_a_slide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = labels_map()
     rows = [
         {
@@ -189,6 +235,13 @@ def test_nuclei_of_a_slide(tmp_path: Path) -> None:
     (tmp_path / "truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels))))
     known, found = readers.load(tmp_path / "truth.geojson.gz"), readers.load(tmp_path / "nuclei.parquet")
     assert readers.compare(known, found)["aji"] == 1
+
+    stray = feature(box(9e6, 5, 9e6 + 10, 9))  # the slide's end is known, so no canvas reaches there
+    (tmp_path / "truth.geojson.gz").write_bytes(gzip.compress(collection(*boxes_of(labels), stray)))
+    result = command.evaluate(tmp_path / "nuclei.parquet", tmp_path / "truth.geojson.gz")["images"]["truth"]
+    assert (result["n_truth"], result["n_outside"], result["tp"], result["fn"]) == (7, 1, 6, 1)
+    assert result["aji"] == pytest.approx(480 / (480 + 40))
+    assert "1 of 7 known nuclei lie outside of the slide" in caplog.text
 
 
 def test_a_mask_is_taken_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

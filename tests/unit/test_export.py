@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline import export
 from pipeline import testing as fabricated
+from pipeline.errors import PipelineError
+from pipeline.evaluation.readers import compare, load
 from pipeline.grid import Grid
 
 GRID = Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5)
@@ -51,6 +53,21 @@ def test_features_are_what_qupath_opens(nuclei: Path, tmp_path: Path) -> None:
         assert properties["classification"]["name"] == table["class"][row].as_py()
         assert list(properties["measurements"]) == list(export.MEASUREMENTS.values())
         assert properties["measurements"]["Area µm^2"] == pytest.approx(table["area_um2"][row].as_py(), abs=1e-4)
+
+
+def test_coordinates_from_another_corner(nuclei: Path, tmp_path: Path) -> None:
+    export.write_geojson(nuclei, tmp_path / "a.gz", "s")
+    export.write_geojson(nuclei, tmp_path / "b.gz", "s", origin=(100, 60))
+    plain, moved = read(tmp_path / "a.gz"), read(tmp_path / "b.gz")
+    assert moved["level0_origin"] == [100, 60]
+    assert "level0_origin" not in plain
+    for a, b in zip(plain["features"], moved["features"], strict=True):
+        assert a["id"] == b["id"]
+        for before, after in zip(a["geometry"]["coordinates"], b["geometry"]["coordinates"], strict=True):
+            np.testing.assert_allclose(np.array(before) - (100, 60), after, atol=0.005)
+    # What the collection states is taken into account when it is compared.
+    (tmp_path / "b.gz").rename(tmp_path / "b.geojson.gz")
+    assert compare(load(nuclei), load(tmp_path / "b.geojson.gz"))["aji"] > 0.99
 
 
 def test_bytes_do_not_depend_on_threads_or_time(nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +151,20 @@ def test_stage(tmp_path: Path) -> None:
     assert manifest["status"] == "ok"
     assert manifest["nuclei"] == 20
     assert manifest["bytes"] == paths.nuclei_geojson.stat().st_size
+
+
+@pytest.mark.parametrize(("origin", "expected"), [("slide", [0, 0]), ("bounds", [800, 600])])
+def test_stage_counts_from_the_bounds(tmp_path: Path, origin: str, expected: list[int]) -> None:
+    paths = fabricated.write_slide(tmp_path, "s", count=20)
+    for bounds, corner in (([800, 600, 1000, 900], expected), (None, [0, 0])):
+        paths.inspect.write_text(json.dumps(json.loads(paths.inspect.read_text()) | {"bounds": bounds}))
+        done = export.run_export(
+            "s", paths.measure, paths.nuclei, paths.export, paths.nuclei_geojson, inspect=paths.inspect, origin=origin
+        )
+        assert done["origin"] == corner
+        assert read(paths.nuclei_geojson).get("level0_origin", [0, 0]) == corner
+    with pytest.raises(PipelineError, match=r"'s': origin 'bounds' without a slide\.json"):
+        export.run_export("s", paths.measure, paths.nuclei, paths.export, paths.nuclei_geojson, origin="bounds")
 
 
 def test_stage_passes_a_failure_on(tmp_path: Path) -> None:

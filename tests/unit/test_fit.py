@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit, moving_average  # noqa: E402
+from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit, move_averages  # noqa: E402
 from pipeline.training.losses import CombinedLoss  # noqa: E402
 
 HEADS = ("nucleus", "distance")
@@ -164,17 +164,22 @@ def test_the_best_checkpoint_survives_a_resumed_run(tmp_path: Path) -> None:
 
 
 def test_the_average_forgets_what_it_began_with() -> None:
-    value = torch.tensor([100.0])
+    def averaged(value: float, current: float, count: int) -> float:
+        values = [torch.tensor([value]), torch.tensor([-value])]
+        move_averages(0.9, values, [torch.tensor([current]), torch.tensor([-current])], torch.tensor(count))
+        assert values[0] == -values[1]
+        return float(values[0])
+
+    value = 100.0
     for count in range(1, 200):
-        value = moving_average(0.9, value, torch.tensor([1.0]), torch.tensor(count))
-    torch.testing.assert_close(value, torch.tensor([1.0]))
+        value = averaged(value, 1.0, count)
+    assert value == pytest.approx(1.0, rel=1e-6)
     # Young: 2 of 11 parts of what was, 9 of the new; old: `decay` parts.
-    first = moving_average(0.9, torch.tensor([11.0]), torch.tensor([0.0]), torch.tensor(1))
-    torch.testing.assert_close(first, torch.tensor([2.0]))
-    late = moving_average(0.9, torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor(10**6))
-    torch.testing.assert_close(late, torch.tensor([0.9]))
-    batches = torch.tensor(7)
-    assert moving_average(0.9, torch.tensor(3), batches, torch.tensor(5)) == batches
+    assert averaged(11.0, 0.0, 1) == pytest.approx(2.0)
+    assert averaged(1.0, 0.0, 10**6) == pytest.approx(0.9)
+    batches = [torch.tensor(3)]
+    move_averages(0.9, batches, [torch.tensor(7)], torch.tensor(5))
+    assert batches[0] == 7
 
 
 def test_validation_sees_the_training_from_its_first_steps(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
-from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, one_result, run_infer
+from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, run_infer
 from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
 from pipeline.kernels.hematoxylin import HematoxylinRules, hematoxylin_density, hematoxylin_maps
 from pipeline.kernels.instances import InstanceRules, segment
@@ -30,36 +29,11 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
-from pipeline.stage import write_json
-from pipeline.testing import digest
+from pipeline.predictors import one_result
+from pipeline.testing import digest, stained, write_inputs
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "models/hematoxylin"
-
-
-def stained(height: int, width: int, seed: int) -> np.ndarray:
-    """Random H&E tissue, uint8 RGB."""
-    rng = np.random.default_rng(seed)
-    amounts = np.stack([ndimage.gaussian_filter(rng.normal(size=(height, width)), s) * s for s in (3, 6)], axis=-1)
-    return od_to_rgb(np.clip(amounts * 2 + 0.4, 0, 3) @ RUIFROK)
-
-
-def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, Path]:
-    """What the stages before inference leave of a slide of these pixels, one corner of it not tissue."""
-    import zarr
-
-    height, width = rgb.shape[:2]
-    grid = Grid(width, height, 0.5, 2.0, 2.0)
-    folder.mkdir(parents=True)
-    active = np.ones((-(-height // 64), -(-width // 64)), bool)
-    active[:2, :2] = False
-    group = zarr.create_group(folder / "tiles.zarr", attributes={"grid": grid.to_json(), "cell": 64})
-    group.create_array("rgb", shape=rgb.shape, chunks=(chunk, chunk, 3), dtype="uint8", fill_value=255)[:] = rgb
-    group.create_array("active", data=active)
-    transform = {"method": "matrix", "matrix": (np.eye(3) * 0.9 + 0.03).tolist()}
-    write_json(folder / "tiles.json", {"stage": "tiles", "status": "ok"})
-    write_json(folder / "stain.json", {"stage": "stain", "status": "ok", "transform": transform})
-    return {"tiles": folder / "tiles.json", "zarr": folder / "tiles.zarr", "stain": folder / "stain.json"}
 
 
 def run(inputs: dict[str, Path], model: Path, out: Path, **options: Any) -> tuple[str, str]:
@@ -118,7 +92,7 @@ def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         chunk = grid.stride, CHUNK_COLUMNS * grid.stride
         store = MapStore.create(Path(folder, "maps"), Grid(width, height, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
-        blender, writer = Blender(grid, 2), MapWriter(store, grid, rows)
+        blender, writer = Blender(grid), MapWriter(store, grid, rows)
         for window, prediction in zip(windows, predictions, strict=True):
             if rows.start <= window[0] <= rows.stop:
                 writer.add(*window, blender.add(*window, prediction))
@@ -138,7 +112,7 @@ def test_what_is_held_grows_with_the_tissue_not_with_the_slide(tmp_path: Path) -
     prediction = np.ones((2, 128, 128), np.uint8)
     windows = list(active_windows(grid, active, CELL))
     tracemalloc.start()
-    blender, writer = Blender(grid, 2), MapWriter(store, grid)
+    blender, writer = Blender(grid), MapWriter(store, grid)
     for window in windows:
         writer.add(*window, blender.add(*window, prediction))
     writer.close()
@@ -171,7 +145,7 @@ def test_one_result_leaves_torch_as_it_was() -> None:
 def test_one_result_does_not_import_the_compiler() -> None:
     code = """
 import sys, torch
-from pipeline.inference import one_result
+from pipeline.predictors import one_result
 with one_result():
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
 sys.exit("torch._inductor" in sys.modules and "the compiler was imported")

@@ -124,6 +124,13 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert "no nuclei" in text
 
 
+def test_bounds_are_told(tmp_path: Path) -> None:
+    told = "begins at (800, 600) of level 0, where QuPath begins to count; nuclei.geojson.gz counts from (0, 0)"
+    plain, bounded = row("a"), row("a", bounds=[800, 600, 9, 9], geojson_origin=[0, 0])
+    assert "The scan begins" not in render(tmp_path, [plain])
+    assert told in render(tmp_path, [bounded])
+
+
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_any_number_of_slides(tmp_path: Path, count: int) -> None:
     checker = check(render(tmp_path, [row(f"slide {index}", 10 * index) for index in range(count)]))

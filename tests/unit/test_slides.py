@@ -173,7 +173,7 @@ def test_planar_and_16_bit_tiffs(tmp_path: Path) -> None:
         np.testing.assert_array_equal(slide.read(0, 5, 6, 70, 80), picture(300, 200)[6:86, 5:75])
     deep = tmp_path / "deep.tif"
     tifffile.imwrite(deep, picture(300, 200).astype(np.uint16) * 257, photometric="rgb")
-    with pytest.raises(SlideError, match="holds uint16 pixels"):
+    with pytest.raises(SlideError, match=r"holds 3 x uint16 a pixel, where 8-bit .* \(convert .* vips msb"):
         open_slide(deep)
 
 
@@ -323,6 +323,16 @@ def test_claimed_tile_size(tmp_path: Path) -> None:
     path = slide_file(tmp_path, "tiff")
     set_tags(path, TileWidth=1 << 20, TileLength=1 << 20)
     with pytest.raises(SlideError, match="claims tiles of 1048576 x 1048576 pixels"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG")])
+def test_a_plain_image_that_is_cut_short(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = tmp_path / f"cut{suffix}"
+    Image.fromarray(picture(300, 200)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    told = rf"is a {kind} of 300 x 200 pixels that is damaged or cut short: .* \(copy or export the image again\)"
+    with pytest.raises(SlideError, match=told):
         open_slide(path)
 
 

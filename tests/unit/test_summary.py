@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -106,6 +107,16 @@ def test_warnings_name_their_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_bounds_are_told(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=3)
+    assert run(paths, "s")["bounds"] is None
+    for path, more in ((paths.inspect, {"bounds": [8, 6, 900, 700]}), (paths.export, {"origin": [8, 6]})):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    metrics = run(paths, "s")
+    assert (metrics["bounds"], metrics["geojson_origin"]) == ([8, 6, 900, 700], [8, 6])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
     paths = testing.write_slide(tmp_path, "s", count=60)
     table = testing.nuclei_table(60, 2400, 1800)
@@ -125,6 +136,49 @@ def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
         ]
     away.write_text(json.dumps(value))
     assert "lies outside of the slide" in run(paths, "s", truth=away)["failure"]["reason"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_truths_outside_of_the_slide_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far away they are, the canvas does not reach there."""
+    painted = []
+    paint = readers.Outlines.paint
+
+    def counted(self: readers.Outlines, box: readers.Box) -> np.ndarray:
+        painted.append((box[2] - box[0]) * (box[3] - box[1]))
+        return paint(self, box)
+
+    monkeypatch.setattr(readers.Outlines, "paint", counted)
+    paths = testing.write_slide(tmp_path, "s", count=60)
+    truth = truth_of(tmp_path / "t.geojson", testing.nuclei_table(60, 2400, 1800))
+    value = json.loads(truth.read_text())
+    for x, y in ((9_000_000, 100), (-500, 9_000_000)):
+        ring = [[x, y], [x + 20, y], [x + 20, y + 10], [x, y + 10], [x, y]]
+        value["features"].append(
+            {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+        )
+    truth.write_text(json.dumps(value))
+    metrics = run(paths, "s", truth=truth)
+    found = metrics["evaluation"]
+    assert (found["n_truth"], found["n_outside"], found["tp"], found["fn"]) == (62, 2, 60, 2)
+    area = sum(shapely.from_wkb(shape).area for shape in testing.nuclei_table(60, 2400, 1800)["geometry"].to_pylist())
+    assert found["aji"] == pytest.approx(area / (area + 400), rel=1e-3)
+    assert found["region"][2] <= 2400 and found["region"][3] <= 1800
+    assert sum(painted) <= 2 * 2400 * 1800
+    assert metrics["warnings"] == [
+        "summary: 2 of 62 known nuclei lie outside of the slide and count as missed: are they in level-0 pixels?"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["t.geojson", "t.npy"])
+def test_without_known_nuclei_no_outline_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(readers, "some_nuclei", None)
+    table = testing.nuclei_table(50, 2400, 1800)
+    testing.write_nuclei(tmp_path / "n.parquet", table, Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5), "s")
+    (tmp_path / "t.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    np.save(tmp_path / "t.npy", np.zeros((1800, 2400), np.uint16))
+    found = summary.evaluate_slide(summary.Nuclei.open(tmp_path / "n.parquet"), tmp_path / kind, (2400, 1800))
+    assert (found["n_truth"], found["n_pred"], found["fp"], found["f1"]) == (0, 50, 50, 0)
 
 
 def test_only_nuclei_near_the_truth_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

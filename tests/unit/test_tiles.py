@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
-from pipeline.tiles import TileStore, reflect, run_tiles
+from pipeline.testing import stained, write_inputs
+from pipeline.tiles import RasterReader, TileStore, reflect, run_tiles
 
 TISSUE = [
     shapely.Polygon([(200, 150), (1900, 300), (1700, 1300), (900, 900), (300, 1250)]),
@@ -117,6 +119,14 @@ def test_manifest(tmp_path: Path, slide_folder: Path) -> None:
     assert manifest["tile"] == 1024
     assert manifest["megapixels"] <= manifest["active_cells"] * CELL**2 / 1e6
     assert not list(tmp_path.glob(".part-*"))
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(0.5, False), (0.125, False), (0.1, True)])
+def test_coarse_slides_are_told(tmp_path: Path, slide_folder: Path, mpp: float, told: bool) -> None:
+    prepare(tmp_path, slide_folder / "s.svs", tissue=[shapely.box(0, 0, 300, 300)])
+    warnings = run(tmp_path, mpp)["warnings"]
+    assert len(warnings) == told
+    assert not told or "0.25 µm/px are 2.5 times as coarse as the model's 0.1" in warnings[0]
 
 
 def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
@@ -246,3 +256,37 @@ def test_reading_from_threads(tmp_path: Path, slide_folder: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         for (x, y), got in zip(windows, threads.map(lambda at: store.read(*at, 100, 100), windows), strict=True):
             np.testing.assert_array_equal(got, image[y : y + 100, x : x + 100])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 100])
+def test_windows_in_raster_order_are_read_as_one_by_one(tmp_path: Path, limit: int) -> None:
+    import zarr
+
+    rng = np.random.default_rng(limit)
+    group = zarr.create_group(tmp_path / "tiles.zarr", attributes={"grid": Grid(700, 500, 0.5, 1.0, 1.0).to_json()})
+    group.attrs["cell"] = CELL
+    pixels = rng.integers(0, 255, (500, 700, 3), np.uint8)
+    active = rng.random((8, 11)) < 0.5
+    pixels[~np.kron(active, np.ones((CELL, CELL), bool))[:500, :700]] = 255
+    group.create_array("rgb", shape=pixels.shape, chunks=(128, 128, 3), dtype="uint8", fill_value=255)[:] = pixels
+    group.create_array("active", data=active)
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    reader = RasterReader(store, limit)
+    windows = [(x, y, 150, 90) for y in range(-20, 500, 70) for x in range(-20, 700, 110)]
+    with ThreadPoolExecutor(4) as pool:
+        for window, found in zip(windows, pool.map(lambda w: reader.read(*w), windows), strict=True):
+            np.testing.assert_array_equal(found, store.read(*window))
+            assert len(reader._held) <= limit
+
+
+def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = write_inputs(tmp_path / "in", stained(600, 600, 1), chunk=128)
+    store = TileStore.open(inputs["zarr"])
+    read: list[tuple[int, ...]] = []
+    decode = TileStore.window
+    monkeypatch.setattr(TileStore, "window", lambda self, *place: read.append(place) or decode(self, *place))
+    reader = RasterReader(store)
+    for y in range(0, 500, 40):
+        for x in range(0, 500, 40):
+            reader.read(x, y, 100, 100)
+    assert len(read) == len(set(read)) == 25 - 1  # of the corner that is no tissue, none

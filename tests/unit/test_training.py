@@ -26,10 +26,10 @@ from pipeline.training.field import Field
 
 torch = pytest.importorskip("torch")
 
-from pipeline.inference import channel_names  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
+from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402

@@ -202,6 +202,7 @@ SLIDE_SETTINGS = {
     # The maps have gone, so that they are made again first.
     "instances.block": Change(1024, "instances", "infer"),
     "instances.halo": Change(64, "instances", "infer"),
+    "export.origin": Change("bounds", "export", "export"),
 }
 """Settings on which the results of slides depend, or where they are."""
 

@@ -239,6 +239,7 @@ rule measure:
 
 rule export:
     input:
+        inspect=rules.inspect.output.manifest,
         measure=rules.measure.output.manifest,
         nuclei=rules.measure.output.nuclei,
     output:
@@ -256,9 +257,11 @@ rule export:
         runtime=minutes(20, 20),
     params:
         slide=slide_name,
+        origin=config["export"]["origin"],
     shell:
         "python -m pipeline export --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--workers={threads} --measure={input.measure:q} --nuclei={input.nuclei:q} "
+        "--inspect={input.inspect:q} --origin={params.origin} "
         "--out={output.manifest:q} --geojson={output.geojson:q} "
         "> {log:q} 2>&1"
 

@@ -1,0 +1,104 @@
+"""Inference on a GPU, where there is one; what of it can be tried on a CPU is tried there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pipeline import testing as fabricated  # noqa: E402
+from pipeline.inference import run_infer  # noqa: E402
+from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
+from pipeline.maps import MapStore  # noqa: E402
+from pipeline.models.package import ModelPackage  # noqa: E402
+from pipeline.models.weights import load_network  # noqa: E402
+from pipeline.networks.outputs import Outputs  # noqa: E402
+from pipeline.predictors import BatchPredictor, DeviceBlender, channel_names  # noqa: E402
+from pipeline.testing import digest, stained, write_inputs  # noqa: E402
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+def predictor(folder: Path, device: str, batch: int) -> BatchPredictor:
+    """A small network that computes in batches."""
+    fabricated.write_package(folder, "resunet", {"widths": [4, 6, 8]}, patch=96, overlap=24)
+    package = ModelPackage.load(folder)
+    return BatchPredictor(load_network(package), device, batch, Outputs(channel_names(package)), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("largest", [False, True])
+def test_a_device_blends_as_numpy_does(device: str, largest: bool) -> None:
+    grid = PatchGrid(200, 170, 64, 20)
+    rng = np.random.default_rng(1)
+    ours, theirs = Blender(grid, largest), DeviceBlender(grid, largest, torch.device(device))
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            if rng.random() < 0.2:
+                continue
+            maps = rng.integers(0, 256, (2, 64, 64), np.uint8)
+            found: Any = theirs.add(row, column, torch.from_numpy(maps).to(device))  # type: ignore[arg-type]
+            np.testing.assert_array_equal(ours.add(row, column, maps), found.cpu().numpy())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_that_are_under_way_at_once_do_not_mix(tmp_path: Path, device: str) -> None:
+    one = predictor(tmp_path / "model", device, 3)
+    grid = PatchGrid(500, 96, 96, 24)
+    rng = np.random.default_rng(2)
+    places = [(0, column) for column in range(7)]
+    patches = rng.integers(0, 256, (7, 96, 96, 3), np.uint8)
+    blender, expected = one.blender(grid), Blender(grid)
+    begun = [one.begin(places[i : i + 3], patches[i : i + 3], blender) for i in (0, 3, 6)]
+    found = [pixels for finish in begun for pixels in finish()]
+    maps = np.concatenate([one(patches[i : i + 3]) for i in (0, 3, 6)])
+    for place, ours, alone in zip(places, found, maps, strict=True):
+        np.testing.assert_array_equal(ours, expected.add(*place, alone))
+    assert (one.busy is None) == (device == "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_halve_when_memory_runs_out(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = predictor(tmp_path / "model", device, 4)
+    patches = np.random.default_rng(3).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    whole, forward = one(patches), one.forward
+
+    def short(x: Any) -> Any:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(x)
+
+    monkeypatch.setattr(one, "forward", short)
+    np.testing.assert_allclose(one(patches).astype(int), whole, atol=1)
+    assert one.batch == one.per_pass == 2
+    assert "batches of 2" in caplog.text
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_runs_on_a_gpu_give_equal_bytes(tmp_path: Path, precision: str) -> None:
+    inputs = write_inputs(tmp_path / "in", stained(700, 900, 1))
+    fabricated.write_package(tmp_path / "model", "resunet", {"widths": [16, 32]}, patch=96, overlap=24)
+    options: dict[str, Any] = {**inputs, "model": tmp_path / "model", "batch": 16, "precision": precision}
+    digests = set()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        zarr = tmp_path / name / "maps.zarr"
+        run_infer("s", **options, device="cuda", out=tmp_path / name / "maps.json", zarr_out=zarr)
+        digests.add(digest(zarr))
+    assert len(digests) == 1
+    manifest = json.loads((tmp_path / "first/maps.json").read_text())
+    assert 0 < manifest["gpu_busy"] <= 1
+    (tmp_path / "cpu").mkdir()
+    run_infer("s", **options, device="cpu", out=tmp_path / "cpu/maps.json", zarr_out=tmp_path / "cpu/maps.zarr")
+    maps = [MapStore.open(tmp_path / name / "maps.zarr").read(0, 0, 900, 700).astype(int) for name in ("first", "cpu")]
+    tolerance = 1 if precision == "float32" else 12
+    assert np.abs(maps[0] - maps[1]).max() <= tolerance
