@@ -55,7 +55,7 @@ test-slurm: dev slurm
 
 # What was tried is printed; docs/reliability.md has the figures.
 faults: dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults_long -rP tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults_long -rsP tests/faults
 
 bench: venv
 	$(BIN)/python -m benchmarks

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
     parser.add_argument("--slide", type=Path, help="slide for the rows tiles and slide (default: a synthetic one)")
     parser.add_argument("--peer", type=Path, help="Python of an environment with tiatoolbox, for the row of that name")
+    parser.add_argument("--count", type=int, default=40, help="tiny slides of the row cohort (default: 40)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="numbers that networks compute with")
     parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON to write")
     parser.add_argument("--folder", type=Path, help="where to work (some GB for the long ones; default: temporary)")
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         del os.environ["MALLOC_ARENA_MAX"]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
-        options = Options(Path(folder), args.quick, args.model, args.slide, args.peer, precision=args.precision)
+        options = Options(
+            Path(folder), args.quick, args.model, args.slide, args.peer, precision=args.precision, count=args.count
+        )
         for name in rows:
             print(f"{name} ...", file=sys.stderr, flush=True)
             for figure in ROWS[name](replace(options, folder=Path(folder) / name)):

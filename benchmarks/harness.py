@@ -114,12 +114,15 @@ class Run:
     path : float
         CPU seconds of the command's own process and of its busiest child: what it would take at least on a machine that
         does nothing else, with a core for each.
+    own : float
+        CPU seconds of the command's own process.
     """
 
     cpu: float
     wall: float
     rss_mb: float
     path: float
+    own: float
 
 
 def run_command(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Run:
@@ -148,7 +151,7 @@ def run_command(command: Sequence[str | Path], environment: dict[str, str] | Non
     others = [seconds for pid, seconds in watched.cpu.items() if pid != process.pid]
     cpu = max(own, watched.cpu.get(process.pid, 0.0) + sum(others))
     path = cpu - sum(others) + max(others, default=0.0)
-    return Run(cpu, time.perf_counter() - start, watched.peak / 1e6, path)
+    return Run(cpu, time.perf_counter() - start, watched.peak / 1e6, path, watched.cpu.get(process.pid, 0.0))
 
 
 class _Watched:
@@ -179,8 +182,20 @@ class _Watched:
 
 def stage(name: str, *arguments: str | Path, **options: Any) -> Run:
     """Run one stage as the workflow does; options as ``key=value``."""
-    listed = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    return run_command([sys.executable, "-m", "pipeline", name, *arguments, *listed])
+    return run_command([sys.executable, "-m", "pipeline", name, *arguments, *_listed(options)])
+
+
+def stage_here(name: str, **options: Any) -> Run:
+    """Run one stage in this process."""
+    from pipeline import cli
+
+    status, took = spent(lambda: cli.main([name, *_listed(options)]))
+    assert status == 0, name
+    return Run(took.cpu, took.wall, 0.0, took.cpu, took.cpu)
+
+
+def _listed(options: dict[str, Any]) -> list[str]:
+    return [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
 
 
 HEAD = ("benchmark", "what", "value", "limit", "ratio", "target", "")

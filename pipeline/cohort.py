@@ -17,8 +17,9 @@ from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.export import MEASUREMENTS
 from pipeline.layout import RunLayout
+from pipeline.lock import held
 from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import manifest_failure, read_manifest
+from pipeline.stage import manifest_failure, read_manifest, remove_leftovers, to_disk, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -287,7 +288,6 @@ def run_cohort(
     import pyarrow.parquet as pq
 
     from pipeline.report import write_report
-    from pipeline.stage import write_json
 
     cohort = gather(results, slides)
     table = cohort_table(cohort)
@@ -295,29 +295,33 @@ def run_cohort(
     finals = [tsv, parquet, failed, report, manifest]
     parts = [path.with_name(f".part-{os.getpid()}-{path.name}") for path in finals]
     layout = RunLayout(results)
-    try:
-        for path in finals:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
-        pq.write_table(table, parts[1], compression="zstd")
-        write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
-        write_report(
-            parts[3],
-            rows=cohort.good,
-            failed=cohort.failed,
-            extra=cohort.table.columns,
-            manifest=record,
-            folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
-        )
-        record["outputs"] = {
-            path.name: provenance.sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)
-        }
-        write_json(parts[4], record)
-        for part, path in zip(parts, finals, strict=True):
-            part.rename(path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    for path in finals:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with held(manifest.with_name(f".lock-{manifest.name}")):
+        remove_leftovers(finals)
+        try:
+            write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
+            pq.write_table(table, parts[1], compression="zstd")
+            write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
+            write_report(
+                parts[3],
+                rows=cohort.good,
+                failed=cohort.failed,
+                extra=cohort.table.columns,
+                manifest=record,
+                folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
+            )
+            record["outputs"] = {
+                path.name: provenance.sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)
+            }
+            write_json(parts[4], record)
+            for part in parts:
+                to_disk(part)
+            for part, path in zip(parts, finals, strict=True):
+                part.rename(path)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
     log.info(
         "%d slides finished, %d failed, %d not finished yet", len(cohort.good), len(cohort.failed), len(cohort.waiting)
     )

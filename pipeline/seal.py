@@ -17,8 +17,8 @@ from pipeline.errors import DamagedStore
 SEAL = "seal.json"
 """Name of the seal in a store's folder."""
 
-_SUMMED = ("zarr.json", "active")
-"""Files, and folders of files, without a checksum of their own."""
+_SUMMED = ("zarr.json", "active", "sums", "doubtful")
+"""Files, and folders of files, without a checksum of their own. Nor have those that are in no folder."""
 
 
 def _files(store: Path) -> list[str]:
@@ -29,8 +29,16 @@ def _files(store: Path) -> list[str]:
     return sorted(name for name in found if name != SEAL)
 
 
+def _sum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            total = zlib.crc32(data, total)
+    return total
+
+
 def _sums(store: Path, files: list[str]) -> dict[str, int]:
-    return {name: zlib.crc32((store / name).read_bytes()) for name in files if {*name.split("/")} & {*_SUMMED}}
+    return {name: _sum(store / name) for name in files if "/" not in name or {*name.split("/")} & {*_SUMMED}}
 
 
 def write_seal(store: Path) -> int:
@@ -103,5 +111,5 @@ def check_seal(store: Path) -> None:
     if missing:
         raise DamagedStore(store, f"{len(missing)} of its {len(files)} files are missing, the first: {missing[0]}")
     for name, total in sums.items():
-        if zlib.crc32((store / name).read_bytes()) != total:
+        if _sum(store / name) != total:
             raise DamagedStore(store, f"{name} is not what was written")

@@ -336,7 +336,10 @@ def resolve_slides(setting: str | Path) -> SlideTable:
 
 def write_table(table: SlideTable, out: Path) -> None:
     """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
+    from pipeline.stage import remove_leftovers, to_disk
+
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers([out])
     staged = out.with_name(f".part-{os.getpid()}-{out.name}")
     try:
         with staged.open("w", encoding="utf-8", newline="") as stream:
@@ -345,6 +348,7 @@ def write_table(table: SlideTable, out: Path) -> None:
             for entry in table:
                 row = entry.to_json()
                 writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
+        to_disk(staged)
         staged.rename(out)
     finally:
         staged.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,14 @@ def stub_text(path: Path) -> str | None:
     return start.decode("utf-8", "replace").strip() if start.startswith(_STUB.encode()) else None
 
 
-def _to_disk(path: Path) -> None:
+def remove_leftovers(outputs: Iterable[Path]) -> None:
+    """Remove what killed processes have left of outputs that they staged."""
+    for path in outputs:
+        for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
+            remove(leftover)
+
+
+def to_disk(path: Path) -> None:
     """Write out a file, so that a machine that stops has no half of it under its final name.
 
     Stores have their seal and the checksums of their chunks for that.
@@ -227,9 +234,7 @@ def _run_stage(
     start = time.monotonic()
     staged = {name: _staged(path) for name, path in outputs.items()}
     record: dict[str, Any] = {"stage": stage, "slide": slide, "status": "ok", "failure": None}
-    for path in (*outputs.values(), manifest):
-        for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
-            remove(leftover)  # of a killed run
+    remove_leftovers([*outputs.values(), manifest])
     failure = next((f for f in (manifest_failure(read_manifest(path)) for path in upstream) if f), None)
     try:
         if failure is None:
@@ -264,7 +269,7 @@ def _run_stage(
         staged["manifest"] = staged_manifest
         write_json(staged_manifest, record)
         for path in staged.values():
-            _to_disk(path)
+            to_disk(path)
         for name, path in outputs.items():
             _set_aside(path)
             staged[name].rename(path)

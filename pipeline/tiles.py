@@ -386,7 +386,7 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
     Returns
     -------
     numpy.ndarray
-        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ. False where the other level cannot be decoded.
+        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ; all where the other level cannot be decoded.
     """
     import cv2
 
@@ -402,7 +402,7 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
     try:
         other = read_region(OneLevel(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
     except SlideError:
-        return cells
+        return ~cells
     differ = (cv2.absdiff(fine, other).max(axis=2) > _COMPARE_GREY).astype(np.uint8)
     step = CELL // _COMPARE
     padded = np.pad(differ, ((0, cells.shape[0] * step - h), (0, cells.shape[1] * step - w)))
@@ -617,7 +617,7 @@ def run_tiles(
         if doubtful.any():
             warnings.append(
                 f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
-                f"slide: is the file damaged? The first: {_places(doubtful, grid)}"
+                f"slide, or one does not decode: is the file damaged? The first: {_places(doubtful, grid)}"
             )
         for warning in warnings:
             log.warning("slide %r: %s", slide, warning)

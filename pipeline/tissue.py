@@ -35,7 +35,7 @@ _PNG_SIDE = 1600
 _SMALL_PIXELS = 100_000_000
 
 
-def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
+def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float, float]:
     """The whole slide on a coarse grid, read in aligned blocks.
 
     Returns
@@ -44,10 +44,12 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
         uint8, shape (grid.height, grid.width, 3). Blocks that cannot be decoded are white.
     unreadable : float
         Share of blocks that could not be decoded, from this level or any finer one.
+    finer : float
+        Share of blocks that a finer level had to show.
     """
     side = _block_side(slide.levels[best_level(slide.levels, grid)], grid)
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
-    blocks, bad = 0, 0.0
+    blocks, bad, finer = 0, 0.0, 0.0
     for y in range(0, grid.height, side):
         for x in range(0, grid.width, side):
             w, h = min(side, grid.width - x), min(side, grid.height - y)
@@ -55,8 +57,9 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float]:
             try:
                 rgb[y : y + h, x : x + w] = read_region(slide, grid, x, y, w, h)
             except SlideError:
-                bad += _read_pieces(slide, grid, rgb, x, y, w, h)
-    return rgb, bad / blocks
+                lost, found = _read_pieces(slide, grid, rgb, x, y, w, h)
+                bad, finer = bad + lost, finer + found
+    return rgb, bad / blocks, finer / blocks
 
 
 def _block_side(level: Level, grid: Grid) -> int:
@@ -65,15 +68,15 @@ def _block_side(level: Level, grid: Grid) -> int:
     return max(32, int(math.sqrt(_BLOCK_PIXELS / max(native, 1e-9))) // 32 * 32)
 
 
-def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> float:
-    """A block in 8 by 8 pieces, some of which cannot be decoded; the share of those.
+def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> tuple[float, float]:
+    """A block in 8 by 8 pieces, some of which cannot be decoded; the shares that no level and a finer one showed.
 
     What one level of a pyramid has lost, a finer one may still have: a damaged overview costs no tissue.
     """
     own = slide.levels[best_level(slide.levels, grid)].scale_x
     finer = [i for i, level in enumerate(slide.levels) if level.usable and level.scale_x < own * (1 - 1e-6)]
     step_x, step_y = max(1, -(-w // 8)), max(1, -(-h // 8))
-    pieces = bad = 0
+    pieces = bad = found = 0
     for py in range(y, y + h, step_y):
         for px in range(x, x + w, step_x):
             pw, ph = min(step_x, x + w - px), min(step_y, y + h - py)
@@ -81,8 +84,9 @@ def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: i
             try:
                 rgb[py : py + ph, px : px + pw] = read_region(slide, grid, px, py, pw, ph)
             except SlideError:
-                bad += not any(_read_level(slide, i, grid, rgb, px, py, pw, ph) for i in reversed(finer))
-    return bad / pieces
+                shown = any(_read_level(slide, i, grid, rgb, px, py, pw, ph) for i in reversed(finer))
+                bad, found = bad + (not shown), found + shown
+    return bad / pieces, found / pieces
 
 
 def _read_level(slide: Slide, level: int, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> bool:
@@ -371,12 +375,12 @@ def run_tissue(
             grid.scale_x, grid.scale_y,
         )  # fmt: skip
         with reopen(info) as handle:
-            rgb, unreadable = read_view(handle, grid)
+            rgb, unreadable, finer = read_view(handle, grid)
             picture, picture_grid = rgb, grid
             if max(grid.width, grid.height) < _PNG_SIDE // 2 and width * height <= _SMALL_PIXELS:
                 picture_mpp = max(mpp_x, mpp_y, max(width * mpp_x, height * mpp_y) / (_PNG_SIDE - 1))
                 picture_grid = Grid.for_slide(width, height, mpp_x, mpp_y, picture_mpp)
-                picture, _ = read_view(handle, picture_grid)
+                picture, *_ = read_view(handle, picture_grid)
         if unreadable == 1:
             raise SlideError("no part of the slide decodes", "copy or export the slide again")
         found: TissueMask | None = None
@@ -391,6 +395,14 @@ def run_tissue(
         image = draw_outline(picture, polygons, picture_grid.scale_x, picture_grid.scale_y)
         # Not by `imwrite`, which tells nobody of a full disk.
         staged["png"].write_bytes(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
+        warnings = []
+        if unreadable:
+            warnings.append(f"{100 * unreadable:.3g} % of the slide could not be decoded and counts as glass")
+        if finer:
+            warnings.append(
+                f"{100 * finer:.3g} % of the overview could not be decoded and was read from finer levels: "
+                "is the file damaged?"
+            )
         if not polygons:
             log.warning("slide %r has no tissue", slide)
         payload: dict[str, Any] = {
@@ -400,8 +412,7 @@ def run_tissue(
             "method": "mask" if found is None else "optical density",
             "mpp": view_mpp,
             "unreadable_share": round(unreadable, 6),
-            "warnings": [f"{100 * unreadable:.2g} % of the slide could not be decoded and counts as glass"]
-            * (unreadable > 0),
+            "warnings": warnings,
         }
         if found is not None:
             payload |= {

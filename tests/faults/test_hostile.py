@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 from alone import alone
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import ROOT, run
 
@@ -25,6 +25,7 @@ from pipeline.slide_table import SlideEntry, resolve_slides
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import write_failed_slide
+from pipeline.training.annotations import read_imagescope_xml
 
 
 class Payload:
@@ -51,10 +52,13 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> Non
 
 @settings(max_examples=300)
 @given(name=st.one_of(st.text(max_size=30), st.text("./\\~${}\0 \n-ab", max_size=12)))
+@example(name="~ $HOME {a} <b> 'c' \"d\" \\e -f;g|h&i`j`.svs")
 def test_whatever_name_passes_stays_below_the_results(name: str) -> None:
     try:
         entry = SlideEntry(name, Path("/in/a.svs"))
-    except PipelineError:
+    except PipelineError as error:
+        assert "\n" not in str(error)
+        assert not name.startswith("~ $HOME")  # odd is not bad
         return
     root = Path("/r/results")
     for path in (RunLayout(root).slide(entry.name).metrics, RunLayout(root).log("tiles", entry.name)):
@@ -75,8 +79,19 @@ def test_xml_bomb_in_a_slide(tmp_path: Path, body: str) -> None:
     tifffile.imwrite(path, rgb, tile=(256, 256), photometric="rgb", description=BOMB + "]>" + body, metadata=None)
     record = alone(run_inspect, "s", path, tmp_path / "slide.json", mpp=0.5, minutes=1)
     # Ten billion times "ha" were 20 GB: the text is left alone or refused.
-    assert record["peak_rss_mb"] < 1500
+    assert record["peak_rss_mb"] < 400
     assert record["seconds"] < 50
+
+
+@pytest.mark.parametrize("layer", ["<Annotation>&k;</Annotation>", '<Annotation Name="&k;"/>'])
+def test_xml_bomb_in_annotations(tmp_path: Path, layer: str) -> None:
+    body = f"<Annotations>{layer}</Annotations>"
+    (tmp_path / "a.xml").write_text(BOMB + "]>" + body)
+    with pytest.raises(PipelineError, match="EntitiesForbidden") as error:
+        read_imagescope_xml(tmp_path / "a.xml")
+    assert "\n" not in str(error.value)
+    (tmp_path / "a.xml").write_text(body.replace("&k;", "ha"))
+    assert read_imagescope_xml(tmp_path / "a.xml") == []
 
 
 @pytest.mark.workflow
@@ -85,6 +100,7 @@ def test_yaml_tags_in_settings_are_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(f"results: !!python/object/apply:os.mkdir ['{mark}']\n")
     done = run(tmp_path, {"slides": "in"}, "-n", "--configfile", str(tmp_path / "evil.yaml"))
     assert done.code != 0
+    assert "Config file is not valid" in done.output
     assert not mark.exists()
 
 

@@ -15,6 +15,10 @@ import pytest
 from outcome import check_whole, finals, outcome
 from runs import command, run, write_slide
 
+from pipeline.errors import PipelineError
+from pipeline.lock import RUN_LOCK
+from pipeline.seal import SEAL
+
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
 FOLDER = "out put, 'ünd' more"
@@ -37,36 +41,79 @@ def end(process: subprocess.Popen[bytes], group: bool) -> None:
     process.wait()
 
 
+def left_over(folder: Path) -> list[Path]:
+    """What killed processes have left."""
+    return [path for pattern in (".part-*", "*.part", ".lock-*") for path in folder.rglob(pattern)]
+
+
 def start(folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command(config), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
 
 
-def test_killed_run_resumes_to_the_same_bytes(tmp_path: Path, model: Path) -> None:
-    config = {"slides": str(make_slides(tmp_path / "in", 1)), "results": FOLDER, "model": str(model)}
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    unbroken.mkdir()
-    broken.mkdir()
-    done = run(unbroken, config)
-    assert done.code == 0, done.output
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[dict[str, Any], Path]:
+    """A run that is not killed: its settings and its results. Another one tries to work beside it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = {"slides": str(make_slides(folder / "in", 1)), "results": FOLDER, "model": str(model)}
+    config["tiles"] = {"keep": True}
+    lock = folder / FOLDER / RUN_LOCK
+    with start(folder, config) as process:
+        while process.poll() is None and not (lock.is_file() and f"process {process.pid} on " in lock.read_text()):
+            time.sleep(0.02)
+        second = run(folder, config)
+        assert process.poll() is None, "the run ended before a second one could be tried"
+    assert second.code != 0
+    assert f"another run is at work in {FOLDER!r} (process {process.pid} on " in second.output
+    assert process.returncode == 0
+    return config, folder / FOLDER
+
+
+def test_killed_run_resumes_to_the_same_bytes(tmp_path: Path, unbroken: tuple[dict[str, Any], Path]) -> None:
+    config, expected = unbroken
+    results = tmp_path / FOLDER
     # The log of a stage appears when its command starts.
     for stage, group in (("tiles", True), ("infer", False)):
-        started = broken / FOLDER / "logs" / stage / "s 0.log"
-        with start(broken, config) as process:
+        started = results / "logs" / stage / "s 0.log"
+        with start(tmp_path, config) as process:
             deadline = time.monotonic() + 1200
             while not started.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert process.poll() is None, "the run ended before it could be killed"
             end(process, group)
-        for path in finals(broken / FOLDER):
+        for path in finals(results):
             check_whole(path)
-    done = run(broken, config)
+    done = run(tmp_path, config)
     assert done.code == 0, done.output
-    assert outcome(broken / FOLDER) == outcome(unbroken / FOLDER)
-    assert not list(broken.rglob(".part-*"))
-    assert not list(broken.rglob(".lock-*"))
-    assert run(broken, config).nothing
+    assert outcome(results) == outcome(expected)
+    assert left_over(results) == []
+    assert run(tmp_path, config).nothing
+
+
+def test_half_a_file_and_other_contents_would_be_found(tmp_path: Path, unbroken: tuple[dict[str, Any], Path]) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(unbroken[1], results)
+    whole = outcome(results)
+    slide = results / "slides" / "s 0"
+    assert {path.name for path in finals(results)} > {
+        "cohort.parquet", "report.html", "settings.json", "tiles.zarr", "nuclei.parquet", "overview.png"
+    }  # fmt: skip
+    for path in finals(results):
+        check_whole(path)
+        inside = [file for file in path.rglob("*") if file.is_file()]
+        largest = max(inside, key=lambda file: file.stat().st_size, default=path)
+        data = largest.read_bytes()
+        largest.write_bytes(data[: len(data) // 2])
+        with pytest.raises((ValueError, OSError, EOFError, AssertionError, PipelineError)):
+            check_whole(path)
+        largest.write_bytes(data)
+    for path in (results / "cohort.tsv", slide / "metrics.json", slide / "tiles.zarr" / SEAL, slide / "stain.png"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"1", b"2"))
+        assert len(outcome(results).items() - whole.items()) == 1, path
+        path.write_bytes(data)
+    assert outcome(results) == whole
 
 
 @pytest.mark.faults_long
@@ -83,7 +130,7 @@ def test_killed_at_many_random_moments(tmp_path: Path, model: Path) -> None:
     expected = outcome(unbroken / FOLDER)
     rng = random.Random(seed)
     done_kills = ended = checked = 0
-    while done_kills < kills or ended == 0:
+    while done_kills < kills or broken.exists():
         broken.mkdir(exist_ok=True)
         with start(broken, config) as process:
             # Up to a fifth of a run, so that it is the later stages' turn too.
@@ -103,7 +150,7 @@ def test_killed_at_many_random_moments(tmp_path: Path, model: Path) -> None:
                 continue
         assert process.returncode == 0
         assert outcome(broken / FOLDER) == expected
-        assert not list(broken.rglob(".part-*"))
+        assert left_over(broken) == []
         ended += 1
         print(f"end {ended}: the same bytes", flush=True)
         shutil.rmtree(broken)

@@ -17,7 +17,7 @@ from pipeline.lock import lock_run
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
-SLIDES = ("bad <i>", "crash", "good")
+SLIDES = ("bad <i>", "crash", "good", "late")
 
 
 def errors(output: str) -> list[str]:
@@ -64,6 +64,7 @@ def test_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (line,) = errors(done.output)
     assert "results: 'results' cannot be written: " in line
     assert "Traceback" not in done.output
+    assert "Building DAG" not in done.output
 
 
 def inspected(results: Path) -> dict[str, int]:
@@ -79,17 +80,20 @@ def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
     (folder / "in").mkdir()
     write_slide(folder / "in" / "good.svs", seed=1)
     write_slide(folder / "whole.svs", seed=2)
-    shutil.copy(folder / "whole.svs", folder / "in" / "crash.svs")
+    for name in ("crash", "late"):
+        shutil.copy(folder / "whole.svs", folder / "in" / f"{name}.svs")
     (folder / "in" / "bad <i>.svs").write_bytes((folder / "whole.svs").read_bytes()[:20000])
     config = {"slides": "in", "results": "my 'results' 1", "model": str(model), "tiles": {"keep": True}}
     results = folder / "my 'results' 1"
     told: dict[str, Any] = {"folder": folder, "results": results}
     # What no slide is to blame for: a folder where the stage has a file.
-    obstacle = results / "slides" / "crash" / ".lock-stain.json"
-    obstacle.mkdir(parents=True)
+    obstacles = [results / "slides" / name for name in ("crash/.lock-stain.json", "late/.lock-instances.json")]
+    for obstacle in obstacles:
+        obstacle.mkdir(parents=True)
     told["crash"] = run(folder, config)
     assert told["crash"].code == 1, told["crash"].output
-    obstacle.rmdir()
+    for obstacle in obstacles:
+        obstacle.rmdir()
     metrics = {slide: results / "slides" / folder_name(slide) / "metrics.json" for slide in SLIDES}
     told["states"] = {slide: read_json(path)["status"] if path.exists() else None for slide, path in metrics.items()}
     status = subprocess.run(
@@ -100,18 +104,16 @@ def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
     told["so far"] = run(folder, config, "so_far", cores=1)
     told["failed so far"] = read_tsv(results / "so-far" / "failed.tsv")
     told["cohort so far"] = read_tsv(results / "so-far" / "cohort.tsv")
-    # The slide that waits gets a damaged store, the bad one is put right.
-    chunks = (results / "slides" / "crash" / "tiles.zarr" / "rgb" / "c").rglob("*")
-    chunk = next(path for path in chunks if path.is_file())
-    data = bytearray(chunk.read_bytes())
-    data[len(data) // 2] ^= 4
-    chunk.write_bytes(data)
+    # The slides that wait get a damaged store each, the bad one is put right.
+    for store in ("crash/tiles.zarr/rgb", "late/maps.zarr/maps"):
+        chunk = next(path for path in (results / "slides" / store / "c").rglob("*") if path.is_file())
+        data = bytearray(chunk.read_bytes())
+        data[len(data) // 2] ^= 4
+        chunk.write_bytes(data)
     told["damaged"] = run(folder, config)
-    told["healed"] = read_json(metrics["crash"])["status"]
+    told["healed"] = [read_json(metrics[slide])["status"] for slide in ("crash", "late")]
     shutil.copy(folder / "whole.svs", folder / "in" / "bad <i>.svs")
-    told["before"] = {
-        slide: (results / "slides" / folder_name(slide) / "slide.json").stat().st_mtime_ns for slide in SLIDES
-    }
+    told["before"] = inspected(results)
     told["last"] = run(folder, config)
     return told
 
@@ -119,14 +121,15 @@ def story(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
 def test_crash_of_ours_is_a_failure_and_the_others_finish(story: dict[str, Any]) -> None:
     done = story["crash"]
     assert done.code == 1
-    assert "error: stain: " in done.output  # the end of its log
+    for stage in ("stain", "instances"):
+        assert f"error: {stage}: " in done.output  # the end of its log
     assert "Is a directory" in done.output
-    assert story["states"] == {"bad <i>": "failed", "crash": None, "good": "ok"}
+    assert story["states"] == {"bad <i>": "failed", "crash": None, "good": "ok", "late": None}
 
 
 def test_cohort_so_far(story: dict[str, Any]) -> None:
-    assert "3 slides: 1 finished, 1 failed, 1 to go" in story["status"]
-    assert "under way: 1 after tiles" in story["status"]
+    assert "4 slides: 1 finished, 1 failed, 2 to go" in story["status"]
+    assert "under way: 1 after tiles, 1 after infer" in story["status"]
     assert "failed: bad <i> at inspect: " in story["status"]
     assert story["so far"].code == 0, story["so far"].output
     assert [row["slide"] for row in story["failed so far"]] == ["bad <i>"]
@@ -136,19 +139,20 @@ def test_cohort_so_far(story: dict[str, Any]) -> None:
     assert "bad <i>" not in report
 
 
-def test_damaged_store_is_found_and_made_anew_by_the_same_command(story: dict[str, Any]) -> None:
+def test_damaged_stores_are_found_and_made_anew_by_the_same_command(story: dict[str, Any]) -> None:
     done = story["damaged"]
-    assert done.output.count("tiles.zarr was damaged and has been removed") == 1
-    assert done.output.count("tiles.zarr had been damaged: the same command starts once more, to make it anew") == 1
+    for store in ("tiles", "maps"):
+        assert done.output.count(f"{store}.zarr was damaged and has been removed") == 1
+    (line,) = [line for line in done.output.splitlines() if "had been damaged: the same command starts once" in line]
+    assert "crash/tiles.zarr, " in line
+    assert "late/maps.zarr had been damaged" in line
     assert done.code == 0, done.output
-    assert story["healed"] == "ok"
+    assert story["healed"] == ["ok", "ok"]
     assert "another run is at work" not in done.output
 
 
 def test_slide_that_was_put_right_is_run_alone(story: dict[str, Any]) -> None:
-    after = {
-        slide: (story["results"] / "slides" / folder_name(slide) / "slide.json").stat().st_mtime_ns for slide in SLIDES
-    }
+    after = inspected(story["results"])
     assert [slide for slide in SLIDES if after[slide] != story["before"][slide]] == ["bad <i>"]
 
 
@@ -156,8 +160,31 @@ def test_in_the_end_all_is_there(story: dict[str, Any]) -> None:
     assert story["last"].code == 0, story["last"].output
     assert read_tsv(story["results"] / "failed.tsv") == []
     found = outcome(story["results"])
-    # Two copies of one slide, one of which met a crash and a damaged store.
-    folders = [story["results"] / "slides" / folder_name(name) for name in ("crash", "bad <i>")]
-    for name in ("tissue.geojson", "stain.png"):
+    # Copies of one slide, two of which met a crash and a damaged store.
+    folders = [story["results"] / "slides" / folder_name(name) for name in ("crash", "late", "bad <i>")]
+    for name in ("tissue.geojson", "stain.png", "tiles.zarr"):
         assert len({found[f"slides/{folder.name}/{name}"] for folder in folders}) == 1
     assert len({read_json(folder / "instances.json")["digest"] for folder in folders}) == 1
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("stage", ["tiles", "infer", "instances"])
+def test_damaged_part_of_a_huge_slide_is_made_anew(tmp_path: Path, model: Path, stage: str) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=1)
+    config = {"slides": "in", "model": str(model), "parts": {"from_gb": 0, "count": 2}}
+    assert run(tmp_path, {**config, "results": "whole"}).code == 0
+    slide = tmp_path / "out" / "slides" / "a"
+    obstacle = slide / f".lock-{'maps' if stage == 'infer' else stage}.json"
+    obstacle.mkdir(parents=True)
+    assert run(tmp_path, {**config, "results": "out"}).code == 1
+    obstacle.rmdir()
+    store = slide / "parts" / f"{stage}-1-of-2.zarr"
+    largest = max((path for path in store.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    done = run(tmp_path, {**config, "results": "out"})
+    assert done.code == 0, done.output
+    assert done.output.count(f"{stage}-1-of-2.zarr was damaged and has been removed") == 1
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")

@@ -180,6 +180,15 @@ def test_a_damaged_manifest_or_card_is_an_error(tmp_path: Path) -> None:
     assert not RunLayout(tmp_path).cohort_tsv.exists()
 
 
+def test_what_a_killed_job_has_left_goes(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("a",))
+    for name in ("cohort.tsv", "cohort.parquet", "failed.tsv", "report.html", "manifest.json"):
+        (tmp_path / f".part-4711-{name}").write_text("half")
+    (tmp_path / ".part-4711-of another").write_text("its own")
+    run(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*")] == [".part-4711-of another"]
+
+
 @given(st.text())
 def test_cells_are_no_formulas_and_one_line(text: str) -> None:
     cell = cohort.cell(text)

@@ -12,6 +12,7 @@ import tifffile
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.synthetic import make_field, write_ome_tiff, write_svs, write_tiff
 from pipeline.tiles import run_tiles
+from pipeline.tissue import run_tissue
 
 WRITERS = {"svs": write_svs, "tif": write_tiff, "ome.tif": write_ome_tiff}
 
@@ -61,7 +62,32 @@ def test_a_tile_that_shows_another_place_is_warned_of(tmp_path: Path, level: int
     assert record["status"] == "ok"
     assert record["doubtful_cells"] > 5
     (warning,) = record["warnings"]
-    assert "differ between the levels of the slide: is the file damaged? The first: (" in warning
+    assert "differ between the levels of the slide, or one does not decode: is the file damaged? The first" in warning
+
+
+def test_a_level_that_does_not_decode_vouches_for_nothing(tmp_path: Path) -> None:
+    rgb, _ = make_field(1200, 900, 0.5, 2)
+    path = tmp_path / "s.svs"
+    write_svs(path, rgb, 0.5)
+    with tifffile.TiffFile(path) as tif:
+        page = tif.series[0].levels[1].pages[0]
+        offsets, counts = page.dataoffsets, page.databytecounts
+    data = bytearray(path.read_bytes())
+    for offset, count in zip(offsets, counts, strict=True):
+        data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    record = store_tiles(tmp_path, path, (1200, 900), 0.5)
+    assert record["status"] == "ok"
+    assert record["doubtful_cells"] == record["active_cells"] > 100
+    (warning,) = record["warnings"]
+    assert "or one does not decode" in warning
+    record = run_tissue(
+        "s", tmp_path / "slide.json", *(tmp_path / f"tissue.{kind}" for kind in ("json", "geojson", "png"))
+    )
+    assert record["area_mm2"] > 0
+    assert record["warnings"] == [
+        "100 % of the overview could not be decoded and was read from finer levels: is the file damaged?"
+    ]
 
 
 def test_a_single_level_has_nothing_to_compare_with(tmp_path: Path) -> None:

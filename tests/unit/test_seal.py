@@ -78,6 +78,27 @@ def test_every_flipped_byte_is_found(store: tuple[Path, Callable[[Path], np.ndar
     assert np.array_equal(read(path), whole)
 
 
+def test_files_of_parts_that_no_other_checksum_covers(tmp_path: Path) -> None:
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        import zarr
+
+        zarr.create_group(staged["store"]).create_array("sums", data=np.arange(12, dtype=np.uint32))
+        np.savez(staged["store"] / "survey.npz", blocks=np.arange(9))
+        (staged["store"] / "4711.spool").write_bytes(bytes(3_000_000))
+        return {}
+
+    path = tmp_path / "instances-1-of-2.zarr"
+    run_stage("instances", "a", manifest=tmp_path / "part.json", outputs={"store": path}, body=body)
+    for file in (path / "survey.npz", path / "4711.spool", path / "sums/c/0"):
+        check_seal(path)
+        data = file.read_bytes()
+        for at in (0, len(data) // 2, len(data) - 1):
+            flip(file, at)
+            with pytest.raises(DamagedStore, match=f"{file.name} is not what was written"):
+                check_seal(path)
+            file.write_bytes(data)
+
+
 def test_missing_and_cut_chunks_are_found(store: tuple[Path, Callable[[Path], np.ndarray], str]) -> None:
     path, read, chunk = store
     file = path / chunk

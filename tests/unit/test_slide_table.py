@@ -149,7 +149,10 @@ def test_name_problem() -> None:
 def test_hostile_names_survive_a_folder_and_the_written_table(tmp_path: Path) -> None:
     slides = resolve_slides(touch(tmp_path / "s", *(f"{name}.svs" for name in HOSTILE)))
     assert set(slides.entries) == set(HOSTILE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".part-4711-slides.tsv").write_text("of a killed process")
     write_table(slides, tmp_path / "out" / "slides.tsv")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["slides.tsv"]
     assert resolve_slides(tmp_path / "out" / "slides.tsv") == slides
     assert os.listdir(tmp_path / "out") == ["slides.tsv"]
 

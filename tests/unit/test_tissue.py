@@ -350,12 +350,14 @@ def test_a_damaged_overview_costs_no_tissue(slide: Path) -> None:
             return np.full((h, w, 3), 100 + level, np.uint8)
 
     grid = Grid(200, 150, 8.0, 8.0, 8.0)
-    rgb, unreadable = read_view(Damaged(False), grid)  # type: ignore[arg-type]
+    rgb, unreadable, finer = read_view(Damaged(False), grid)  # type: ignore[arg-type]
     assert unreadable == 0
+    assert 0.05 < finer < 0.3
     assert rgb.max() == 101
     assert rgb.min() == 100
-    rgb, unreadable = read_view(Damaged(True), grid)  # type: ignore[arg-type]
+    rgb, unreadable, finer = read_view(Damaged(True), grid)  # type: ignore[arg-type]
     assert 0.05 < unreadable < 0.3
+    assert finer == 0
     assert (rgb[:50, :50] == 255).all()
 
 

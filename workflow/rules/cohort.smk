@@ -33,7 +33,8 @@ rule settings:
     params:
         settings=lambda wildcards: as_json({key: value for key, value in config.items() if key != "train"}),
     shell:
-        "printf '%s\\n' {params.settings:q} > {output.settings:q} 2> {log:q}"
+        "printf '%s\\n' {params.settings:q} > {output.settings:q}.part 2> {log:q} "
+        "&& mv {output.settings:q}.part {output.settings:q} 2>> {log:q}"
 
 
 rule cohort:

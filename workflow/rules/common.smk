@@ -104,6 +104,11 @@ if workflow.is_main_process:
 
 onstart:
     os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
+    # Snakemake's own limit of 100 jobs a second, which no run comes near: it makes the scheduler look at all jobs that are
+    # ready once a second more with each job that ends, until it keeps a core busy. Others, from a profile, say, stay.
+    limit = workflow.scheduling_settings.max_jobs_per_timespan
+    if limit is not None and (limit.max_jobs, limit.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
     # Whoever asked to have things done over would have them done twice.
     told = workflow.dag_settings
     if RESTART is not None and not (
