@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -118,6 +118,7 @@ class WindowPredictor:
         self.batch = batch or 4 * threads
         self.network = network
         self._pool = ThreadPoolExecutor(threads, "maps")
+        self._blended: Future[list[np.ndarray]] | None = None
 
     def blender(self, grid: PatchGrid) -> Blender:
         """See `Predictor`."""
@@ -134,12 +135,16 @@ class WindowPredictor:
     def begin(self, places: Places, patches: np.ndarray, blender: Blender) -> Finish:
         """See `Predictor`."""
         running = [self._pool.submit(self.maps, patch) for patch in patches]
+        before = self._blended
 
-        def finish() -> Iterator[np.ndarray]:
-            for place, one in zip(places, running, strict=True):
-                yield blender.add(*place, one.result())
+        def blend() -> list[np.ndarray]:
+            if before is not None:
+                before.result()
+            return [blender.add(*place, one.result()) for place, one in zip(places, running, strict=True)]
 
-        return finish
+        # In the same threads, after the windows: a thread more than cores costs more than it gains.
+        blended = self._blended = self._pool.submit(blend)
+        return lambda: iter(blended.result())
 
 
 def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
