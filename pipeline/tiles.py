@@ -167,7 +167,7 @@ class RasterReader:
         Tiles that are held at most.
     """
 
-    def __init__(self, store: TileStore, limit: int = 24) -> None:
+    def __init__(self, store: TileStore, limit: int = 12) -> None:
         self.store = store
         self.limit = limit
         self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
@@ -198,12 +198,8 @@ class RasterReader:
         with self._lock:
             found = self._held.get((row, column))
             if found is None:
-                # The row above may still be wanted by a thread that is behind.
-                for key in [key for key in self._held if key[0] < first - 1]:
+                for key in [key for key in self._held if key[0] < first]:
                     del self._held[key]
-                if len(self._held) >= self.limit:
-                    for key in [key for key in self._held if key[0] < first]:
-                        del self._held[key]
                 if len(self._held) >= self.limit:
                     return None
                 mine = self._held[row, column] = Future()

@@ -7,6 +7,7 @@ eosin do. Neutral things (dust, shadows, black borders) and ink do not.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -19,6 +20,7 @@ _THRESHOLDS = (0.035, 0.06)
 _SMOOTH_UM = 6.0
 _CLOSE_UM = 16.0
 _INK_MARGIN_UM = 24.0
+_BLOCK = 1 << 19  # pixels worked on at once
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,20 @@ def background_colour(rgb: np.ndarray) -> tuple[tuple[float, float, float], bool
     found : bool
         False when no such colour fills 1 % of the view; `colour` is a typical one then.
     """
-    flat = rgb.reshape(-1, 3).astype(np.int16)
-    red, green, blue = flat[:, 0], flat[:, 1], flat[:, 2]
-    least = np.minimum(np.minimum(red, green), blue)  # NumPy takes ten times as long along an axis of three
-    neutral = np.maximum(np.maximum(red, green), blue) - least <= 14
-    # Pale stroma is nearly neutral too, but it takes more green than red and blue, and is less bright than most glass.
-    tinge = red + blue - 2 * green
-    is_glass = neutral & (least >= 170) & (tinge <= np.where(green >= 228, 10, 5))
-    glass, coloured = flat[is_glass], flat[is_glass & (least < 255)]
+    flat = rgb.reshape(-1, 3)
+    is_glass, coloured = np.empty(len(flat), bool), np.empty(len(flat), bool)
+    for part in _blocks(len(flat), _BLOCK):
+        red, green, blue = (flat[part, channel].astype(np.int16) for channel in range(3))
+        least = np.minimum(np.minimum(red, green), blue)  # NumPy takes ten times as long along an axis of three
+        neutral = np.maximum(np.maximum(red, green), blue) - least <= 14
+        # Pale stroma is nearly neutral too, but takes more green than red and blue, and is less bright than most glass.
+        tinge = red + blue - 2 * green
+        is_glass[part] = neutral & (least >= 170) & (tinge <= np.where(green >= 228, 10, 5))
+        coloured[part] = is_glass[part] & (least < 255)
     # What is wholly white may be filler, where nothing was scanned: it does not count beside glass of a colour.
-    if len(coloured) >= 0.01 * len(flat) and glass_is_darker(np.bincount(coloured[:, 1], minlength=256)):
-        glass = coloured
-    counts = np.bincount(glass[:, 1], minlength=256).astype(np.float64)
+    if np.count_nonzero(coloured) >= 0.01 * len(flat) and glass_is_darker(_histogram(flat[:, 1], coloured)):
+        is_glass = coloured
+    counts = _histogram(flat[:, 1], is_glass).astype(np.float64)
     near_counts = np.convolve(counts, np.ones(9), "same")
     common = np.nonzero(near_counts >= 0.01 * len(flat))[0]
     if not len(common):
@@ -80,9 +84,22 @@ def background_colour(rgb: np.ndarray) -> tuple[tuple[float, float, float], bool
     # Glass is the brightest thing that is common; its own commonest colour is found from there downwards.
     top = int(common[-1])
     peak = top - int(near_counts[max(top - 8, 0) : top + 1][::-1].argmax())
-    near = glass[np.abs(glass[:, 1] - peak) <= 4]
-    mean = near.mean(axis=0)
+    greens = flat[:, 1]
+    mean = flat[is_glass & (greens >= max(peak - 4, 0)) & (greens <= min(peak + 4, 255))].mean(axis=0)
     return (float(mean[0]), float(mean[1]), float(mean[2])), True
+
+
+def _blocks(length: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` that cover `length`."""
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
+def _histogram(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """How often each 8-bit value occurs where a mask holds, int64 ``(256,)``; by blocks, as `bincount` widens them."""
+    counts = np.zeros(256, np.int64)
+    for part in _blocks(len(values), _BLOCK):
+        counts += np.bincount(values[part][mask[part]], minlength=256)
+    return counts
 
 
 def optical_density(rgb: np.ndarray, background: tuple[float, float, float]) -> np.ndarray:
@@ -195,18 +212,26 @@ def find_tissue(rgb: np.ndarray, mpp: float, min_area_um2: float = 10_000, min_h
     background, found = background_colour(rgb)
     sigma = _SMOOTH_UM / mpp / 2
     smooth = cv2.GaussianBlur(rgb, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma > 0.3 else rgb
-    od = optical_density(np.asarray(smooth), background)
-    ink = ink_mask(od)
+    # By rows, so that the optical density of the whole view is never held.
+    green, ink, stained = (
+        np.empty(rgb.shape[:2], np.float32),
+        np.empty(rgb.shape[:2], bool),
+        np.empty(rgb.shape[:2], bool),
+    )
+    for rows in _blocks(len(rgb), max(1, _BLOCK // max(1, rgb.shape[1]))):
+        od = optical_density(np.asarray(smooth[rows]), background)
+        ink[rows] = ink_mask(od)
+        green[rows] = od[..., 1]
+        red, blue = od[..., 0], od[..., 2]
+        spread = np.maximum(np.maximum(red, green[rows]), blue) - np.minimum(np.minimum(red, green[rows]), blue)
+        stained[rows] = spread > np.maximum(0.015, 0.12 * green[rows])
     if ink.any():
         ink = _morph(remove_small(ink, 400 / mpp**2), cv2.MORPH_DILATE, _INK_MARGIN_UM, mpp)
-    green = od[..., 1]
-    red, blue = od[..., 0], od[..., 2]
-    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     # Without glass to compare with, Otsu would split the tissue itself.
     threshold = _THRESHOLDS[0]
     if found and not ink.all():
         threshold = float(np.clip(otsu(green[~ink]), *_THRESHOLDS))
-    mask = (green > threshold) & (spread > np.maximum(0.015, 0.12 * green)) & ~ink
+    mask = (green > threshold) & stained & ~ink
     # Nothing is opened: that would cut thin strands, and crumbs go by their area.
     mask = _morph(mask, cv2.MORPH_CLOSE, _CLOSE_UM, mpp) & ~ink
     view_um2 = mask.size * mpp**2
