@@ -173,8 +173,10 @@ def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype)
 
 
 class DeviceBlender:
-    """What `pipeline.kernels.blend.Blender` does, on a GPU: by batches, as a call of its own for each window's edges
-    would take longer than the network. Sums of integers, so the results are the same.
+    """What `pipeline.kernels.blend.Blender` does, on a GPU and batch by batch.
+
+    Calls of its own for each window's edges would take longer than the network. Sums of integers, so the results are
+    the same.
 
     Parameters
     ----------
@@ -319,7 +321,7 @@ class BatchPredictor:
             done.copy_(blended, non_blocking=True)
             ended.record()
 
-        def finish() -> Iterator[np.ndarray]:
+        def finish(_copied_from: np.ndarray = patches) -> Iterator[np.ndarray]:  # which has to stay until then
             ended.synchronize()
             self._busy += started.elapsed_time(ended) / 1000
             yield from np.asarray(done)
