@@ -83,8 +83,16 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
         if source.limit is not None and source.limit < len(found):
             found = [found[i] for i in np.linspace(0, len(found) - 1, source.limit).round().astype(int)]
         own = [read() for read in found]
-        if not any(one.labels.any() for one in own):
-            raise PipelineError(f"the fields of {source.name} hold no nucleus", "check the annotations")
+        if not source.empty and not any(one.labels.any() for one in own):
+            raise PipelineError(
+                f"the fields of {source.name} hold no nucleus", "check the annotations; if none is right, say empty: true"
+            )
+        wrong = next((one for one in own if one.labels.any()), None) if source.empty else None
+        if wrong is not None:
+            raise PipelineError(
+                f"field {wrong.name} of {source.name} holds nuclei, but empty: true says there are none",
+                "leave empty out, or mend the annotations",
+            )
         log.info("%s: %d fields, %d nuclei", source.name, len(own), sum(count_nuclei(one.labels) for one in own))
         fields += own
     seen: set[str] = set()

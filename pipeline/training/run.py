@@ -277,7 +277,8 @@ class Run:
                     self.targets,
                     one.class_names,
                     styled=one.augmentation.style > 0,
-                    taught=None if teacher is None else teacher.maps(field),
+                    # Where annotations say that there is nothing, a teacher may be what is wrong.
+                    taught=teacher.maps(field) if teacher is not None and field.labels.any() else None,
                     share=one.teacher_share,
                 )
             )

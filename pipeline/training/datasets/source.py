@@ -18,7 +18,7 @@ from pipeline.training.field import Field
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 
-COMMON = ("kind", "path", "name", "mpp", "mpp_of", "weight", "licence", "limit", "table")
+COMMON = ("kind", "path", "name", "mpp", "mpp_of", "weight", "licence", "limit", "table", "empty")
 """Keys that a source of any kind may have."""
 
 TABLE_COLUMNS = ("field", "patient", "organ", "mpp")
@@ -51,6 +51,8 @@ class Source:
         Most fields to take, spread evenly.
     rows : dict of str to dict, or None
         Rows of its table by ``field``.
+    empty : bool
+        Its fields hold no nucleus, but what is taken for one.
     options : dict
         Further keys, for the importer.
     """
@@ -62,6 +64,7 @@ class Source:
     mpp_of: Mapping[str, float] = field(default_factory=dict)
     limit: int | None = None
     rows: Mapping[str, Mapping[str, str]] | None = None
+    empty: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -102,6 +105,7 @@ class Source:
             limit=limit,
             # The table of slides is read where the slides are.
             rows=None if table is None or "slides" in options else read_table(Path(table).expanduser()),
+            empty=bool(value.get("empty", False)),
             options={key: value[key] for key in options if key in value},
         )
 
