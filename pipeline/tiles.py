@@ -140,8 +140,15 @@ class TileStore:
             return window(x, y, x + w, y + h)
         columns, rows = reflect(x, w, self.grid.width), reflect(y, h, self.grid.height)
         x0, y0 = int(columns.min()), int(rows.min())
-        pixels = window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)
-        return pixels[(rows - y0)[:, None], columns - x0]
+        pixels = window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)[rows - y0]
+        # Pixel by pixel only what is outside: the rest would take as long as everything else that is done to it.
+        left = min(max(-x, 0), w)
+        right = max(left, min(self.grid.width - x, w))
+        out = np.empty((h, w, 3), np.uint8)
+        out[:, left:right] = pixels[:, x + left - x0 : x + right - x0]
+        for outside in (slice(left), slice(right, w)):
+            out[:, outside] = pixels[:, columns[outside] - x0]
+        return out
 
     def window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
         """Pixels of columns `x0` to `x1` and rows `y0` to `y1` of the grid, the last ones excluded."""
@@ -157,7 +164,8 @@ class TileStore:
 class RasterReader:
     """Reads windows of a store in raster order, from several threads, and decodes each tile once.
 
-    Held are the tiles of the rows that windows lie in now, up to a limit; those beyond it are decoded for each window.
+    Tiles are held up to a limit, at which those above a window give way to its own; where there are none above, a tile
+    is decoded for each window.
 
     Parameters
     ----------
@@ -198,10 +206,12 @@ class RasterReader:
         with self._lock:
             found = self._held.get((row, column))
             if found is None:
-                for key in [key for key in self._held if key[0] < first]:
-                    del self._held[key]
                 if len(self._held) >= self.limit:
-                    return None
+                    # Not before: other threads may still be at the rows above.
+                    above = next((key for key in self._held if key[0] < first), None)
+                    if above is None:
+                        return None
+                    del self._held[above]
                 mine = self._held[row, column] = Future()
         if found is not None:
             return found.result()

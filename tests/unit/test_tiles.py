@@ -290,3 +290,25 @@ def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for x in range(0, 500, 40):
             reader.read(x, y, 100, 100)
     assert len(read) == len(set(read)) == 25 - 1  # of the corner that is no tissue, none
+
+
+def test_tiles_stay_for_threads_that_are_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = write_inputs(tmp_path / "in", stained(900, 600, 1), chunk=128)
+    store = TileStore.open(inputs["zarr"])
+    read: list[tuple[int, ...]] = []
+    decode = TileStore.window
+    monkeypatch.setattr(TileStore, "window", lambda self, *place: read.append(place) or decode(self, *place))
+    reader = RasterReader(store, 40)
+    for y in (150, 550, 150, 550, 300):
+        reader.read(0, y, 600, 100)
+    assert len(read) == len(set(read)) == 25
+
+
+@pytest.mark.parametrize("at", [(-30, 20), (40, -70), (60, 50), (-90, -90), (-30, -300), (200, 10), (-500, 40)])
+def test_outside_the_grid_pixels_are_reflected(tmp_path: Path, at: tuple[int, int]) -> None:
+    rgb = stained(90, 130, 1)
+    store = TileStore.open(write_inputs(tmp_path / "in", rgb)["zarr"])
+    rgb[: 2 * CELL, : 2 * CELL] = 255
+    mirrored = np.pad(rgb, ((600, 600), (600, 600), (0, 0)), mode="symmetric")
+    x, y = at
+    np.testing.assert_array_equal(store.read(x, y, 200, 150), mirrored[600 + y : 750 + y, 600 + x : 800 + x])
