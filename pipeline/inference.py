@@ -1,8 +1,8 @@
 """Inference stage: tiles through the network, window by window, into blended maps.
 
-Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tiles' size. Reading and
-stain normalisation run ahead in threads, a bounded number of batches deep; while a batch is written the next one is
-under way.
+Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tiles' size. Reading runs
+ahead in threads, a bounded number of batches deep, and so does stain normalisation where no GPU does it; while a batch
+is written the next ones are under way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
@@ -33,7 +33,7 @@ from pipeline.networks.outputs import FindsInstances
 from pipeline.networks.precision import PRECISIONS
 from pipeline.networks.registry import needs_torch
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
-from pipeline.predictors import Finish, Predictor, channel_names, choose_predictor, one_result
+from pipeline.predictors import Finish, Predictor, Strip, channel_names, choose_predictor, one_result, runs
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tiles import RasterReader, TileStore
@@ -41,13 +41,19 @@ from pipeline.tiles import RasterReader, TileStore
 log = logging.getLogger(__name__)
 
 MOST_READERS = 8
-"""Threads that read and normalise for a GPU."""
+"""Threads that read for a GPU."""
 
-GPU_WRITERS = 3
+GPU_WRITERS = 4
 """Threads that compress maps while a GPU computes."""
 
-MOST_WAITING = 2 * GPU_WRITERS
-"""Chunks that wait to be written."""
+MOST_WAITING = 8 * GPU_WRITERS
+"""Chunks that wait to be written: those of a batch."""
+
+UNDER_WAY = 3
+"""Batches that are begun before the first of them is waited for, so that a GPU has work while that one is written."""
+
+TILES_FOR_GPU = 128
+"""Tiles that are held for a GPU, 3 MB each: two rows of them on a slide of 65,536 pixels across."""
 
 CHUNK_COLUMNS = 4
 """Windows in a chunk of the maps."""
@@ -100,12 +106,19 @@ class MapWriter:
         The windows.
     rows : range, optional
         Rows of chunks to write; the others are dropped.
-    pool : concurrent.futures.Executor, optional
-        Compresses and writes beside; a bounded number of chunks waits.
+    hashing : concurrent.futures.Executor, optional
+        A thread that masks and hashes chunks, in order.
+    writing : concurrent.futures.Executor, optional
+        Threads that then compress and write them; a bounded number waits. Without both, `add` does it all.
     """
 
     def __init__(
-        self, store: MapStore, grid: PatchGrid, rows: range | None = None, pool: Executor | None = None
+        self,
+        store: MapStore,
+        grid: PatchGrid,
+        rows: range | None = None,
+        hashing: Executor | None = None,
+        writing: Executor | None = None,
     ) -> None:
         self.store = store
         self.grid = grid
@@ -116,7 +129,8 @@ class MapWriter:
         self._row = -1
         self._written = 0
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
-        self._pool = pool
+        self._hashing = hashing
+        self._pool = writing
         self._writing: deque[Future[None]] = deque()
 
     def add(self, row: int, column: int, pixels: np.ndarray) -> None:
@@ -134,13 +148,25 @@ class MapWriter:
         while self._writing:
             self._writing.popleft().result()
 
-    def _write(self, rows: slice, columns: slice, part: np.ndarray) -> None:
-        if self._pool is None:
-            self.store.array[:, rows, columns] = part
+    def _write(self, rows: slice, columns: slice, held: np.ndarray | None) -> None:
+        if self._hashing is None or self._pool is None:
+            self.store.write(columns.start, rows.start, self._hashed(rows, columns, held))
             return
-        self._writing.append(self._pool.submit(self.store.array.__setitem__, (slice(None), rows, columns), part))
+        hashed = self._hashing.submit(self._hashed, rows, columns, held)
+        self._writing.append(self._pool.submit(lambda: self.store.write(columns.start, rows.start, hashed.result())))
         while len(self._writing) > MOST_WAITING:
             self._writing.popleft().result()
+
+    def _hashed(self, rows: slice, columns: slice, held: np.ndarray | None) -> np.ndarray:
+        """A chunk's pixels, 0 outside active cells, which are part of the hash then."""
+        shape = len(self.store.channels), rows.stop - rows.start, columns.stop - columns.start
+        if held is None:
+            held = np.zeros(shape, np.uint8)
+        part = np.ascontiguousarray(held[:, : shape[1]])
+        if (mask := _mask(self.store, rows, columns)) is not None:
+            part *= mask
+        _add_chunk(self.digest, rows, columns, part)
+        return part
 
     def _begin(self, row: int) -> None:
         width = self.store.grid.width
@@ -171,22 +197,23 @@ class MapWriter:
                 break
             held = self._held.pop(columns.start, None)
             if self._row - 1 in self.rows and _is_active(self.store, rows, columns):
-                mask = _mask(self.store, rows, columns)
-                part = np.zeros((len(self.store.channels), *mask.shape), np.uint8)
-                if held is not None:
-                    np.multiply(held[:, : len(mask)], mask, out=part)
-                _add_chunk(self.digest, rows, columns, part)
-                self._write(rows, columns, part)
+                self._write(rows, columns, held)
             self._written = columns.stop
             while self._waiting and min(self._waiting[0][0] + stride, width) <= columns.stop:
                 left, pixels = self._waiting.popleft()
                 self._place(left, 0, pixels)
 
 
-def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray:
-    """Pixels of active cells."""
-    down, across = np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop)
-    return store.active[np.ix_(down // store.cell, across // store.cell)]
+def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray | None:
+    """Pixels of active cells; None when all are."""
+    side, top, left = store.cell, rows.start // store.cell, columns.start // store.cell
+    cells = store.active[top : -(-rows.stop // side), left : -(-columns.stop // side)]
+    if cells.all():
+        return None
+    pixels = cells.repeat(side, 0).repeat(side, 1)
+    return pixels[
+        rows.start - top * side : rows.stop - top * side, columns.start - left * side : columns.stop - left * side
+    ]
 
 
 def _chunk(store: MapStore, grid: PatchGrid, chunk_row: int, left: int) -> tuple[slice, slice]:
@@ -329,44 +356,36 @@ def infer_slide(
         windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
-    blender = predictor.blender(grid)
-    reader = RasterReader(tiles)
+    on_gpu = predictor.busy is not None
+    maps = predictor.slide(grid, transform)
+    reader = RasterReader(tiles, TILES_FOR_GPU) if on_gpu else RasterReader(tiles)
 
-    def read(batch: list[tuple[int, int]]) -> np.ndarray:
-        patches = predictor.empty((len(batch), grid.patch, grid.patch, 3))
-        start = 0
-        for end in range(1, len(batch) + 1):
-            if end < len(batch) and batch[end] == (batch[end - 1][0], batch[end - 1][1] + 1):
-                continue
-            # Neighbours are read as one strip, for tiles are larger than windows.
-            x, y = grid.origin(*batch[start])
-            strip = reader.read(x, y, (end - start - 1) * grid.stride + grid.patch, grid.patch)
-            strip = transform.apply(strip)
-            for index in range(start, end):
-                left = (index - start) * grid.stride
-                patches[index] = strip[:, left : left + grid.patch]
-            start = end
-        return patches
+    def read(batch: list[tuple[int, int]]) -> Callable[[], Finish]:
+        strips = []
+        for row, column, count in runs(batch):
+            x, y = grid.origin(row, column)
+            pixels = reader.read(x, y, (count - 1) * grid.stride + grid.patch, grid.patch)
+            strips.append(Strip(row, column, count, pixels))
+        return maps.prepare(strips)
 
     megapixels = grid.stride**2 / 1e6
-    on_gpu = predictor.busy is not None
     readers = max(2, min(threads, MOST_READERS)) if on_gpu else 2
     with (
         ThreadPoolExecutor(readers, "read") as pool,
-        ThreadPoolExecutor(GPU_WRITERS, "write") as writers,
+        ThreadPoolExecutor(1, "hash") as hashing,
+        ThreadPoolExecutor(GPU_WRITERS, "write") as writing,
         Progress(len(windows) * megapixels, "infer", "MP") as progress,
     ):
-        writer = MapWriter(store, grid, rows, writers if on_gpu else None)
+        writer = MapWriter(store, grid, rows, *((hashing, writing) if on_gpu else ()))
         pending = _batches(iter(windows), predictor.batch)
-        ahead: deque[tuple[list[tuple[int, int]], Future[np.ndarray]]] = deque()
+        ahead: deque[tuple[list[tuple[int, int]], Future[Callable[[], Finish]]]] = deque()
         begun: deque[tuple[list[tuple[int, int]], Finish]] = deque()
         while True:
             while len(ahead) <= readers + 1 and (batch := next(pending, None)):
                 ahead.append((batch, pool.submit(read, batch)))
-            # The next batch is under way while the one before is written.
-            while len(begun) < 2 and ahead:
-                batch, patches = ahead.popleft()
-                begun.append((batch, predictor.begin(batch, patches.result(), blender)))
+            while len(begun) < UNDER_WAY and ahead:
+                batch, ready = ahead.popleft()
+                begun.append((batch, ready.result()()))
             if not begun:
                 break
             batch, finish = begun.popleft()

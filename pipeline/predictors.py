@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
+from pipeline.kernels.stain import StainTransform
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances, Folding, Outputs, map_names
 from pipeline.networks.registry import build_method, needs_torch
@@ -31,6 +33,52 @@ Places = Sequence[tuple[int, int]]
 
 Finish = Callable[[], Iterator[np.ndarray]]
 """Waits for what was begun; gives what `pipeline.kernels.blend.Blender.add` says of each window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Neighbouring windows of a row, and the pixels that they lie in.
+
+    Parameters
+    ----------
+    row, column : int
+        Place of the first.
+    count : int
+        How many.
+    pixels : numpy.ndarray
+        uint8 ``(patch, (count - 1) * stride + patch, 3)``, as the tiles have them.
+    """
+
+    row: int
+    column: int
+    count: int
+    pixels: np.ndarray
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Rows and columns of the windows."""
+        return [(self.row, column) for column in range(self.column, self.column + self.count)]
+
+
+def runs(places: Places) -> Iterator[tuple[int, int, int]]:
+    """Neighbours among windows in raster order: row and column of the first, and how many they are."""
+    start = 0
+    for end in range(1, len(places) + 1):
+        row, column = places[end - 1]
+        if end == len(places) or places[end] != (row, column + 1):
+            yield row, column - (end - 1 - start), end - start
+            start = end
+
+
+class SlideMaps(Protocol):
+    """The maps of one slide in the making."""
+
+    def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
+        """Make a batch ready, in any thread.
+
+        What is returned begins with it, without waiting. It is called in raster order, from one thread; windows are
+        blended in that order.
+        """
 
 
 def choose_device(name: str) -> str:
@@ -63,7 +111,7 @@ class Predictor(Protocol):
     network : torch.nn.Module, optional
         The network, where there is one.
     busy : float, optional
-        Seconds that a GPU has computed; None on a CPU.
+        Seconds in which a GPU was at a batch; None on a CPU.
     """
 
     @property
@@ -78,17 +126,11 @@ class Predictor(Protocol):
     @property
     def busy(self) -> float | None: ...
 
-    def blender(self, grid: PatchGrid) -> Any:
-        """What blends its windows."""
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Room for windows, uint8."""
+    def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
+        """Begin with a slide whose windows lie on a grid and whose colours are to be transformed."""
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)``."""
-
-    def begin(self, places: Places, patches: np.ndarray, blender: Any) -> Finish:
-        """Begin with windows, without waiting; each is blended once the ones begun before it have been."""
+        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)`` as they are."""
 
 
 class WindowPredictor:
@@ -118,29 +160,51 @@ class WindowPredictor:
         self.batch = batch or 4 * threads
         self.network = network
         self._pool = ThreadPoolExecutor(threads, "maps")
-        self._blended: Future[list[np.ndarray]] | None = None
 
-    def blender(self, grid: PatchGrid) -> Blender:
+    def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
         """See `Predictor`."""
-        return Blender(grid, isinstance(self.network, FindsInstances))
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """See `Predictor`."""
-        return np.empty(shape, np.uint8)
+        return _WindowSlide(self.maps, self._pool, Blender(grid, isinstance(self.network, FindsInstances)), transform)
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Maps of windows, see `Predictor`."""
         return np.stack(list(self._pool.map(self.maps, patches)))
 
-    def begin(self, places: Places, patches: np.ndarray, blender: Blender) -> Finish:
-        """See `Predictor`."""
-        running = [self._pool.submit(self.maps, patch) for patch in patches]
+
+class _WindowSlide:
+    """See `SlideMaps`; for `WindowPredictor`."""
+
+    def __init__(
+        self,
+        maps: Callable[[np.ndarray], np.ndarray],
+        pool: ThreadPoolExecutor,
+        blender: Blender,
+        transform: StainTransform,
+    ) -> None:
+        self._maps = maps
+        self._pool = pool
+        self._blender = blender
+        self._transform = transform
+        self._blended: Future[list[np.ndarray]] | None = None
+
+    def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
+        """See `SlideMaps`."""
+        patch, stride = self._blender.grid.patch, self._blender.grid.stride
+        windows = []
+        for strip in strips:
+            pixels = self._transform.apply(strip.pixels)
+            for left in range(0, strip.count * stride, stride):
+                windows.append(np.ascontiguousarray(pixels[:, left : left + patch]))
+        places = [place for strip in strips for place in strip.places]
+        return lambda: self._begin(places, windows)
+
+    def _begin(self, places: Places, windows: Sequence[np.ndarray]) -> Finish:
+        running = [self._pool.submit(self._maps, window) for window in windows]
         before = self._blended
 
         def blend() -> list[np.ndarray]:
             if before is not None:
                 before.result()
-            return [blender.add(*place, one.result()) for place, one in zip(places, running, strict=True)]
+            return [self._blender.add(*place, one.result()) for place, one in zip(places, running, strict=True)]
 
         # In the same threads, after the windows: a thread more than cores costs more than it gains.
         blended = self._blended = self._pool.submit(blend)
@@ -222,25 +286,19 @@ class DeviceBlender:
         if self._edges is None:
             self._edges = total.new_zeros((self.grid.columns, maps.shape[1], overlap, stride))
         start = 0
-        for end in range(1, len(places) + 1):
-            row, column = places[end - 1]
-            if end < len(places) and places[end] == (row, column + 1):
-                continue
-            # Neighbours in a row.
-            first = column - (end - 1 - start)
-            run, columns = total[start:end], slice(first, column + 1)
+        for row, first, count in runs(places):
+            end, columns = start + count, slice(first, first + count)
+            run = total[start:end]
             if self._left is not None and self._last == (row, first - 1):
                 self._join(run[0, ..., :overlap], self._left)
             self._join(run[1:, ..., :overlap], right[start : end - 1])
-            above = self._rows[columns] == row - 1
-            if above.any():
-                edges = self._edges[columns]
-                if not above.all():
-                    edges = edges * edges.new_tensor(above)[:, None, None, None]
-                self._join(run[..., :overlap, :stride], edges)
+            # Those below windows that were there; told here, for asking the device would wait for the network.
+            for _, begin, below in runs([(0, int(i)) for i in np.flatnonzero(self._rows[columns] == row - 1)]):
+                edges = self._edges[first + begin : first + begin + below]
+                self._join(run[begin : begin + below, ..., :overlap, :stride], edges)
             self._edges[columns] = run[..., stride:, :stride]
             self._rows[columns] = row
-            self._left, self._last = right[end - 1], (row, column)
+            self._left, self._last = right[end - 1], (row, first + count - 1)
             start = end
         done = total[..., :stride, :stride]
         return (done if self._largest else (done + self._sum // 2) // self._sum).byte()
@@ -279,8 +337,7 @@ class BatchPredictor:
         self.outputs = outputs
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self.precision = precision
-        self._on_gpu = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
+        self.on_gpu = self.device.type == "cuda"
         self._busy = 0.0
 
     @property
@@ -290,94 +347,156 @@ class BatchPredictor:
 
     @property
     def busy(self) -> float | None:
-        """Seconds that a GPU has computed."""
-        return self._busy if self._on_gpu else None
+        """Seconds in which a GPU was at a batch."""
+        return self._busy if self.on_gpu else None
 
-    def blender(self, grid: PatchGrid) -> DeviceBlender:
+    def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
         """See `Predictor`."""
-        return DeviceBlender(grid, isinstance(self.network, FindsInstances), self.device)
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """See `Predictor`; memory that the GPU can copy by itself."""
-        import torch
-
-        return np.asarray(torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu))
+        return _BatchSlide(self, grid, transform)
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Maps of windows, see `Predictor`."""
-        return np.asarray(self._maps(patches).cpu())
+        return np.asarray(self.maps(self.load(patches)).cpu())
 
-    def begin(self, places: Places, patches: np.ndarray, blender: DeviceBlender) -> Finish:
-        """See `Predictor`."""
+    def load(self, patches: np.ndarray) -> Tensor:
+        """Windows on the device, uint8 ``(N, H, W, 3)``."""
         import torch
 
-        started, ended = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._on_gpu else (None, None)
-        maps = self._maps(patches, started)
+        return torch.from_numpy(patches).to(self.device)
+
+    def maps(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
+        """Maps uint8 ``(N, C, H, W)`` of windows on the device, in as many passes as its memory needs."""
+        import torch
+
+        done: list[Tensor] = []
+        start = 0
+        while start < len(x):
+            part = x[start : start + self.batch]
+            try:
+                found = self.forward(part, colours)
+            except (torch.OutOfMemoryError, MemoryError):
+                found = None  # and on, for only then are the layers of this pass given up
+            if found is not None:
+                done.append(found)
+                start += len(part)
+                continue
+            if self.batch == 1:
+                raise PipelineError(
+                    f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
+                )
+            self.batch //= 2
+            log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def forward(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
+        """Maps of at most `batch` windows, their colours changed first; one shape always, so that the same kernels run.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            uint8 ``(N, H, W, 3)``.
+        colours : torch.Tensor, optional
+            For every colour another one, see `pipeline.kernels.stain.StainTransform.table`; four bytes are an int32.
+        """
+        import torch
+
+        if colours is not None:
+            red, green, blue = x.int().unbind(-1)
+            found = colours.index_select(0, ((red << 16) + (green << 8) + blue).flatten())
+            x = found.view(torch.uint8).view(*x.shape[:-1], 4)[..., :3].contiguous()
+        count = len(x)
+        if count < self.batch:
+            x = torch.cat([x, x.new_zeros((self.batch - count, *x.shape[1:]))])
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
+            maps = self.outputs.predict(self.network, x.permute(0, 3, 1, 2).float().div(255))
+            return maps.mul(255).round().to(torch.uint8)[:count]
+
+    def computed(self, seconds: float) -> None:
+        """Note for how long a batch kept the GPU."""
+        self._busy += seconds
+
+
+class _BatchSlide:
+    """See `SlideMaps`; for `BatchPredictor`.
+
+    Strips go to the device as they are; their colours are transformed and windows cut out of them there.
+    """
+
+    def __init__(self, predictor: BatchPredictor, grid: PatchGrid, transform: StainTransform) -> None:
+        import torch
+
+        self._predictor = predictor
+        self._grid = grid
+        self._blender = DeviceBlender(grid, isinstance(predictor.network, FindsInstances), predictor.device)
+        self._colours: Tensor | None = None
+        if transform.method != "none":
+            # By table, for a device's own logarithms and powers would round in another way.
+            with ThreadPoolExecutor() as pool:
+                table = transform.table(pool.map)
+            self._colours = torch.from_numpy(table.view(np.int32).reshape(-1)).to(predictor.device)
+        # Strips are copied while the batch before is computed.
+        self._copies = torch.cuda.Stream(predictor.device) if predictor.on_gpu else None
+
+    def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
+        """See `SlideMaps`."""
+        import torch
+
+        if self._predictor.on_gpu:
+            # Memory that the GPU copies by itself; the same size for all full batches, so that it is used again.
+            size = self._grid.patch**2 * 3 * sum(strip.count for strip in strips)
+            room = np.asarray(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            moved, start = [], 0
+            for strip in strips:
+                pixels = room[start : start + strip.pixels.size].reshape(strip.pixels.shape)
+                pixels[:] = strip.pixels
+                moved.append(replace(strip, pixels=pixels))
+                start += pixels.size
+            strips = moved
+        return lambda: self._begin(strips)
+
+    def _begin(self, strips: Sequence[Strip]) -> Finish:
+        import torch
+
+        places = [place for strip in strips for place in strip.places]
         with torch.inference_mode():
-            blended = blender.add(places, maps)
+            x = self._windows(strips)
+            started, ended = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if self._copies else (None, None)
+            if started is not None:
+                started.record()
+            blended = self._blender.add(places, self._predictor.maps(x, self._colours))
             if started is None or ended is None:
                 return lambda: iter(np.asarray(blended))
             done = torch.empty(blended.shape, dtype=torch.uint8, pin_memory=True)
             done.copy_(blended, non_blocking=True)
             ended.record()
 
-        def finish(_copied_from: np.ndarray = patches) -> Iterator[np.ndarray]:  # which has to stay until then
+        def finish(_copied_from: Sequence[Strip] = strips) -> Iterator[np.ndarray]:  # which have to stay until then
             ended.synchronize()
-            self._busy += started.elapsed_time(ended) / 1000
-            yield from np.asarray(done)
+            self._predictor.computed(started.elapsed_time(ended) / 1000)
+            return iter(np.asarray(done))
 
         return finish
 
-    def _maps(self, patches: np.ndarray, started: Any = None) -> Tensor:
-        """Maps of windows on the device, in as many passes as its memory needs."""
+    def _windows(self, strips: Sequence[Strip]) -> Tensor:
+        """Windows on the device, uint8 ``(N, H, W, 3)``."""
         import torch
 
-        done: list[Tensor] = []
-        start = 0
-        while start < len(patches):
-            part = patches[start : start + self.batch]
-            try:
-                x = self.load(part)
-                if started is not None and not done:
-                    started.record()
-                done.append(self.forward(x)[: len(part)])
-            except (torch.OutOfMemoryError, MemoryError):
-                if self.batch == 1:
-                    raise PipelineError(
-                        f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
-                    ) from None
-                self.batch //= 2
-                log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
-                if self._on_gpu:
-                    torch.cuda.empty_cache()
-                continue
-            start += len(part)
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    def load(self, patches: np.ndarray) -> Tensor:
-        """Windows on the device, uint8 ``(batch, H, W, 3)``: one shape always, so that the same kernels run."""
-        import torch
-
-        x = torch.from_numpy(patches)
-        if self._copies is None:
-            x = x.to(self.device)
-        else:
-            with torch.cuda.stream(self._copies):
-                x = x.to(self.device, non_blocking=True)
-            now = torch.cuda.current_stream(self.device)
+        patch, stride, device = self._grid.patch, self._grid.stride, self._predictor.device
+        count = sum(strip.count for strip in strips)
+        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
+            x = torch.empty((count, patch, patch, 3), dtype=torch.uint8, device=device)
+            start = 0
+            for strip in strips:
+                pixels = torch.from_numpy(strip.pixels).to(device, non_blocking=True)
+                x[start : start + strip.count] = pixels.unfold(1, patch, stride).permute(1, 0, 3, 2)
+                start += strip.count
+        if self._copies is not None:
+            now = torch.cuda.current_stream(device)
             now.wait_stream(self._copies)
             x.record_stream(now)
-        if len(x) < self.batch:
-            x = torch.cat([x, x.new_zeros((self.batch - len(x), *x.shape[1:]))])
         return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps uint8 ``(N, C, H, W)`` of windows that `load` has brought to the device."""
-        import torch
-
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
-            maps = self.outputs.predict(self.network, x.permute(0, 3, 1, 2).float().div(255))
-            return maps.mul(255).round().to(torch.uint8)
 
 
 @contextmanager

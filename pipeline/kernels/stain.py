@@ -12,7 +12,7 @@ hematoxylin first, then eosin: ``OD = concentrations @ matrix``. Lab is CIE L*a*
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -440,6 +440,30 @@ class StainTransform:
         for start in range(0, flat.shape[1], _BLOCK):
             kernel(flat[:, start : start + _BLOCK], out[:, start : start + _BLOCK])
         return out.reshape(rgb.shape)
+
+    def table(self, each: Callable[..., Iterable[Any]] = map) -> np.ndarray:
+        """What becomes of every colour, to look up where `apply` cannot run.
+
+        Parameters
+        ----------
+        each : callable
+            Like `map`: that of a pool makes use of its threads.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 ``(256, 256, 256, 4)``, by red, green and blue: the new colour and a 0.
+        """
+        table = np.zeros((256, 256, 256, 4), np.uint8)
+        values = np.arange(256, dtype=np.uint8)
+
+        def fill(red: int) -> None:
+            plane = np.stack(np.broadcast_arrays(np.uint8(red), values[:, None], values), axis=-1)
+            table[red, ..., :3] = self.apply(plane)
+
+        for _ in each(fill, range(256)):
+            pass
+        return table
 
     def _apply_matrix(self, rgb: np.ndarray, out: np.ndarray) -> None:
         table = _NEGATIVE_OD if self.white is None else np.minimum(_NEGATIVE_OD + np.asarray(self.white, np.float32), 0)

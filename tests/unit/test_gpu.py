@@ -12,14 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pipeline import testing as fabricated  # noqa: E402
-from pipeline.inference import run_infer  # noqa: E402
+from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
+from pipeline.kernels.stain import StainTransform  # noqa: E402
 from pipeline.maps import MapStore  # noqa: E402
 from pipeline.models.package import ModelPackage  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs  # noqa: E402
-from pipeline.predictors import BatchPredictor, DeviceBlender, channel_names  # noqa: E402
+from pipeline.predictors import BatchPredictor, DeviceBlender, Strip, WindowPredictor, channel_names  # noqa: E402
 from pipeline.testing import digest, stained, write_inputs  # noqa: E402
+from pipeline.tiles import TileStore  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -56,8 +58,10 @@ def test_batches_that_are_under_way_at_once_do_not_mix(tmp_path: Path, device: s
     rng = np.random.default_rng(2)
     places = [(0, column) for column in range(7)]
     patches = rng.integers(0, 256, (7, 96, 96, 3), np.uint8)
-    blender, expected = one.blender(grid), Blender(grid)
-    begun = [one.begin(places[i : i + 3], patches[i : i + 3], blender) for i in (0, 3, 6)]
+    slide, expected = one.slide(grid, StainTransform()), Blender(grid)
+    strips = [Strip(*place, 1, pixels) for place, pixels in zip(places, patches, strict=True)]
+    ready = [slide.prepare(strips[i : i + 3]) for i in (6, 3, 0)]
+    begun = [begin() for begin in reversed(ready)]
     found = [pixels for finish in begun for pixels in finish()]
     maps = np.concatenate([one(patches[i : i + 3]) for i in (0, 3, 6)])
     for place, ours, alone in zip(places, found, maps, strict=True):
@@ -73,15 +77,57 @@ def test_batches_halve_when_memory_runs_out(
     patches = np.random.default_rng(3).integers(0, 256, (4, 96, 96, 3), np.uint8)
     whole, forward = one(patches), one.forward
 
-    def short(x: Any) -> Any:
+    def short(x: Any, colours: Any) -> Any:
         if len(x) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(x)
+        return forward(x, colours)
 
     monkeypatch.setattr(one, "forward", short)
     np.testing.assert_allclose(one(patches).astype(int), whole, atol=1)
     assert one.batch == one.per_pass == 2
     assert "batches of 2" in caplog.text
+
+
+class RedAndGreen:
+    """In the place of `Outputs`: the windows' own colours as maps, so that nothing rounds."""
+
+    def predict(self, network: Any, images: Any) -> Any:
+        return images[:, :2]
+
+
+class Watched(BatchPredictor):
+    """As on a GPU, so that threads read, hash and write."""
+
+    busy = 0.0  # type: ignore[assignment]
+
+
+TRANSFORMS = {
+    "none": StainTransform(),
+    "matrix": StainTransform(
+        "matrix", ((0.78, 0.11, 0.06), (0.21, 0.88, -0.07), (0.01, 0.1, 0.98)), white=(0.05, 0.03, 0)
+    ),
+    "lut": StainTransform("lut", lut=(tuple(range(256)), tuple(range(128)) * 2, (9,) * 256)),
+    "reinhard": StainTransform("reinhard", source=((60, 20, -10), (10, 5, 5)), target=((65, 22, -12), (12, 5, 5))),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", TRANSFORMS)
+def test_a_device_sees_the_windows_that_a_cpu_sees(tmp_path: Path, device: str, method: str) -> None:
+    store = TileStore.open(write_inputs(tmp_path / "in", stained(700, 900, 1))["zarr"])
+    package = fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}, patch=96, overlap=24)
+    network, outputs = load_network(package), RedAndGreen()
+    predictors = {
+        "windows": WindowPredictor(lambda window: window.transpose(2, 0, 1)[:2], 2),
+        "batches": BatchPredictor(network, device, 7, outputs, torch.float32),  # type: ignore[arg-type]
+        "threads": Watched(network, device, 7, outputs, torch.float32),  # type: ignore[arg-type]
+    }
+    found = set()
+    for name, one in predictors.items():
+        maps = tmp_path / f"{name}.zarr"
+        about = infer_slide(store, TRANSFORMS[method], one, package, maps, threads=3)
+        found.add((about["maps_sha256"], digest(maps)))
+    assert len(found) == 1
 
 
 @gpu

@@ -122,6 +122,25 @@ def test_what_is_held_grows_with_the_tissue_not_with_the_slide(tmp_path: Path) -
     assert peak < 10e6  # a row of windows across the slide would hold 70 MB
 
 
+def test_chunks_are_written_as_zarr_writes_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 4, (3, 100, 150), np.uint8) * 60
+    pixels[:, :48, 64:128] = 0  # a chunk of nothing
+    stores = [
+        MapStore.create(
+            tmp_path / name, Grid(150, 100, 0.5, 1, 1), ("a", "b", "c"), np.ones((2, 3), bool), CELL, (48, 64)
+        )
+        for name in ("ours", "zarr")
+    ]
+    stores[1].array[:] = pixels
+    for y in range(0, 100, 48):
+        for x in range(0, 150, 64):
+            stores[0].write(x, y, pixels[:, y : y + 48, x : x + 64])
+    assert digest(tmp_path / "ours") == digest(tmp_path / "zarr")
+    assert len([path for path in (tmp_path / "ours/maps/c").rglob("*") if path.is_file()]) == 8
+    np.testing.assert_array_equal(MapStore.open(tmp_path / "ours").read(0, 0, 150, 100), pixels)
+
+
 def test_one_result_leaves_torch_as_it_was() -> None:
     import torch
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -321,3 +322,24 @@ def test_thinning_is_even_and_deterministic() -> None:
     few = stain.tissue_pixels(pixels, limit=1000)
     assert few.shape == (1000, 3)
     assert np.array_equal(few, stain.tissue_pixels(pixels, limit=1000))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        stain.StainTransform(
+            "matrix", matrix=((0.78, 0.11, 0.06), (0.21, 0.88, -0.07), (0.01, 0.1, 0.98)), white=(0.05, 0, 0.02)
+        ),
+        stain.StainTransform("lut", lut=(tuple(range(256)), tuple(range(128)) * 2, (9,) * 256)),
+        stain.StainTransform("reinhard", source=((60, 20, -10), (10, 5, 5)), target=((65, 22, -12), (12, 5, 5))),
+    ],
+    ids=lambda transform: transform.method,
+)
+def test_the_table_has_what_becomes_of_every_colour(transform: stain.StainTransform) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        table = transform.table(pool.map)
+    rng = np.random.default_rng(4)
+    for count in (1, 7, 150_001):  # ends of blocks are computed without vectors
+        rgb = rng.integers(0, 256, (count, 3), np.uint8)
+        np.testing.assert_array_equal(table[*rgb.T][:, :3], transform.apply(rgb))
+    assert not table[..., 3].any()
