@@ -23,6 +23,7 @@ from pipeline.networks.precision import PRECISIONS
 ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "tiles": speed.tiles_row,
     "infer": speed.infer,
+    "infer-host": speed.infer_host,
     "infer-gpu": speed.infer_gpu,
     "instances": speed.instances,
     "measure": speed.measure,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numcodecs import CRC32C, Blosc
 
 from benchmarks import material
-from benchmarks.harness import ROOT, Figure, Run, best, run_command, spent, stage, stage_here
+from benchmarks.harness import ROOT, Figure, Run, Spent, best, run_command, spent, stage, stage_here
+from pipeline.kernels.blend import PatchGrid
+from pipeline.kernels.stain import StainTransform
 from pipeline.models.package import ModelPackage
+from pipeline.predictors import Finish, SlideMaps, Strip
 from pipeline.settings import check_settings, load_schema
 from pipeline.stage import read_manifest
 from pipeline.summary import MANIFESTS
@@ -139,8 +145,6 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     """Tiles to maps, against the network's forward pass alone on the same windows."""
     from pipeline.allocator import keep_freed_memory
     from pipeline.inference import active_windows, infer_slide
-    from pipeline.kernels.blend import PatchGrid
-    from pipeline.kernels.stain import StainTransform
     from pipeline.lattice import CELL
     from pipeline.predictors import choose_predictor, one_result
     from pipeline.tiles import TileStore
@@ -215,6 +219,89 @@ def infer_gpu(options: Options) -> Iterator[Figure]:
         print("infer-gpu: skipped, this machine has no GPU", file=sys.stderr)
         return
     yield from infer(options, "cuda")
+
+
+class _NoNetwork:
+    """As if a GPU made maps of no work: each window's are cut from those of the field."""
+
+    per_pass = batch = 64
+    network = None
+    busy = 0.0
+
+    def __init__(self, maps: np.ndarray) -> None:
+        self._maps = maps
+
+    def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
+        self._stride = grid.stride
+        return self
+
+    def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
+        strips = [replace(strip, pixels=strip.pixels.copy()) for strip in strips]  # to memory that a GPU copies
+        return lambda: lambda: (self._window(*place) for strip in strips for place in strip.places)
+
+    def _window(self, row: int, column: int) -> np.ndarray:
+        fit = material.SIDE // self._stride
+        top, left = row % fit * self._stride, column % fit * self._stride
+        return self._maps[:, top : top + self._stride, left : left + self._stride]
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+def infer_host(options: Options) -> Iterator[Figure]:
+    """Tiles to maps where the network takes no time, against the libraries' work on each tile and each map once."""
+    from pipeline.allocator import keep_freed_memory
+    from pipeline.inference import infer_slide
+    from pipeline.maps import MapStore
+    from pipeline.tiles import TileStore
+
+    keep_freed_memory()
+    folder = options.place("infer-host")
+    package = ModelPackage.load(options.model)
+    field = material.field(package.mpp)
+    side, small = (4096 if options.quick else 8192), 8
+
+    def run(name: str, package: ModelPackage, side: int, tile: int) -> tuple[dict[str, Any], Spent]:
+        material.write_tiles(folder / f"{name}.zarr", field, side, side, package.mpp, 1.0, tile)
+        store, free = TileStore.open(folder / f"{name}.zarr"), _NoNetwork(field.maps)
+        maps = folder / f"{name}-maps.zarr"
+
+        def work() -> dict[str, Any]:
+            shutil.rmtree(maps, ignore_errors=True)
+            return infer_slide(store, StainTransform(), free, package, maps, threads=options.cores)
+
+        return best(work, 3)
+
+    found, ours = run("tiles", package, side, 1024)
+    tiles = [path for path in (folder / "tiles.zarr/rgb/c").rglob("*") if path.is_file()]
+    store = MapStore.open(folder / "tiles-maps.zarr")
+    _, down, across = store.array.chunks
+    chunks = [store.read(x, y, across, down) for y in range(0, side, down) for x in range(0, side, across)]
+
+    def libraries() -> None:
+        check, press = CRC32C(), Blosc("lz4", 5, Blosc.NOSHUFFLE)
+        digest = hashlib.sha256()
+        for path in tiles:
+            press.decode(check.decode(path.read_bytes()))
+        for number, chunk in enumerate(chunks):
+            digest.update(chunk.data)
+            (folder / f"{number}.chunk").write_bytes(check.encode(press.encode(chunk)))
+
+    _, limit = best(libraries, 3)
+    megapixels = found["megapixels"]
+    note = f"{side} x {side} px, {package.name}, windows of {package.patch} px, no network"
+    yield Figure(
+        "infer-host", "tiles to maps but the network", megapixels / ours.cpu, "MP/s a core", megapixels / limit.cpu,
+        "libraries alone", "ratio >= 0.4", note,
+    )  # fmt: skip
+    # Hardly any pixels, and just as many windows, tiles and chunks: what is left is Python, of which all threads
+    # together do no more than one could.
+    scaled = replace(package, patch=package.patch // small, overlap=package.overlap // small)
+    few, python = run("small", scaled, side // small, 1024 // small)
+    yield Figure(
+        "infer-host", "by what Python does", megapixels / found["windows"] * few["windows"] / python.cpu, "MP/s",
+        target="value >= 320", note=f"the same at 1/{small} of the size, CPU time as if of pixels of full size",
+    )  # fmt: skip
 
 
 def instances(options: Options) -> Iterator[Figure]:
