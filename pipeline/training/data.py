@@ -85,7 +85,8 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
         own = [read() for read in found]
         if not source.empty and not any(one.labels.any() for one in own):
             raise PipelineError(
-                f"the fields of {source.name} hold no nucleus", "check the annotations; if none is right, say empty: true"
+                f"the fields of {source.name} hold no nucleus",
+                "check the annotations; if none is right, say empty: true",
             )
         wrong = next((one for one in own if one.labels.any()), None) if source.empty else None
         if wrong is not None:
