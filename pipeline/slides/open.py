@@ -527,7 +527,7 @@ def _check_channels(path: Path) -> None:
         return
     if channels > 1:
         raise SlideError(
-            f"holds {channels} channels as pictures of their own, as of fluorescence, where grey, RGB or RGBA can be read",
+            f"holds {channels} channels as pictures of their own, as of fluorescence; grey, RGB and RGBA can be read",
             "if it is H&E, save it as RGB, as ImageJ does with Image > Type > RGB Color",
         )
 

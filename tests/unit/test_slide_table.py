@@ -137,7 +137,7 @@ def test_wrong_tables_say_what_and_where_in_one_line(tmp_path: Path, text: str, 
 
 def test_something_else_given_as_the_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"II*\0\xff\xfe\x80")
-    with pytest.raises(PipelineError, match="not UTF-8 text .*saved as UTF-8"):
+    with pytest.raises(PipelineError, match=r"not UTF-8 text .*saved as UTF-8"):
         resolve_slides(tmp_path / "x.bin")
 
 
