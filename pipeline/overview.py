@@ -382,7 +382,7 @@ def _draw(
     from matplotlib.patches import Rectangle
 
     grid = tiles.grid
-    _text(figure, MARGIN, 0.4, shorten(slide), fontsize=17, fontweight="bold", color=INK, va="center")
+    _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
     _text(figure, MARGIN, 0.72, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
 
     image, factor = thumbnail(tiles)

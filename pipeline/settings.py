@@ -88,6 +88,9 @@ def _lines(error: Any) -> Iterator[str]:
                 yield f"unknown setting {name!r} (known: {', '.join(known)})"
     elif error.validator == "required":
         yield f"setting missing: {path or 'configuration'}: {error.message}"
+    elif error.validator == "type" and error.validator_value == "object" and error.schema.get("properties"):
+        example = next(iter(error.schema["properties"]))
+        yield f"setting {path!r} holds others, as '{path}={{{example}: …}}', got {error.instance!r}"
     elif error.validator == "type":
         types = error.validator_value
         wanted = types if isinstance(types, str) else " or ".join(types)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,9 @@ def name_problem(name: str) -> str | None:
         return "is not valid UTF-8"
     if size > MAX_NAME_BYTES:
         return f"is longer than {MAX_NAME_BYTES} bytes"
+    # Snakemake takes it for an endless loop. The count spares most names the search.
+    if name.count(name[-1]) >= 20 and (found := re.search(r"(.+?)\1{19}$", name)):
+        return f"ends in {found[1]!r} 20 times or more"
     return None
 
 
@@ -252,12 +256,17 @@ def from_table(table: Path) -> SlideTable:
     except OSError as error:
         raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise PipelineError(f"{where} is not UTF-8 text", "slides is a folder, or a .tsv or .csv table") from None
+        raise PipelineError(
+            f"{where} is not UTF-8 text", "give a folder, a slide, or a table saved as UTF-8 text (.tsv, .csv)"
+        ) from None
     except csv.Error as error:
         raise PipelineError(f"{where} cannot be parsed: {error}") from None
     if not rows:
         raise PipelineError(f"{where} is empty", "its first line names the columns: slide, path, ...")
     header = [cell.strip() for cell in rows[0][1]]
+    for column in header:
+        if column not in OWN_COLUMNS and column.lower() in OWN_COLUMNS:
+            raise PipelineError(f"{where}: column {column!r} is not read", f"write it {column.lower()!r}")
     for column in ("slide", "path"):
         if column not in header:
             raise PipelineError(
@@ -266,11 +275,8 @@ def from_table(table: Path) -> SlideTable:
             )
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice or "" in header:
-        raise PipelineError(f"{where}: " + (f"column {twice[0]!r} is there twice" if twice else "a column has no name"))
-
-    for column in header:
-        if column not in OWN_COLUMNS and column.lower() in OWN_COLUMNS:
-            raise PipelineError(f"{where}: column {column!r} is not read", f"write it {column.lower()!r}")
+        problem = f"column {twice[0]!r} is there twice" if twice else f"column {header.index('') + 1} has no name"
+        raise PipelineError(f"{where}: {problem}", "give each column a name of its own, or take it out")
 
     base = Path(os.path.abspath(table.parent))
 

@@ -169,6 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline evaluate``."""
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(args.pred, args.truth)
     print(table(result))
     if args.json is not None:

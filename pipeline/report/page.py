@@ -81,9 +81,11 @@ def nice_ticks(top: float, count: int = 4) -> list[float]:
 
 
 def number(value: Any, digits: int = 0, missing: str = "–") -> str:
-    """A number for people: thousands apart, fixed decimals; a dash for None."""
+    """A number for people: thousands apart, fixed decimals, more where all would be zeros; a dash for None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return missing
+    if 0 < abs(value) < 10**-digits:
+        digits = 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{digits}f}".replace(",", "\u202f")
 
 
@@ -112,7 +114,7 @@ def chart(rows: Sequence[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]
     if not rows:
         return None
     several = len(classes) > 1
-    label, gap, line, head, foot = 190.0, 46.0, 22.0, 34.0, 30.0
+    label, gap, line, head, foot = 230.0, 46.0, 22.0, 34.0, 30.0
     columns = 3 if several else 2
     width = 1080.0
     panel = (width - label - 28 - gap * (columns - 1)) / columns

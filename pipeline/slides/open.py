@@ -514,6 +514,24 @@ def _mpp_beside(path: Path) -> tuple[float, float] | None:
         return None
 
 
+def _check_channels(path: Path) -> None:
+    """Refuse a TIFF with a picture for each channel: readers show the first as grey, or take four for RGBA."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tif:
+            series = tif.series[0] if tif.is_ome or tif.is_imagej else None
+            channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
+    except Exception as error:  # whatever a broken file makes it stumble over
+        log.debug("no channels known of %s: %s", path, error)
+        return
+    if channels > 1:
+        raise SlideError(
+            f"holds {channels} channels as pictures of their own, as of fluorescence; grey, RGB and RGBA can be read",
+            "if it is H&E, save it as RGB, as ImageJ does with Image > Type > RGB Color",
+        )
+
+
 # --- plain images ----------------------------------------------------------------------------------------------------
 
 
@@ -644,8 +662,13 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
     _check_file(path)
     with quiet():
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
-        if slide is not None and slide.mpp is None and is_tiff(path):
-            slide.mpp = _mpp_beside(path)
+        if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
+            try:
+                _check_channels(path)
+            except SlideError:
+                slide.close()
+                raise
+            slide.mpp = slide.mpp or _mpp_beside(path)
     if slide is None:
         raise SlideError(
             "is no slide that OpenSlide, tiffslide or Pillow can read"
@@ -667,6 +690,8 @@ def _check_file(path: Path) -> None:
                 raise SlideError("file is empty", "copy the slide again")
         check_tiff(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise SlideError(f"{path} is a link to {path.readlink()}, which does not exist", "mend the link") from None
         raise SlideError(f"{path} does not exist", "check the path in the slide table") from None
     except PermissionError:
         raise SlideError(f"no permission to read {path}", "make the file readable") from None

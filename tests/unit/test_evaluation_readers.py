@@ -356,8 +356,8 @@ def test_slides_that_failed_are_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "slides" / "x" / "nuclei.geojson").write_bytes(collection(*boxes_of(labels_map(4))))
     stub = tmp_path / "slides" / "bad" / "nuclei.parquet"
     stub.write_text("slide 'bad' failed at inspect: file is empty. copy it again\n")
-    assert run(tmp_path / "slides", tmp_path / "truth", "--json", tmp_path / "out.json") == 0
-    found = json.loads((tmp_path / "out.json").read_text())
+    assert run(tmp_path / "slides", tmp_path / "truth", "--json", tmp_path / "new" / "out.json") == 0
+    found = json.loads((tmp_path / "new" / "out.json").read_text())
     assert list(found["images"]) == ["x"]
     assert found["left_out"] == {"pred": [], "truth": ["bad"]}
     assert "slide 'bad' failed at inspect" in caplog.text

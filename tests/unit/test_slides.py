@@ -219,6 +219,17 @@ def test_ome_of_planes_keeps_its_pixel_size(tmp_path: Path) -> None:
             assert (slide.width, slide.height, slide.mpp) == (300, 200, (0.25, 0.25))
 
 
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("options", [{"ome": True}, {"ome": True, "tile": (128, 128)}, {"imagej": True}])
+def test_channels_as_pictures_of_their_own_are_refused(tmp_path: Path, count: int, options: dict[str, Any]) -> None:
+    # The readers would show the first of them as grey, or take four for RGBA.
+    path = tmp_path / "x.ome.tif"
+    channels = np.repeat(picture(300, 200)[None, ..., 0], count, axis=0)
+    tifffile.imwrite(path, channels, photometric="minisblack", metadata={"axes": "CYX"}, **options)
+    with pytest.raises(SlideError, match=f"holds {count} channels as pictures of their own.*save it as RGB"):
+        open_slide(path)
+
+
 def test_mpp_policy(tmp_path: Path) -> None:
     with open_slide(slide_file(tmp_path)) as slide:
         assert resolve_mpp(slide, None) == (pytest.approx((0.25, 0.25)), "metadata")
@@ -276,6 +287,9 @@ def test_not_a_slide(tmp_path: Path) -> None:
     folder.mkdir()
     assert reason(folder) == "folder.svs is a folder, not a slide file"
     assert "does not exist" in reason(tmp_path / "missing.svs")
+    link = tmp_path / "link.svs"
+    link.symlink_to("gone.svs")
+    assert reason(link) == f"{link} is a link to gone.svs, which does not exist"
     pipe = tmp_path / "pipe.svs"
     os.mkfifo(pipe)
     assert "no regular file" in reason(pipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -158,6 +159,26 @@ def test_touched_model_card_and_slide_table_change_nothing(finished: tuple[Path,
     plan = run(folder, config, "-n").counts
     card.write_bytes(before)
     assert next(stage for stage in STAGES if plan.get(stage)) == "tiles"
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [(f"{SVS}.svs", "inspect"), ("0.geojson.gz", "summary"), ("model.json", "tiles")]
+)
+def test_file_replaced_by_an_older_one_is_noticed(
+    finished: tuple[Path, Run], config: dict[str, Any], name: str, first: str
+) -> None:
+    folder, _ = finished
+    path = (Path(config["model"]) if name == "model.json" else folder / "in") / name
+    kept = shutil.copy2(path, folder / "kept")
+    path.write_bytes(path.read_bytes() + b" ")
+    os.utime(path, (1, 1))  # as copies that keep their date have
+    try:
+        plan = run(folder, config, "-n").counts
+    finally:
+        shutil.copy2(kept, path)
+    count = len(GOOD) + 1 if name == "model.json" else 1
+    again = STAGES[STAGES.index(first) :]
+    assert {stage: plan.get(stage, 0) for stage in STAGES} == {stage: count * (stage in again) for stage in STAGES}
 
 
 @dataclass(frozen=True)

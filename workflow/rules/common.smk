@@ -19,7 +19,15 @@ from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import lock_run, runs_jobs
-from pipeline.settings import check_folder, check_licence, check_model, check_settings, check_stain, load_schema
+from pipeline.settings import (
+    check_folder,
+    check_licence,
+    check_model,
+    check_settings,
+    check_stain,
+    file_sha256,
+    load_schema,
+)
 from pipeline.slide_table import resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
@@ -187,14 +195,21 @@ def slide_file(wildcards):
     return input_files(entry(wildcards).path)
 
 
-@known
-def slide_stamp(wildcards):
-    """Size and time of a slide that cannot be an input, so that a changed one is noticed all the same."""
-    path = entry(wildcards).path
-    if not path.is_file() or input_files(path):
+def stamp(path):
+    """What tells a file from another one in its place: Snakemake notices a newer one, but copies often keep their dates.
+
+    Its size, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the same.
+    """
+    if path is None or not path.is_file():
         return None
     found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size] if input_files(path) else [found.st_size, found.st_mtime_ns]
+
+
+@known
+def slide_stamp(wildcards):
+    """`stamp` of the slide's file."""
+    return stamp(entry(wildcards).path)
 
 
 def extra_file(column):
@@ -206,6 +221,16 @@ def extra_file(column):
         return [] if path is None else input_files(path)
 
     return files
+
+
+def extra_stamp(column):
+    """Parameter function for the `stamp` of that file."""
+
+    @known
+    def of_file(wildcards):
+        return stamp(getattr(entry(wildcards), column))
+
+    return of_file
 
 
 def extra_option(column, flag):
@@ -381,6 +406,12 @@ def inference_gpus(wildcards):
 def model_folder(wildcards, input):
     """The model package of a job."""
     return os.path.dirname(input.model)
+
+
+@functools.cache
+def card_digest():
+    """SHA-256 of the model's card. Not by `input`: what is made of that is not compared with the last run."""
+    return file_sha256(Path(MODEL_CARD))
 
 
 def as_json(value):

@@ -54,6 +54,7 @@ rule tissue:
     params:
         slide=slide_name,
         mask=extra_option("tissue", "--mask"),
+        stamp=extra_stamp("tissue"),
         mpp=config["tissue"]["mpp"],
         min_area=config["tissue"]["min_area_um2"],
         min_hole=config["tissue"]["min_hole_um2"],
@@ -92,6 +93,7 @@ rule tiles:
         slide=slide_name,
         parts=parts_option,
         model=model_folder,
+        card=lambda wildcards: card_digest(),
         tile=config["tiles"]["tile"],
         max_unreadable=config["tiles"]["max_unreadable"],
     shell:
@@ -325,6 +327,7 @@ rule summary:
     params:
         slide=slide_name,
         truth=extra_option("truth", "--truth"),
+        stamp=extra_stamp("truth"),
     shell:
         "python -m pipeline summary --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--inspect={input.inspect:q} --tissue={input.tissue:q} --tiles={input.tiles:q} --stain={input.stain:q} "
