@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.grid import Grid
+from pipeline.slides.regions import shrink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-THUMBNAIL_SIDE = 1100
-"""Longest side of the thumbnail in pixels."""
+THUMBNAIL_SIDE = 1300
+"""Most pixels of the thumbnail's longest side; half of them are as many as it has on the picture."""
 
 CROP_UM = 128.0
 """Side of a crop in µm."""
@@ -97,32 +99,30 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
     tiles : Tiles
         The slide's pixels.
     side : int
-        Longest side wanted.
+        Most pixels of its longest side.
 
     Returns
     -------
     image : numpy.ndarray of uint8, shape (ceil(H / factor), ceil(W / factor), 3)
         The thumbnail, white where nothing is stored.
     factor : int
-        Grid pixels per thumbnail pixel.
+        Grid pixels per thumbnail pixel, a power of two: whole stored tiles are whole pixels, and are read once.
     """
     grid, active = tiles.grid, np.asarray(tiles.active)
-    factor = max(1, math.ceil(max(grid.width, grid.height) / side))
+    factor = 1 << max(0, math.ceil(math.log2(max(grid.width, grid.height) / side)))
     image = np.full((math.ceil(grid.height / factor), math.ceil(grid.width / factor), 3), 255, dtype=np.uint8)
-    step = factor * max(1, 1024 // factor)
+    step = max(1024, factor)
     for top in range(0, grid.height, step):
         for left in range(0, grid.width, step):
             h, w = min(step, grid.height - top), min(step, grid.width - left)
             if not active[top // 64 : (top + h - 1) // 64 + 1, left // 64 : (left + w - 1) // 64 + 1].any():
                 continue
-            block = tiles.read(left, top, w, h)
-            rows, cols = math.ceil(h / factor), math.ceil(w / factor)
-            block = np.pad(block, ((0, rows * factor - h), (0, cols * factor - w), (0, 0)), mode="edge")
-            # One axis after the other: NumPy adds whole rows several times as fast as squares of single pixels.
-            lines = block.reshape(rows, factor, -1).sum(axis=1, dtype=np.uint32)
-            sums = lines.reshape(rows, cols, factor, 3).sum(axis=2, dtype=np.uint32)
+            block: npt.NDArray[Any] = tiles.read(left, top, w, h)
+            if h % factor or w % factor:  # at the slide's end
+                block = cv2.copyMakeBorder(block, 0, -h % factor, 0, -w % factor, cv2.BORDER_REPLICATE)
+            small = shrink(block, factor, factor)
             y, x = top // factor, left // factor
-            image[y : y + rows, x : x + cols] = np.rint(sums / factor**2)
+            image[y : y + small.shape[0], x : x + small.shape[1]] = small
     return image, factor
 
 
@@ -143,8 +143,6 @@ def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, sca
     numpy.ndarray of float64, shape (rows, cols)
         0..1.
     """
-    import cv2
-
     fine, shift = 4, 8
     mask = np.zeros((rows * fine, cols * fine), dtype=np.uint8)
     factor = np.array(scale) * fine
@@ -179,16 +177,14 @@ def density_map(
     Density
         Counts and tissue are smoothed alike (Gaussian of 1.5 bins or 50 µm) before one is divided by the other.
     """
-    from scipy import ndimage
-
     bin_um = bin_um or max(20.0, max(size) / 110)
     rows, cols = max(1, math.ceil(size[1] / bin_um)), max(1, math.ceil(size[0] / bin_um))
     index = np.clip((centroids // bin_um).astype(np.int64), 0, (cols - 1, rows - 1))
     counts = np.bincount(index[:, 1] * cols + index[:, 0], minlength=rows * cols).reshape(rows, cols)
     tissue = coverage(rings, rows, cols, (1 / bin_um, 1 / bin_um))
     sigma = max(1.5, 50 / bin_um)
-    smooth = ndimage.gaussian_filter(counts.astype(np.float64), sigma, mode="constant")
-    area = ndimage.gaussian_filter(tissue, sigma, mode="constant") * bin_um**2 / 1e6
+    smooth = cv2.GaussianBlur(counts.astype(np.float64), (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
+    area = cv2.GaussianBlur(tissue, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT) * bin_um**2 / 1e6
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(tissue > 0.15, smooth / area, np.nan)
     return Density(values, bin_um)
@@ -508,14 +504,15 @@ def _fine(
     density: Density, rings: Sequence[npt.NDArray[np.float64]], grid: Grid
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The density between the middles of bins, and how much of each fine bin is tissue."""
-    from scipy import ndimage
-
     values = density.values
     known = np.isfinite(values)
     if known.any() and not known.all():  # from the nearest bin, so that the edge of the tissue has a colour
-        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-        values = values[tuple(nearest)]
+        unknown = (~known).astype(np.uint8)
+        _, bins = cv2.distanceTransformWithLabels(unknown, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+        found = np.zeros(int(bins.max()) + 1)
+        found[bins[known]] = values[known]
+        values = found[bins]
     factor = max(1, 700 // max(values.shape))
-    fine = ndimage.zoom(np.nan_to_num(values), factor, order=1, mode="nearest", grid_mode=True)
+    fine = cv2.resize(np.nan_to_num(values), None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
     per_pixel = factor * grid.mpp / density.bin_um
-    return fine, coverage(rings, fine.shape[0], fine.shape[1], (per_pixel, per_pixel))
+    return np.asarray(fine, np.float64), coverage(rings, fine.shape[0], fine.shape[1], (per_pixel, per_pixel))

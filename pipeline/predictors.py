@@ -553,7 +553,10 @@ def choose_predictor(
     from pipeline.networks.precision import choose_precision
 
     outputs = Outputs(channel_names(package), package.tta)
-    kind, network = choose_device(device), load_network(package)
+    kind = choose_device(device)
+    if kind == "cpu":
+        torch.set_num_threads(1)  # a thread a window; over the weights, more would but wait for each other
+    network = load_network(package)
     if isinstance(network, Folding):
         network.fold_norms()
     number = choose_precision(precision, kind, network)
@@ -561,7 +564,6 @@ def choose_predictor(
     if kind == "cuda":
         predictor = BatchPredictor(network, "cuda", batch or max(1, PASS_PIXELS // package.patch**2), outputs, number)
         return predictor, about | {"device": torch.cuda.get_device_name(), "batch": predictor.batch}
-    torch.set_num_threads(1)  # a thread a window
     return WindowPredictor(network_on_cpu(network, outputs, number), threads, batch, network), about
 
 

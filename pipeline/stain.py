@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from pipeline import staintools_backend
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
@@ -334,8 +335,8 @@ def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, s
     return kernel.RUIFROK, white, "ruifrok"
 
 
-def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
-    """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, from top to bottom."""
+def preview_windows(tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
+    """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, and their pixels."""
     cells = np.argwhere(tiles.active)
     chosen = cells[np.sort(spread_order(len(cells))[: 4 * _PREVIEWS])]
     shown: list[tuple[int, int]] = []
@@ -349,9 +350,9 @@ def preview_windows(tiles: Tiles) -> Iterator[tuple[int, int, int, int]]:
             # Much tissue, and something to see on it.
             score = float(kernel.tissue_mask(rgb).mean()) * float(cv2.meanStdDev(rgb)[1].mean())
             if score > best_score:
-                best, best_score = window, score
+                best, best_score = (window, rgb), score
         if best is not None:
-            shown.append(best[:2])
+            shown.append(best[0][:2])
             yield best
 
 
@@ -403,14 +404,14 @@ def draw_preview(
             y = top + 34 + index * 50
             draw.rectangle((margin, y, margin + 28, y + 28), tuple(int(value) for value in colour))
             draw.text((margin + 34, y + 7), "HE"[index], quiet, text)
-        for index, window in enumerate(windows):
-            rgb = tiles.read(*window)
+        for index, (_, rgb) in enumerate(windows):
             crop = Image.fromarray(transform.apply(rgb) if row else rgb)
             image.paste(crop, (margin + label + index * (side + gap), top))
     if windows:
         length = round(25 / tiles.grid.mpp)
-        if length < windows[0][2] - 30:
-            x, y = margin + label + windows[0][2] - 12, head + windows[0][3] - 12
+        *_, width, height = windows[0][0]
+        if length < width - 30:
+            x, y = margin + label + width - 12, head + height - 12
             draw.rectangle((x - length - 4, y - 22, x + 4, y + 5), (255, 255, 255))
             draw.rectangle((x - length, y - 2, x, y + 1), ink)
             draw.text((x - length / 2, y - 4), "25 microns", ink, ImageFont.load_default(11), anchor="mb")
@@ -451,6 +452,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline stain``."""
+    keep_freed_memory()
     run_stain(
         args.slide,
         args.tiles,

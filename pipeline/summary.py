@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import provenance
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
@@ -408,6 +409,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline summary``."""
+    keep_freed_memory()
     run_summary(
         args.slide,
         {name: getattr(args, name) for name in MANIFESTS},

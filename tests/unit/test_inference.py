@@ -29,7 +29,7 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
-from pipeline.predictors import one_result
+from pipeline.predictors import choose_predictor, one_result
 from pipeline.testing import digest, stained, write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -161,10 +161,30 @@ def test_one_result_leaves_torch_as_it_was() -> None:
     assert state() == before
 
 
+def test_weights_are_loaded_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pipeline.models import weights
+
+    folder = tmp_path / "model"
+    fabricated.write_package(folder, "resunet", {"widths": [4, 6, 8]}, patch=96, overlap=24)
+    load, threads = weights.load_network, []
+
+    def noted(package: ModelPackage) -> torch.nn.Module:
+        threads.append(torch.get_num_threads())
+        return load(package)
+
+    monkeypatch.setattr(weights, "load_network", noted)
+    with one_result():
+        torch.set_num_threads(2)
+        choose_predictor(ModelPackage.load(folder), "cpu", 0, 2)
+    assert threads == [1]
+
+
 def test_one_result_does_not_import_the_compiler() -> None:
     code = """
 import sys, torch
-from pipeline.predictors import one_result
+from pipeline.predictors import choose_predictor, one_result
 with one_result():
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
 sys.exit("torch._inductor" in sys.modules and "the compiler was imported")

@@ -214,9 +214,11 @@ def test_preview(shape: tuple[int, int]) -> None:
 
 def test_previews_differ() -> None:
     for shape, most in (((300, 300), 4), ((200, 2000), 6), ((3000, 3000), 6)):
-        windows = list(stain.preview_windows(ArrayTiles(tissue(*shape))))
+        tiles = ArrayTiles(tissue(*shape))
+        windows, pixels = zip(*stain.preview_windows(tiles), strict=True)
         assert 1 <= len(windows) <= most
         for index, (x, y, *_) in enumerate(windows):
+            np.testing.assert_array_equal(pixels[index], tiles.read(*windows[index]))
             assert all(max(abs(x - left), abs(y - top)) >= 128 for left, top, *_ in windows[:index])
 
 

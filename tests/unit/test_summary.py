@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def truth_of(path: Path, table: object) -> Path:
     return path
 
 
-def test_metrics_of_a_slide(tmp_path: Path) -> None:
+def test_metrics_of_a_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)  # its import would take a tenth of the stage
     paths = testing.write_slide(tmp_path, "a $slide$ <&>", count=300)
     table = testing.nuclei_table(300, 2400, 1800)
     metrics = run(paths, "a $slide$ <&>")
@@ -273,6 +275,19 @@ def test_density_of_an_even_field() -> None:
     assert np.isnan(nothing.values).all()
 
 
+def test_fine_density_goes_on_to_the_edge_of_the_tissue() -> None:
+    values = np.full((7, 10), np.nan)
+    values[2:5, 3] = 100
+    values[2:5, 4:7] = 300
+    grid = Grid(200, 140, 1.0, 1.0, 1.0)
+    ring = np.array([[0, 0], [200, 0], [200, 140], [0, 140], [0, 0]], float)
+    fine, share = overview._fine(overview.Density(values, 20.0), [ring], grid)
+    assert fine.shape == share.shape == (490, 700)
+    assert np.allclose(fine[:, :240], 100)  # as its nearest bin, left of the middle between the two
+    assert np.allclose(fine[:, 320:], 300)
+    assert np.allclose(fine[240, [245, 279, 280, 314]], 100 + 200 * (np.array([245, 279, 280, 314]) + 0.5 - 245) / 70)
+
+
 def test_coverage_honours_holes() -> None:
     outer = np.array([[0, 0], [8, 0], [8, 8], [0, 8], [0, 0]], float)
     share = overview.coverage([outer, outer / 2 + 2], 10, 10, (1.0, 1.0))
@@ -296,16 +311,23 @@ class FakeTiles:
         return self.rgb[y : y + h, x : x + w]
 
 
-def test_thumbnail_averages_blocks_and_skips_white() -> None:
+@pytest.mark.parametrize("side", [300, 262, 1050, 3000])
+def test_thumbnail_averages_blocks_and_skips_white(side: int) -> None:
     rng = np.random.default_rng(0)
-    tiles = FakeTiles(rng.integers(0, 255, (2100, 1300, 3), dtype=np.uint8))
-    image, factor = overview.thumbnail(tiles, 300)
-    assert factor == 7
-    assert image.shape == (300, 186, 3)
-    assert np.abs(image[10, 20] - tiles.rgb[70:77, 140:147].mean((0, 1))).max() <= 0.5
+    tiles = FakeTiles(rng.integers(0, 255, (2100, 1301, 3), dtype=np.uint8))
+    image, factor = overview.thumbnail(tiles, side)
+    assert factor == {300: 8, 262: 16, 1050: 2, 3000: 1}[side]
+    assert max(image.shape) <= side
+    # What lies beyond the slide is as its last row and column.
+    padded = np.pad(tiles.rgb, ((0, -2100 % factor), (0, -1301 % factor), (0, 0)), mode="edge")
+    means = padded.reshape(len(image), factor, image.shape[1], factor, 3).mean((1, 3))
+    assert image.shape == means.shape
+    assert np.abs(image - means).max() <= 0.5001
+    # Each of a store's tiles is decoded once.
+    assert all(x % 1024 == y % 1024 == 0 and max(w, h) <= 1024 for x, y, w, h in tiles.windows)
     tiles.active[:] = False
     tiles.windows.clear()
-    assert (overview.thumbnail(tiles, 300)[0] == 255).all()
+    assert (overview.thumbnail(tiles, side)[0] == 255).all()
     assert not tiles.windows
 
 

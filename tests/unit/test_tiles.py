@@ -129,6 +129,19 @@ def test_coarse_slides_are_told(tmp_path: Path, slide_folder: Path, mpp: float, 
     assert not told or "0.25 µm/px are 2.5 times as coarse as the model's 0.1" in warnings[0]
 
 
+def test_white_tiles_take_no_space(tmp_path: Path) -> None:
+    pixels = picture(960, 400).copy()
+    pixels[:, 240:720] = 255  # whole tiles of the slide
+    write_svs(tmp_path / "s.svs", pixels, 0.5)
+    prepare(tmp_path, tmp_path / "s.svs", tissue=[shapely.box(0, 0, 960, 400)])
+    run(tmp_path, tile=128)
+    chunks = [p for p in (tmp_path / "tiles.zarr" / "rgb" / "c").rglob("0") if p.is_file()]
+    assert {int(path.parent.name) for path in chunks} == {0, 1, 5, 6, 7}
+    store = TileStore.open(tmp_path / "tiles.zarr")
+    assert store.active.all()
+    assert (whole(store)[:, 240:720] == 255).all()
+
+
 def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
     prepare(tmp_path, slide_folder / "s.svs", tissue=[])
     manifest = run(tmp_path)
