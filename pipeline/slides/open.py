@@ -514,14 +514,20 @@ def _mpp_beside(path: Path) -> tuple[float, float] | None:
         return None
 
 
-def _check_channels(path: Path) -> None:
-    """Refuse a TIFF with a picture for each channel: readers show the first as grey, or take four for RGBA."""
+def _check_samples(path: Path, backend: str) -> None:
+    """Refuse a TIFF whose pixels a reader would not show as they are.
+
+    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide shows the
+    upper eight, which are nearly black where a camera fills twelve.
+    """
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tif:
             series = tif.series[0] if tif.is_ome or tif.is_imagej else None
             channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
+            page = tif.pages.first
+            kind, samples = page.dtype, page.samplesperpixel
     except Exception as error:  # whatever a broken file makes it stumble over
         log.debug("no channels known of %s: %s", path, error)
         return
@@ -530,6 +536,8 @@ def _check_channels(path: Path) -> None:
             f"holds {channels} channels as pictures of their own, as of fluorescence; grey, RGB and RGBA can be read",
             "if it is H&E, save it as RGB, as ImageJ does with Image > Type > RGB Color",
         )
+    if backend != "image" and kind is not None and kind not in (np.uint8, np.bool_):
+        raise _not_8_bit(kind, samples)
 
 
 # --- plain images ----------------------------------------------------------------------------------------------------
@@ -664,7 +672,7 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
             try:
-                _check_channels(path)
+                _check_samples(path, slide.backend)
             except SlideError:
                 slide.close()
                 raise
