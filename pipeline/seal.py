@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DamagedStore
+from pipeline.errors import DamagedStore, PipelineError
 
 SEAL = "seal.json"
 """Name of the seal in a store's folder."""
@@ -87,6 +87,43 @@ def is_sealed(store: Path) -> bool:
     return (store / SEAL).is_file()
 
 
+def which_store(store: Path) -> tuple[int, int] | None:
+    """What tells a sealed store from another one at its place; None where there is none."""
+    try:
+        with (store / SEAL).open("rb") as file:  # opened, as file servers' clients may answer for a name from memory
+            found = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def check_kept(store: Path, which: tuple[int, int] | None) -> None:
+    """Check that a store is still there, whole, after it was read: what goes meanwhile reads as empty.
+
+    Parameters
+    ----------
+    store : pathlib.Path
+        The store.
+    which : tuple of int or None
+        What `which_store` returned before. None: nothing is checked.
+
+    Raises
+    ------
+    PipelineError
+        When it has gone, or another one is in its place.
+    DamagedStore
+        When files of it have gone.
+    """
+    if which is None:
+        return
+    if which_store(store) != which:
+        raise PipelineError(
+            f"{store} was taken away while it was read",
+            "see that no job of an earlier run is left, and run the same command again",
+        )
+    _check_files(store, _read_seal(store)[0])
+
+
 def check_seal(store: Path) -> None:
     """Check that a store has the files that it was sealed with; one without a seal passes.
 
@@ -95,21 +132,28 @@ def check_seal(store: Path) -> None:
     DamagedStore
         When a file is missing or is not what it was.
     """
-    try:
-        text = (store / SEAL).read_bytes()
-    except FileNotFoundError:
+    if not is_sealed(store):
         return
+    files, sums = _read_seal(store)
+    _check_files(store, files)
+    for name, total in sums.items():
+        if _sum(store / name) != total:
+            raise DamagedStore(store, f"{name} is not what was written")
+
+
+def _read_seal(store: Path) -> tuple[list[str], dict[str, int]]:
     try:
-        value = json.loads(text)
+        value = json.loads((store / SEAL).read_bytes())
         own = value.pop("sum")
         files, sums = value["files"], value["sums"]
         if zlib.crc32(json.dumps(value).encode()) != own:
             raise ValueError("it has changed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStore(store, f"its seal cannot be read: {error}") from None
+    return files, sums
+
+
+def _check_files(store: Path, files: list[str]) -> None:
     missing = sorted({*files} - {*_files(store)})  # others may be there: Snakemake leaves one of its own
     if missing:
         raise DamagedStore(store, f"{len(missing)} of its {len(files)} files are missing, the first: {missing[0]}")
-    for name, total in sums.items():
-        if _sum(store / name) != total:
-            raise DamagedStore(store, f"{name} is not what was written")

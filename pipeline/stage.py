@@ -26,7 +26,7 @@ from pipeline.again import note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
-from pipeline.seal import check_sealed, write_seal
+from pipeline.seal import check_kept, check_sealed, which_store, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +209,8 @@ def run_stage(
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
     PipelineError
-        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew. When the time is
-        over, and the job is tried again.
+        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew. When one was
+        taken away while `body` read it. When the time is over, and the job is tried again.
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
@@ -244,7 +244,12 @@ def _run_stage(
                 for store, made in stores.items():
                     if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                         check_sealed(store, seal)
-                record |= guarded(partial(body, staged), minutes, again)
+                read = {store: which_store(store) for store in stores}
+                try:
+                    record |= guarded(partial(body, staged), minutes, again)
+                finally:  # nor is a slide bad whose pixels went
+                    for store, which in read.items():
+                        check_kept(store, which)
                 seals = {path.name: write_seal(staged[name]) for name, path in outputs.items() if _is_store(path)}
                 record |= {"seals": seals} if seals else {}
             except DamagedStore as error:

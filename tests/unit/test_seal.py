@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.again import NOTES
-from pipeline.errors import DamagedStore, PipelineError
+from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
 from pipeline.seal import SEAL, check_seal
@@ -147,6 +148,36 @@ def test_a_seal_that_is_gone_is_missed(
     with pytest.raises(PipelineError, match=rf"was damaged and has been removed: {SEAL} {why}"):
         run_stage("next", "a", manifest=after, body=work, stores={path: made})
     assert not path.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["removed", "being removed", "replaced"])
+def test_a_store_that_goes_while_it_is_read_is_missed(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], how: str, fails: bool
+) -> None:
+    """As when the job of an earlier run starts late: what it takes away would read as white."""
+    path, read, chunk = store
+    made, after = path.parent / "made.json", path.parent / "next.json"
+
+    def work(staged: dict[str, Path]) -> dict[str, Any]:
+        total = int(read(path).sum())
+        if how == "being removed":
+            (path / chunk).unlink()
+        else:
+            shutil.copytree(path, path.with_name("copy"))
+            shutil.rmtree(path)
+        if how == "replaced":
+            path.with_name("copy").rename(path)
+        if fails:
+            raise SlideError("there is no tissue")
+        return {"sum": total}
+
+    why = "1 of its [0-9]+ files are missing" if how == "being removed" else "was taken away while it was read"
+    with pytest.raises(PipelineError, match=why) as e:
+        run_stage("next", "a", manifest=after, body=work, stores={path: made})
+    assert not isinstance(e.value, SlideError)
+    assert not after.exists()
+    assert path.exists() is (how == "replaced")
 
 
 def test_what_no_stage_wrote_is_never_removed(tmp_path: Path) -> None:
