@@ -166,6 +166,11 @@ class RunLayout:
         """Damaged stores that stages of the last run have removed, a line each; not there where there were none."""
         return self.results / ".damaged"
 
+    @property
+    def unreadable(self) -> Path:
+        """Slides that could not be read when the last run started, a line each."""
+        return self.results / ".unreadable"
+
     def training(self, name: str) -> Path:
         """Folder for checkpoints, logs and scores of training the model `name`."""
         return self.results / "training" / name

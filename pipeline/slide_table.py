@@ -50,6 +50,17 @@ MPP_RANGE = (0.05, 20.0)
 MAX_NAME_BYTES = 200
 """Longest slide name: the name with a suffix has to be a file name."""
 
+UNREADABLE = "NUCLEI_UNREADABLE"
+"""Environment variable with the file in which a run has noted which slides could not be read when it started."""
+
+
+def could_be_read(slide: str) -> bool:
+    """Whether the run knows that the slide of this name could be read when it started."""
+    try:
+        return slide not in Path(os.environ[UNREADABLE]).read_text(encoding="utf-8").split("\n")
+    except (KeyError, FileNotFoundError):
+        return False
+
 
 @dataclass(frozen=True)
 class SlideEntry:

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.errors import SlideError
 from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import find_tissue
+from pipeline.slide_table import could_be_read
 from pipeline.slides.open import READERS, Slide, open_slide, resolve_mpp
 from pipeline.stage import run_stage
 
@@ -111,9 +112,11 @@ def reopen(info: Mapping[str, Any]) -> Slide:
     ------
     SlideError
         When it cannot be read, or is no longer the file that was inspected.
+    PipelineError
+        When it has gone.
     """
     path = Path(info["path"])
-    slide = open_slide(path, info["backend"])
+    slide = open_slide(path, info["backend"], before=True)
     if path.stat().st_size != info["bytes"] or (slide.width, slide.height) != (info["width"], info["height"]):
         slide.close()
         raise SlideError(f"{path} has changed since it was inspected", "delete the slide's results and run again")
@@ -162,7 +165,7 @@ def run_inspect(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        with open_slide(path, reader) as handle:
+        with open_slide(path, reader, before=could_be_read(slide)) as handle:
             (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
             tiles = probe(handle, (mpp_x + mpp_y) / 2)
             return {

@@ -43,13 +43,13 @@ OF_THE_MACHINE = frozenset(
 """Numbers of errors for which a file is not to blame: disks, file servers and limits."""
 
 
-def raise_for_machine(error: Exception) -> None:
+def raise_for_machine(error: Exception, path: Path) -> None:
     """Raise an error again that is the machine's and not the slide's: read another time, the slide may be sound.
 
     Raises
     ------
     PipelineError
-        When memory ran out.
+        When memory ran out, or the file can no longer be read at all.
     OSError
         When the disk or the file server failed.
     """
@@ -57,6 +57,18 @@ def raise_for_machine(error: Exception) -> None:
         raise PipelineError("there is not enough memory to read the slide", "give the job more memory") from None
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         raise error
+    try:  # libraries have errors of their own for a file that has gone
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as why:
+        raise _gone(path, why) from None
+
+
+def _gone(path: Path, error: OSError) -> PipelineError:
+    return PipelineError(
+        f"{path} could be read before, and now: {error.strerror or error}",
+        "see that its folder is mounted, and run the same command again",
+    )
 
 
 READERS = ("auto", "openslide", "tiffslide", "image")
@@ -297,7 +309,7 @@ class OpenSlideReader(Slide):
                 self._slide = self._open()
             return over_white(np.asarray(self._slide.read_region((x0, y0), level, (w, h))))
         except Exception as error:
-            raise_for_machine(error)
+            raise_for_machine(error, self.path)
             # A handle that met an error answers nothing but this error from then on.
             self.close()
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x0}, {y0}) of level {level}: {error}") from None
@@ -474,7 +486,7 @@ class TiffSlideReader(Slide):
                 pixels = np.asarray(self._slide.read_region(corner, level, (w, h), as_array=True))
             return as_rgb(pixels)
         except Exception as error:
-            raise_for_machine(error)
+            raise_for_machine(error, self.path)
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x}, {y}) of level {level}: {error}") from None
 
     def close(self) -> None:
@@ -616,7 +628,7 @@ def _decode_image(path: Path) -> np.ndarray:
         try:
             image.load()
         except Exception as error:  # what each format's decoder stumbles over
-            raise_for_machine(error)
+            raise_for_machine(error, path)
             raise SlideError(
                 f"is a {image.format} of {width} x {height} pixels that is damaged or cut short: {error}",
                 "copy or export the image again",
@@ -643,7 +655,7 @@ def quiet() -> Iterator[None]:
 _CLASSES: dict[str, type[Slide]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}
 
 
-def open_slide(path: Path | str, reader: str = "auto") -> Slide:
+def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) -> Slide:
     """Open a slide.
 
     Parameters
@@ -652,6 +664,8 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
         The file.
     reader : {"auto", "openslide", "tiffslide", "image"}
         What reads it. ``auto`` takes the first that can.
+    before : bool
+        Whether the file could be read before: when it cannot now, the slide is not to blame.
 
     Returns
     -------
@@ -662,12 +676,14 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
     SlideError
         When the file cannot be read, and why.
     PipelineError
-        When there is no such reader.
+        When there is no such reader, or the file has gone since it could be read.
+    OSError
+        When the disk or the file server failed.
     """
     path = Path(path)
     if reader not in READERS:
         raise PipelineError(f"there is no reader {reader!r}", f"take one of {', '.join(READERS)}")
-    _check_file(path)
+    _check_file(path, before)
     with quiet():
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
@@ -687,7 +703,7 @@ def open_slide(path: Path | str, reader: str = "auto") -> Slide:
     return slide
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, before: bool) -> None:
     try:
         if path.is_dir():
             raise SlideError(f"{path.name} is a folder, not a slide file", "give the slide's file")
@@ -697,13 +713,19 @@ def _check_file(path: Path) -> None:
             if not file.read(1):
                 raise SlideError("file is empty", "copy the slide again")
         check_tiff(path)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise SlideError(f"{path} is a link to {path.readlink()}, which does not exist", "mend the link") from None
-        raise SlideError(f"{path} does not exist", "check the path in the slide table") from None
-    except PermissionError:
-        raise SlideError(f"no permission to read {path}", "make the file readable") from None
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
+        if before:
+            raise _gone(path, error) from None
+        if isinstance(error, FileNotFoundError):
+            if path.is_symlink():
+                raise SlideError(
+                    f"{path} is a link to {path.readlink()}, which does not exist", "mend the link"
+                ) from None
+            raise SlideError(f"{path} does not exist", "check the path in the slide table") from None
+        if isinstance(error, PermissionError):
+            raise SlideError(f"no permission to read {path}", "make the file readable") from None
         raise SlideError(f"cannot read {path}: {error.strerror or error}") from None
 
 
@@ -716,7 +738,7 @@ def _open_with(path: Path, reader: str) -> Slide | None:
     except MemoryError:
         raise SlideError(f"{reader} asks for more memory than there is to open the file") from None
     except Exception as error:  # the libraries raise whatever a broken file makes them stumble over
-        raise_for_machine(error)
+        raise_for_machine(error, path)
         log.debug("%s cannot open %s: %s: %s", reader, path, type(error).__name__, error)
         return None
 

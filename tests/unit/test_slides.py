@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import PipelineError, SlideError
+from pipeline.slide_table import UNREADABLE
 from pipeline.slides.inspect import reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
 from pipeline.slides.open import (
@@ -395,6 +396,44 @@ def test_errors_of_the_machine_are_not_the_slides(tmp_path: Path, monkeypatch: p
             with pytest.raises(expected) as raised:
                 slide.read(0, 0, 0, 10, 10)
             assert isinstance(raised.value, SlideError) == (expected is SlideError)
+
+
+def test_a_slide_that_goes_is_not_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its file system is no longer mounted: another run shall read it again."""
+    path, out = slide_file(tmp_path), tmp_path / "slide.json"
+    with OpenSlideReader(path) as slide:
+        slide.close()  # as after any error: it is opened once more
+        path.rename(tmp_path / "away")
+        with pytest.raises(PipelineError, match=r"could be read before, and now: No such file .* is mounted") as raised:
+            slide.read(0, 0, 0, 10, 10)
+        assert not isinstance(raised.value, SlideError)
+    noted = tmp_path / "noted"
+    monkeypatch.setenv(UNREADABLE, str(noted))
+    for names, status in (("a b\nb\n", "failed"), ("a\nb", None), ("", None)):
+        noted.write_text(names)
+        if status is None:
+            with pytest.raises(PipelineError, match="could be read before, and now: No such file"):
+                run_inspect("a b", path, out)
+            assert not out.exists()
+        else:
+            assert run_inspect("a b", path, out)["status"] == status
+            out.unlink()
+    (tmp_path / "away").rename(path)
+    info = run_inspect("a b", path, out)
+    path.unlink()
+    with pytest.raises(PipelineError, match="could be read before, and now: No such file") as raised:
+        reopen(info)
+    assert not isinstance(raised.value, SlideError)
+
+
+def test_a_file_server_that_fails_when_a_slide_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(self: Path, *args: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    path = slide_file(tmp_path)
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        open_slide(path)
 
 
 def test_wrong_reader(tmp_path: Path) -> None:

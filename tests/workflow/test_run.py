@@ -111,6 +111,8 @@ def test_missing_slide_is_listed_as_failed(finished: tuple[Path, Run]) -> None:
     folder, _ = finished
     (row,) = read_tsv(folder / "out" / "failed.tsv")
     assert (row["slide"], row["stage"]) == (MISSING, "inspect")
+    # Had it gone later, it would be no slide's fault.
+    assert (folder / "out" / ".unreadable").read_text() == f"{MISSING}\n"
     assert row["reason"]
 
 

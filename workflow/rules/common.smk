@@ -28,7 +28,7 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import resolve_slides, slide_bytes
+from pipeline.slide_table import UNREADABLE, resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -85,8 +85,9 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
-# In the environment as well: where stages note that they have removed a damaged store.
-os.environ[NOTES] = str(RUN.damaged)
+# In the environment as well: where stages note that they have removed a damaged store, and where they find which
+# slides could not be read from the start. Others that go while the run is at work are not to blame.
+os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable)})
 
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
@@ -119,6 +120,8 @@ onstart:
         workflow.scheduler.job_rate_limiter = None
     # Whoever asked to have things done over would have them done twice.
     told = workflow.dag_settings
+    if RESTART is not None and SLIDES is not None:
+        RUN.unreadable.write_text("".join(f"{slide.name}\n" for slide in SLIDES if not readable(slide.path)), "utf-8")
     if RESTART is not None and not (
         told.forceall or told.forcetargets or told.forcerun or workflow.overwrite_workdir
     ):
@@ -178,6 +181,11 @@ def slide_name(wildcards):
     return entry(wildcards).name
 
 
+def readable(path):
+    """Whether a file is there and may be read."""
+    return os.path.isfile(path) and os.access(path, os.R_OK)
+
+
 def input_files(path):
     """`path` as an input, where it can be one.
 
@@ -185,8 +193,7 @@ def input_files(path):
     angle brackets be one: Snakemake would look for wildcards and variables in it.
     """
     text = str(path)
-    usable = not set("{<") & set(text) and os.path.isfile(text) and os.access(text, os.R_OK)
-    return [text] if usable else []
+    return [text] if not set("{<") & set(text) and readable(text) else []
 
 
 @known
