@@ -118,10 +118,12 @@ onstart:
     limit = workflow.scheduling_settings.max_jobs_per_timespan
     if limit is not None and (limit.max_jobs, limit.timespan) == (100, 1):
         workflow.scheduler.job_rate_limiter = None
+    if RESTART is not None and SLIDES is not None:
+        RUN.unreadable.write_text(
+            "".join(f"{slide.name}\n" for slide in SLIDES if not readable(slide.path)), "utf-8"
+        )
     # Whoever asked to have things done over would have them done twice.
     told = workflow.dag_settings
-    if RESTART is not None and SLIDES is not None:
-        RUN.unreadable.write_text("".join(f"{slide.name}\n" for slide in SLIDES if not readable(slide.path)), "utf-8")
     if RESTART is not None and not (
         told.forceall or told.forcetargets or told.forcerun or workflow.overwrite_workdir
     ):
