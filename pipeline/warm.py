@@ -78,18 +78,28 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def start_server() -> Server:
+def start_server() -> Server | None:
     """Start a server, and tell the commands of this process and its children of it.
 
     Returns
     -------
-    Server
-        To be stopped at the end; it ends by itself when this process does.
+    Server or None
+        To be stopped at the end; it ends by itself when this process does. None where the folder for temporary files
+        is full or its name too long: the run does without.
     """
-    folder = Path(tempfile.mkdtemp(prefix="nucleus-pipeline-"))
-    address = str(folder / "socket")
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="nucleus-pipeline-"))
+        address = str(folder / "socket")
+        try:
+            listener.bind(address)
+        except OSError:
+            folder.rmdir()
+            raise
+    except OSError as error:
+        listener.close()
+        print(f"warning: no warm start: {error} (set TMPDIR to a folder with a short name)", file=sys.stderr)
+        return None
     listener.listen(64)
     command = [sys.executable, "-m", "pipeline", "warm-server", str(listener.fileno()), str(os.getpid())]
     # Threads of numerical libraries would not survive a fork.

@@ -30,6 +30,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def server() -> Iterator[warm.Server]:
     found = warm.start_server()
+    assert found is not None
     yield found
     found.stop()
     assert warm.ADDRESS not in os.environ
@@ -114,6 +115,20 @@ def test_command_without_a_server_runs_by_itself(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "nobody"))
     assert warm.ask_server(["--version"]) is None
     assert subprocess.run(inspect(tmp_path, "slide.json"), cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 100, "missing"])
+def test_a_run_does_without_where_no_socket_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.delenv(warm.ADDRESS, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    assert warm.start_server() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no warm start: ")
+    assert warm.ADDRESS not in os.environ
+    assert not [*(tmp_path / ("x" * 100)).iterdir()]
 
 
 def test_server_ends_with_the_process_that_started_it() -> None:

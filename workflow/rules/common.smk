@@ -132,7 +132,9 @@ onstart:
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
     wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
     if wanted and workflow.local_exec and own and possible():
-        atexit.register(start_server().stop)
+        server = start_server()
+        if server is not None:
+            atexit.register(server.stop)
 
 
 onerror:
