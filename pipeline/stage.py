@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.again import note_damage
+from pipeline.again import is_marked, note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
@@ -121,6 +121,7 @@ def _set_aside(path: Path) -> None:
         remove(old)
 
 
+_ANEW = "run the same command again, where it does not start by itself: then it is made anew"
 _STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
 
 
@@ -242,6 +243,8 @@ def _run_stage(
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
                 for store, made in stores.items():
+                    if is_marked(store):
+                        raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", _ANEW)
                     if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                         check_sealed(store, seal)
                 read = {store: which_store(store) for store in stores}
@@ -257,7 +260,7 @@ def _run_stage(
                 note_damage(error.path)
                 raise PipelineError(
                     f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
-                    "run the same command again, where it does not start by itself: then it is made anew",
+                    _ANEW,
                 ) from None
             except SlideError as error:
                 if on_bad_slide == "stop":

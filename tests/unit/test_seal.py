@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.again import NOTES
+from pipeline.again import NOTES, clear_marks
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
@@ -124,9 +124,26 @@ def test_the_stage_that_finds_out_removes_it(
     ) as e:
         run_stage("next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())})
     assert "\n" not in str(e.value)
-    assert not path.exists()
+    assert [file.name for file in path.iterdir()] == ["DAMAGED.txt"]
     assert not (path.parent / "next.json").exists()
     assert (path.parent / "notes").read_text() == f"{path}\n"
+
+    def never(staged: dict[str, Path]) -> dict[str, Any]:
+        raise AssertionError
+
+    # Tried again, the job ends at once; the stage that made the store makes it anew.
+    with pytest.raises(PipelineError, match=r"slide 'a', next: .* was damaged \(run the same command again"):
+        run_stage("next", "a", manifest=path.parent / "next.json", body=never, stores={path: path.parent / "made.json"})
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        KINDS[path.stem][0](staged["store"])
+        return {}
+
+    run_stage(path.stem, "a", manifest=path.parent / "made.json", outputs={"store": path}, body=body)
+    assert read(path).any()
+    clear_marks(path.parent / "notes")
+    assert read(path).any()
+    assert not (path.parent / "notes").exists()
 
 
 @pytest.mark.parametrize(("text", "why"), [(None, "is missing"), ("{}", "is not what was written")])

@@ -14,7 +14,7 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
-from pipeline.again import NOTES, Restart
+from pipeline.again import NOTES, Restart, clear_marks
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
@@ -99,6 +99,8 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
+    if not TRAINING:
+        clear_marks(RUN.damaged)
     if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
         RESTART = Restart(RUN.damaged)
     if LOCK is None:
@@ -141,7 +143,7 @@ onerror:
     damaged = [] if RESTART is None else RESTART.end()
     if damaged:
         print(
-            f"{', '.join(damaged)} had been damaged: the same command starts once more, to make it anew",
+            f"{', '.join(map(str, damaged))} had been damaged: the same command starts once more, to make it anew",
             file=sys.stderr,
         )
 
