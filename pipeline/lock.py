@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 RUN_LOCK = ".lock"
 """File in a results folder that its run holds locked."""
 
+OWNER = "NUCLEI_RUN"
+"""Environment variable of a run's jobs: what the run has written into its lock."""
+
 _LOOKING_ONLY = {
     "-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary", "-S", "-D", "--detailed-summary",
     "--dag", "--rulegraph", "--filegraph", "--d3dag", "--list", "--list-rules", "-l", "--list-target-rules", "--lt",
@@ -104,6 +107,32 @@ def lock_run(folder: Path) -> IO[str] | None:
             f"results: {str(folder)!r} cannot be written: {error.strerror}", "make room on that disk"
         ) from None
     return file
+
+
+def owner(folder: Path) -> str:
+    """What the last run in a results folder has written into its lock; empty where there was none."""
+    try:
+        return " ".join((folder / RUN_LOCK).read_text(encoding="utf-8").split())
+    except FileNotFoundError:
+        return ""
+
+
+def check_owner(folder: Path) -> None:
+    """Check that a cluster's job is of the last run in its results folder.
+
+    One that waited longer than its run lived would take away and write again what a later run has made.
+
+    Raises
+    ------
+    PipelineError
+        When another run has begun since.
+    """
+    mine, last = os.environ.get(OWNER), owner(folder)
+    if mine and last and mine != last:
+        raise PipelineError(
+            f"this job is of a run ({mine}) that another one ({last}) has followed in {str(folder)!r}",
+            "nothing is lost: that one does the same; cancel jobs that are left of earlier runs",
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from outcome import outcome
 from runs import command, read_json, read_tsv, run, write_slide, write_toy_model
 
 from pipeline.layout import folder_name
-from pipeline.lock import lock_run
+from pipeline.lock import OWNER, lock_run, owner
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
@@ -39,6 +39,32 @@ def test_second_run_in_a_results_folder_is_refused_at_once(tmp_path: Path) -> No
     assert "Building DAG" not in done.output
     # Looking on is allowed.
     assert run(tmp_path, config, "-n").code == 0
+    lock.close()
+
+
+def test_a_late_job_of_an_earlier_run_takes_nothing_away(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a cluster starts when the run that submitted it was killed, and another one is at work."""
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=1)
+    result = tmp_path / "out" / "slides" / "a" / "slide.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("of the run that is at work")
+    lock = lock_run(tmp_path / "out")
+    assert lock is not None
+    config = {"slides": "in", "results": "out", "model": str(model)}
+    job = ["--mode", "remote", "--target-jobs", "inspect:slide=a", "--allowed-rules", "inspect", "--force"]
+    monkeypatch.setenv(OWNER, "process 1 on node7")
+    late = run(tmp_path, config, *job)
+    assert late.code != 0
+    (line,) = errors(late.output)
+    assert line.startswith("error: this job is of a run (process 1 on node7) that another one")
+    assert result.read_text() == "of the run that is at work"
+    monkeypatch.setenv(OWNER, owner(tmp_path / "out"))
+    own = run(tmp_path, config, *job)
+    assert own.code == 0, own.output
+    assert read_json(result)["status"] == "ok"
     lock.close()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.lock import RUN_LOCK, held, lock_run, runs_jobs
+from pipeline.lock import OWNER, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
 from pipeline.stage import run_stage
 
 HOLD = "import sys, time; from pathlib import Path; from pipeline.lock import *; "
@@ -39,6 +39,25 @@ def test_second_run_is_refused_in_one_line_and_a_killed_one_leaves_no_lock(tmp_p
     assert lock is not None
     assert (folder / RUN_LOCK).read_text().startswith(f"process {os.getpid()} on ")
     lock.close()
+
+
+def test_jobs_of_a_run_that_another_one_has_followed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OWNER, "process 1 on node7")
+    check_owner(tmp_path)  # nobody has run here
+    lock = lock_run(tmp_path)
+    assert lock is not None
+    with pytest.raises(
+        PipelineError, match=rf"of a run \(process 1 on node7\) that .* \(process {os.getpid()} on"
+    ) as e:
+        check_owner(tmp_path)
+    assert "\n" not in str(e.value)
+    for mine in (owner(tmp_path), ""):
+        monkeypatch.setenv(OWNER, mine)
+        check_owner(tmp_path)
+    lock.close()
+    check_owner(tmp_path)  # jobs may outlive their run
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.again import NOTES, Restart, clear_marks
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
-from pipeline.lock import lock_run, runs_jobs
+from pipeline.lock import OWNER, check_owner, lock_run, owner, runs_jobs
 from pipeline.settings import (
     check_folder,
     check_licence,
@@ -99,12 +99,18 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
+    os.environ[OWNER] = "" if TRAINING or LOCK is None else owner(RUN.results)
     if not TRAINING:
         clear_marks(RUN.damaged)
     if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
         RESTART = Restart(RUN.damaged)
     if LOCK is None:
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
+if not workflow.is_main_process:
+    try:
+        check_owner(RUN.results)
+    except PipelineError as error:
+        stop(error)
 
 
 # How often a job is tried. Jobs of a cluster are told that they will not be tried again, and have this from their
