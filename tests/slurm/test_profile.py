@@ -22,7 +22,8 @@ def test_same_jobs_on_the_same_partitions(profiles: dict[str, dict[str, Any]]) -
     users, ours = profiles["slurm"], profiles["ci-slurm"]
     for rule in ("cohort", "tissue"):  # killed for memory, and out of time, on purpose
         ours["set-resources"].pop(rule)
-    for key in ("executor", "retries", "groups", "default-resources", "set-resources", "keep-going", "nolock"):
+    same = ("executor", "retries", "groups", "default-resources", "set-resources", "keep-going", "nolock")
+    for key in (*same, "slurm-requeue"):
         assert ours[key] == users[key], key
 
 
