@@ -85,7 +85,7 @@ def start_server() -> Server | None:
     -------
     Server or None
         To be stopped at the end; it ends by itself when this process does. None where the folder for temporary files
-        is full or its name too long: the run does without.
+        is full, missing, or has too long a name: the run does without.
     """
     listener = socket.socket(socket.AF_UNIX)
     try:
