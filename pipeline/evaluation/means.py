@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.metrics import class_scores
+
 SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
 """Scores of the nuclei."""
 
@@ -49,19 +51,16 @@ def patients_of(images: Mapping[str, Mapping[str, Any]]) -> list[Hashable]:
 
 
 def types_of(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``types`` of all fields together, where they have any: accuracy over matched nuclei, and F1 of each class."""
+    """``types`` of all fields together, where they have any: see `pipeline.evaluation.metrics.class_scores`."""
     rows = [i["type_counts"] for i in images.values() if "type_counts" in i]
-    if not rows:
-        return {}
-    right, matched = (sum(row[key] for row in rows) for key in ("right", "matched"))
-    classes: dict[str, Any] = {}
-    for name in rows[0]["classes"]:
-        hits, truth, found = (sum(row["classes"][name][k] for row in rows) for k in range(3))
-        f1 = round(2 * hits / (truth + found), 4) if truth + found else None
-        classes[name] = {"n_truth": truth, "n_pred": found, "f1": f1}
-    return {
-        "types": {"accuracy": round(right / matched, 4) if matched else None, "matched": matched, "classes": classes}
-    }
+    return {"types": rounded(class_scores(rows))} if rows else {}
+
+
+def rounded(value: Any) -> Any:
+    """A value with its numbers, however deep in mappings, rounded to four decimals."""
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

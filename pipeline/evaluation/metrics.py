@@ -6,7 +6,7 @@ a million-pixel field takes milliseconds and a slide can be compared band by ban
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class Overlaps:
     truth_index, pred_index, pixels : numpy.ndarray
         For each pair that shares pixels: indices of both and the number of pixels, int64, shape ``(n_pairs,)``, sorted
         by truth, then by prediction.
+    truth_ids, pred_ids : numpy.ndarray
+        Label of each instance, int64.
     """
 
     truth_area: np.ndarray
@@ -38,6 +40,8 @@ class Overlaps:
     truth_index: np.ndarray
     pred_index: np.ndarray
     pixels: np.ndarray
+    truth_ids: np.ndarray
+    pred_ids: np.ndarray
 
     @classmethod
     def of(cls, truth: np.ndarray, pred: np.ndarray) -> Overlaps:
@@ -87,7 +91,7 @@ class Overlaps:
         pixels = np.zeros(len(key), np.int64)
         np.add.at(pixels, inverse, count)
         n_pred = max(len(pred_ids), 1)
-        return cls(truth_area, pred_area, key // n_pred, key % n_pred, pixels)
+        return cls(truth_area, pred_area, key // n_pred, key % n_pred, pixels, truth_ids, pred_ids)
 
     @property
     def union(self) -> np.ndarray:
@@ -271,3 +275,116 @@ def score(truth: np.ndarray, pred: np.ndarray) -> dict[str, Any]:
     .. [3] Kirillov et al., Panoptic segmentation, CVPR 2019.
     """
     return score_overlaps(Overlaps.of(truth, pred))
+
+
+def class_counts(
+    overlaps: Overlaps, truth_classes: np.ndarray, pred_classes: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
+    """What the scores of classes come from, of one image.
+
+    Parameters
+    ----------
+    overlaps : Overlaps
+        Of truth and prediction.
+    truth_classes, pred_classes : numpy.ndarray
+        Class of each instance, integers in the order of `overlaps`: ``i + 1`` is ``names[i]``, 0 is none that is known.
+    names : sequence of str
+        Classes.
+
+    Returns
+    -------
+    dict
+        ``matched``: how many pairs of IoU > 0.5 have a truth of known class; ``right``: in how many of them the classes
+        agree; ``classes``: by name the pairs that agree, the truths, the predictions and the summed IoU of these pairs.
+        A prediction that matches a truth of unknown class is neither right nor wrong and counts nowhere.
+    """
+    over = overlaps.iou > 0.5  # such a pair is unique on both sides
+    iou, t, p = overlaps.iou[over], overlaps.truth_index[over], overlaps.pred_index[over]
+    known = truth_classes[t] > 0
+    agree = known & (truth_classes[t] == pred_classes[p])
+    judged = np.ones(len(pred_classes), bool)
+    judged[p[~known]] = False
+
+    def by_class(classes: np.ndarray, weights: np.ndarray | None = None) -> list[Any]:
+        return list(np.bincount(classes, weights, len(names) + 1)[1:].tolist())
+
+    columns = (
+        by_class(truth_classes[t[agree]]),
+        by_class(truth_classes),
+        by_class(pred_classes[judged]),
+        by_class(truth_classes[t[agree]], iou[agree]),
+    )
+    rows = zip(*columns, strict=True)
+    return {"right": int(agree.sum()), "matched": int(known.sum()), "classes": dict(zip(names, rows, strict=True))}
+
+
+def r_squared(truth: Sequence[float], pred: Sequence[float]) -> float | None:
+    """Coefficient of determination of predicted numbers: 1 - sum of squared errors / sum of squares around the mean.
+
+    None for fewer than two numbers. Where all true numbers are the same, 1 if all are predicted, else 0, as
+    scikit-learn has it, with which CoNIC computes.
+    """
+    if len(truth) < 2:
+        return None
+    values = np.asarray(truth, np.float64)
+    errors, spread = float(np.sum((values - pred) ** 2)), float(np.sum((values - values.mean()) ** 2))
+    return 1 - errors / spread if spread else float(not errors)
+
+
+def class_scores(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of the classes over all images together.
+
+    Parameters
+    ----------
+    images : sequence of mapping
+        What `class_counts` has returned for each image. A class that an image does not name has no nucleus there.
+
+    Returns
+    -------
+    dict
+        ``accuracy``
+            Share of ``matched`` nuclei of known class whose class is right.
+        ``mpq_plus``
+            Multi-class PQ+ [1]_: true positives, false positives, false negatives and IoU of each class are summed over
+            all images before its PQ is computed; then the mean over the classes that have a truth in any image.
+        ``r2``
+            Mean over the same classes of their R² [1]_, see below.
+        ``classes``
+            By name: ``n_truth``, ``n_pred``; ``f1`` (which is the DQ), ``sq`` and ``pq`` of the pairs of IoU > 0.5
+            whose classes agree; ``r2``, `r_squared` of how many nuclei of the class each image has.
+
+        What cannot be computed is None. A class that is found but has no truth has a PQ of 0 and is in no mean, as in
+        PanNuke's metrics [2]_: its nuclei are missing in other classes, where they have a truth.
+
+    References
+    ----------
+    .. [1] Graham et al., CoNIC Challenge: pushing the frontiers of nuclear detection, segmentation, classification and
+       counting, Medical Image Analysis 92, 2024. Its classes all have truths.
+    .. [2] Gamper et al., PanNuke dataset extension, insights and baselines, arXiv:2003.10778, 2020.
+    """
+    classes: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for image in images for name in image["classes"]):
+        columns = list(zip(*(image["classes"].get(name, (0, 0, 0, 0.0)) for image in images), strict=True))
+        hits, truth, found, iou = map(sum, columns)
+        classes[name] = {
+            "n_truth": truth,
+            "n_pred": found,
+            "f1": 2 * hits / (truth + found) if truth + found else None,
+            "sq": iou / hits if hits else 0.0 if truth + found else None,
+            "pq": 2 * iou / (truth + found) if truth + found else None,
+            "r2": r_squared(columns[1], columns[2]),
+        }
+    right, matched = (sum(image[key] for image in images) for key in ("right", "matched"))
+    known = [row for row in classes.values() if row["n_truth"]]
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in known if row[key] is not None]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "accuracy": right / matched if matched else None,
+        "matched": matched,
+        "mpq_plus": mean("pq"),
+        "r2": mean("r2"),
+        "classes": classes,
+    }

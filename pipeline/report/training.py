@@ -26,7 +26,7 @@ WORDS = {
     "patients": "Patients", "network": "Network", "heads": "Heads", "parameters_m": "Parameters, M", "mpp": "µm/px",
     "steps": "Steps", "megapixels_seen": "Mpx seen", "train_fields": "Trained on", "test_fields": "Tested on",
     "minutes": "Minutes", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
-    "n_pred": "Found", "accuracy": "Accuracy", "batches": "Batches",
+    "n_pred": "Found", "accuracy": "Accuracy", "batches": "Batches", "class": "Class", "r2": "R²",
     "missed": "Missed", "merged": "Merged", "split": "Split", "outline": "Outline", "false": "Made up",
     "batchwise_loss": "Loss, batch-wise", "batchwise_dice": "Dice, batch-wise",
     "batchwise_accuracy": "Accuracy, batch-wise", "batchwise_iou": "IoU, batch-wise", **TITLES,
@@ -60,11 +60,13 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], text: str = "") -> dict
 
 def types_table(types: Mapping[str, Any]) -> dict[str, Any]:
     """Table of the classes of nuclei."""
-    share = (
-        "" if types["accuracy"] is None else f" {types['accuracy']:.1%} of {types['matched']} matched nuclei are right."
-    )
-    rows = [{"class": name, **row} for name, row in types["classes"].items()]
-    return table("Classes", rows, f"All fields together, nuclei of known class.{share}")
+    text = "All fields together, nuclei of known class. F1, SQ and PQ want the class right; R² is of counts by field."
+    if types["accuracy"] is not None:
+        text += f" {types['accuracy']:.1%} of {types['matched']} matched nuclei are right."
+    means = (("mPQ+", types.get("mpq_plus")), ("R²", types.get("r2")))
+    if told := ", ".join(f"{title} {value:.3f}" for title, value in means if value is not None):
+        text += f" Means over classes: {told}."
+    return table("Classes", [{"class": name, **row} for name, row in types["classes"].items()], text)
 
 
 def interval_chart(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.evaluation.errors import kinds_of_error
-from pipeline.evaluation.metrics import Overlaps, score_overlaps
+from pipeline.evaluation.metrics import Overlaps, class_counts, class_scores, score_overlaps
 from pipeline.kernels.instances import Channels, InstanceRules, segment
 from pipeline.training.data import Field
 from pipeline.training.losses import CombinedLoss, bce, dice, focal
@@ -105,40 +105,23 @@ def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Target
     -------
     dict
         ``type_accuracy`` over matched nuclei of known class and ``type_f1`` by class, None where there are none; and
-        ``type_counts`` that they come from: ``right`` of ``matched``, and by class hits, known and found ones.
+        ``type_counts`` that they come from, see `pipeline.evaluation.metrics.class_counts`.
     """
     from scipy import ndimage
 
     overlaps = Overlaps.of(field.labels, labels)
-    pairs = np.flatnonzero(overlaps.iou > 0.5)
-    ids = [_first_labels(x) for x in (field.labels, labels)]
-    sums = [ndimage.sum_labels(to_field(m, labels.shape), labels, ids[1]) for m in maps[1:]]
-    found = np.argmax(sums, axis=0) + 1 if len(ids[1]) else np.zeros(0, int)
-    known = np.array([int(truth[field.labels == i][0]) for i in ids[0]], int)
-    counted = (known >= 1) & (known <= len(spec.classes))
-    t, p = overlaps.truth_index[pairs], overlaps.pred_index[pairs]
-    use = counted[t]
-    right = known[t[use]] == found[p[use]]
-    unsure = set(p[~use].tolist())  # nuclei on truths of unknown class are neither right nor wrong
-    f1: dict[str, float | None] = {}
-    counts: dict[str, tuple[int, int, int]] = {}
-    for index, name in enumerate(spec.classes, start=1):
-        hits = int((right & (known[t[use]] == index)).sum())
-        n_truth = int((known == index).sum())
-        n_found = sum(int(kind) == index for k, kind in enumerate(found) if k not in unsure)
-        f1[name] = 2 * hits / (n_truth + n_found) if n_truth + n_found else None
-        counts[name] = (hits, n_truth, n_found)
+    sums = [ndimage.sum_labels(to_field(m, labels.shape), labels, overlaps.pred_ids) for m in maps[1:]]
+    found = np.argmax(sums, axis=0) + 1 if len(overlaps.pred_ids) else np.zeros(0, int)
+    values, first = np.unique(field.labels, return_index=True)
+    known = truth.ravel()[first[np.searchsorted(values, overlaps.truth_ids)]].astype(int)
+    known[known > len(spec.classes)] = 0  # of another or unknown class
+    counts = class_counts(overlaps, known, found, spec.classes)
+    scores = class_scores([counts])
     return {
-        "type_accuracy": float(right.mean()) if use.any() else None,
-        "type_f1": f1,
-        "type_counts": {"right": int(right.sum()), "matched": int(use.sum()), "classes": counts},
+        "type_accuracy": scores["accuracy"],
+        "type_f1": {name: row["f1"] for name, row in scores["classes"].items()},
+        "type_counts": counts,
     }
-
-
-def _first_labels(labels: np.ndarray) -> np.ndarray:
-    values, first = np.unique(labels, return_index=True)
-    order = np.argsort(first)
-    return values[order][values[order] > 0]
 
 
 def batchwise_scores(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.evaluation.metrics import METRICS, Overlaps, score, score_overlaps
+from pipeline.evaluation.metrics import (
+    METRICS,
+    Overlaps,
+    class_counts,
+    class_scores,
+    r_squared,
+    score,
+    score_overlaps,
+)
 
 LABELS = arrays(np.int32, (9, 11), elements=st.integers(0, 5))
 
@@ -236,3 +245,127 @@ def test_nothing_matches() -> None:
     near = score(boxes((0, 10), (20, 30)), boxes((7, 17), (27, 37)))
     assert near["pq"] == near["sq"] == near["dq"] == near["f1"] == 0
     assert near["aji"] == near["iou"] == pytest.approx(6 / 34)
+
+
+NAMES = ("a", "b", "c")
+KINDS = st.lists(st.integers(0, 3), min_size=5, max_size=5)
+CLASSED = st.lists(st.tuples(LABELS, LABELS, KINDS, KINDS), min_size=1, max_size=4)
+Classed = list[tuple[np.ndarray, np.ndarray, list[int], list[int]]]
+
+
+def counts_of(images: Classed) -> list[dict[str, Any]]:
+    found = []
+    for truth, pred, truth_kinds, pred_kinds in images:
+        overlaps = Overlaps.of(truth, pred)
+        kinds = [np.array([0, *k])[i] for k, i in ((truth_kinds, overlaps.truth_ids), (pred_kinds, overlaps.pred_ids))]
+        found.append(class_counts(overlaps, *kinds, NAMES))
+    return found
+
+
+def reference_classes(images: Classed) -> dict[str, Any]:
+    """Scores of classes by CoNIC's definition: each class alone, in masks of it, images summed before dividing."""
+    result: dict[str, Any] = {"pq": [], "r2": [], "f1": []}
+    for kind in (1, 2, 3):
+        tp, fp, fn, total = 0, 0, 0, 0.0
+        pairs: list[tuple[int, int]] = []
+        for truth, pred, truth_kinds, pred_kinds in images:
+            truths = {i: truth == i for i in np.unique(truth[truth > 0])}
+            preds = {i: pred == i for i in np.unique(pred[pred > 0])}
+            iou = {(i, j): (t & p).sum() / (t | p).sum() for i, t in truths.items() for j, p in preds.items()}
+            unsure = {j for (i, j), v in iou.items() if v > 0.5 and not truth_kinds[i - 1]}
+            own = [i for i in truths if truth_kinds[i - 1] == kind]
+            found = [j for j in preds if pred_kinds[j - 1] == kind and j not in unsure]
+            over = [iou[i, j] for i in own for j in found if iou[i, j] > 0.5]
+            tp, fp, fn = tp + len(over), fp + len(found) - len(over), fn + len(own) - len(over)
+            total += sum(over)
+            pairs.append((len(own), len(found)))
+        some = tp + fp + fn > 0
+        dq, sq = (tp / (tp + fp / 2 + fn / 2) if some else None), (total / tp if tp else 0.0)
+        result["f1"].append(dq)
+        result["pq"].append(dq * sq if dq is not None else None)
+        mean = sum(n for n, _ in pairs) / len(pairs)
+        square, error = sum((n - mean) ** 2 for n, _ in pairs), sum((n - m) ** 2 for n, m in pairs)
+        result["r2"].append(None if len(pairs) < 2 else 1 - error / square if square > 1e-9 else float(error == 0))
+        result.setdefault("known", []).append(tp + fn > 0)
+    return result
+
+
+@settings(deadline=None)
+@given(CLASSED)
+def test_classes_agree_with_their_definition(images: Classed) -> None:
+    result, expected = class_scores(counts_of(images)), reference_classes(images)
+    for key in ("pq", "f1", "r2"):
+        assert [result["classes"][name][key] for name in NAMES] == [
+            None if value is None else pytest.approx(value) for value in expected[key]
+        ]
+    for key, mean in (("pq", "mpq_plus"), ("r2", "r2")):
+        known = [v for v, there in zip(expected[key], expected["known"], strict=True) if there and v is not None]
+        assert result[mean] == (pytest.approx(sum(known) / len(known)) if known else None)
+
+
+@settings(deadline=None)
+@given(CLASSED, st.permutations(range(1, 4)))
+def test_names_of_classes_and_order_of_images_change_nothing(images: Classed, order: list[int]) -> None:
+    table = [0, *order]
+    renamed = [(t, p, [table[k] for k in a], [table[k] for k in b]) for t, p, a, b in images]
+    one, two = class_scores(counts_of(images)), class_scores(counts_of(renamed[::-1]))
+    for key in ("accuracy", "matched", "mpq_plus", "r2"):
+        assert one[key] == (None if two[key] is None else pytest.approx(two[key]))
+
+
+@settings(deadline=None)
+@given(LABELS, LABELS)
+def test_a_single_class_scores_as_no_classes(truth: np.ndarray, pred: np.ndarray) -> None:
+    result, plain = class_scores(counts_of([(truth, pred, [1] * 5, [1] * 5)])), score(truth, pred)
+    assert (result["classes"]["a"]["n_truth"], result["classes"]["a"]["n_pred"]) == (plain["n_truth"], plain["n_pred"])
+    if truth.any():
+        assert result["mpq_plus"] == result["classes"]["a"]["pq"] == pytest.approx(plain["pq"])
+        assert result["classes"]["a"]["f1"] == pytest.approx(plain["dq"])
+        assert result["r2"] is None  # of one image
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(LABELS, KINDS), min_size=2, max_size=3))
+def test_perfect_classes(images: list[tuple[np.ndarray, list[int]]]) -> None:
+    result = class_scores(counts_of([(labels, labels, kinds, kinds) for labels, kinds in images]))
+    some = any(row["n_truth"] for row in result["classes"].values())
+    assert {result[key] for key in ("accuracy", "mpq_plus", "r2")} == ({1.0} if some else {None})
+
+
+def test_known_classes() -> None:
+    # First image: a found (IoU 8/12), a found as b, b missed. Second: b found (IoU 1), c made up.
+    images: Classed = [
+        (boxes((0, 10), (14, 20), (24, 28)), boxes((2, 12), (14, 20)), [1, 1, 2], [1, 2]),
+        (boxes((0, 10)), boxes((0, 10), (20, 24)), [2], [2, 3]),
+    ]
+    counts = counts_of(images)
+    assert counts[0] == {
+        "right": 1, "matched": 2, "classes": {"a": (1, 2, 1, 8 / 12), "b": (0, 1, 1, 0.0), "c": (0, 0, 0, 0.0)},
+    }  # fmt: skip
+    result = class_scores(counts)
+    classes = result["classes"]
+    assert classes["a"]["pq"] == pytest.approx(8 / 12 / (1 + 1 / 2))
+    assert classes["b"]["pq"] == pytest.approx(1 / (1 + 1 / 2 + 1 / 2))  # a mean of the images' would be 1/2 * (0 + 1)
+    assert (classes["a"]["sq"], classes["b"]["sq"]) == (pytest.approx(8 / 12), 1)
+    assert (classes["c"]["pq"], classes["c"]["n_pred"]) == (0, 1)  # no truth anywhere: in no mean
+    assert result["mpq_plus"] == pytest.approx((8 / 18 + 1 / 2) / 2)
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    # a: 2 and 0 known, 1 and 0 found: 1 - 1/2; b: 1 and 1 known, both found.
+    assert (classes["a"]["r2"], classes["b"]["r2"], result["r2"]) == (0.5, 1.0, 0.75)
+
+
+def test_truths_of_unknown_class_are_left_out() -> None:
+    [counts] = counts_of([(boxes((0, 10), (20, 25)), boxes((0, 10), (20, 25), (30, 33)), [0, 1], [1, 0, 1])])
+    # The first is neither right nor wrong; the second was given no class; the third is made up.
+    assert counts == {
+        "right": 0, "matched": 1, "classes": {"a": (0, 1, 1, 0.0), "b": (0, 0, 0, 0.0), "c": (0, 0, 0, 0.0)},
+    }  # fmt: skip
+    assert class_scores([counts])["classes"]["b"]["pq"] is None
+
+
+def test_coefficient_of_determination() -> None:
+    assert r_squared([1, 2, 3], [1, 2, 3]) == 1
+    assert r_squared([1, 2, 3], [2, 2, 2]) == 0
+    assert r_squared([1, 2, 3], [3, 2, 1]) == -3
+    assert (r_squared([4, 4], [4, 4]), r_squared([4, 4], [4, 5])) == (1, 0)
+    assert r_squared([4], [4]) is None

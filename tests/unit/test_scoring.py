@@ -114,10 +114,12 @@ def test_classes_of_matched_nuclei() -> None:
     images = {"one": {"aji": 1.0, **scores}, "two": {"aji": 0.0, **nothing}, "three": {"aji": 0.5}}
     types = summarise(images)["types"]
     assert (types["accuracy"], types["matched"]) == (0.5, 2)
-    hits, known, found = scores["type_counts"]["classes"]["a"]
-    assert types["classes"]["a"] == {
-        "n_truth": 2 * known, "n_pred": found, "f1": round(2 * hits / (2 * known + found), 4)
-    }  # fmt: skip
+    assert scores["type_counts"]["classes"] == {"a": (1, 1, 2, 1.0), "b": (0, 1, 0, 0.0)}
+    assert types["classes"] == {
+        "a": {"n_truth": 2, "n_pred": 2, "f1": 0.5, "sq": 1, "pq": 0.5, "r2": 0},  # 2 and 0 found, 1 and 1 there
+        "b": {"n_truth": 2, "n_pred": 0, "f1": 0, "sq": 0, "pq": 0, "r2": 0},
+    }
+    assert (types["mpq_plus"], types["r2"]) == (0.25, 0)
 
 
 def test_means_of_fields_and_organs() -> None:

@@ -203,6 +203,20 @@ def test_report_of_a_training(work: Path) -> None:
     assert size_of(work / "panel.png")[1] > 500
 
 
+def test_classes_in_a_report(work: Path) -> None:
+    from pipeline.evaluation.means import summarise
+
+    rows = {"a": (6, 8, 7, 4.5), NASTY: (0, 2, 0, 0.0)}
+    images = {"f": {"type_counts": {"right": 6, "matched": 7, "classes": rows}}, "g": {}}
+    path = work / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "types": summarise(images)["types"]}))
+    write_training_report(work)
+    html = (work / "report.html").read_text()
+    assert_self_contained(html)
+    assert "85.7% of 7 matched nuclei are right. Means over classes: mPQ+ 0.300." in html  # R² wants two fields
+    assert "0.600" in re.findall(r"<td[^>]*>([^<]*)</td>", html)
+
+
 def test_report_without_curves_or_picture(work: Path) -> None:
     import shutil
 
