@@ -276,7 +276,7 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
                 "give a label map of level 0, or polygons",
             )
     else:
-        inside, outside = known.cut(slide)
+        inside, outside, _ = known.cut(slide)
         box = inside.box
         if len(outside) and not len(inside.runs):
             raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.readers import SUFFIXES, compare, load, slide_box, stem, told_outside
+from pipeline.evaluation.metrics import METRICS, class_scores, score_overlaps
+from pipeline.evaluation.readers import SUFFIXES, count_classes, load, overlay, slide_box, stem, told_outside
 from pipeline.stage import stub_text, write_json
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,9 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
     -------
     dict
         ``images``: the scores of each image by its name; ``mean``: the mean of each score over the images;
-        ``left_out``: names without a partner, of ``pred`` and of ``truth``.
+        ``left_out``: names without a partner, of ``pred`` and of ``truth``. Where there are classes to compare also
+        ``types``, see `pipeline.evaluation.metrics.class_scores`, and with the images the ``type_counts`` that they
+        come from.
 
     Raises
     ------
@@ -129,10 +132,15 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
         When something cannot be read or compared.
     """
     images: dict[str, dict[str, Any]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     matched, alone = pairs(pred, truth)
     for name, (prediction, known) in matched.items():
         try:
-            images[name] = row = compare(load(known), load(prediction), slide_box(prediction))
+            both = load(known), load(prediction)
+            overlaps, outside = overlay(*both, slide_box(prediction))
+            images[name] = row = score_overlaps(overlaps) | {"n_outside": outside}
+            if (classes := count_classes(*both, overlaps)) is not None:
+                counts[name] = classes
         except PipelineError as error:
             if str(prediction) in str(error) or str(known) in str(error):
                 raise
@@ -140,7 +148,21 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
         if row["n_outside"]:
             log.warning("%s: %s", known, told_outside(row["n_outside"], row["n_truth"]))
     mean = {metric: sum(row[metric] for row in images.values()) / len(images) for metric in METRICS}
-    return {"images": images, "mean": mean, "left_out": alone}
+    result: dict[str, Any] = {"images": images, "mean": mean, "left_out": alone}
+    types = class_scores(list(counts.values()))
+    there, found = ({n for n, row in types["classes"].items() if row[key]} for key in ("n_truth", "n_pred"))
+    if len(there | found) < 2 or not found:
+        return result
+    if there & found:
+        for name, classes in counts.items():
+            images[name]["type_counts"] = classes
+        return result | {"types": types}
+    if len(there) > 1 and len(found) > 1:
+        log.warning(
+            "classes are not scored, for no name is in both: %s (known), %s (found); name them alike",
+            *(", ".join(sorted(names)) for names in (there, found)),
+        )
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -150,6 +172,24 @@ def table(result: dict[str, Any]) -> str:
         rows.append((name, *(f"{row[metric]:.4f}" for metric in TITLES), str(row["n_truth"]), str(row["n_pred"])))
     totals = (str(sum(row[key] for row in result["images"].values())) for key in ("n_truth", "n_pred"))
     rows.append(("mean", *(f"{result['mean'][metric]:.4f}" for metric in TITLES), *totals))
+    return _aligned(rows)
+
+
+def types_table(types: dict[str, Any]) -> str:
+    """The scores of classes as text, a class a line, the means last."""
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    rows = [("class", "PQ", "SQ", "F1", "R2", "truth", "found")]
+    for name, row in sorted(types["classes"].items()):
+        scores = (text(row[key]) for key in ("pq", "sq", "f1", "r2"))
+        rows.append((name, *scores, str(row["n_truth"]), str(row["n_pred"])))
+    means = (("mPQ+", "mpq_plus"), ("R2", "r2"), (f"right of {types['matched']} matched nuclei", "accuracy"))
+    return "\n".join([_aligned(rows), ", ".join(f"{title} {text(types[key])}" for title, key in means)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
@@ -173,6 +213,8 @@ def main(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(args.pred, args.truth)
     print(table(result))
+    if "types" in result:
+        print("", types_table(result["types"]), sep="\n")
     if args.json is not None:
         write_json(args.json, result)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.evaluation.metrics import Overlaps, score_overlaps
-from pipeline.geojson import iter_features, nucleus_geometry, read_geojson, role, stated_origin
+from pipeline.evaluation.metrics import Overlaps, class_counts, score_overlaps
+from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
-from pipeline.label_maps import read_instances
+from pipeline.label_maps import load_npy, read_instances
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,34 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class Classes:
+    """Classes of instances that are numbered from 1 on.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Classes.
+    codes : numpy.ndarray
+        int32, of each instance: ``i + 1`` is ``names[i]``, 0 is none.
+    """
+
+    names: tuple[str, ...]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Classes:
+        """Classes given as the name of each instance's, empty where it has none."""
+        table = {"": 0}
+        codes = np.array([table.setdefault(name, len(table)) for name in names], np.int32)
+        return cls(tuple(table)[1:], codes)
+
+    def among(self, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
+        """Codes of some instances' classes where `names`, which hold all of these, are the classes."""
+        table = np.array([0, *(names.index(name) + 1 for name in self.names)])
+        return table[self.codes[labels - 1]]
+
+
+@dataclass(frozen=True, eq=False)
 class LabelMap:
     """Instances as an image of numbers.
 
@@ -43,9 +71,12 @@ class LabelMap:
     ----------
     labels : numpy.ndarray
         Integers ``(H, W)``, 0 is background.
+    classes : Classes or None
+        Where the file tells them.
     """
 
     labels: np.ndarray
+    classes: Classes | None = None
 
     @property
     def box(self) -> Box:
@@ -72,10 +103,13 @@ class Outlines:
         Row, first column, column after the last, int32 ``(m, 3)``, ordered by row.
     labels : numpy.ndarray
         Instance of each run, int32 ``(m,)``, from 1 on; where two overlap the lower number has the pixel.
+    classes : Classes or None
+        Of all instances; None where they were not asked for.
     """
 
     runs: np.ndarray
     labels: np.ndarray
+    classes: Classes | None = None
 
     @classmethod
     def of(cls, points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> Outlines:
@@ -92,15 +126,17 @@ class Outlines:
         row, first, last = self.runs.T
         return int(first.min()), int(row[0]), int(last.max()), int(row[-1]) + 1
 
-    def cut(self, box: Box) -> tuple[Outlines, np.ndarray]:
-        """What lies within a box, and the pixels (int64) of each instance that has none there."""
+    def cut(self, box: Box) -> tuple[Outlines, np.ndarray, np.ndarray]:
+        """What lies within a box; and of the instances that have no pixel there labels and pixels, int64."""
         left, top, right, bottom = box
         row, first, last = self.runs.T
         pixels = np.bincount(self.labels, weights=last - first).astype(np.int64)
         first, last = np.clip(first, left, right), np.clip(last, left, right)
         inside = (row >= top) & (row < bottom) & (last > first)
         pixels[self.labels[inside]] = 0
-        return Outlines(np.stack([row, first, last], axis=1)[inside], self.labels[inside]), pixels[pixels > 0]
+        outside = np.flatnonzero(pixels)
+        kept = replace(self, runs=np.stack([row, first, last], axis=1)[inside], labels=self.labels[inside])
+        return kept, outside, pixels[outside]
 
     def paint(self, box: Box) -> np.ndarray:
         """Labels within a box, whatever lies outside being cut off."""
@@ -150,7 +186,48 @@ def load(path: Path) -> Instances:
         return _geojson(path)
     if name.endswith(".parquet"):
         return _parquet(path)
-    return LabelMap(read_instances(path))
+    labels = read_instances(path)
+    kinds = _kinds(path, labels) if name.endswith(".npy") else None
+    return LabelMap(labels) if kinds is None else classed(labels, kinds)
+
+
+def _kinds(path: Path, labels: np.ndarray) -> np.ndarray | None:
+    """Class of each pixel of a ``.npy``, where it has any: ``type_map`` beside ``inst_map``, or a second channel."""
+    content = load_npy(path)
+    if isinstance(content, dict):
+        kinds = content.get("type_map")
+    else:
+        kinds = content[..., 1] if content.shape == (*labels.shape, 2) else None
+    if kinds is None:
+        return None
+    whole = np.asarray(kinds).astype(np.int64)
+    if whole.shape != labels.shape or np.any(whole != kinds) or whole.min(initial=0) < 0:
+        shape = " x ".join(map(str, kinds.shape))
+        raise PipelineError(
+            f"{path}: the classes are no whole numbers from 0 on, one for each pixel of the instances ({shape})",
+            "save both maps of one image",
+        )
+    return whole
+
+
+def classed(labels: np.ndarray, kinds: np.ndarray) -> LabelMap:
+    """A label map with classes: of each instance the most frequent in it, named by its number; 0 is none.
+
+    Parameters
+    ----------
+    labels, kinds : numpy.ndarray
+        Instance and class of each pixel, non-negative integers ``(H, W)``.
+    """
+    inside = labels > 0
+    ids, index = np.unique(labels[inside], return_inverse=True)
+    base = int(kinds.max(initial=0)) + 1
+    pairs, count = np.unique(index * base + kinds[inside], return_counts=True)
+    pairs = pairs[np.argsort(count, kind="stable")]
+    codes = np.zeros(len(ids), np.int64)
+    codes[pairs // base] = pairs % base  # the last assignment, the most frequent, stays
+    numbered = np.zeros(labels.shape, np.int32)
+    numbered[inside] = index + 1
+    return LabelMap(numbered, Classes.of(str(code) if code else "" for code in codes.tolist()))
 
 
 def some_nuclei(path: Path, wanted: np.ndarray) -> Outlines:
@@ -179,21 +256,29 @@ def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
 
     with open_nuclei(path) as file:
         parts, start = [], 0
+        names: list[str] = []
         try:
-            for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry"]):
-                column = batch.column("geometry")
+            for batch in file.iter_batches(batch_size=_POLYGONS_AT_ONCE, columns=["geometry", "class"]):
+                count = batch.num_rows
                 if wanted is not None:
-                    column = column.take(pa.array(np.flatnonzero(wanted[start : start + len(column)])))
-                start += batch.num_rows
-                if not len(column):
+                    batch = batch.take(pa.array(np.flatnonzero(wanted[start : start + count])))
+                start += count
+                if not batch.num_rows:
                     continue
+                column, kinds = batch.column("geometry"), batch.column("class").dictionary_encode()
+                table = [_base_class({"properties": {"classification": name}}) for name in kinds.dictionary.to_pylist()]
+                names.extend(table[index] for index in kinds.indices.to_pylist())
                 polygons = shapely.from_wkb(column.to_numpy(zero_copy_only=False))
                 _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
                 parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
-        except (OSError, pa.ArrowException, shapely.errors.ShapelyError, ValueError) as error:
+        except (OSError, pa.ArrowException, shapely.errors.ShapelyError, KeyError, ValueError) as error:
             first = " ".join(str(error).split())[:160]
             raise PipelineError(f"{path} is damaged or holds no polygons: {first}", "write it again") from None
-    return _join(parts)
+    return replace(_join(parts), classes=Classes.of(names))
+
+
+def _base_class(feature: dict[str, Any]) -> str:
+    return next(iter(class_names(feature)), "")
 
 
 def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
@@ -208,15 +293,17 @@ def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
 
 def _geojson(path: Path) -> Outlines:
     value = read_geojson(path)
+    names: list[str] = []
     try:
-        return _join(list(_polygon_batches(value)))
+        return replace(_join(list(_polygon_batches(value, names))), classes=Classes.of(names))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PipelineError(
             f"{path} is no GeoJSON of polygons: {type(error).__name__} {error}", "features hold Polygon or MultiPolygon"
         ) from None
 
 
-def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
+def _polygon_batches(value: Any, names: list[str]) -> Iterator[tuple[int, Outlines]]:
+    """Polygons of a GeoJSON file, and how many; the class of each is added to `names`."""
     points: list[np.ndarray] = []
     polygons: list[int] = []
     others: list[str] = []
@@ -236,6 +323,7 @@ def _polygon_batches(value: Any) -> Iterator[tuple[int, Outlines]]:
         any_polygon = True
         parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
         polygons.append(len(points))
+        names.append(_base_class(feature))
         for ring in (ring for part in parts for ring in part):
             corners = np.array(ring, np.float64)
             if corners.ndim != 2 or corners.shape[1] < 2:
@@ -309,8 +397,8 @@ def told_outside(outside: int, known: int) -> str:
     return f"{outside} of {known} known nuclei lie outside of the slide and count as missed: {question}"
 
 
-def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict[str, Any]:
-    """The scores of `pipeline.evaluation.metrics.score`, computed in bands: memory does not grow with the image.
+def overlay(truth: Instances, pred: Instances, slide: Box | None = None) -> tuple[Overlaps, int]:
+    """Overlaps of instances with the known ones, computed in bands: memory does not grow with the image.
 
     Parameters
     ----------
@@ -321,17 +409,19 @@ def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict
 
     Returns
     -------
-    dict
-        The scores, and ``n_outside``: how many of the truths lie outside of the slide.
+    overlaps : Overlaps
+        Of both.
+    outside : int
+        How many of the truths lie outside of the slide.
 
     Raises
     ------
     PipelineError
         When two label maps differ in size.
     """
-    outside = np.empty(0, np.int64)
+    outside = pixels = np.empty(0, np.int64)
     if slide is not None and isinstance(truth, Outlines):
-        truth, outside = truth.cut(slide)
+        truth, outside, pixels = truth.cut(slide)
     left, top, right, bottom = canvas(truth, pred)
     step = max(1, BAND_PIXELS // max(1, right - left))
 
@@ -342,5 +432,24 @@ def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict
                 yield truth.paint((left, y, right, end)), pred.paint((left, y, right, end))
 
     overlaps = Overlaps.of_bands(bands())
-    missed = replace(overlaps, truth_area=np.concatenate([overlaps.truth_area, outside]))
-    return score_overlaps(missed) | {"n_outside": len(outside)}
+    missed = {"truth_area": pixels, "truth_ids": outside}
+    more = {name: np.concatenate([getattr(overlaps, name), values]) for name, values in missed.items()}
+    return replace(overlaps, **more), len(outside)
+
+
+def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict[str, Any]:
+    """The scores of `pipeline.evaluation.metrics.score`, and ``n_outside``; see `overlay`."""
+    overlaps, outside = overlay(truth, pred, slide)
+    return score_overlaps(overlaps) | {"n_outside": outside}
+
+
+def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps) -> dict[str, Any] | None:
+    """`pipeline.evaluation.metrics.class_counts` of what was laid over each other.
+
+    None where one side's file tells no classes, or there are truths and none has a class.
+    """
+    if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
+        return None
+    names = list(dict.fromkeys((*truth.classes.names, *pred.classes.names)))
+    known, found = truth.classes.among(names, overlaps.truth_ids), pred.classes.among(names, overlaps.pred_ids)
+    return class_counts(overlaps, known, found, names)

@@ -431,3 +431,136 @@ def test_what_qupath_ignores_is_no_nucleus(tmp_path: Path) -> None:
     result = command.evaluate(tmp_path / "a.geojson", tmp_path / "b.geojson")["images"]["b"]
     assert result["aji"] == 1
     assert result["n_pred"] == 2
+
+
+def classified(labels: np.ndarray, classes: dict[int, Any]) -> bytes:
+    """Boxes of a label map with QuPath's classes, some without."""
+    found = boxes_of(labels)
+    for item, label in zip(found, np.unique(labels[labels > 0]).tolist(), strict=True):
+        if label in classes:
+            item["properties"]["classification"] = classes[label]
+    return collection(*found)
+
+
+def test_classes_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, pred = tmp_path / "truth", tmp_path / "pred"
+    truth.mkdir()
+    pred.mkdir()
+    labels = labels_map()  # six of 8 x 10 pixels, 10 to 60
+    (truth / "x.geojson").write_bytes(
+        classified(labels, {10: {"name": "A"}, 20: {"names": ["A", "Positive"]}, 30: "B: Negative", 40: "B"})
+    )
+    # One of A is right, one is found as B, one of B is missed, 50 is of unknown class; 60 is, too, and was not found.
+    found = np.where(np.isin(labels, (30, 60)), 0, labels)
+    (pred / "x.geojson").write_bytes(classified(found, {10: "A", 20: "B", 40: "B", 50: "A"}))
+    (truth / "y.geojson").write_bytes(classified(labels_map(1), {10: "A"}))
+    (pred / "y.geojson").write_bytes(collection())
+    for folder in (truth, pred):  # knows no classes: in no score of them
+        Image.fromarray(labels).save(folder / "z.png")
+    assert run(pred, truth, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert list(result) == ["images", "mean", "left_out", "types"]
+    assert list(result["mean"]) == list(METRICS)
+    assert result["images"]["x"]["type_counts"] == {
+        "right": 2, "matched": 3, "classes": {"A": [1, 2, 1, 1.0], "B": [1, 2, 2, 1.0]},
+    }  # fmt: skip
+    assert result["images"]["y"]["type_counts"]["classes"] == {"A": [0, 1, 0, 0.0]}
+    assert "type_counts" not in result["images"]["z"]
+    types = result["types"]
+    assert types["classes"]["A"] == {"n_truth": 3, "n_pred": 1, "f1": 0.5, "sq": 1, "pq": 0.5, "r2": -3}
+    assert types["classes"]["B"] == {"n_truth": 2, "n_pred": 2, "f1": 0.5, "sq": 1, "pq": 0.5, "r2": 1}
+    assert (types["mpq_plus"], types["r2"], types["accuracy"]) == (0.5, -1, pytest.approx(2 / 3))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].split()[0] == "mean"
+    assert [line.split()[:2] for line in lines[6:9]] == [["class", "PQ"], ["A", "0.5000"], ["B", "0.5000"]]
+    assert lines[9] == "mPQ+ 0.5000, R2 -1.0000, right of 3 matched nuclei 0.6667"
+
+
+def test_classes_that_cannot_be_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = labels_map(2)
+    files = {
+        "two": {10: "A", 20: "B"}, "others": {10: "C", 20: "D"}, "one": {10: "nucleus", 20: "nucleus"}, "none": {},
+    }  # fmt: skip
+    for name, classes in files.items():
+        (tmp_path / f"{name}.geojson").write_bytes(classified(labels, classes))
+
+    def compared(pred: str, truth: str) -> bool:
+        return "types" in command.evaluate(tmp_path / f"{pred}.geojson", tmp_path / f"{truth}.geojson")
+
+    assert compared("two", "two")
+    for pair in (("one", "one"), ("one", "two"), ("two", "one"), ("none", "two"), ("two", "none"), ("none", "none")):
+        assert not compared(*pair), pair
+    assert not caplog.text
+    assert not compared("others", "two")
+    assert "no name is in both: A, B (known), C, D (found); name them alike" in caplog.text
+
+
+def test_classes_of_arrays(tmp_path: Path) -> None:
+    """CoNIC's two channels and HoVer-Net's two maps are the same, and numbers are names."""
+    labels = labels_map().astype(np.int32)
+    kinds = np.select([labels == 0, labels <= 30, labels <= 50], [0, 1, 2], 0)
+    kinds[3, 2:12] = 2  # a row of the first: most of it is 1
+    np.save(tmp_path / "conic.npy", np.dstack([labels, kinds]).astype(np.uint16))
+    both = {"inst_map": labels * 7.0, "type_map": kinds.astype(np.float64)}
+    np.save(tmp_path / "dict.npy", both, allow_pickle=True)  # type: ignore[arg-type]
+    (tmp_path / "named.geojson").write_bytes(classified(labels, {10: "1", 20: "1", 30: "1", 40: "2", 50: "2", 60: "1"}))
+    for name in ("conic.npy", "dict.npy", "named.geojson"):
+        result = command.evaluate(tmp_path / name, tmp_path / "conic.npy")
+        assert result["mean"]["pq"] == 1, name
+        rows = {k: (v["n_truth"], v["n_pred"], v["pq"]) for k, v in result["types"]["classes"].items()}
+        assert rows == {"1": (3, 3, 1), "2": (2, 2, 1)}, name  # what matches the sixth, of no class, counts nowhere
+        assert (result["types"]["mpq_plus"], result["types"]["r2"]) == (1, None)
+    np.save(tmp_path / "plain.npy", labels)
+    assert "types" not in command.evaluate(tmp_path / "plain.npy", tmp_path / "conic.npy")
+    for kind in (kinds[:-1], kinds - 1, kinds + 0.5):
+        both = {"inst_map": labels, "type_map": kind}
+        np.save(tmp_path / "bad.npy", both, allow_pickle=True)  # type: ignore[arg-type]
+        with pytest.raises(PipelineError, match=r"bad\.npy: the classes are no whole numbers .*one for each pixel"):
+            readers.load(tmp_path / "bad.npy")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 1000), st.integers(1, 300))
+def test_classes_of_instances_are_their_most_frequent(seed: int, band: int) -> None:
+    random = np.random.default_rng(seed)
+    labels, kinds = random.integers(0, 5, (9, 8)) * 3, random.integers(0, 3, (9, 8))
+    found = readers.classed(labels, kinds)
+    assert score(labels, found.labels)["aji"] == 1
+    for label in np.unique(found.labels[found.labels > 0]).tolist():
+        count = np.bincount(kinds[found.labels == label], minlength=3)
+        code = found.classes.codes[label - 1]  # type: ignore[union-attr]
+        name = ("", *found.classes.names)[code]  # type: ignore[union-attr]
+        assert count[int(name or 0)] == count.max()
+
+
+def test_classes_of_a_slide_in_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known nuclei that lie outside of the slide are missed ones of their class."""
+    monkeypatch.setattr(readers, "BAND_PIXELS", 100)
+    monkeypatch.setattr(readers, "_POLYGONS_AT_ONCE", 2)
+    labels = labels_map()
+    names = ["A", "B", "A: Positive", "B", "A", "B"]
+    rows = [
+        {
+            "id": index,
+            "geometry": shapely.to_wkb(shapely.Polygon(item["geometry"]["coordinates"][0])),
+            "class": name,
+            "class_id": 0,
+            "probability": 1.0,
+        }
+        for index, (item, name) in enumerate(zip(boxes_of(labels), names, strict=True))
+    ]
+    about = {"grid": Grid(50, 40, 0.5, 1, 1).to_json()}
+    pq.write_table(pa.Table.from_pylist(rows, schema=nuclei_schema(about)), tmp_path / "nuclei.parquet")
+    truth = json.loads(classified(labels, {10 * (i + 1): name for i, name in enumerate(names)}))
+    strays = [feature(box(9e6, 5, 9e6 + 10, 9)), feature(box(-20, 5, -10, 9))]
+    strays[0]["properties"]["classification"] = "B"
+    truth["features"] = [strays[0], *truth["features"][::-1], strays[1]]
+    (tmp_path / "truth.geojson").write_text(json.dumps(truth))
+    result = command.evaluate(tmp_path / "nuclei.parquet", tmp_path / "truth.geojson")
+    assert result["images"]["truth"]["n_outside"] == 2
+    assert result["images"]["truth"]["type_counts"] == {
+        "right": 6, "matched": 6, "classes": {"B": (3, 4, 3, 3.0), "A": (3, 3, 3, 3.0)},
+    }  # fmt: skip
+    some = readers.some_nuclei(tmp_path / "nuclei.parquet", np.array([False, True, True, False, False, True]))
+    assert some.classes is not None
+    assert [some.classes.names[code - 1] for code in some.classes.codes] == ["B", "A", "B"]
