@@ -52,7 +52,7 @@ STAGES = {
 TOOLS = {
     "status": Command("pipeline.status", "how far a run has come: slides by stage, rate, time left, failures"),
     "slide-table": Command("pipeline.slide_table", "write the table of slides that a folder or table stands for"),
-    "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1; mPQ+ and R2 of classes"),
+    "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1, mPQ+, R2"),
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),

@@ -455,7 +455,9 @@ def test_classes_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (pred / "x.geojson").write_bytes(classified(found, {10: "A", 20: "B", 40: "B", 50: "A"}))
     (truth / "y.geojson").write_bytes(classified(labels_map(1), {10: "A"}))
     (pred / "y.geojson").write_bytes(collection())
-    for folder in (truth, pred):  # knows no classes: in no score of them
+    (truth / "w.geojson").write_bytes(collection(*boxes_of(labels)))  # knows no classes: in no score of them
+    (pred / "w.geojson").write_bytes(classified(labels_map(3), {10: "A", 20: "B"}))
+    for folder in (truth, pred):  # nor does this
         Image.fromarray(labels).save(folder / "z.png")
     assert run(pred, truth, "--json", tmp_path / "scores.json") == 0
     result = json.loads((tmp_path / "scores.json").read_text())
@@ -465,15 +467,15 @@ def test_classes_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "right": 2, "matched": 3, "classes": {"A": [1, 2, 1, 1.0], "B": [1, 2, 2, 1.0]},
     }  # fmt: skip
     assert result["images"]["y"]["type_counts"]["classes"] == {"A": [0, 1, 0, 0.0]}
-    assert "type_counts" not in result["images"]["z"]
+    assert not any("type_counts" in result["images"][name] for name in "wz")
     types = result["types"]
     assert types["classes"]["A"] == {"n_truth": 3, "n_pred": 1, "f1": 0.5, "sq": 1, "pq": 0.5, "r2": -3}
     assert types["classes"]["B"] == {"n_truth": 2, "n_pred": 2, "f1": 0.5, "sq": 1, "pq": 0.5, "r2": 1}
     assert (types["mpq_plus"], types["r2"], types["accuracy"]) == (0.5, -1, pytest.approx(2 / 3))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[4].split()[0] == "mean"
-    assert [line.split()[:2] for line in lines[6:9]] == [["class", "PQ"], ["A", "0.5000"], ["B", "0.5000"]]
-    assert lines[9] == "mPQ+ 0.5000, R2 -1.0000, right of 3 matched nuclei 0.6667"
+    assert lines[5].split()[0] == "mean"
+    assert [line.split()[:2] for line in lines[7:10]] == [["class", "PQ"], ["A", "0.5000"], ["B", "0.5000"]]
+    assert lines[10] == "mPQ+ 0.5000, R2 -1.0000, right of 3 matched nuclei 0.6667"
 
 
 def test_classes_that_cannot_be_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

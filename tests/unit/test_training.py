@@ -360,6 +360,9 @@ def test_every_head_trains_and_goes_into_the_package(data: Path, tmp_path: Path)
     evaluation = run_experiment(Experiment.from_json(value), tmp_path / "work", tmp_path / "model", "cpu")
     (scores,) = evaluation["images"].values()
     assert set(scores["type_f1"]) == {"a", "b"}
+    types = evaluation["types"]
+    assert 0 <= types["mpq_plus"] == round(sum(types["classes"][k]["pq"] for k in "ab") / 2, 4)
+    assert types["r2"] is None  # of a single field
     assert evaluation["batchwise"]["batches"] == 2
     package = ModelPackage.load(tmp_path / "model", verify=True)
     assert (package.heads, package.tta, package.thresholds.markers) == (tuple(heads), "flips", "distance")
