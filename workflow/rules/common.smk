@@ -18,7 +18,7 @@ from pipeline.again import NOTES, Restart, clear_marks
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
-from pipeline.lock import OWNER, check_owner, lock_run, owner, runs_jobs
+from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
 from pipeline.settings import (
     check_folder,
     check_licence,
@@ -85,9 +85,9 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
-# In the environment as well: where stages note that they have removed a damaged store, and where they find which
-# slides could not be read from the start. Others that go while the run is at work are not to blame.
-os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable)})
+# In the environment as well: where stages note that they have removed a damaged store, where they find which slides
+# could not be read from the start (others that go while the run is at work are not to blame), and the results folder.
+os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable), RESULTS: str(RUN.results)})
 
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
@@ -108,7 +108,7 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 if not workflow.is_main_process:
     try:
-        check_owner(RUN.results)
+        check_owner()
     except PipelineError as error:
         stop(error)
 
