@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 from pipeline.grid import Grid
 
 META_KEY = b"nuclei"
@@ -67,6 +67,8 @@ def open_nuclei(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
+        if of_the_machine(error):
+            raise
         raise PipelineError(f"{path} is no table of nuclei: {error}", "delete it and run again") from None
     if META_KEY not in (file.schema_arrow.metadata or {}):
         raise PipelineError(f"{path} is no table of nuclei", "give the nuclei.parquet of a run")

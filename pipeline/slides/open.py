@@ -7,7 +7,6 @@ OpenSlide's level 0. Where a format has bounds (MIRAX, Leica SCN), the part of l
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -26,21 +25,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.errors import PipelineError, SlideError
+from pipeline.errors import PipelineError, SlideError, of_the_machine
 from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.integrity import MAX_SEGMENT_PIXELS, check_tiff, is_tiff, quick_hash
 
 log = logging.getLogger(__name__)
-
-OF_THE_MACHINE = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "ENOTCONN", "ECONNRESET", "EHOSTDOWN",
-        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
-"""Numbers of errors for which a file is not to blame: disks, file servers and limits."""
 
 
 def raise_for_machine(error: Exception, path: Path) -> None:
@@ -55,7 +44,7 @@ def raise_for_machine(error: Exception, path: Path) -> None:
     """
     if isinstance(error, MemoryError):
         raise PipelineError("there is not enough memory to read the slide", "give the job more memory") from None
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+    if of_the_machine(error):
         raise error
     try:  # libraries have errors of their own for a file that has gone
         with path.open("rb") as file:
@@ -521,9 +510,16 @@ def _mpp_beside(path: Path) -> tuple[float, float] | None:
     try:
         with tifffile.TiffFile(path) as tif:
             return _ome_mpp(tif.ome_metadata or "") if tif.is_ome else None
-    except Exception as error:  # whatever a broken file makes it stumble over
-        log.debug("no OME-XML in %s: %s", path, error)
+    except Exception as error:
+        _stumbled(path, error)
         return None
+
+
+def _stumbled(path: Path, error: Exception) -> None:
+    """Take note of what a broken file made tifffile stumble over; sizes may be broken, too, and ask for much memory."""
+    if not isinstance(error, MemoryError):
+        raise_for_machine(error, path)
+    log.debug("tifffile does not understand %s: %s", path, error)
 
 
 def _check_samples(path: Path, backend: str) -> None:
@@ -540,8 +536,8 @@ def _check_samples(path: Path, backend: str) -> None:
             channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
             page = tif.pages.first
             kind, samples = page.dtype, page.samplesperpixel
-    except Exception as error:  # whatever a broken file makes it stumble over
-        log.debug("no channels known of %s: %s", path, error)
+    except Exception as error:
+        _stumbled(path, error)
         return
     if channels > 1:
         raise SlideError(
@@ -689,10 +685,10 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
             try:
                 _check_samples(path, slide.backend)
-            except SlideError:
+                slide.mpp = slide.mpp or _mpp_beside(path)
+            except (PipelineError, OSError):
                 slide.close()
                 raise
-            slide.mpp = slide.mpp or _mpp_beside(path)
     if slide is None:
         raise SlideError(
             "is no slide that OpenSlide, tiffslide or Pillow can read"
@@ -714,7 +710,7 @@ def _check_file(path: Path, before: bool) -> None:
                 raise SlideError("file is empty", "copy the slide again")
         check_tiff(path)
     except OSError as error:
-        if error.errno in OF_THE_MACHINE:
+        if of_the_machine(error):
             raise
         if before:
             raise _gone(path, error) from None

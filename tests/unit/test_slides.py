@@ -436,6 +436,36 @@ def test_a_file_server_that_fails_when_a_slide_is_opened(tmp_path: Path, monkeyp
         open_slide(path)
 
 
+@pytest.mark.parametrize("planar", [False, True])
+def test_a_file_server_that_fails_while_a_tiff_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planar: bool
+) -> None:
+    """Else a slide would have no pixel size, or a 16-bit one would be read, for good."""
+    path = tmp_path / "slide.ome.tif"
+    pixels = np.moveaxis(picture(300, 200), 2, 0) if planar else picture(300, 200)
+    options: dict[str, Any] = {"metadata": {"axes": "SYX" if planar else "YXS"}}
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(64, 64), planarconfig=1 + planar, **options)
+    errors: list[Exception] = []
+    reads = 0
+
+    class File(tifffile.TiffFile):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            nonlocal reads
+            reads += 1
+            if errors and (error := errors.pop()):
+                raise error
+            super().__init__(*args, **options)
+
+    open_slide(path).close()
+    monkeypatch.setattr(tifffile, "TiffFile", File)
+    open_slide(path).close()
+    for number in range(reads):
+        errors[:] = [OSError(errno.ESTALE, "Stale file handle"), *[None] * number]  # type: ignore[list-item]
+        with pytest.raises(OSError, match="Stale file handle"):
+            open_slide(path)
+    assert reads > 1
+
+
 def test_wrong_reader(tmp_path: Path) -> None:
     path = tmp_path / "field.png"
     Image.fromarray(picture(50, 50)).save(path)
