@@ -522,11 +522,11 @@ def _stumbled(path: Path, error: Exception) -> None:
     log.debug("tifffile does not understand %s: %s", path, error)
 
 
-def _check_samples(path: Path, backend: str) -> None:
+def _check_samples(path: Path) -> None:
     """Refuse a TIFF whose pixels a reader would not show as they are.
 
-    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide shows the
-    upper eight, which are nearly black where a camera fills twelve.
+    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide and Pillow
+    show the upper eight, which are nearly black where a camera fills twelve.
     """
     import tifffile
 
@@ -544,7 +544,7 @@ def _check_samples(path: Path, backend: str) -> None:
             f"holds {channels} channels as pictures of their own, as of fluorescence; grey, RGB and RGBA can be read",
             "if it is H&E, save it as RGB, as ImageJ does with Image > Type > RGB Color",
         )
-    if backend != "image" and kind is not None and kind not in (np.uint8, np.bool_):
+    if kind is not None and kind not in (np.uint8, np.bool_):
         raise _not_8_bit(kind, samples)
 
 
@@ -555,21 +555,17 @@ def _not_8_bit(kind: np.dtype[Any], samples: int) -> SlideError:
     hint = "convert it to 8-bit RGB"
     if kind == np.uint16:
         hint += ", as by: vips msb OLD.tif 'NEW.tif[tile,pyramid,compression=jpeg,Q=90]'"
-    return SlideError(f"holds {samples} x {kind} a pixel, where 8-bit grey, RGB or RGBA can be read", hint)
+    return SlideError(f"holds {samples} x {kind.name} a pixel, where 8-bit grey, RGB or RGBA can be read", hint)
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Grey, RGB or RGBA of 8 or 16 bits, samples last, as RGB, uint8 (h, w, 3).
+    """Grey, RGB or RGBA of 8 bits, samples last, as RGB, uint8 (h, w, 3).
 
     Raises
     ------
     SlideError
         For other shapes and types.
     """
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    elif pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
@@ -610,6 +606,12 @@ class ImageReader(Slide):
         """Nothing to close."""
 
 
+def _png_bits(path: Path) -> int:
+    """Bits a sample of a PNG, from its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
 def _decode_image(path: Path) -> np.ndarray:
     from PIL import Image
 
@@ -621,6 +623,8 @@ def _decode_image(path: Path) -> np.ndarray:
                 f"is a plain image of {width} x {height} pixels, too large to decode whole",
                 "convert it to a tiled pyramidal TIFF",
             )
+        if image.format == "PNG" and _png_bits(path) > 8:  # of colours, Pillow shows the upper eight
+            raise _not_8_bit(np.dtype(np.uint16), len(image.getbands()))
         try:
             image.load()
         except Exception as error:  # what each format's decoder stumbles over
@@ -630,7 +634,7 @@ def _decode_image(path: Path) -> np.ndarray:
                 "copy or export the image again",
             ) from None
         if image.mode.startswith(("I", "F")):
-            return as_rgb(np.asarray(image).astype(np.uint16) if image.mode.startswith("I") else np.asarray(image))
+            raise _not_8_bit(np.asarray(image).dtype, 1)
         mode = "RGBA" if "A" in image.mode or "a" in image.mode or "transparency" in image.info else "RGB"
         return as_rgb(np.asarray(image.convert(mode)))
 
@@ -684,7 +688,7 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
             try:
-                _check_samples(path, slide.backend)
+                _check_samples(path)
                 slide.mpp = slide.mpp or _mpp_beside(path)
             except (PipelineError, OSError):
                 slide.close()

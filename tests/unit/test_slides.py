@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -340,6 +341,21 @@ def test_claimed_tile_size(tmp_path: Path) -> None:
     set_tags(path, TileWidth=1 << 20, TileLength=1 << 20)
     with pytest.raises(SlideError, match="claims tiles of 1048576 x 1048576 pixels"):
         open_slide(path)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_plain_image_of_16_bits_is_refused(tmp_path: Path, suffix: str, samples: int) -> None:
+    """Its upper eight bits are nearly black where a camera fills twelve."""
+    deep = np.repeat(picture(40, 30)[..., :1].astype(np.uint16) * 16, samples, axis=2)
+    path = tmp_path / f"deep.{suffix}"
+    if suffix == "png":
+        cv2.imwrite(str(path), deep)
+    else:
+        tifffile.imwrite(path, deep.squeeze(), photometric="rgb" if samples > 1 else "minisblack", byteorder=">")
+    for reader in ("auto", "image"):
+        with pytest.raises(SlideError, match=rf"holds {samples} x uint16 a pixel, .* \(convert it to 8-bit RGB"):
+            open_slide(path, reader)
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG")])
