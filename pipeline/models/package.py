@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 from pipeline.kernels.instances import InstanceRules
 
 CARD = "model.json"
@@ -158,6 +158,8 @@ class ModelPackage:
         except FileNotFoundError:
             raise PipelineError(f"model {folder}: {CARD} is missing", "set model= to a folder under models/") from None
         except (KeyError, TypeError, ValueError, OSError) as error:
+            if of_the_machine(error):
+                raise
             raise PipelineError(f"model {folder}: the card is damaged: {error}", "fetch the model again") from None
         if not package.weights.is_file():
             raise PipelineError(f"model {folder}: {WEIGHTS} is missing", "fetch the model again")
