@@ -28,7 +28,7 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import UNREADABLE, resolve_slides, slide_bytes
+from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -214,15 +214,19 @@ def slide_file(wildcards):
     return input_files(entry(wildcards).path)
 
 
+@functools.cache
 def stamp(path):
     """What tells a file from another one in its place: Snakemake notices a newer one, but copies often keep their dates.
 
-    Its size, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the same.
+    Its content's, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the
+    same.
     """
     if path is None or not path.is_file():
         return None
-    found = path.stat()
-    return [found.st_size] if input_files(path) else [found.st_size, found.st_mtime_ns]
+    try:
+        return content_stamp(path) + ([] if input_files(path) else [path.stat().st_mtime_ns])
+    except OSError:  # its stage tells
+        return None
 
 
 @known
