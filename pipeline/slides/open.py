@@ -645,8 +645,6 @@ def _decode_image(path: Path) -> np.ndarray:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the image libraries' warnings to themselves: what matters ends in a `SlideError`."""
-    for name in ("tifffile", "tiffslide", "PIL"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

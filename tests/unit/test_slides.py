@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from pathlib import Path
@@ -480,6 +481,13 @@ def test_a_file_server_that_fails_while_a_tiff_is_looked_at(
         with pytest.raises(OSError, match="Stale file handle"):
             open_slide(path)
     assert reads > 1
+
+
+def test_the_libraries_loggers_are_left_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_slide(slide_file(tmp_path)).close()
+    for name in ("tifffile", "tiffslide", "PIL"):
+        logging.getLogger(name).warning("of %s", name)
+    assert caplog.messages == ["of tifffile", "of tiffslide", "of PIL"]
 
 
 def test_wrong_reader(tmp_path: Path) -> None:
