@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -35,8 +36,16 @@ def note_damage(store: Path) -> None:
     if os.environ.get(NOTES):
         with open(os.environ[NOTES], "a", encoding="utf-8") as stream:
             stream.write(f"{store}\n")
-        store.mkdir(exist_ok=True)
-        (store / _MARK).write_text("The next run makes this store anew.\n", encoding="utf-8")
+        with suppress(FileNotFoundError):  # another job that found the same takes the mark away, and leaves its own
+            store.mkdir(exist_ok=True)
+            (store / _MARK).write_text("The next run makes this store anew.\n", encoding="utf-8")
+
+
+def how_anew() -> str:
+    """What to do where a store was damaged."""
+    if os.environ.get(NOTES):
+        return "run the same command again, where it does not start by itself: then it is made anew"
+    return "run the stage that makes it again, then this one"
 
 
 def is_marked(store: Path) -> bool:

@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.export import MEASUREMENTS
 from pipeline.layout import RunLayout
 from pipeline.lock import held
+from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
 from pipeline.stage import manifest_failure, read_manifest, remove_leftovers, to_disk, write_json
 
@@ -311,9 +312,7 @@ def run_cohort(
                 manifest=record,
                 folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
             )
-            record["outputs"] = {
-                path.name: provenance.sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)
-            }
+            record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
             write_json(parts[4], record)
             for part in parts:
                 to_disk(part)

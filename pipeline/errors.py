@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+_OF_THE_MACHINE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "ENOTCONN", "ECONNRESET", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error is one for which a file is not to blame: of a disk, a file server or a limit."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 class PipelineError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 
 REGIONS = ("region", "training")
 """Beginnings of names and classes of annotations that outline what is completely annotated."""
@@ -39,6 +39,8 @@ def read_geojson(path: Path) -> Any:
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing", "give a GeoJSON file") from None
     except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:
+        if of_the_machine(error):
+            raise
         raise PipelineError(f"{path} is no GeoJSON: {error}", "is it damaged?") from None
 
 

@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -61,12 +59,3 @@ class Grid:
     def to_json(self) -> dict[str, Any]:
         """The grid as plain JSON values."""
         return asdict(self)
-
-    def to_level0(self, points: np.ndarray) -> np.ndarray:
-        """Grid coordinates ``(n, 2)``, x first, as level-0 coordinates (float64)."""
-        return np.asarray(points, dtype=np.float64) * (self.scale_x, self.scale_y)
-
-    @property
-    def pixel_area_um2(self) -> float:
-        """Area of a grid pixel in µm²."""
-        return self.mpp * self.mpp

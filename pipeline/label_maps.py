@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ def load_npy(path: Path) -> Any:
     except PipelineError:
         raise
     except Exception as error:  # a damaged pickle or header raises nearly anything
+        if of_the_machine(error):
+            raise
         raise PipelineError(f"{path} cannot be read: {error}", "is it a whole .npy file of arrays?") from None
 
 
@@ -143,6 +145,8 @@ def read_label_map(path: Path) -> np.ndarray:
     except PipelineError:
         raise
     except Exception as error:  # readers raise what they like over damaged files
+        if of_the_machine(error):
+            raise
         raise PipelineError(f"{path} cannot be read: {error}", _HINT) from None
     return _checked(labels, path)
 

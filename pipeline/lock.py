@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,9 @@ RUN_LOCK = ".lock"
 
 OWNER = "NUCLEI_RUN"
 """Environment variable of a run's jobs: what the run has written into its lock."""
+
+RESULTS = "NUCLEI_RESULTS"
+"""Environment variable of the jobs: the results folder."""
 
 _LOOKING_ONLY = {
     "-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary", "-S", "-D", "--detailed-summary",
@@ -54,7 +58,8 @@ def _holder(file: IO[str]) -> str:
 def _sign(file: IO[str]) -> None:
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    # The time tells runs apart that have the same number: a run that starts once more keeps it, containers all have 1.
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat()}\n")
     file.flush()
 
 
@@ -101,6 +106,7 @@ def lock_run(folder: Path) -> IO[str] | None:
         raise PipelineError(f"results: {str(path)!r} cannot be locked: {error.strerror}") from None
     try:
         _sign(file)
+        os.fsync(file.fileno())  # for jobs on other machines
     except OSError as error:
         file.close()
         raise PipelineError(
@@ -117,8 +123,8 @@ def owner(folder: Path) -> str:
         return ""
 
 
-def check_owner(folder: Path) -> None:
-    """Check that a cluster's job is of the last run in its results folder.
+def check_owner() -> None:
+    """Check that a job is of the last run in its results folder, as `OWNER` and `RESULTS` tell.
 
     One that waited longer than its run lived would take away and write again what a later run has made.
 
@@ -127,10 +133,10 @@ def check_owner(folder: Path) -> None:
     PipelineError
         When another run has begun since.
     """
-    mine, last = os.environ.get(OWNER), owner(folder)
-    if mine and last and mine != last:
+    mine, folder = os.environ.get(OWNER), os.environ.get(RESULTS)
+    if mine and folder and (last := owner(Path(folder))) and mine != last:
         raise PipelineError(
-            f"this job is of a run ({mine}) that another one ({last}) has followed in {str(folder)!r}",
+            f"this job is of a run ({mine}) that another one ({last}) has followed in {folder!r}",
             "nothing is lost: that one does the same; cancel jobs that are left of earlier runs",
         )
 
@@ -143,6 +149,11 @@ def held(path: Path) -> Iterator[None]:
     ----------
     path : pathlib.Path
         The file; its folder exists. Where the file system has no locks, nothing is held.
+
+    Raises
+    ------
+    PipelineError
+        When another run has begun meanwhile, see `check_owner`.
     """
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -162,6 +173,7 @@ def held(path: Path) -> Iterator[None]:
             break
         file.close()  # of one that has ended meanwhile
     try:
+        check_owner()
         _sign(file)
         yield
     finally:

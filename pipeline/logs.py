@@ -21,3 +21,5 @@ def configure(verbose: bool = False) -> None:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
+    for name in ("tifffile", "tiffslide", "PIL"):  # what matters of damaged images ends in an error of ours
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)

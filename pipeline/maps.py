@@ -83,8 +83,8 @@ class MapStore:
                 int(attributes["cell"]),  # type: ignore[arg-type]
                 group["maps"],
             )
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            if is_sealed(Path(path)) and not isinstance(error, OSError):
+        except (KeyError, ValueError, TypeError, FileNotFoundError) as error:  # other OSErrors are the machine's
+            if is_sealed(Path(path)) and not isinstance(error, FileNotFoundError):
                 raise DamagedStore(Path(path), str(error)) from None
             raise PipelineError(f"{path} is no store of maps: {error}", "delete it and run again") from None
 

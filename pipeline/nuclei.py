@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import shapely
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 from pipeline.grid import Grid
 
 META_KEY = b"nuclei"
@@ -67,6 +66,8 @@ def open_nuclei(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
+        if of_the_machine(error):
+            raise
         raise PipelineError(f"{path} is no table of nuclei: {error}", "delete it and run again") from None
     if META_KEY not in (file.schema_arrow.metadata or {}):
         raise PipelineError(f"{path} is no table of nuclei", "give the nuclei.parquet of a run")
@@ -90,11 +91,6 @@ def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
     data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last]
     return data, offsets.astype(np.int64) - first
-
-
-def geometries(table: pa.Table) -> np.ndarray:
-    """Polygons of a table of nuclei, object array of shapely polygons in level-0 pixels."""
-    return np.asarray(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
 
 
 def grid_of(table: pa.Table) -> Grid:

@@ -1,8 +1,7 @@
-"""What made a result: versions, the state of the code, hashes."""
+"""What made a result: versions and the state of the code."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -70,12 +69,6 @@ def _versions() -> tuple[tuple[str, str], ...]:
 def versions() -> dict[str, str]:
     """Versions of the pipeline, of Python and of the `PACKAGES` that are installed. Imports none of them."""
     return dict(_versions())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """The slides of a run: what the setting ``slides`` (a folder or a table) stands for.
 
-Run while Snakemake parses the workflow, in the main process and again in cluster jobs: it looks at names alone, opens
-no slide, and depends on the standard library.
+Run while Snakemake parses the workflow, in the main process and again in cluster jobs: it decodes no slide,
+and depends on the standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,9 @@ OWN_COLUMNS = ("slide", "path", "mpp", "tissue", "truth")
 
 MPP_RANGE = (0.05, 20.0)
 """µm per level-0 pixel that a slide can have."""
+
+SUMMED_BYTES = 1 << 22
+"""Largest file whose content is looked at while a run is planned."""
 
 MAX_NAME_BYTES = 200
 """Longest slide name: the name with a suffix has to be a file name."""
@@ -212,6 +216,16 @@ def slide_bytes(path: Path, alone: bool = True) -> int:
         return total + (sum(size for name, size in beside.items() if name.lower().endswith(kind)) if alone else 0)
     # Hamamatsu: NAME.jpg or .ngr, NAME(1,0).jpg, NAME_map2.jpg, NAME.opt
     return total + sum(size for name, size in beside.items() if name.startswith(path.stem))
+
+
+def content_stamp(path: Path) -> list[int]:
+    """What tells a file's content from another one's: the size of all its files, and a checksum where it is small.
+
+    Formats without compression have one size whatever they hold; to read large files would take too long for a plan.
+    """
+    # Whose DICOM files lie beside one that changes with every slide that comes.
+    size = slide_bytes(path, alone=False)
+    return [size, zlib.crc32(path.read_bytes())] if path.stat().st_size <= SUMMED_BYTES else [size]
 
 
 def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:

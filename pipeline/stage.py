@@ -17,12 +17,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.again import is_marked, note_damage
+from pipeline.again import how_anew, is_marked, note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
@@ -117,11 +118,11 @@ def _set_aside(path: Path) -> None:
     """Remove a folder that is in the way, in such a way that its name never stands for half of it."""
     if path.is_dir() and not path.is_symlink():
         old = path.with_name(f".part-{os.getpid()}.old-{path.name}")
-        path.rename(old)
+        with suppress(FileNotFoundError):  # another job that found the same damage was faster
+            path.rename(old)
         remove(old)
 
 
-_ANEW = "run the same command again, where it does not start by itself: then it is made anew"
 _STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
 
 
@@ -244,7 +245,7 @@ def _run_stage(
                     path.parent.mkdir(parents=True, exist_ok=True)
                 for store, made in stores.items():
                     if is_marked(store):
-                        raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", _ANEW)
+                        raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", how_anew())
                     if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                         check_sealed(store, seal)
                 read = {store: which_store(store) for store in stores}
@@ -260,7 +261,7 @@ def _run_stage(
                 note_damage(error.path)
                 raise PipelineError(
                     f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
-                    _ANEW,
+                    how_anew(),
                 ) from None
             except SlideError as error:
                 if on_bad_slide == "stop":

@@ -17,7 +17,8 @@ from pipeline.kernels.instances import InstanceRules, Pixels
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
 from pipeline.lattice import CELL
 from pipeline.layout import RunLayout, SlideLayout
-from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass, sha256_of
+from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass
+from pipeline.settings import file_sha256
 from pipeline.stage import write_json
 
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]
@@ -191,7 +192,7 @@ def write_package(
         description="untrained",
         data=(),
         metrics={},
-        sha256=sha256_of(folder / WEIGHTS),
+        sha256=file_sha256(folder / WEIGHTS),
         folder=folder,
     )
     (folder / CARD).write_text(json.dumps(package.to_json()))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from pipeline.errors import PipelineError, SlideError
+from pipeline.errors import PipelineError, SlideError, of_the_machine
 from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
@@ -165,6 +165,8 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     ------
     SlideError
         When it is missing, no GeoJSON, or has no polygon on the slide.
+    OSError
+        When the disk or the file server failed.
     """
     import shapely
     from shapely.geometry import shape
@@ -177,6 +179,8 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
     except OSError as error:
+        if of_the_machine(error):
+            raise
         raise bad(error.strerror or str(error)) from None
     except (ValueError, EOFError, RecursionError, zlib.error) as error:
         raise bad(f"no JSON ({error})") from None

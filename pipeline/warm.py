@@ -40,6 +40,9 @@ LIBRARIES = (
 )  # fmt: skip
 """What stages import late, beside what their modules import at once. Not torch: CUDA does not survive a fork."""
 
+_PATIENCE_S = 30.0
+"""Seconds in which a command, once connected, has said what it wants; it says it at once, unless it is suspended."""
+
 _PR_SET_PDEATHSIG = 1
 _HEADER = struct.Struct("!I")
 
@@ -129,33 +132,42 @@ def ask_server(arguments: list[str]) -> int | None:
     if address is None:
         return None
     with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(address)
-        except OSError:
-            return None
         environment = {key: value for key, value in os.environ.items() if key != ADDRESS}
         request = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": environment}).encode()
         sys.stdout.flush()
         sys.stderr.flush()
         streams = array.array("i", [0, 1, 2]).tobytes()
-        connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-        connection.sendall(request)
+        try:
+            connection.connect(address)
+            connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+            connection.sendall(request)
+        except OSError:
+            return None
         answer = connection.recv(1)
     # The server has gone, or its child was killed: as a command that was killed.
     return answer[0] if answer else 128 + signal.SIGKILL
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What a command asks for, and its standard streams. All others wait meanwhile."""
+    connection.settimeout(_PATIENCE_S)
     header, streams, _, _ = socket.recv_fds(connection, _HEADER.size, 3)
-    (size,) = _HEADER.unpack(header)
-    parts = []
-    while size:
-        part = connection.recv(min(size, 1 << 20))
-        if not part:
-            raise ConnectionError("the command has gone")
-        parts.append(part)
-        size -= len(part)
-    return json.loads(b"".join(parts)), streams
+    try:
+        (size,) = _HEADER.unpack(header)
+        parts = []
+        while size:
+            part = connection.recv(min(size, 1 << 20))
+            if not part:
+                raise ConnectionError("the command has gone")
+            parts.append(part)
+            size -= len(part)
+        request: dict[str, Any] = json.loads(b"".join(parts))
+    except BaseException:
+        for stream in streams:
+            os.close(stream)
+        raise
+    connection.settimeout(None)
+    return request, streams
 
 
 def _run(request: dict[str, Any], streams: list[int]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 from pipeline.evaluation.metrics import Overlaps, class_counts, score_overlaps
 from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
@@ -272,6 +272,8 @@ def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
                 _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
                 parts.append((len(polygons), Outlines.of(points, offsets[0][:-1], offsets[1][:-1])))
         except (OSError, pa.ArrowException, shapely.errors.ShapelyError, KeyError, ValueError) as error:
+            if of_the_machine(error):
+                raise
             first = " ".join(str(error).split())[:160]
             raise PipelineError(f"{path} is damaged or holds no polygons: {first}", "write it again") from None
     return replace(_join(parts), classes=Classes.of(names))

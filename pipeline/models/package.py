@@ -6,27 +6,18 @@ what users must know: licence, training data, scores. Nothing here imports torch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, of_the_machine
 from pipeline.kernels.instances import InstanceRules
+from pipeline.settings import file_sha256
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,10 +149,12 @@ class ModelPackage:
         except FileNotFoundError:
             raise PipelineError(f"model {folder}: {CARD} is missing", "set model= to a folder under models/") from None
         except (KeyError, TypeError, ValueError, OSError) as error:
+            if of_the_machine(error):
+                raise
             raise PipelineError(f"model {folder}: the card is damaged: {error}", "fetch the model again") from None
         if not package.weights.is_file():
             raise PipelineError(f"model {folder}: {WEIGHTS} is missing", "fetch the model again")
-        if verify and (found := sha256_of(package.weights)) != package.sha256:
+        if verify and (found := file_sha256(package.weights)) != package.sha256:
             raise PipelineError(
                 f"model {folder}: the weights' sha256 is {found[:12]}…, the card says {package.sha256[:12]}…",
                 "fetch the model again or pack it anew",

@@ -1,7 +1,7 @@
 """Networks by name.
 
 A network is a `torch.nn.Module` that maps a float tensor ``(N, 3, H, W)`` in [0, 1] to logits ``(N, C, H, W)``, one
-channel for each output of its heads, in the order of `HEAD_CHANNELS`.
+channel for each output of its heads, see `pipeline.networks.outputs.map_names`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+from pipeline.networks.outputs import map_names
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
-
-HEAD_CHANNELS = {"nucleus": 1, "distance": 1, "contour": 1, "hv": 2}
-"""Channels of the heads with a fixed number; the ``type`` head has one channel a class, background first."""
 
 
 @dataclass(frozen=True)
@@ -241,17 +239,9 @@ def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
     Raises
     ------
     PipelineError
-        When a head is unknown.
+        When they are none that `pipeline.networks.outputs.map_names` knows.
     """
-    total = 0
-    for head in heads:
-        if head == "type":
-            total += n_types + 1
-        elif head in HEAD_CHANNELS:
-            total += HEAD_CHANNELS[head]
-        else:
-            raise PipelineError(f"unknown head {head!r}", f"choose from {', '.join([*HEAD_CHANNELS, 'type'])}")
-    return total
+    return len(map_names(heads, [str(number) for number in range(n_types)]))
 
 
 def stride_of(name: str, args: Mapping[str, Any]) -> int:

@@ -84,7 +84,7 @@ def number(value: Any, digits: int = 0, missing: str = "–") -> str:
     """A number for people: thousands apart, fixed decimals, more where all would be zeros; a dash for None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return missing
-    if 0 < abs(value) < 10**-digits:
+    if value and round(abs(value), digits) == 0:
         digits = 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{digits}f}".replace(",", "\u202f")
 

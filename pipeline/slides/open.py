@@ -7,7 +7,6 @@ OpenSlide's level 0. Where a format has bounds (MIRAX, Leica SCN), the part of l
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -26,21 +25,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.errors import PipelineError, SlideError
+from pipeline.errors import PipelineError, SlideError, of_the_machine
 from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.integrity import MAX_SEGMENT_PIXELS, check_tiff, is_tiff, quick_hash
 
 log = logging.getLogger(__name__)
-
-OF_THE_MACHINE = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN", "ENOTCONN", "ECONNRESET", "EHOSTDOWN",
-        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO",
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
-"""Numbers of errors for which a file is not to blame: disks, file servers and limits."""
 
 
 def raise_for_machine(error: Exception, path: Path) -> None:
@@ -55,7 +44,7 @@ def raise_for_machine(error: Exception, path: Path) -> None:
     """
     if isinstance(error, MemoryError):
         raise PipelineError("there is not enough memory to read the slide", "give the job more memory") from None
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+    if of_the_machine(error):
         raise error
     try:  # libraries have errors of their own for a file that has gone
         with path.open("rb") as file:
@@ -521,16 +510,23 @@ def _mpp_beside(path: Path) -> tuple[float, float] | None:
     try:
         with tifffile.TiffFile(path) as tif:
             return _ome_mpp(tif.ome_metadata or "") if tif.is_ome else None
-    except Exception as error:  # whatever a broken file makes it stumble over
-        log.debug("no OME-XML in %s: %s", path, error)
+    except Exception as error:
+        _stumbled(path, error)
         return None
 
 
-def _check_samples(path: Path, backend: str) -> None:
+def _stumbled(path: Path, error: Exception) -> None:
+    """Take note of what a broken file made tifffile stumble over; sizes may be broken, too, and ask for much memory."""
+    if not isinstance(error, MemoryError):
+        raise_for_machine(error, path)
+    log.debug("tifffile does not understand %s: %s", path, error)
+
+
+def _check_samples(path: Path) -> None:
     """Refuse a TIFF whose pixels a reader would not show as they are.
 
-    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide shows the
-    upper eight, which are nearly black where a camera fills twelve.
+    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide and Pillow
+    show the upper eight, which are nearly black where a camera fills twelve.
     """
     import tifffile
 
@@ -540,15 +536,15 @@ def _check_samples(path: Path, backend: str) -> None:
             channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
             page = tif.pages.first
             kind, samples = page.dtype, page.samplesperpixel
-    except Exception as error:  # whatever a broken file makes it stumble over
-        log.debug("no channels known of %s: %s", path, error)
+    except Exception as error:
+        _stumbled(path, error)
         return
     if channels > 1:
         raise SlideError(
             f"holds {channels} channels as pictures of their own, as of fluorescence; grey, RGB and RGBA can be read",
             "if it is H&E, save it as RGB, as ImageJ does with Image > Type > RGB Color",
         )
-    if backend != "image" and kind is not None and kind not in (np.uint8, np.bool_):
+    if kind is not None and kind not in (np.uint8, np.bool_):
         raise _not_8_bit(kind, samples)
 
 
@@ -559,21 +555,17 @@ def _not_8_bit(kind: np.dtype[Any], samples: int) -> SlideError:
     hint = "convert it to 8-bit RGB"
     if kind == np.uint16:
         hint += ", as by: vips msb OLD.tif 'NEW.tif[tile,pyramid,compression=jpeg,Q=90]'"
-    return SlideError(f"holds {samples} x {kind} a pixel, where 8-bit grey, RGB or RGBA can be read", hint)
+    return SlideError(f"holds {samples} x {kind.name} a pixel, where 8-bit grey, RGB or RGBA can be read", hint)
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Grey, RGB or RGBA of 8 or 16 bits, samples last, as RGB, uint8 (h, w, 3).
+    """Grey, RGB or RGBA of 8 bits, samples last, as RGB, uint8 (h, w, 3).
 
     Raises
     ------
     SlideError
         For other shapes and types.
     """
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    elif pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
@@ -614,6 +606,12 @@ class ImageReader(Slide):
         """Nothing to close."""
 
 
+def _png_bits(path: Path) -> int:
+    """Bits a sample of a PNG, from its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
 def _decode_image(path: Path) -> np.ndarray:
     from PIL import Image
 
@@ -625,6 +623,8 @@ def _decode_image(path: Path) -> np.ndarray:
                 f"is a plain image of {width} x {height} pixels, too large to decode whole",
                 "convert it to a tiled pyramidal TIFF",
             )
+        if image.format == "PNG" and _png_bits(path) > 8:  # of colours, Pillow shows the upper eight
+            raise _not_8_bit(np.dtype(np.uint16), len(image.getbands()))
         try:
             image.load()
         except Exception as error:  # what each format's decoder stumbles over
@@ -634,7 +634,7 @@ def _decode_image(path: Path) -> np.ndarray:
                 "copy or export the image again",
             ) from None
         if image.mode.startswith(("I", "F")):
-            return as_rgb(np.asarray(image).astype(np.uint16) if image.mode.startswith("I") else np.asarray(image))
+            raise _not_8_bit(np.asarray(image).dtype, 1)
         mode = "RGBA" if "A" in image.mode or "a" in image.mode or "transparency" in image.info else "RGB"
         return as_rgb(np.asarray(image.convert(mode)))
 
@@ -645,8 +645,6 @@ def _decode_image(path: Path) -> np.ndarray:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the image libraries' warnings to themselves: what matters ends in a `SlideError`."""
-    for name in ("tifffile", "tiffslide", "PIL"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -688,11 +686,11 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
             try:
-                _check_samples(path, slide.backend)
-            except SlideError:
+                _check_samples(path)
+                slide.mpp = slide.mpp or _mpp_beside(path)
+            except (PipelineError, OSError):
                 slide.close()
                 raise
-            slide.mpp = slide.mpp or _mpp_beside(path)
     if slide is None:
         raise SlideError(
             "is no slide that OpenSlide, tiffslide or Pillow can read"
@@ -714,7 +712,7 @@ def _check_file(path: Path, before: bool) -> None:
                 raise SlideError("file is empty", "copy the slide again")
         check_tiff(path)
     except OSError as error:
-        if error.errno in OF_THE_MACHINE:
+        if of_the_machine(error):
             raise
         if before:
             raise _gone(path, error) from None

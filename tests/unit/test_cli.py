@@ -160,3 +160,10 @@ def test_stages_start_without_what_they_do_not_use() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_image_libraries_say_nothing_on_the_command_line() -> None:
+    """What matters of a damaged image ends in an error of ours."""
+    code = "import logging; from pipeline import logs; logs.configure(True); logging.getLogger('tifffile').error('x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline import cohort, demo, provenance, summary, testing
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout
+from pipeline.settings import file_sha256
 
 NAMES = ('a "b" <i>', "=1+1", "日本 $x$")
 
@@ -126,7 +127,7 @@ def test_manifest(results: Path) -> None:
     assert manifest["slides"][0]["quick_hash"] == "hash-0"
     assert manifest["slides"][3]["quick_hash"] is None
     for name, digest in manifest["outputs"].items():
-        assert provenance.sha256(results / name) == digest
+        assert file_sha256(results / name) == digest
     assert not list(results.glob(".part-*"))
 
 

@@ -41,7 +41,13 @@ from pipeline.kernels.instances import (
 )
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage, NucleusClass
-from pipeline.nuclei import geometries, grid_of, read_nuclei
+from pipeline.nuclei import grid_of, read_nuclei
+
+
+def geometries(table: pa.Table) -> np.ndarray:
+    """Polygons of a table of nuclei."""
+    return np.asarray(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
+
 
 RULES = InstanceRules(nucleus=128, marker=140, min_marker=2, min_area=4, max_hole=20)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.lock import OWNER, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
+from pipeline.lock import OWNER, RESULTS, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
 from pipeline.stage import run_stage
 
 HOLD = "import sys, time; from pathlib import Path; from pipeline.lock import *; "
@@ -45,19 +45,60 @@ def test_jobs_of_a_run_that_another_one_has_followed_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(OWNER, "process 1 on node7")
-    check_owner(tmp_path)  # nobody has run here
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    check_owner()  # nobody has run here
     lock = lock_run(tmp_path)
     assert lock is not None
     with pytest.raises(
         PipelineError, match=rf"of a run \(process 1 on node7\) that .* \(process {os.getpid()} on"
     ) as e:
-        check_owner(tmp_path)
+        check_owner()
     assert "\n" not in str(e.value)
     for mine in (owner(tmp_path), ""):
         monkeypatch.setenv(OWNER, mine)
-        check_owner(tmp_path)
+        check_owner()
     lock.close()
-    check_owner(tmp_path)  # jobs may outlive their run
+    check_owner()  # jobs may outlive their run
+
+
+def test_a_run_of_the_same_number_and_machine_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second start of a run, which keeps its number, and runs in containers, which all have the same."""
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    for _ in range(2):
+        lock = lock_run(tmp_path)
+        assert lock is not None
+        lock.close()
+        monkeypatch.setenv(OWNER, os.environ.get(OWNER) or owner(tmp_path))
+    with pytest.raises(PipelineError, match="another one"):
+        check_owner()
+
+
+def test_a_stage_that_waited_until_another_run_began_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OWNER, "process 1 on node7")
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    (tmp_path / "tiles.json").write_text("the other run's")
+    done: list[str] = []
+
+    def stage() -> None:
+        try:
+            run_stage("tiles", "a", manifest=tmp_path / "tiles.json", body=lambda staged: {})
+        except PipelineError as error:
+            done.append(str(error))
+
+    with held(tmp_path / ".lock-tiles.json"):
+        thread = threading.Thread(target=stage)
+        thread.start()
+        thread.join(0.3)
+        assert not done
+        lock = lock_run(tmp_path)
+    thread.join(60)
+    assert lock is not None
+    lock.close()
+    assert "process 1 on node7" in done[0]
+    assert (tmp_path / "tiles.json").read_text() == "the other run's"
+    assert not (tmp_path / ".lock-tiles.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

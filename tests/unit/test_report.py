@@ -188,6 +188,7 @@ def test_ticks_cover_the_values(top: float) -> None:
 def test_numbers_and_durations() -> None:
     assert page.number(1234567.8) == "1\u202f234\u202f568"
     assert [page.number(value, 2) for value in (0.0041, 0.0, 0.01, -0.0041)] == ["0.0041", "0.00", "0.01", "-0.0041"]
+    assert [page.number(value) for value in (0.7, 0.4, 999.6, 0)] == ["1", "0.40", "1\u202f000", "0"]
     assert page.number(None) == page.number(float("nan")) == "–"
     assert duration(None) == "–"
     assert duration(3661) == "1 h 1 min"

@@ -146,6 +146,41 @@ def test_the_stage_that_finds_out_removes_it(
     assert not (path.parent / "notes").exists()
 
 
+def test_without_a_run_the_stage_that_made_it_is_what_to_run(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read, chunk = store
+    flip(path / chunk, 9)
+    monkeypatch.delenv(NOTES, raising=False)
+    for told in ("was damaged and has been removed: ", r"was damaged \("):
+        with pytest.raises(PipelineError, match=rf"{told}.*run the stage that makes it again"):
+            run_stage(
+                "next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())},
+                stores={path: path.parent / "made.json"},
+            )  # fmt: skip
+        path.mkdir(exist_ok=True)
+        (path / "DAMAGED.txt").write_text("as a run leaves it")
+
+
+@pytest.mark.parametrize("taken", ["rename", "write_text"])
+def test_another_job_that_finds_the_same_damage_is_no_trouble(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    path, read, chunk = store
+    flip(path / chunk, 9)
+    monkeypatch.setenv(NOTES, str(path.parent / "notes"))
+    done = getattr(Path, taken)
+
+    def after_the_other_job(self: Path, *args: Any, **options: Any) -> Any:
+        if path in (self, self.parent):
+            shutil.rmtree(path)
+        return done(self, *args, **options)
+
+    monkeypatch.setattr(Path, taken, after_the_other_job)
+    with pytest.raises(PipelineError, match="was damaged and has been removed: "):
+        run_stage("next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())})
+
+
 @pytest.mark.parametrize(("text", "why"), [(None, "is missing"), ("{}", "is not what was written")])
 def test_a_seal_that_is_gone_is_missed(
     store: tuple[Path, Callable[[Path], np.ndarray], str], text: str | None, why: str

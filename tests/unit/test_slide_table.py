@@ -9,8 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import slide_table
 from pipeline.errors import PipelineError
-from pipeline.slide_table import SlideTable, from_table, name_problem, resolve_slides, slide_bytes, stem, write_table
+from pipeline.slide_table import (
+    SlideTable,
+    content_stamp,
+    from_table,
+    name_problem,
+    resolve_slides,
+    slide_bytes,
+    stem,
+    write_table,
+)
 
 HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
 
@@ -221,3 +231,23 @@ def test_size_of_slides_in_several_files(tmp_path: Path) -> None:
     assert [slide_bytes(path) for path in (svs, other, mirax, vms, dicom)] == [5, 100, 31, 61, 11]
     assert slide_bytes(dicom, alone=False) == 1
     assert [slide_bytes(tmp_path / name) for name in ("none.svs", "none.mrxs", "m", "a.svs/b.svs")] == [0, 0, 0, 0]
+
+
+def test_stamp_tells_contents_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = tmp_path / "a.npy"
+    found = []
+    for content in (b"ab", b"cd", b"ab", b"abc"):
+        truth.write_bytes(content)
+        found.append(content_stamp(truth))
+    first, second, same, longer = found
+    assert first == same
+    assert first != second
+    assert longer not in (first, second)
+    mirax = [tmp_path / "b.mrxs", tmp_path / "c.mrxs"]
+    for size, path in enumerate(mirax):
+        path.write_bytes(b"x")
+        path.with_suffix("").mkdir()
+        (path.with_suffix("") / "Data0000.dat").write_bytes(bytes(size))
+    assert content_stamp(mirax[0]) != content_stamp(mirax[1])
+    monkeypatch.setattr(slide_table, "SUMMED_BYTES", 2)
+    assert content_stamp(truth) == [3]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -342,6 +344,21 @@ def test_claimed_tile_size(tmp_path: Path) -> None:
         open_slide(path)
 
 
+@pytest.mark.parametrize("samples", [1, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_plain_image_of_16_bits_is_refused(tmp_path: Path, suffix: str, samples: int) -> None:
+    """Its upper eight bits are nearly black where a camera fills twelve."""
+    deep = np.repeat(picture(40, 30)[..., :1].astype(np.uint16) * 16, samples, axis=2)
+    path = tmp_path / f"deep.{suffix}"
+    if suffix == "png":
+        cv2.imwrite(str(path), deep)
+    else:
+        tifffile.imwrite(path, deep.squeeze(), photometric="rgb" if samples > 1 else "minisblack", byteorder=">")
+    for reader in ("auto", "image"):
+        with pytest.raises(SlideError, match=rf"holds {samples} x uint16 a pixel, .* \(convert it to 8-bit RGB"):
+            open_slide(path, reader)
+
+
 @pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG")])
 def test_a_plain_image_that_is_cut_short(tmp_path: Path, suffix: str, kind: str) -> None:
     path = tmp_path / f"cut{suffix}"
@@ -434,6 +451,43 @@ def test_a_file_server_that_fails_when_a_slide_is_opened(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "open", stale)
     with pytest.raises(OSError, match="Stale file handle"):
         open_slide(path)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_a_file_server_that_fails_while_a_tiff_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planar: bool
+) -> None:
+    """Else a slide would have no pixel size, or a 16-bit one would be read, for good."""
+    path = tmp_path / "slide.ome.tif"
+    pixels = np.moveaxis(picture(300, 200), 2, 0) if planar else picture(300, 200)
+    options: dict[str, Any] = {"metadata": {"axes": "SYX" if planar else "YXS"}}
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(64, 64), planarconfig=1 + planar, **options)
+    errors: list[Exception] = []
+    reads = 0
+
+    class File(tifffile.TiffFile):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            nonlocal reads
+            reads += 1
+            if errors and (error := errors.pop()):
+                raise error
+            super().__init__(*args, **options)
+
+    open_slide(path).close()
+    monkeypatch.setattr(tifffile, "TiffFile", File)
+    open_slide(path).close()
+    for number in range(reads):
+        errors[:] = [OSError(errno.ESTALE, "Stale file handle"), *[None] * number]  # type: ignore[list-item]
+        with pytest.raises(OSError, match="Stale file handle"):
+            open_slide(path)
+    assert reads > 1
+
+
+def test_the_libraries_loggers_are_left_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_slide(slide_file(tmp_path)).close()
+    for name in ("tifffile", "tiffslide", "PIL"):
+        logging.getLogger(name).warning("of %s", name)
+    assert caplog.messages == ["of tifffile", "of tiffslide", "of PIL"]
 
 
 def test_wrong_reader(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
+import os
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 from hypothesis import example, given
@@ -170,6 +176,28 @@ def test_truths_outside_of_the_slide_are_missed(tmp_path: Path, monkeypatch: pyt
     assert metrics["warnings"] == [
         "summary: 2 of 62 known nuclei lie outside of the slide and count as missed: are they in level-0 pixels?"
     ]
+
+
+@pytest.mark.parametrize("kind", ["t.geojson", "t.npy", "t.png", "t.tif", "t.parquet"])
+@pytest.mark.parametrize(("number", "expected"), [(errno.ESTALE, OSError), (errno.EACCES, SlideError)])
+def test_a_file_server_that_fails_over_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, expected: type[Exception]
+) -> None:
+    """The slide shall be compared another time."""
+    table = testing.nuclei_table(50, 2400, 1800)
+    testing.write_nuclei(tmp_path / "n.parquet", table, Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5), "s")
+    nuclei = summary.Nuclei.open(tmp_path / "n.parquet")
+    (tmp_path / kind).write_bytes(b"content")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        for module, name in ((builtins, "open"), (io, "open"), (pq, "ParquetFile")):
+            patch.setattr(module, name, fail)
+        with pytest.raises((OSError, SlideError)) as raised:
+            summary.evaluate_slide(nuclei, tmp_path / kind, (2400, 1800))
+    assert isinstance(raised.value, expected)
 
 
 @pytest.mark.parametrize("kind", ["t.geojson", "t.npy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -282,6 +283,16 @@ def test_damaged_gzipped_mask(tmp_path: Path) -> None:
 def test_missing_user_mask(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="No such file"):
         read_mask(tmp_path / "none.geojson", BOX)
+
+
+def test_a_file_server_that_fails_over_a_user_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(self: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    path = write(tmp_path / "mask.geojson", SQUARE)
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_mask(path, BOX)
 
 
 @pytest.fixture

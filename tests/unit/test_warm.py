@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +117,42 @@ def test_command_without_a_server_runs_by_itself(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "nobody"))
     assert warm.ask_server(["--version"]) is None
     assert subprocess.run(inspect(tmp_path, "slide.json"), cwd=tmp_path, check=False).returncode == 0
+
+
+def test_half_a_request_holds_nothing_open(server: warm.Server, tmp_path: Path) -> None:
+    assert subprocess.run(inspect(tmp_path, "slide.json"), cwd=tmp_path, check=False).returncode == 0  # it is ready
+    until(lambda: not children(server.process.pid))
+    open_files = Path(f"/proc/{server.process.pid}/fd")
+    before = len([*open_files.iterdir()])
+    for sent in (b"\0", b"\0\0\0\x09{", b"\0\0\0\x02{]"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.environ[warm.ADDRESS])
+            socket.send_fds(connection, [sent], [0, 1, 2])
+    until(lambda: len([*open_files.iterdir()]) == before, 10)
+
+
+def test_a_command_that_says_nothing_does_not_keep_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "_PATIENCE_S", 0.05)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(TimeoutError):
+            warm._receive(theirs)
+        before = len(os.listdir("/proc/self/fd"))
+        socket.send_fds(ours, [b"\0\0\0\x09{"], [0, 1, 2])
+        with pytest.raises(TimeoutError):
+            warm._receive(theirs)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_command_that_the_server_turns_away_runs_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "socket"))
+        turned_away = threading.Thread(target=lambda: listener.accept()[0].close())
+        turned_away.start()
+        assert warm.ask_server(["x" * (1 << 24)]) is None  # more than a socket holds
+        turned_away.join()
 
 
 @pytest.mark.parametrize("name", ["x" * 100, "missing"])

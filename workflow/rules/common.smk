@@ -18,7 +18,7 @@ from pipeline.again import NOTES, Restart, clear_marks
 from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
-from pipeline.lock import OWNER, check_owner, lock_run, owner, runs_jobs
+from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
 from pipeline.settings import (
     check_folder,
     check_licence,
@@ -28,7 +28,7 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import UNREADABLE, resolve_slides, slide_bytes
+from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -85,9 +85,9 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
-# In the environment as well: where stages note that they have removed a damaged store, and where they find which
-# slides could not be read from the start. Others that go while the run is at work are not to blame.
-os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable)})
+# In the environment as well: where stages note that they have removed a damaged store, where they find which slides
+# could not be read from the start (others that go while the run is at work are not to blame), and the results folder.
+os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable), RESULTS: str(RUN.results)})
 
 # One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
 # Snakemake's own, which outlives a killed run, is off in the profiles.
@@ -108,7 +108,7 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 if not workflow.is_main_process:
     try:
-        check_owner(RUN.results)
+        check_owner()
     except PipelineError as error:
         stop(error)
 
@@ -214,15 +214,19 @@ def slide_file(wildcards):
     return input_files(entry(wildcards).path)
 
 
+@functools.cache
 def stamp(path):
     """What tells a file from another one in its place: Snakemake notices a newer one, but copies often keep their dates.
 
-    Its size, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the same.
+    Its content's, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the
+    same.
     """
     if path is None or not path.is_file():
         return None
-    found = path.stat()
-    return [found.st_size] if input_files(path) else [found.st_size, found.st_mtime_ns]
+    try:
+        return content_stamp(path) + ([] if input_files(path) else [path.stat().st_mtime_ns])
+    except OSError:  # its stage tells
+        return None
 
 
 @known
