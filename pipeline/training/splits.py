@@ -36,6 +36,8 @@ KUMAR_TEST = (
 class SplitSettings:
     """How patients are held out of the data source ``holdout``; all other sources are for training.
 
+    Fields of the other sources whose patient is held out are left out, unless ``lists`` names them.
+
     Parameters
     ----------
     method : str
@@ -158,7 +160,10 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
                 fields = [f for f in fields if f.source != source or f.patient in {*KUMAR_TRAIN, *KUMAR_TEST}]
             rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
             validation = draw_validation(rest, rng, n_validation)
-        split = assign(fields, test, validation, seed)
+        split = assign(fields, test, validation, source, seed)
+    left_out = len(fields) - sum(len(getattr(split, part)) for part in PARTS)
+    if left_out and settings.method != "lists":
+        log.info("%d fields of other sources are left out, as their patients are held out", left_out)
     check_split(split, fields, {"all-train": "test", "all-test": "train"}.get(settings.method))
     return split
 
@@ -172,12 +177,13 @@ def patients_by_organ(fields: Iterable[Field], source: str) -> dict[str, list[st
     return {organ: organs[organ] for organ in sorted(organs)}
 
 
-def assign(fields: Iterable[Field], test: set[str], validation: set[str], seed: int) -> Split:
-    """The split with these patients held out."""
+def assign(fields: Iterable[Field], test: set[str], validation: set[str], source: str, seed: int) -> Split:
+    """The split with these patients held out of a data source; fields that others have of them are in no part."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for one in fields:
         part = "test" if one.patient in test else "validation" if one.patient in validation else "train"
-        parts[part].append(one.name)
+        if part == "train" or one.source == source:
+            parts[part].append(one.name)
     return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
 
 
@@ -259,6 +265,7 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     lists = {part: getattr(settings, f"{part}_list") for part in PARTS}
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     used: set[str] = set()
+    others: set[str] = set()  # fields of other sources that no list names
     for one in fields:
         found = []
         for part, entries in lists.items():
@@ -270,17 +277,22 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
             raise PipelineError(f"split: field {one.name} is listed for {' and '.join(found)}", "list it once")
         if found:
             parts[found[0]].append(one.name)
-        elif not lists["train"] or one.source != source:
+        elif one.source != source:
+            others.add(one.name)
+            parts["train"].append(one.name)
+        elif not lists["train"]:
             parts["train"].append(one.name)
     unknown = [e for entries in lists.values() for e in entries if e not in used]
     if unknown:
         raise PipelineError(f"split: {unknown[0]!r} is no patient and begins no field's name", "correct the list")
+    patient = {f.name: f.patient for f in fields}
     if n_validation and not lists["validation"]:
         rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source)
         chosen = draw_validation(rest, np.random.default_rng(seed), n_validation)
-        patient = {f.name: f.patient for f in fields}
-        parts["validation"] = [name for name in parts["train"] if patient[name] in chosen]
+        parts["validation"] = [name for name in parts["train"] if patient[name] in chosen and name not in others]
         parts["train"] = [name for name in parts["train"] if patient[name] not in chosen]
+    held_out = {patient[name] for part in ("validation", "test") for name in parts[part]}
+    parts["train"] = [name for name in parts["train"] if name not in others or patient[name] not in held_out]
     return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
 
 
