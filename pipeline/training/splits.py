@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,7 +156,7 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
         if settings.method == "one-per-organ":
             test, validation = _one_per_organ(organs, rng, n_validation)
         else:
-            test = _test_patients(organs, settings, rng)
+            test = _test_patients([f for f in fields if f.source == source], organs, settings, rng)
             if settings.method == "kumar":
                 fields = [f for f in fields if f.source != source or f.patient in {*KUMAR_TRAIN, *KUMAR_TEST}]
             rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
@@ -169,11 +170,14 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
 
 
 def patients_by_organ(fields: Iterable[Field], source: str) -> dict[str, list[str]]:
-    """Patients of a data source by organ, both in a fixed order."""
-    organs: dict[str, list[str]] = {}
+    """Patients of a data source by organ, both in a fixed order; each once, by the organ of most of its fields."""
+    seen: dict[str, Counter[str]] = {}
     for one in sorted(fields, key=lambda f: f.name):
-        if one.source == source and one.patient not in organs.setdefault(one.organ, []):
-            organs[one.organ].append(one.patient)
+        if one.source == source:
+            seen.setdefault(one.patient, Counter())[one.organ] += 1
+    organs: dict[str, list[str]] = {}
+    for patient, count in seen.items():
+        organs.setdefault(count.most_common(1)[0][0], []).append(patient)
     return {organ: organs[organ] for organ in sorted(organs)}
 
 
@@ -212,7 +216,9 @@ def draw_validation(organs: dict[str, list[str]], rng: np.random.Generator, coun
     return chosen
 
 
-def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: np.random.Generator) -> set[str]:
+def _test_patients(
+    fields: Sequence[Field], organs: dict[str, list[str]], settings: SplitSettings, rng: np.random.Generator
+) -> set[str]:
     everyone = [p for patients in organs.values() for p in patients]
     if settings.method == "patients":
         return _share(everyone, settings.test, rng)
@@ -227,11 +233,12 @@ def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: n
             test |= {str(p) for p in rng.permutation(patients)[:count]}
         return test
     if settings.method == "organs":
-        unknown = sorted(set(settings.organs) - set(organs))
+        names = sorted({f.organ for f in fields})
+        unknown = sorted(set(settings.organs) - set(names))
         if unknown:
-            raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(organs)}")
-        chosen = set(settings.organs) or _share(list(organs), settings.test, rng)
-        return {p for organ in chosen for p in organs[organ]}
+            raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(names)}")
+        chosen = set(settings.organs) or _share(names, settings.test, rng)
+        return {f.patient for f in fields if f.organ in chosen}
     if settings.method in ("all-train", "all-test"):
         return set(everyone) if settings.method == "all-test" else set()
     if settings.method == "folds":

@@ -91,6 +91,24 @@ def test_folds_cover_everyone_once_and_spread_the_organs() -> None:
         split(MONUSEG, method="folds", folds=40)
 
 
+def test_patients_in_several_organs_are_drawn_once() -> None:
+    """As in PanNuke, whose folds count as patients."""
+    fields = [
+        field(f"fold{fold}", organ, number=n)
+        for fold in (1, 2, 3)
+        for n, organ in enumerate(["breast", "colon", "colon", "lung", "skin"])
+    ]
+    found = [split(fields, method="folds", folds=3, fold=fold, n_validation=1) for fold in range(3)]
+    assert {p for one in found for p in patients(fields, one.test)} == {"fold1", "fold2", "fold3"}
+    for one in [*found, *(split(fields, method=m, test=0.3, n_validation=1) for m in ("patients", "stratified"))]:
+        assert [len(patients(fields, part)) for part in (one.train, one.validation, one.test)] == [1, 1, 1]
+    assert len(patients(fields, split(fields, n_validation=0).test)) == 1  # one-per-organ: most are of the colon
+    # No field of an organ that is held out is for training.
+    fields += [field("alone", "liver"), field("both", "liver", number=1), field("both", "skin", number=2)]
+    found = [split(fields, method="organs", organs=("liver",), n_validation=0)]
+    assert patients(fields, found[0].test) == {"alone", "both"}
+
+
 def test_kumar() -> None:
     found = split(MONUSEG, method="kumar", n_validation=0)
     assert patients(MONUSEG, found.train) == set(KUMAR_TRAIN)
