@@ -24,7 +24,8 @@ KUMAR_TRAIN = (
     "18-5592", "21-5784", "38-6178", "50-5931", "A7-A13E", "AR-A1AK", "AR-A1AS", "B0-5711", "E2-A14V", "G9-6348",
     "G9-6356", "G9-6362", "G9-6363", "HE-7128", "HE-7129", "HE-7130",
 )  # fmt: skip
-"""The 16 training patients of Kumar et al., IEEE TMI 2017."""
+"""The 16 training patients of the data of Kumar et al., IEEE TMI 2017, who gave numbers alone: those that HoVer-Net
+published with its data (Graham et al. 2019; ``data/README.md`` of vqdang/hover_net). Others test other patients."""
 
 KUMAR_TEST = (
     "21-5786", "49-4488", "A7-A13F", "CH-5767", "E2-A1B5", "G9-6336", "B0-5698", "B0-5710", "AY-A8YK", "DK-A2I6",
@@ -45,8 +46,8 @@ class SplitSettings:
         ``one-per-organ``: one patient of each organ for testing. ``patients``: a share of all patients.
         ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by name or as
         a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the folds.
-        ``kumar``: the 16 and 14 patients of Kumar et al. ``lists``: as listed. ``all-train``: nobody is for testing.
-        ``all-test``: everybody is, for a network that was trained before.
+        ``kumar``: the 16 and 14 patients of Kumar et al. as HoVer-Net lists them. ``lists``: as listed.
+        ``all-train``: nobody is for testing. ``all-test``: everybody is, for a network that was trained before.
     test : float
         Share for testing of ``patients``, ``stratified`` and ``organs``.
     folds, fold : int
@@ -91,7 +92,7 @@ class SplitSettings:
             "stratified": f"{share} of the {source} patients of each organ held out",
             "organs": f"{source} organs held out: {', '.join(self.organs) or share}",
             "folds": f"fold {self.fold + 1} of {self.folds} of the {source} patients held out",
-            "kumar": "the 14 test patients of Kumar et al. held out",
+            "kumar": "the 14 test patients of Kumar et al. (HoVer-Net's list) held out",
             "lists": "listed fields held out",
             "all-train": "no field held out",
             "all-test": f"all {source} fields, none of them for training",

@@ -113,6 +113,7 @@ def test_kumar() -> None:
     found = split(MONUSEG, method="kumar", n_validation=0)
     assert patients(MONUSEG, found.train) == set(KUMAR_TRAIN)
     assert patients(MONUSEG, found.test) == set(KUMAR_TEST)
+    assert "HoVer-Net's list" in SplitSettings(method="kumar").describe("monuseg")  # others list other patients
     with pytest.raises(PipelineError, match="kumar needs patient"):
         split(MONUSEG[1:], method="kumar")
 
