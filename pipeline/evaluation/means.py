@@ -70,7 +70,7 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Parameters
     ----------
     images : mapping of str to mapping
-        Scores of each field, with ``organ``, and ``patient`` where it is known: a field without is a patient of its own.
+        Scores of each field, with ``organ``, and ``patient`` where it is known: a field without is one of its own.
     """
     if not images:
         return {"mean": {}, "interval_95": {}, "organs": {}}

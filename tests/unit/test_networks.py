@@ -30,9 +30,10 @@ from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
-from pipeline.networks.outputs import Folding  # noqa: E402
+from pipeline.networks.outputs import Folding, Outputs  # noqa: E402
 from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of  # noqa: E402
 from pipeline.networks.squeeze import SqueezeEncoder  # noqa: E402
+from pipeline.training.predict import predict_field  # noqa: E402
 
 NARROW = {"widths": [4, 6, 8, 8, 12]}
 TRANSFORMER = {"width": 16, "depth": 1, "heads": 2, "image": 64}
@@ -215,6 +216,29 @@ def test_networks_that_cannot_grow() -> None:
 
 def test_folded_patches_are_of_a_larger_stride() -> None:
     assert stride_of("resunet", {"fold": 2}) == 2 * stride_of("resunet", {})
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "maskrcnn" not in name])
+def test_strides_are_the_least_that_fit(name: str) -> None:
+    """Sides of the stride pass; where it is told by ``widths``, half of it does not."""
+    args = SMALL[name]
+    if NETWORKS[name].levels:
+        args = args | {"widths": [4, 6, 6, 6, 8, 8]}
+    stride = stride_of(name, args)
+    network = build_network(name, 1, args, pretrained=False).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(1, 3, 3 * stride, 3 * stride)).shape[2:] == (3 * stride, 3 * stride)
+        if NETWORKS[name].levels:
+            assert stride == 32
+            with pytest.raises(RuntimeError):
+                network(torch.rand(1, 3, 3 * stride // 2, 3 * stride // 2))
+
+
+@pytest.mark.parametrize("args", [{"widths": [4, 4, 4, 4, 4], "fold": 4}, {"widths": [4, 4, 4], "fold": 3}])
+def test_fields_are_padded_to_the_networks_stride(args: dict[str, Any]) -> None:
+    network = build_network("resunet", 2, args)
+    maps = predict_field(network, np.zeros((150, 70, 3), np.uint8), Outputs(("nucleus", "distance")))
+    assert maps.shape == (2, 150, 70)
 
 
 def infer(folder: Path, model: Path, batch: int = 2) -> np.ndarray:
