@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
 from pipeline.models.weights import load_network, load_weights, weights_for  # noqa: E402
-from pipeline.networks.blocks import PositionTable, SelfAttention  # noqa: E402
+from pipeline.networks.blocks import ImageNetNormalise, PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
@@ -324,6 +324,22 @@ def test_attention_sees_every_token() -> None:
     assert (attention(tokens)[0, 0] != attention(changed)[0, 0]).any()
     order = torch.tensor([3, 1, 4, 0, 2])
     torch.testing.assert_close(attention(tokens)[:, order], attention(tokens[:, order]))
+
+
+@pytest.mark.parametrize(
+    ("name", "brought_to"),
+    [("cenet", lambda x: x * 3.2 - 1.6), ("linknet34", lambda x: x), ("hovernet-se", lambda x: x)],
+)
+def test_published_inputs(name: str, brought_to: Any) -> None:
+    """Without ``normalise`` the encoder sees what it saw in the code that a network is taken from."""
+    image, seen = torch.rand(1, 3, 64, 64), []
+    for normalise in (False, True):
+        network = build_network(name, 1, SMALL[name] | {"normalise": normalise}, pretrained=False).eval()
+        network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.inference_mode():
+            network(image)
+    torch.testing.assert_close(seen[0], brought_to(image))
+    torch.testing.assert_close(seen[1], ImageNetNormalise()(image))
 
 
 def test_dense_atrous_convolution() -> None:
