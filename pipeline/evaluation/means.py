@@ -46,8 +46,8 @@ def bootstrap_interval(
 
 
 def patients_of(images: Mapping[str, Mapping[str, Any]]) -> list[Hashable]:
-    """The patient of each field, see `summarise`."""
-    return [(i.get("source"), i["patient"]) if i.get("patient") else ("", name) for name, i in images.items()]
+    """The patient of each field, see `summarise`: as in splits, one of the same name is the same in every source."""
+    return [("patient", i["patient"]) if i.get("patient") else ("field", name) for name, i in images.items()]
 
 
 def types_of(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -69,8 +69,7 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Parameters
     ----------
     images : mapping of str to mapping
-        Scores of each field, with ``organ``, and ``source`` and ``patient`` where they are known: a field without is a
-        patient of its own.
+        Scores of each field, with ``organ``, and ``patient`` where it is known: a field without is one of its own.
     """
     if not images:
         return {"mean": {}, "interval_95": {}, "organs": {}}

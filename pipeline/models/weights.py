@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -112,6 +113,12 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
     except PipelineError:  # a network of so many heads, whatever they draw
         wider = fresh
     for name, weight in fresh.items():
+        branch = re.match(r"branches\.(\d+)", name)
+        if branch is not None:  # one for each map, whose number may be another here
+            map_name = names[int(branch[1])]
+            if map_name in known:
+                weight.copy_(state[f"branches.{known.index(map_name)}{name[branch.end() :]}"])
+            continue
         if name not in state:
             continue
         if wider[name].shape == weight.shape:

@@ -94,15 +94,17 @@ class CENet(nn.Module):
         Logit channels.
     encoder_weights : str or None
         ``imagenet``, a file with torchvision's names, or None.
+    normalise : bool
+        Bring the input to ImageNet's mean and standard deviation; else to -1.6 to 1.6, as CE-Net's code does.
 
     References
     ----------
     Gu et al., "CE-Net: context encoder network for 2D medical image segmentation", IEEE TMI 2019.
     """
 
-    def __init__(self, out_channels: int, encoder_weights: str | None = None) -> None:
+    def __init__(self, out_channels: int, encoder_weights: str | None = None, normalise: bool = True) -> None:
         super().__init__()
-        self.normalise = ImageNetNormalise()
+        self.normalise = ImageNetNormalise() if normalise else None
         self.encoder = ResNet34Encoder(encoder_weights)
         self.atrous = DenseAtrousConvolution(512)
         self.pooling = ResidualMultiPooling(512)
@@ -119,7 +121,7 @@ class CENet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        e1, e2, e3, e4 = self.encoder(self.normalise(x))
+        e1, e2, e3, e4 = self.encoder(x * 3.2 - 1.6 if self.normalise is None else self.normalise(x))
         x = self.decode4(self.pooling(self.atrous(e4))) + e3
         x = self.decode3(x) + e2
         x = self.decode2(x) + e1

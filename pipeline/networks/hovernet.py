@@ -120,6 +120,8 @@ class SharedHoVerNet(nn.Module):
         As in `SEResNeXt`.
     dropout : float
         Share of the channels that are dropped before each stage of the decoder.
+    normalise : bool
+        Bring the input to ImageNet's mean and standard deviation first, which that entry did not.
 
     References
     ----------
@@ -133,9 +135,10 @@ class SharedHoVerNet(nn.Module):
         layers: Sequence[int] = (3, 4, 6, 3),
         encoder_weights: str | None = None,
         dropout: float = 0.5,
+        normalise: bool = True,
     ) -> None:
         super().__init__()
-        self.normalise = ImageNetNormalise()
+        self.normalise = ImageNetNormalise() if normalise else nn.Identity()
         self.encoder = SEResNeXt(layers, encoder_weights)
         self.narrow = nn.Conv2d(2048, 1024, 1, bias=False)
         self.drop = nn.Dropout2d(dropout)

@@ -31,13 +31,15 @@ class NetworkFamily:
     source : str
         Where the design comes from.
     stride : int
-        Patch sides must be a multiple of it.
+        Patch sides must be a multiple of it, unless its arguments say otherwise, see `stride_of`.
     heads : tuple of str
         Heads that it is trained with unless others are asked for.
     args : dict
         Arguments of the constructor that make this name of it.
     pretrained : bool
         Whether its constructor takes ``encoder_weights``.
+    levels : bool
+        Whether its argument ``widths`` lists levels, each half as fine as the one before.
     instances : bool
         Whether it finds instances by itself: its maps are drawn from them, and it has a loss of its own.
     """
@@ -49,6 +51,7 @@ class NetworkFamily:
     heads: tuple[str, ...] = ("nucleus", "distance")
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    levels: bool = False
     instances: bool = False
 
 
@@ -69,18 +72,21 @@ NETWORKS = {
         factory="ResidualUNet",
         source="U-Net (Ronneberger et al. 2015) with residual blocks (He et al. 2016) and additive skips",
         stride=16,
+        levels=True,
     ),
     "unet": NetworkFamily(
         module="pipeline.networks.unet",
         factory="UNet",
         source="U-Net (Ronneberger et al. 2015), same-size convolutions",
         stride=16,
+        levels=True,
     ),
     "resunet-full": NetworkFamily(
         module="pipeline.networks.resunet_full",
         factory="PreActivationUNet",
         source="ResUNet (Zhang et al. 2018), pre-activation blocks",
         stride=16,
+        levels=True,
     ),
     "linknet34": NetworkFamily(
         module="pipeline.networks.linknet",
@@ -94,6 +100,7 @@ NETWORKS = {
         factory="UNetViT",
         source="U-Net with a vision transformer (Dosovitskiy et al. 2021) added at the bottleneck",
         stride=16,
+        levels=True,
     ),
     "cenet": NetworkFamily(
         module="pipeline.networks.cenet",
@@ -108,12 +115,14 @@ NETWORKS = {
         factory="MultiTaskUNet",
         source="multi-dilated residual U-Net with bottleneck transformer and attention gates (BSPC 112, 2026)",
         stride=16,
+        levels=True,
     ),
     "mtl-base": NetworkFamily(
         module="pipeline.networks.mtl",
         factory="MultiTaskUNet",
         source="multi-dilated residual U-Net as mtl, twice as wide",
         stride=16,
+        levels=True,
         args={"widths": (64, 128, 256, 512, 1024), "width": 512},
     ),
     "unetplusplus-b3": _unet_plus_plus("b3"),
@@ -245,14 +254,18 @@ def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
 
 
 def stride_of(name: str, args: Mapping[str, Any]) -> int:
-    """What the sides of a network's patches must be a multiple of, folded pixels heeded."""
-    return NETWORKS[name].stride * int(args.get("fold", 1))
+    """What the sides of a network's patches must be a multiple of: levels and folded pixels heeded."""
+    family = NETWORKS[name]
+    stride = 2 ** (len(args["widths"]) - 1) if family.levels and args.get("widths") else family.stride
+    return stride * int(args.get("fold", 1))
 
 
 def build_network(
     name: str, out_channels: int, args: dict[str, Any] | None = None, *, pretrained: bool = True
 ) -> nn.Module:
     """Build the network called `name`.
+
+    Its attribute ``stride`` is what `stride_of` says.
 
     Parameters
     ----------
@@ -274,11 +287,14 @@ def build_network(
     if name not in NETWORKS:
         raise PipelineError(f"unknown network {name!r}", f"choose from {', '.join(sorted(NETWORKS))}")
     family = NETWORKS[name]
-    factory: Callable[..., nn.Module] = getattr(import_module(family.module), family.factory)
+    factory: Callable[..., Any] = getattr(import_module(family.module), family.factory)
     options = family.args | (args or {})
     if family.pretrained and not pretrained:
         options["encoder_weights"] = None
     try:
-        return factory(out_channels=out_channels, **options)
+        built = factory(out_channels=out_channels, **options)
+        built.stride = stride_of(name, options)
     except (TypeError, ValueError) as error:
         raise PipelineError(f"network {name!r}: {error}", "check the network's arguments") from error
+    network: nn.Module = built
+    return network

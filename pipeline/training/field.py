@@ -71,10 +71,10 @@ class Field:
             raise PipelineError(f"field {self.name}: mpp {self.mpp} is no pixel size in µm", "set the source's mpp")
 
 
-def guess_mpp(labels: np.ndarray) -> float:
-    """Pixel size at which the median nucleus of a label map has a typical area, within 0.15 to 0.6 µm."""
+def guess_mpp(labels: np.ndarray) -> float | None:
+    """Pixel size at which the median nucleus of a label map has a typical area, within 0.15 to 0.6 µm; None without."""
     areas = np.bincount(labels.ravel())[1:]
     areas = areas[areas > 0]
     if areas.size == 0:
-        return 0.25
+        return None
     return float(np.clip(math.sqrt(TYPICAL_NUCLEUS_UM2 / np.median(areas)), 0.15, 0.6))

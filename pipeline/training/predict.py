@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -71,7 +73,8 @@ def _forward(network: nn.Module, images: np.ndarray, outputs: Outputs) -> np.nda
 def _in_one(network: nn.Module, image: np.ndarray, outputs: Outputs) -> np.ndarray:
     height, width = image.shape[:2]
     margin = 32
-    bottom, right = -height % 32 + margin, -width % 32 + margin
+    multiple = math.lcm(32, getattr(network, "stride", 1))
+    bottom, right = (margin + -(side + 2 * margin) % multiple for side in (height, width))
     padded = cv2.copyMakeBorder(image, margin, bottom, margin, right, cv2.BORDER_REFLECT)
     maps = _forward(network, padded[None], outputs)[0]
     return maps[:, margin : margin + height, margin : margin + width]

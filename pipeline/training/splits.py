@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,8 @@ KUMAR_TRAIN = (
     "18-5592", "21-5784", "38-6178", "50-5931", "A7-A13E", "AR-A1AK", "AR-A1AS", "B0-5711", "E2-A14V", "G9-6348",
     "G9-6356", "G9-6362", "G9-6363", "HE-7128", "HE-7129", "HE-7130",
 )  # fmt: skip
-"""The 16 training patients of Kumar et al., IEEE TMI 2017."""
+"""The 16 training patients of the data of Kumar et al., IEEE TMI 2017, who gave numbers alone: those that HoVer-Net
+published with its data (Graham et al. 2019; ``data/README.md`` of vqdang/hover_net). Others test other patients."""
 
 KUMAR_TEST = (
     "21-5786", "49-4488", "A7-A13F", "CH-5767", "E2-A1B5", "G9-6336", "B0-5698", "B0-5710", "AY-A8YK", "DK-A2I6",
@@ -36,14 +38,16 @@ KUMAR_TEST = (
 class SplitSettings:
     """How patients are held out of the data source ``holdout``; all other sources are for training.
 
+    Fields of the other sources whose patient is held out are left out, unless ``lists`` names them.
+
     Parameters
     ----------
     method : str
         ``one-per-organ``: one patient of each organ for testing. ``patients``: a share of all patients.
         ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by name or as
         a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the folds.
-        ``kumar``: the 16 and 14 patients of Kumar et al. ``lists``: as listed. ``all-train``: nobody is for testing.
-        ``all-test``: everybody is, for a network that was trained before.
+        ``kumar``: the 16 and 14 patients of Kumar et al. as HoVer-Net lists them. ``lists``: as listed.
+        ``all-train``: nobody is for testing. ``all-test``: everybody is, for a network that was trained before.
     test : float
         Share for testing of ``patients``, ``stratified`` and ``organs``.
     folds, fold : int
@@ -88,7 +92,7 @@ class SplitSettings:
             "stratified": f"{share} of the {source} patients of each organ held out",
             "organs": f"{source} organs held out: {', '.join(self.organs) or share}",
             "folds": f"fold {self.fold + 1} of {self.folds} of the {source} patients held out",
-            "kumar": "the 14 test patients of Kumar et al. held out",
+            "kumar": "the 14 test patients of Kumar et al. (HoVer-Net's list) held out",
             "lists": "listed fields held out",
             "all-train": "no field held out",
             "all-test": f"all {source} fields, none of them for training",
@@ -153,31 +157,38 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
         if settings.method == "one-per-organ":
             test, validation = _one_per_organ(organs, rng, n_validation)
         else:
-            test = _test_patients(organs, settings, rng)
+            test = _test_patients([f for f in fields if f.source == source], organs, settings, rng)
             if settings.method == "kumar":
                 fields = [f for f in fields if f.source != source or f.patient in {*KUMAR_TRAIN, *KUMAR_TEST}]
             rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
             validation = draw_validation(rest, rng, n_validation)
-        split = assign(fields, test, validation, seed)
+        split = assign(fields, test, validation, source, seed)
+    left_out = len(fields) - sum(len(getattr(split, part)) for part in PARTS)
+    if left_out and settings.method != "lists":
+        log.info("%d fields of other sources are left out, as their patients are held out", left_out)
     check_split(split, fields, {"all-train": "test", "all-test": "train"}.get(settings.method))
     return split
 
 
 def patients_by_organ(fields: Iterable[Field], source: str) -> dict[str, list[str]]:
-    """Patients of a data source by organ, both in a fixed order."""
-    organs: dict[str, list[str]] = {}
+    """Patients of a data source by organ, both in a fixed order; each once, by the organ of most of its fields."""
+    seen: dict[str, Counter[str]] = {}
     for one in sorted(fields, key=lambda f: f.name):
-        if one.source == source and one.patient not in organs.setdefault(one.organ, []):
-            organs[one.organ].append(one.patient)
+        if one.source == source:
+            seen.setdefault(one.patient, Counter())[one.organ] += 1
+    organs: dict[str, list[str]] = {}
+    for patient, count in seen.items():
+        organs.setdefault(count.most_common(1)[0][0], []).append(patient)
     return {organ: organs[organ] for organ in sorted(organs)}
 
 
-def assign(fields: Iterable[Field], test: set[str], validation: set[str], seed: int) -> Split:
-    """The split with these patients held out."""
+def assign(fields: Iterable[Field], test: set[str], validation: set[str], source: str, seed: int) -> Split:
+    """The split with these patients held out of a data source; fields that others have of them are in no part."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for one in fields:
         part = "test" if one.patient in test else "validation" if one.patient in validation else "train"
-        parts[part].append(one.name)
+        if part == "train" or one.source == source:
+            parts[part].append(one.name)
     return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
 
 
@@ -206,7 +217,9 @@ def draw_validation(organs: dict[str, list[str]], rng: np.random.Generator, coun
     return chosen
 
 
-def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: np.random.Generator) -> set[str]:
+def _test_patients(
+    fields: Sequence[Field], organs: dict[str, list[str]], settings: SplitSettings, rng: np.random.Generator
+) -> set[str]:
     everyone = [p for patients in organs.values() for p in patients]
     if settings.method == "patients":
         return _share(everyone, settings.test, rng)
@@ -221,11 +234,12 @@ def _test_patients(organs: dict[str, list[str]], settings: SplitSettings, rng: n
             test |= {str(p) for p in rng.permutation(patients)[:count]}
         return test
     if settings.method == "organs":
-        unknown = sorted(set(settings.organs) - set(organs))
+        names = sorted({f.organ for f in fields})
+        unknown = sorted(set(settings.organs) - set(names))
         if unknown:
-            raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(organs)}")
-        chosen = set(settings.organs) or _share(list(organs), settings.test, rng)
-        return {p for organ in chosen for p in organs[organ]}
+            raise PipelineError(f"split: no patient of organ {unknown[0]!r}", f"there are {', '.join(names)}")
+        chosen = set(settings.organs) or _share(names, settings.test, rng)
+        return {f.patient for f in fields if f.organ in chosen}
     if settings.method in ("all-train", "all-test"):
         return set(everyone) if settings.method == "all-test" else set()
     if settings.method == "folds":
@@ -259,6 +273,7 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     lists = {part: getattr(settings, f"{part}_list") for part in PARTS}
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     used: set[str] = set()
+    others: set[str] = set()  # fields of other sources that no list names
     for one in fields:
         found = []
         for part, entries in lists.items():
@@ -270,17 +285,22 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
             raise PipelineError(f"split: field {one.name} is listed for {' and '.join(found)}", "list it once")
         if found:
             parts[found[0]].append(one.name)
-        elif not lists["train"] or one.source != source:
+        elif one.source != source:
+            others.add(one.name)
+            parts["train"].append(one.name)
+        elif not lists["train"]:
             parts["train"].append(one.name)
     unknown = [e for entries in lists.values() for e in entries if e not in used]
     if unknown:
         raise PipelineError(f"split: {unknown[0]!r} is no patient and begins no field's name", "correct the list")
+    patient = {f.name: f.patient for f in fields}
     if n_validation and not lists["validation"]:
         rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source)
         chosen = draw_validation(rest, np.random.default_rng(seed), n_validation)
-        patient = {f.name: f.patient for f in fields}
-        parts["validation"] = [name for name in parts["train"] if patient[name] in chosen]
+        parts["validation"] = [name for name in parts["train"] if patient[name] in chosen and name not in others]
         parts["train"] = [name for name in parts["train"] if patient[name] not in chosen]
+    held_out = {patient[name] for part in ("validation", "test") for name in parts[part]}
+    parts["train"] = [name for name in parts["train"] if name not in others or patient[name] not in held_out]
     return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), seed)
 
 

@@ -286,6 +286,17 @@ def test_table_tells_patients(tmp_path: Path) -> None:
     fails("labels", root, "cannot be read", table=str(tmp_path / "absent.tsv"))
 
 
+def test_fields_without_nuclei_need_a_pixel_size(tmp_path: Path) -> None:
+    root = write_labels(tmp_path / "data", 2)
+    picture(root / "labels" / "f1.png", np.zeros((32, 32), np.uint16))
+    reason = r"field labels-f1: nothing states its pixel size, .*set mpp of the data source 'labels'"
+    fails("labels", root, reason)
+    assert [f.mpp for f in one("labels", root, mpp_of={"labels-f1": 0.4})] == [0.6, 0.4]
+    picture(root / "labels" / "f0.png", np.zeros((32, 32), np.uint16))
+    fails("labels", root, "field labels-f0: nothing states its pixel size", empty=True)
+    assert {f.mpp for f in one("labels", root, empty=True, mpp=0.5)} == {0.5}
+
+
 def test_limit_spreads(tmp_path: Path) -> None:
     root = write_labels(tmp_path / "data")
     assert [f.name for f in one("labels", root, limit=3)] == ["labels-f0", "labels-f2", "labels-f4"]

@@ -50,7 +50,7 @@ def test_guess_mpp() -> None:
     labels = np.zeros((100, 100), np.int32)
     labels[10:26, 10:42] = 1  # 512 px, taken for 32 µm²
     assert guess_mpp(labels) == pytest.approx(0.25)
-    assert guess_mpp(np.zeros((4, 4), np.int32)) == 0.25
+    assert guess_mpp(np.zeros((4, 4), np.int32)) is None
 
 
 def field(patient: str, organ: str, source: str = "monuseg") -> Field:
@@ -98,7 +98,7 @@ def test_bad_sources_are_one_line(tmp_path: Path) -> None:
         ({"kind": "labels", "path": half}, "has no label map"),
         ({"kind": "labels", "path": other}, "the image is"),
         ({"kind": "labels", "path": empty}, "no images"),
-        ({"kind": "labels", "path": nothing}, "hold no nucleus"),
+        ({"kind": "labels", "path": nothing, "mpp": 0.5}, "hold no nucleus"),
         ({"kind": "labels", "path": tmp_path / "absent"}, "is no folder"),
         ({"kind": "magic", "path": half}, "unknown kind"),
     ]:

@@ -25,14 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
 from pipeline.models.weights import load_network, load_weights, weights_for  # noqa: E402
-from pipeline.networks.blocks import PositionTable, SelfAttention  # noqa: E402
+from pipeline.networks.blocks import ImageNetNormalise, PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
 from pipeline.networks.encoders import ResNet34Encoder, load_encoder, read_state  # noqa: E402
 from pipeline.networks.mtl import AttentionGate, MultiDilatedBlock  # noqa: E402
-from pipeline.networks.outputs import Folding  # noqa: E402
+from pipeline.networks.outputs import Folding, Outputs  # noqa: E402
 from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of  # noqa: E402
 from pipeline.networks.squeeze import SqueezeEncoder  # noqa: E402
+from pipeline.training.predict import predict_field  # noqa: E402
 
 NARROW = {"widths": [4, 6, 8, 8, 12]}
 TRANSFORMER = {"width": 16, "depth": 1, "heads": 2, "image": 64}
@@ -189,7 +190,7 @@ def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> N
 
 
 @pytest.mark.parametrize(("network", "args"), [("resunet", {}), ("resunet", {"fold": 2}), ("squeeze-unet", {}),
-                                               ("hovernet-se", {})])  # fmt: skip
+                                               ("hovernet-se", {}), ("mtl", {})])  # fmt: skip
 def test_maps_keep_their_weights_among_other_heads(tmp_path: Path, network: str, args: dict[str, Any]) -> None:
     args = SMALL[network] | args
     package = write_package(tmp_path / "model", network, args, heads=("nucleus", "contour", "distance"))
@@ -215,6 +216,29 @@ def test_networks_that_cannot_grow() -> None:
 
 def test_folded_patches_are_of_a_larger_stride() -> None:
     assert stride_of("resunet", {"fold": 2}) == 2 * stride_of("resunet", {})
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "maskrcnn" not in name])
+def test_strides_are_the_least_that_fit(name: str) -> None:
+    """Sides of the stride pass; where it is told by ``widths``, half of it does not."""
+    args = SMALL[name]
+    if NETWORKS[name].levels:
+        args = args | {"widths": [4, 6, 6, 6, 8, 8]}
+    stride = stride_of(name, args)
+    network = build_network(name, 1, args, pretrained=False).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(1, 3, 3 * stride, 3 * stride)).shape[2:] == (3 * stride, 3 * stride)
+        if NETWORKS[name].levels:
+            assert stride == 32
+            with pytest.raises(RuntimeError):
+                network(torch.rand(1, 3, 3 * stride // 2, 3 * stride // 2))
+
+
+@pytest.mark.parametrize("args", [{"widths": [4, 4, 4, 4, 4], "fold": 4}, {"widths": [4, 4, 4], "fold": 3}])
+def test_fields_are_padded_to_the_networks_stride(args: dict[str, Any]) -> None:
+    network = build_network("resunet", 2, args)
+    maps = predict_field(network, np.zeros((150, 70, 3), np.uint8), Outputs(("nucleus", "distance")))
+    assert maps.shape == (2, 150, 70)
 
 
 def infer(folder: Path, model: Path, batch: int = 2) -> np.ndarray:
@@ -300,6 +324,22 @@ def test_attention_sees_every_token() -> None:
     assert (attention(tokens)[0, 0] != attention(changed)[0, 0]).any()
     order = torch.tensor([3, 1, 4, 0, 2])
     torch.testing.assert_close(attention(tokens)[:, order], attention(tokens[:, order]))
+
+
+@pytest.mark.parametrize(
+    ("name", "brought_to"),
+    [("cenet", lambda x: x * 3.2 - 1.6), ("linknet34", lambda x: x), ("hovernet-se", lambda x: x)],
+)
+def test_published_inputs(name: str, brought_to: Any) -> None:
+    """Without ``normalise`` the encoder sees what it saw in the code that a network is taken from."""
+    image, seen = torch.rand(1, 3, 64, 64), []
+    for normalise in (False, True):
+        network = build_network(name, 1, SMALL[name] | {"normalise": normalise}, pretrained=False).eval()
+        network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.inference_mode():
+            network(image)
+    torch.testing.assert_close(seen[0], brought_to(image))
+    torch.testing.assert_close(seen[1], ImageNetNormalise()(image))
 
 
 def test_dense_atrous_convolution() -> None:

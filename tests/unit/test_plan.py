@@ -98,6 +98,10 @@ def test_the_comparison_that_ships_is_one_of_equals() -> None:
     experiments = [Experiment.from_json(run.settings) for run in runs.values()]
     assert len({(e.schedule.steps, e.schedule.batch, e.schedule.size, e.mpp, e.seed) for e in experiments}) == 1
     assert len({str((e.data, e.split, e.validation, e.holdout)) for e in experiments}) == 1
+    assert (
+        len({(e.stain_strength, e.half_weights, e.evaluation.tune, e.evaluation.tune_on_training) for e in experiments})
+        == 1
+    )
 
 
 def scores(value: float, organ: str = "liver") -> dict[str, Any]:

@@ -132,6 +132,11 @@ def test_means_of_fields_and_organs() -> None:
     assert result["interval_95"]["pq"] == [0.5, 0.5]
     single = summarise({"f0": images["f0"]})
     assert (single["mean"]["aji"], single["interval_95"]) == (0.0, {})
+    pairs = {
+        f"{source}{p}": {"aji": p / 6, "source": source, "patient": f"A7-A13{p}"} for source in "ab" for p in range(6)
+    }
+    once = {name: one for name, one in pairs.items() if name.startswith("a")}
+    assert summarise(pairs)["interval_95"] == summarise(once)["interval_95"]  # two sources, the same patients
     assert summarise({}) == {"mean": {}, "interval_95": {}, "organs": {}}
 
 

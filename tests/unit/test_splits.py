@@ -91,10 +91,29 @@ def test_folds_cover_everyone_once_and_spread_the_organs() -> None:
         split(MONUSEG, method="folds", folds=40)
 
 
+def test_patients_in_several_organs_are_drawn_once() -> None:
+    """As in PanNuke, whose folds count as patients."""
+    fields = [
+        field(f"fold{fold}", organ, number=n)
+        for fold in (1, 2, 3)
+        for n, organ in enumerate(["breast", "colon", "colon", "lung", "skin"])
+    ]
+    found = [split(fields, method="folds", folds=3, fold=fold, n_validation=1) for fold in range(3)]
+    assert {p for one in found for p in patients(fields, one.test)} == {"fold1", "fold2", "fold3"}
+    for one in [*found, *(split(fields, method=m, test=0.3, n_validation=1) for m in ("patients", "stratified"))]:
+        assert [len(patients(fields, part)) for part in (one.train, one.validation, one.test)] == [1, 1, 1]
+    assert len(patients(fields, split(fields, n_validation=0).test)) == 1  # one-per-organ: most are of the colon
+    # No field of an organ that is held out is for training.
+    fields += [field("alone", "liver"), field("both", "liver", number=1), field("both", "skin", number=2)]
+    found = [split(fields, method="organs", organs=("liver",), n_validation=0)]
+    assert patients(fields, found[0].test) == {"alone", "both"}
+
+
 def test_kumar() -> None:
     found = split(MONUSEG, method="kumar", n_validation=0)
     assert patients(MONUSEG, found.train) == set(KUMAR_TRAIN)
     assert patients(MONUSEG, found.test) == set(KUMAR_TEST)
+    assert "HoVer-Net's list" in SplitSettings(method="kumar").describe("monuseg")  # others list other patients
     with pytest.raises(PipelineError, match="kumar needs patient"):
         split(MONUSEG[1:], method="kumar")
 
@@ -144,9 +163,38 @@ def test_leak_by_another_source_is_refused() -> None:
     shared = field("a0", "", "more")
     with pytest.raises(PipelineError, match="a leak: patient a0"):
         check_split(Split((shared.name,), (), (MANY[0].name,), 0), [*MANY, shared])
-    # The ways to split put all fields of a patient on one side, whatever their source.
-    found = split([*MANY, shared], method="organs", organs=("a",))
-    assert shared.name in found.test
+
+
+@pytest.mark.parametrize(
+    ("held_out", "how"),
+    [
+        ("a0", {"method": "organs", "organs": ("a",)}),
+        ("a0", {"method": "lists", "test_list": ("monuseg-a0-",)}),
+        ("c0", {"method": "lists", "test_list": ("monuseg-a0-",), "validation_list": ("monuseg-c0-",)}),
+    ],
+)
+def test_other_sources_are_neither_tested_nor_trained_on_where_their_patient_is_held_out(
+    held_out: str, how: dict[str, Any]
+) -> None:
+    twin, free = field(held_out, "", "more"), field("b0", "", "more")
+    found = split([*MANY, twin, free], **how)
+    assert twin.name not in found.train + found.validation + found.test
+    assert free.name in found.train or "b0" in patients(MANY, found.validation)
+    assert len(found.test) == sum(f.patient in patients(MANY, found.test) for f in MANY)
+
+
+def test_other_sources_are_not_in_a_drawn_validation() -> None:
+    twins = [field(f"{organ}{i}", organ, "more") for organ in "abc" for i in range(5)]
+    for how in ({"method": "folds"}, {"method": "lists", "test_list": ("monuseg-a0-",)}):
+        found = split(MANY + twins, n_validation=3, **how)
+        assert len(patients(MANY, found.validation)) == 3
+        assert all(name.startswith("monuseg") for name in found.validation + found.test)
+        assert any(name.startswith("more") for name in found.train)
+
+
+def test_lists_may_test_another_source() -> None:
+    twin = field("a0", "", "more")
+    assert twin.name in split([*MANY, twin], method="lists", test_list=("a0",)).test
 
 
 def test_fold_without_nuclei() -> None:

@@ -83,3 +83,23 @@ def test_numbers_of_the_command_line_come_as_text() -> None:
     assert checked["data"][0]["weight"] == checked["data"][0]["mpp_of"]["TCGA-HE"] == 0.5
     assert checked["network_args"] == {"widths": [8, 16], "name": "b3"}
     assert checked["augmentation"]["scale"] == [1, 1.5]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in (*EXPERIMENTS, *ROOT.glob("config/*.yaml")) if "faithful" not in p.stem], ids=lambda p: p.stem
+)
+def test_fields_of_monuseg_at_half_the_magnification_are_read_so(path: Path) -> None:
+    """All but the files that do as published code did, which say so at their head."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = config["train"]["data"] if "train" in config else config["compare"]["common"]["data"]
+    for source in data:
+        if source["kind"] == "monuseg":
+            assert source["mpp_of"] == {f"TCGA-HE-{number}": 0.5 for number in (7128, 7129, 7130)}
+
+
+@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "faithful" in p.stem], ids=lambda p: p.stem)
+def test_faithful_files_say_what_is_not_the_same(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    head = text.partition("train:")[0]
+    assert "Not the same" in head
+    assert ("TCGA-HE-7128" in head) == ("kind: monuseg" in text)

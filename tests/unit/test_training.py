@@ -441,7 +441,8 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"schedule": {"epoch": 3}}, "epoch"),
         ({"augmentation": {"scale": [2, 1]}}, "scale"),
         ({"network": "unet9"}, "unet9"),
-        ({"patch": 100}, "multiple of 16"),
+        ({"patch": 98}, "multiple of 4"),
+        ({"patch": 208, "network_args": {"widths": [4] * 6}}, "multiple of 32"),
         ({"stain": "pink"}, "pink"),
     ],
 )

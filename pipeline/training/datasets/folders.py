@@ -20,7 +20,7 @@ from pipeline.training.datasets.source import (
     read_labels,
     tcga_patient,
 )
-from pipeline.training.field import Field, guess_mpp
+from pipeline.training.field import Field
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _label_map_field(source: Source, path: Path, folder: Path) -> Field:
     if label_map is None:
         raise PipelineError(f"{path.name} has no label map in {folder}", "complete the data folder")
     labels = read_labels(label_map)
-    return source.field(path.stem, read_image(path), labels, mpp=guess_mpp(labels))
+    return source.field(path.stem, read_image(path), labels)
 
 
 def nuinsseg(source: Source) -> list[Lazy]:
@@ -113,4 +113,4 @@ def _nuinsseg_field(source: Source, path: Path, folder: Path) -> Field:
     labels = read_labels(label_map)
     organ = folder.name.removeprefix("human ").removeprefix("mouse ")
     patient = f"{source.name}-{folder.name}"
-    return source.field(path.stem, read_image(path), labels, patient=patient, organ=organ, mpp=guess_mpp(labels))
+    return source.field(path.stem, read_image(path), labels, patient=patient, organ=organ)

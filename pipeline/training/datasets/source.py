@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.label_maps import read_instances
-from pipeline.training.field import Field
+from pipeline.training.field import Field, guess_mpp
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 
@@ -122,7 +122,7 @@ class Source:
         name: str | None = None,
         patient: str | None = None,
         organ: str = "",
-        mpp: float,
+        mpp: float | None = None,
         types: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
     ) -> Field:
@@ -140,8 +140,13 @@ class Source:
             By default the field is a patient of its own.
         organ : str
             Organ.
-        mpp : float
-            Pixel size in µm where neither table nor settings state one.
+        mpp : float, optional
+            Pixel size in µm where neither table nor settings state one; without, it is guessed from the nuclei.
+
+        Raises
+        ------
+        PipelineError
+            When the table has no row for it, or nothing tells the pixel size.
         """
         name = f"{self.name}-{stem}" if name is None else name
         row: Mapping[str, str] = {}
@@ -149,15 +154,22 @@ class Source:
             if stem not in self.rows:
                 raise PipelineError(f"field {stem!r} of {self.name} is not in its table", "add a row for it")
             row = self.rows[stem]
+        labels = as_labels(labels)
+        size = float(row["mpp"]) if row.get("mpp") else self.stated_mpp(name) or mpp or guess_mpp(labels)
+        if size is None:
+            raise PipelineError(
+                f"field {name}: nothing states its pixel size, and it holds no nucleus to guess it from",
+                f"check its annotations, or set mpp of the data source {self.name!r}",
+            )
         whose = row.get("patient") or patient or name
         return Field(
             name=name,
             source=self.name,
             patient=tcga_patient(whose) or (not row.get("patient") and tcga_patient(stem)) or whose,
             organ=row.get("organ") or organ,
-            mpp=float(row.get("mpp") or self.stated_mpp(name) or mpp),
+            mpp=size,
             image=image,
-            labels=as_labels(labels),
+            labels=labels,
             types=types,
             classes=classes,
         )
