@@ -278,28 +278,37 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     ------
     PipelineError
         When some were computed with other numbers or on another kind of device than the others.
+    DamagedStore
+        When a part is not as it was made.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
     _check_kinds(manifests)
     store = _create_maps(path, tiles, grid, package)
-    for part in parts:
-        link_chunks(part, path, "maps")
+    windows = list(active_windows(grid, store.active, CELL))
     digest = hashlib.sha256()
-    for row in range(grid.rows):
-        for rows, columns in _chunks(store, grid, row):
-            _add_chunk(digest, rows, columns, np.ascontiguousarray(store.array[:, rows, columns]))
+    for number, part in enumerate(parts, start=1):
+        link_chunks(part, path, "maps")
+        made = MapStore.open(part)  # read here, so that a part that is damaged is the one that is made anew
+        for row in _rows_of(Part(number, len(parts)), grid, windows):
+            for rows, columns in _chunks(store, grid, row):
+                size = columns.stop - columns.start, rows.stop - rows.start
+                _add_chunk(digest, rows, columns, made.read(columns.start, rows.start, *size))
     seconds = sum(manifest["seconds"] for manifest in manifests)
-    windows = len(list(active_windows(grid, np.asarray(tiles.active, bool), CELL)))
-    megapixels = windows * grid.stride**2 / 1e6
+    megapixels = len(windows) * grid.stride**2 / 1e6
     return {
-        "windows": windows,
+        "windows": len(windows),
         "megapixels": round(megapixels, 3),
         "mp_per_s": round(megapixels / max(seconds, 1e-9), 3) if windows else None,
         "maps_sha256": digest.hexdigest(),
         "device": ", ".join(dict.fromkeys(manifest["device"] for manifest in manifests)),
         **{key: manifests[0][key] for key in ("precision", "batch")},
     }
+
+
+def _rows_of(part: Part, grid: PatchGrid, windows: Sequence[tuple[int, int]]) -> range:
+    """A part's rows of chunks."""
+    return part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
 
 
 def _create_maps(path: Path, tiles: TileStore, grid: PatchGrid, package: ModelPackage) -> MapStore:
@@ -351,7 +360,7 @@ def infer_slide(
     windows = list(active_windows(grid, active, CELL))
     rows = range(grid.rows)
     if part is not None:
-        rows = part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
+        rows = _rows_of(part, grid, windows)
         # The windows below share the last chunks' lower ends.
         windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
