@@ -52,8 +52,8 @@ MOST_WAITING = 8 * GPU_WRITERS
 UNDER_WAY = 3
 """Batches that are begun before the first of them is waited for, so that a GPU has work while that one is written."""
 
-TILES_FOR_GPU = 128
-"""Tiles that are held for a GPU, 3 MB each: two rows of them on a slide of 65,536 pixels across."""
+HELD_FOR_GPU = 128 * 3 * 1024**2
+"""Bytes of tiles that are held for a GPU: two rows of them on a slide of 65,536 pixels across."""
 
 CHUNK_COLUMNS = 4
 """Windows in a chunk of the maps."""
@@ -367,7 +367,7 @@ def infer_slide(
         predictor.network.margin = grid.overlap // 2
     on_gpu = predictor.busy is not None
     maps = predictor.slide(grid, transform)
-    reader = RasterReader(tiles, TILES_FOR_GPU) if on_gpu else RasterReader(tiles)
+    reader = RasterReader(tiles, HELD_FOR_GPU) if on_gpu else RasterReader(tiles)
 
     def read(batch: list[tuple[int, int]]) -> Callable[[], Finish]:
         strips = []

@@ -171,13 +171,13 @@ class RasterReader:
     ----------
     store : TileStore
         What is read.
-    limit : int
-        Tiles that are held at most.
+    memory : int
+        Bytes of tiles that are held at most; four tiles are, however large.
     """
 
-    def __init__(self, store: TileStore, limit: int = 12) -> None:
+    def __init__(self, store: TileStore, memory: int = 12 * 3 * 1024**2) -> None:
         self.store = store
-        self.limit = limit
+        self.limit = max(4, memory // (3 * store.tile**2))  # four meet in a corner
         self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
         self._lock = threading.Lock()
 
