@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.gpus import borrow
 from pipeline.kernels.blend import PatchGrid
@@ -425,7 +425,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default="auto", help="numbers that the network computes with"
     )
     parser.add_argument("--batch", type=int, default=0, help="windows a forward pass; 0 chooses by device")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one a core")
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", type=Path, required=True, help="maps.json to write")
@@ -463,7 +463,7 @@ def run_infer(
                 if needs_torch(package.network):
                     during.enter_context(borrow(device))
                     during.enter_context(one_result())
-                cores = threads or os.cpu_count() or 1
+                cores = threads or available_cores()
                 predictor, about = choose_predictor(package, device, batch, cores, precision)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
                 found |= about | {"batch": predictor.per_pass}  # smaller than chosen where memory ran out

@@ -327,9 +327,19 @@ class BatchPredictor:
         What its logits mean.
     precision : torch.dtype
         What it computes with.
+    threads : int
+        CPU threads that make a slide's table of colours.
     """
 
-    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs, precision: torch.dtype) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        device: str,
+        batch: int,
+        outputs: Outputs,
+        precision: torch.dtype,
+        threads: int = 1,
+    ) -> None:
         import torch
 
         self.device = torch.device(device)
@@ -337,6 +347,7 @@ class BatchPredictor:
         self.outputs = outputs
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self.precision = precision
+        self.threads = threads
         self.on_gpu = self.device.type == "cuda"
         self._busy = 0.0
 
@@ -433,7 +444,7 @@ class _BatchSlide:
         self._colours: Tensor | None = None
         if transform.method != "none":
             # By table, for a device's own logarithms and powers would round in another way.
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(predictor.threads) as pool:
                 table = transform.table(pool.map)
             self._colours = torch.from_numpy(table.view(np.int32).reshape(-1)).to(predictor.device)
         # Strips are copied while the batch before is computed.
@@ -562,7 +573,9 @@ def choose_predictor(
     number = choose_precision(precision, kind, network)
     about = {"device": "cpu", "precision": str(number).removeprefix("torch."), "batch": 1}
     if kind == "cuda":
-        predictor = BatchPredictor(network, "cuda", batch or max(1, PASS_PIXELS // package.patch**2), outputs, number)
+        predictor = BatchPredictor(
+            network, "cuda", batch or max(1, PASS_PIXELS // package.patch**2), outputs, number, threads
+        )
         return predictor, about | {"device": torch.cuda.get_device_name(), "batch": predictor.batch}
     return WindowPredictor(network_on_cpu(network, outputs, number), threads, batch, network), about
 

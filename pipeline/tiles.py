@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.cores import available_cores
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
@@ -503,11 +503,7 @@ def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
 
 def default_workers() -> int:
     """Reader threads: one a core, at most 16."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
-    return max(1, min(16, cores))
+    return min(16, available_cores())
 
 
 def run_tiles(

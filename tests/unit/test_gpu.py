@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pipeline import predictors  # noqa: E402
 from pipeline import testing as fabricated  # noqa: E402
 from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
@@ -86,6 +88,23 @@ def test_batches_halve_when_memory_runs_out(
     np.testing.assert_allclose(one(patches).astype(int), whole, atol=1)
     assert one.batch == one.per_pass == 2
     assert "batches of 2" in caplog.text
+
+
+def test_a_slides_colours_are_made_on_the_threads_that_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int | None] = []
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, workers: int | None = None) -> None:
+            used.append(workers)
+            super().__init__(workers)
+
+    package = fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}, patch=96, overlap=24)
+    one = BatchPredictor(load_network(package), "cpu", 2, Outputs(channel_names(package)), torch.float32, threads=3)
+    monkeypatch.setattr(predictors, "ThreadPoolExecutor", Noted)
+    one.slide(PatchGrid(96, 96, 96, 24), TRANSFORMS["lut"])
+    assert used == [3]
 
 
 class RedAndGreen:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import inference
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
@@ -66,6 +67,25 @@ def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path, precision:
     assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", precision=precision, threads=1) in results
     fabricated.write_package(tmp_path / "second", "resunet", args, patch=96, overlap=24, seed=1)
     assert run(inputs, tmp_path / "second", tmp_path / "p", device="cpu", threads=1) not in results
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the machine does not keep processes to cores")
+def test_all_cores_are_those_that_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def noted(package: ModelPackage, device: str, batch: int, threads: int, precision: str) -> Any:
+        taken.append(threads)
+        return choose_predictor(package, device, batch, threads, precision)
+
+    monkeypatch.setattr(inference, "choose_predictor", noted)
+    inputs = write_inputs(tmp_path / "in", stained(200, 260, 2))
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        run(inputs, BASELINE, tmp_path / "out")
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert taken == [1]
 
 
 @settings(deadline=None, max_examples=40)
