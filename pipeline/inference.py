@@ -47,7 +47,7 @@ GPU_WRITERS = 4
 """Threads that compress maps while a GPU computes."""
 
 MOST_WAITING = 8 * GPU_WRITERS
-"""Chunks that wait to be written: those of a batch."""
+"""Chunks that may wait to be written, more than a batch has; when there are more, the first is waited for."""
 
 UNDER_WAY = 3
 """Batches that are begun before the first of them is waited for, so that a GPU has work while that one is written."""
@@ -466,7 +466,7 @@ def run_infer(
                 cores = threads or available_cores()
                 predictor, about = choose_predictor(package, device, batch, cores, precision)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
-                found |= about | {"batch": predictor.per_pass}  # smaller than chosen where memory ran out
+                found |= about | {"batch": predictor.per_pass}  # smaller than set where memory ran out
         log.info(
             "slide %r: %.1f MP at %s MP/s on %s, %s",
             slide, found["megapixels"], found["mp_per_s"], found["device"], found["precision"],

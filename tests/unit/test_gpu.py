@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from pipeline import predictors  # noqa: E402
 from pipeline import testing as fabricated  # noqa: E402
+from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
 from pipeline.kernels.stain import StainTransform  # noqa: E402
@@ -88,6 +89,23 @@ def test_batches_halve_when_memory_runs_out(
     np.testing.assert_allclose(one(patches).astype(int), whole, atol=1)
     assert one.batch == one.per_pass == 2
     assert "batches of 2" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_blending_without_memory_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    one = predictor(tmp_path / "model", "cpu", 8)
+
+    def short(*_: Any) -> Any:
+        raise kind("out of memory")
+
+    monkeypatch.setattr(DeviceBlender, "add", short)
+    begin = one.slide(PatchGrid(700, 96, 96, 24), StainTransform()).prepare(
+        [Strip(0, 0, 8, np.zeros((96, 7 * 72 + 96, 3), np.uint8))]
+    )
+    with pytest.raises(PipelineError, match=r"cpu is out of memory: 8 windows .* \(set infer.batch to 2"):
+        begin()
 
 
 def test_a_slides_colours_are_made_on_the_threads_that_are_given(

@@ -175,8 +175,7 @@ def test_one_result_leaves_torch_as_it_was() -> None:
 
     before = state()
     with pytest.raises(KeyError), one_result():
-        torch.set_num_threads(1)
-        assert state()[:2] == (True, False)
+        assert state()[:3] == (True, False, 1)
         raise KeyError
     assert state() == before
 
@@ -195,10 +194,26 @@ def test_weights_are_loaded_on_one_thread(tmp_path: Path, monkeypatch: pytest.Mo
         return load(package)
 
     monkeypatch.setattr(weights, "load_network", noted)
-    with one_result():
-        torch.set_num_threads(2)
-        choose_predictor(ModelPackage.load(folder), "cpu", 0, 2)
-    assert threads == [1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_result():
+            choose_predictor(ModelPackage.load(folder), "cpu", 0, 2)
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_held_at_once_has_a_limit_whatever_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}, patch=320, overlap=64)
+    for folder, threads, most in ((tmp_path / "model", 2, 64), (tmp_path / "model", 20, 80), (BASELINE, 2, 8)):
+        package = ModelPackage.load(folder)
+        assert choose_predictor(package, "cpu", most, threads)[0].batch == most
+        assert not caplog.messages
+        assert choose_predictor(package, "cpu", 4096, threads)[0].batch == most
+        assert caplog.messages == [f"batch 4096: no more than {most} windows are taken at once"]
+        caplog.clear()
 
 
 def test_one_result_does_not_import_the_compiler() -> None:
