@@ -18,6 +18,7 @@ from benchmarks import exactness, peer, scale, speed
 from benchmarks.harness import Figure, table
 from benchmarks.speed import DEFAULT, Options
 from pipeline.allocator import share_heap
+from pipeline.cores import available_cores
 from pipeline.networks.precision import PRECISIONS
 
 ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
@@ -48,7 +49,7 @@ def environment() -> dict[str, object]:
     names = ("numpy", "opencv-python-headless", "scikit-image", "torch", "zarr", "shapely", "pyarrow", "orjson")
     return {
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "python": platform.python_version(),
         "load": [round(value, 2) for value in os.getloadavg()],
         **{name: version(name) for name in names},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 import zlib
@@ -18,6 +17,7 @@ from numcodecs import CRC32C, Blosc
 
 from benchmarks import material
 from benchmarks.harness import ROOT, Figure, Run, Spent, best, run_command, spent, stage, stage_here
+from pipeline.cores import available_cores
 from pipeline.kernels.blend import PatchGrid
 from pipeline.kernels.stain import StainTransform
 from pipeline.models.package import ModelPackage
@@ -59,7 +59,7 @@ class Options:
     model: Path = DEFAULT
     slide: Path | None = None
     peer: Path | None = None
-    cores: int = os.cpu_count() or 1
+    cores: int = available_cores()
     precision: str = "auto"
     count: int = 40
 

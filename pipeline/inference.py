@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.gpus import borrow
 from pipeline.kernels.blend import PatchGrid
@@ -47,13 +47,13 @@ GPU_WRITERS = 4
 """Threads that compress maps while a GPU computes."""
 
 MOST_WAITING = 8 * GPU_WRITERS
-"""Chunks that wait to be written: those of a batch."""
+"""Chunks that may wait to be written, more than a batch has; when there are more, the first is waited for."""
 
 UNDER_WAY = 3
 """Batches that are begun before the first of them is waited for, so that a GPU has work while that one is written."""
 
-TILES_FOR_GPU = 128
-"""Tiles that are held for a GPU, 3 MB each: two rows of them on a slide of 65,536 pixels across."""
+HELD_FOR_GPU = 128 * 3 * 1024**2
+"""Bytes of tiles that are held for a GPU: two rows of them on a slide of 65,536 pixels across."""
 
 CHUNK_COLUMNS = 4
 """Windows in a chunk of the maps."""
@@ -278,28 +278,37 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     ------
     PipelineError
         When some were computed with other numbers or on another kind of device than the others.
+    DamagedStore
+        When a part is not as it was made.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
     _check_kinds(manifests)
     store = _create_maps(path, tiles, grid, package)
-    for part in parts:
-        link_chunks(part, path, "maps")
+    windows = list(active_windows(grid, store.active, CELL))
     digest = hashlib.sha256()
-    for row in range(grid.rows):
-        for rows, columns in _chunks(store, grid, row):
-            _add_chunk(digest, rows, columns, np.ascontiguousarray(store.array[:, rows, columns]))
+    for number, part in enumerate(parts, start=1):
+        link_chunks(part, path, "maps")
+        made = MapStore.open(part)  # read here, so that a part that is damaged is the one that is made anew
+        for row in _rows_of(Part(number, len(parts)), grid, windows):
+            for rows, columns in _chunks(store, grid, row):
+                size = columns.stop - columns.start, rows.stop - rows.start
+                _add_chunk(digest, rows, columns, made.read(columns.start, rows.start, *size))
     seconds = sum(manifest["seconds"] for manifest in manifests)
-    windows = len(list(active_windows(grid, np.asarray(tiles.active, bool), CELL)))
-    megapixels = windows * grid.stride**2 / 1e6
+    megapixels = len(windows) * grid.stride**2 / 1e6
     return {
-        "windows": windows,
+        "windows": len(windows),
         "megapixels": round(megapixels, 3),
         "mp_per_s": round(megapixels / max(seconds, 1e-9), 3) if windows else None,
         "maps_sha256": digest.hexdigest(),
         "device": ", ".join(dict.fromkeys(manifest["device"] for manifest in manifests)),
         **{key: manifests[0][key] for key in ("precision", "batch")},
     }
+
+
+def _rows_of(part: Part, grid: PatchGrid, windows: Sequence[tuple[int, int]]) -> range:
+    """A part's rows of chunks."""
+    return part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
 
 
 def _create_maps(path: Path, tiles: TileStore, grid: PatchGrid, package: ModelPackage) -> MapStore:
@@ -351,14 +360,14 @@ def infer_slide(
     windows = list(active_windows(grid, active, CELL))
     rows = range(grid.rows)
     if part is not None:
-        rows = part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
+        rows = _rows_of(part, grid, windows)
         # The windows below share the last chunks' lower ends.
         windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
     on_gpu = predictor.busy is not None
     maps = predictor.slide(grid, transform)
-    reader = RasterReader(tiles, TILES_FOR_GPU) if on_gpu else RasterReader(tiles)
+    reader = RasterReader(tiles, HELD_FOR_GPU) if on_gpu else RasterReader(tiles)
 
     def read(batch: list[tuple[int, int]]) -> Callable[[], Finish]:
         strips = []
@@ -416,7 +425,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default="auto", help="numbers that the network computes with"
     )
     parser.add_argument("--batch", type=int, default=0, help="windows a forward pass; 0 chooses by device")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one a core")
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", type=Path, required=True, help="maps.json to write")
@@ -454,10 +463,10 @@ def run_infer(
                 if needs_torch(package.network):
                     during.enter_context(borrow(device))
                     during.enter_context(one_result())
-                cores = threads or os.cpu_count() or 1
+                cores = threads or available_cores()
                 predictor, about = choose_predictor(package, device, batch, cores, precision)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
-                found |= about | {"batch": predictor.per_pass}  # smaller than chosen where memory ran out
+                found |= about | {"batch": predictor.per_pass}  # smaller than set where memory ran out
         log.info(
             "slide %r: %.1f MP at %s MP/s on %s, %s",
             slide, found["megapixels"], found["mp_per_s"], found["device"], found["precision"],

@@ -15,9 +15,10 @@ from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
 from pipeline.seal import check_seal, is_sealed
 
-_LEVEL = 5
-_CODECS = Blosc("lz4", _LEVEL, Blosc.NOSHUFFLE), CRC32C()
-"""What `MapStore.create` tells zarr to encode chunks with."""
+_BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5}
+_COMPRESSORS = BloscCodec(**_BLOSC, shuffle="noshuffle"), Crc32cCodec()
+_CODECS = Blosc(**_BLOSC, shuffle=Blosc.NOSHUFFLE), CRC32C()
+"""The same, as `MapStore.write` calls them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class MapStore:
             chunks=(len(channels), *chunk),
             dtype=np.uint8,
             fill_value=0,
-            compressors=[BloscCodec(cname="lz4", clevel=_LEVEL, shuffle="noshuffle"), Crc32cCodec()],
+            compressors=_COMPRESSORS,
         )
         group.create_array("active", data=active)
         return cls(path, grid, channels, active, cell, array)
@@ -99,10 +100,18 @@ class MapStore:
             Where the chunk begins.
         pixels : numpy.ndarray
             uint8 ``(C, rows, columns)``, as far as the slide reaches.
+
+        Raises
+        ------
+        ValueError
+            When they are not a whole chunk.
         """
+        channels, rows, columns = self.array.chunks
+        shape = channels, min(rows, self.grid.height - y), min(columns, self.grid.width - x)
+        if x % columns or y % rows or pixels.shape != shape:
+            raise ValueError(f"{pixels.shape} at ({x}, {y}) is no whole chunk of {self.array.chunks}")
         if not pixels.any():
             return  # as empty chunks are
-        _, rows, columns = self.array.chunks
         if pixels.shape[1:] != (rows, columns):
             pixels = np.pad(pixels, ((0, 0), (0, rows - pixels.shape[1]), (0, columns - pixels.shape[2])))
         data: Any = np.ascontiguousarray(pixels)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PASS_PIXELS = 64 * 320**2
-"""Pixels of a forward pass on a GPU, unless the settings say how many windows: enough to fill a large one."""
+"""Pixels of the windows of a batch at most, and of a forward pass on a GPU: enough to fill a large one."""
 
 Places = Sequence[tuple[int, int]]
 """Rows and columns of windows, in raster order."""
@@ -327,9 +327,19 @@ class BatchPredictor:
         What its logits mean.
     precision : torch.dtype
         What it computes with.
+    threads : int
+        CPU threads that make a slide's table of colours.
     """
 
-    def __init__(self, network: nn.Module, device: str, batch: int, outputs: Outputs, precision: torch.dtype) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        device: str,
+        batch: int,
+        outputs: Outputs,
+        precision: torch.dtype,
+        threads: int = 1,
+    ) -> None:
         import torch
 
         self.device = torch.device(device)
@@ -337,6 +347,7 @@ class BatchPredictor:
         self.outputs = outputs
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self.precision = precision
+        self.threads = threads
         self.on_gpu = self.device.type == "cuda"
         self._busy = 0.0
 
@@ -433,7 +444,7 @@ class _BatchSlide:
         self._colours: Tensor | None = None
         if transform.method != "none":
             # By table, for a device's own logarithms and powers would round in another way.
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(predictor.threads) as pool:
                 table = transform.table(pool.map)
             self._colours = torch.from_numpy(table.view(np.int32).reshape(-1)).to(predictor.device)
         # Strips are copied while the batch before is computed.
@@ -460,6 +471,17 @@ class _BatchSlide:
         import torch
 
         places = [place for strip in strips for place in strip.places]
+        try:
+            return self._begun(places, strips)
+        except (torch.OutOfMemoryError, MemoryError):  # not of a forward pass: that halves itself
+            raise PipelineError(
+                f"{self._predictor.device} is out of memory: {len(places)} windows at once do not fit",
+                f"set infer.batch to {max(1, len(places) // 4)} or less",
+            ) from None
+
+    def _begun(self, places: Places, strips: Sequence[Strip]) -> Finish:
+        import torch
+
         with torch.inference_mode():
             x = self._windows(strips)
             started, ended = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if self._copies else (None, None)
@@ -501,10 +523,13 @@ class _BatchSlide:
 
 @contextmanager
 def one_result() -> Iterator[None]:
-    """Let torch choose kernels that give the same bits in every run on the same machine; undone at the end."""
+    """Let torch choose kernels that give the same bits in every run on the same machine, on one thread of the CPU.
+
+    Undone at the end, but for ``CUBLAS_WORKSPACE_CONFIG``, which is read once, when CUDA starts.
+    """
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), cudnn.benchmark, torch.get_num_threads()
@@ -514,6 +539,7 @@ def one_result() -> Iterator[None]:
     torch.set_deterministic_debug_mode("warn")
     memory.fill_uninitialized_memory = False  # which costs time and is for finding bugs
     cudnn.benchmark = False
+    torch.set_num_threads(1)  # a thread a window; over the weights, more would but wait for each other
     try:
         yield
     finally:
@@ -526,7 +552,7 @@ def one_result() -> Iterator[None]:
 def choose_predictor(
     package: ModelPackage, device: str, batch: int, threads: int, precision: str = "auto"
 ) -> tuple[Predictor, dict[str, Any]]:
-    """A package's predictor, and what the manifest says of it: ``device``, ``precision``, ``batch``.
+    """A package's predictor, and what the manifest says of it: ``device`` and ``precision``.
 
     Parameters
     ----------
@@ -535,18 +561,20 @@ def choose_predictor(
     device : {"auto", "cpu", "cuda"}
         Where it shall run.
     batch : int
-        Windows at once; 0 chooses by device.
+        Windows at once; 0 chooses by device. No more than make up `PASS_PIXELS`, or on a CPU four a thread.
     threads : int
         CPU threads.
     precision : str
         One of `pipeline.networks.precision.PRECISIONS`.
     """
+    a_pass = max(1, PASS_PIXELS // package.patch**2)
+    on_cpu = _limited(batch, max(a_pass, 4 * threads))
     if not needs_torch(package.network):
         import cv2
 
         cv2.setNumThreads(1)
-        method = WindowPredictor(build_method(package.network, package.network_args), threads, batch)
-        return method, {"device": "cpu", "precision": "float32", "batch": 1}
+        method = WindowPredictor(build_method(package.network, package.network_args), threads, on_cpu)
+        return method, {"device": "cpu", "precision": "float32"}
     import torch
 
     from pipeline.models.weights import load_network
@@ -554,17 +582,21 @@ def choose_predictor(
 
     outputs = Outputs(channel_names(package), package.tta)
     kind = choose_device(device)
-    if kind == "cpu":
-        torch.set_num_threads(1)  # a thread a window; over the weights, more would but wait for each other
     network = load_network(package)
     if isinstance(network, Folding):
         network.fold_norms()
     number = choose_precision(precision, kind, network)
-    about = {"device": "cpu", "precision": str(number).removeprefix("torch."), "batch": 1}
+    about = {"device": "cpu", "precision": str(number).removeprefix("torch.")}
     if kind == "cuda":
-        predictor = BatchPredictor(network, "cuda", batch or max(1, PASS_PIXELS // package.patch**2), outputs, number)
-        return predictor, about | {"device": torch.cuda.get_device_name(), "batch": predictor.batch}
-    return WindowPredictor(network_on_cpu(network, outputs, number), threads, batch, network), about
+        predictor = BatchPredictor(network, "cuda", _limited(batch, a_pass) or a_pass, outputs, number, threads)
+        return predictor, about | {"device": torch.cuda.get_device_name()}
+    return WindowPredictor(network_on_cpu(network, outputs, number), threads, on_cpu, network), about
+
+
+def _limited(batch: int, most: int) -> int:
+    if batch > most:
+        log.warning("batch %d: no more than %d windows are taken at once", batch, most)
+    return min(batch, most)
 
 
 def channel_names(package: ModelPackage) -> tuple[str, ...]:

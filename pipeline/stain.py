@@ -157,6 +157,51 @@ def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
     return kernel.fit_reference(rgb, staintools_backend.extractors())
 
 
+def resolve_method(
+    requested: str, model: ModelPackage, strength: float | None
+) -> tuple[str, str, float, dict[str, Any]]:
+    """What a request means with a model; see `fit_slide`.
+
+    Returns
+    -------
+    method : str
+        One of `pipeline.kernels.stain.METHODS`.
+    target : str
+        The entry of the model's reference that it aims at.
+    strength : float
+        How far towards it.
+    reference : dict
+        The model's reference, with an entry for the method.
+
+    Raises
+    ------
+    PipelineError
+        When the method is unknown, not installed, or the model has no reference for it.
+    """
+    method = model.stain.get("method", "none") if requested == "model" else requested
+    if method not in kernel.METHODS:
+        raise PipelineError(f"no such stain method: {method!r}", f"one of {', '.join(METHODS)}")
+    if method == "vahadane" and method not in staintools_backend.extractors():
+        raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
+    if strength is None:
+        strength = float(model.stain.get("strength", 1.0)) if requested == "model" else 1.0
+    if strength == 0:
+        method = "none"
+    reference = model.stain.get("reference") or {}
+    target = method
+    if method == "vahadane" and method not in reference and "macenko" in reference:
+        # Both describe the same two dyes; a package made without staintools has Macenko's vectors alone.
+        target = "macenko"
+        reference = {**reference, method: reference[target]}
+    if method != "none" and method not in reference:
+        there = ", ".join(name for name in reference if name in kernel.METHODS) or "none"
+        raise PipelineError(
+            f"model {model.name} carries no stain reference for {method}",
+            f"it has {there}; method model takes the one it was trained with",
+        )
+    return method, target, strength, reference
+
+
 def fit_slide(
     rgb: np.ndarray,
     requested: str,
@@ -195,29 +240,9 @@ def fit_slide(
     PipelineError
         When the method is unknown, not installed, or the model has no reference for it.
     """
-    method = model.stain.get("method", "none") if requested == "model" else requested
-    if method not in kernel.METHODS:
-        raise PipelineError(f"no such stain method: {method!r}", f"one of {', '.join(METHODS)}")
     extractors = staintools_backend.extractors()
-    if method == "vahadane" and method not in extractors:
-        raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
     adapt = strength is None
-    if strength is None:
-        strength = float(model.stain.get("strength", 1.0)) if requested == "model" else 1.0
-    if strength == 0:
-        method = "none"
-    reference = model.stain.get("reference") or {}
-    target = method
-    if method == "vahadane" and method not in reference and "macenko" in reference:
-        # Both describe the same two dyes; a package made without staintools has Macenko's vectors alone.
-        target = "macenko"
-        reference = {**reference, method: reference[target]}
-    if method != "none" and method not in reference:
-        there = ", ".join(name for name in reference if name in kernel.METHODS) or "none"
-        raise PipelineError(
-            f"model {model.name} carries no stain reference for {method}",
-            f"it has {there}; method model takes the one it was trained with",
-        )
+    method, target, strength, reference = resolve_method(requested, model, strength)
     warnings: list[str] = []
     transform = kernel.StainTransform()
     source: dict[str, Any] = {}

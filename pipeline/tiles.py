@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.cores import available_cores
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
@@ -171,13 +171,13 @@ class RasterReader:
     ----------
     store : TileStore
         What is read.
-    limit : int
-        Tiles that are held at most.
+    memory : int
+        Bytes of tiles that are held at most; four tiles are, however large.
     """
 
-    def __init__(self, store: TileStore, limit: int = 12) -> None:
+    def __init__(self, store: TileStore, memory: int = 12 * 3 * 1024**2) -> None:
         self.store = store
-        self.limit = limit
+        self.limit = max(4, memory // (3 * store.tile**2))  # four meet in a corner
         self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
         self._lock = threading.Lock()
 
@@ -503,11 +503,7 @@ def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
 
 def default_workers() -> int:
     """Reader threads: one a core, at most 16."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
-    return max(1, min(16, cores))
+    return min(16, available_cores())
 
 
 def run_tiles(
@@ -575,40 +571,25 @@ def run_tiles(
         raise PipelineError(f"workers {workers} is not a number of threads", "give 1 or more")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        import zarr as zarr_store
-
-        info = read_manifest(inspect)
+        info, wanted = read_manifest(inspect), model_mpp(model)
         mpp_x, mpp_y = info["mpp"]
-        wanted = model_mpp(model)
-        coarse = max(mpp_x, mpp_y) / wanted
-        if coarse > MOST_ENLARGED:
+        mpp = max(mpp_x, mpp_y)
+        if mpp / wanted > MOST_ENLARGED:
             raise SlideError(
-                f"{max(mpp_x, mpp_y):g} µm/px is too coarse for a model of {wanted:g}: no nucleus can be told",
+                f"{mpp:g} µm/px is too coarse for a model of {wanted:g}: no nucleus can be told",
                 "is it an overview? give the scan itself, or its true mpp in the slide table",
             )
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, wanted)
         active = active_cells(read_tissue(geojson), grid)
         array = _create(staged["zarr"], grid, active, tile)
-        total = _active_pixels(active, grid)
-        done = _read(info, grid, active, tile, array, workers or default_workers(), part) if not parts else None
-        if done is not None and part is not None:
-            group = zarr_store.open_group(staged["zarr"], mode="r+")
-            group.create_array("sums", data=done.sums)
-            if done.doubtful is not None:
-                group.create_array("doubtful", data=done.doubtful)
-            return {
-                "part": part.to_json(),
-                "grid": grid.to_json(),
-                "tile": tile,
-                "tiles": done.tiles,
-                "seconds_reading": round(done.seconds, 3),
-                "undecoded": sorted(map(list, done.unreadable)),
-            }
-        done = done or _gather(parts, grid, tile, staged["zarr"], active)
+        if parts:
+            done = _gather(parts, grid, tile, staged["zarr"], active)
+        else:
+            done = _read(info, grid, active, tile, array, workers or default_workers(), part)
+            if part is not None:
+                return _store_part(done, part, grid, tile, staged["zarr"])
         with reopen(info) as handle:
             rects, share = _unreadable_rects(done.unreadable, handle, grid, active)
-        doubtful = np.zeros(active.shape, bool) if done.doubtful is None else done.doubtful
-        doubtful = doubtful & active & ~_cells_of(rects, active.shape)
         if share > max_unreadable:
             raise SlideError(
                 f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
@@ -617,19 +598,12 @@ def run_tiles(
             )
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
-        warnings = []
-        if coarse > ENLARGED_WELL:
-            warnings.append(
-                f"the slide's {max(mpp_x, mpp_y):g} µm/px are {coarse:.2g} times as coarse as the model's {wanted:g}: "
-                "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
-            )
-        if doubtful.any():
-            warnings.append(
-                f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
-                f"slide, or one does not decode: is the file damaged? The first: {_places(doubtful, grid)}"
-            )
+        doubtful = np.zeros(active.shape, bool) if done.doubtful is None else done.doubtful
+        doubtful = doubtful & active & ~_cells_of(rects, active.shape)
+        warnings = _warnings(mpp, wanted, doubtful, active, grid)
         for warning in warnings:
             log.warning("slide %r: %s", slide, warning)
+        total = _active_pixels(active, grid)
         rate = total / 1e6 / max(done.seconds, 1e-9)
         log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, done.tiles, total / 1e6, done.seconds, rate)
         digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())
@@ -686,6 +660,40 @@ def _read(
             _run(writer, [blocks[i] for i in chosen], workers, done)
             doubtful = None if writer.other_level is None else writer.doubtful
             return _Read(writer.sums, doubtful, writer.unreadable, writer.tiles, done.seconds)
+
+
+def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
+    """Add to a part's store what `_gather` wants of it besides the pixels; what its manifest tells."""
+    import zarr
+
+    group = zarr.open_group(store, mode="r+")
+    group.create_array("sums", data=done.sums)
+    if done.doubtful is not None:
+        group.create_array("doubtful", data=done.doubtful)
+    return {
+        "part": part.to_json(),
+        "grid": grid.to_json(),
+        "tile": tile,
+        "tiles": done.tiles,
+        "seconds_reading": round(done.seconds, 3),
+        "undecoded": sorted(map(list, done.unreadable)),
+    }
+
+
+def _warnings(mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid) -> list[str]:
+    """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
+    warnings = []
+    if mpp / wanted > ENLARGED_WELL:
+        warnings.append(
+            f"the slide's {mpp:g} µm/px are {mpp / wanted:.2g} times as coarse as the model's {wanted:g}: "
+            "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
+        )
+    if doubtful.any():
+        warnings.append(
+            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
+            f"slide, or one does not decode: is the file damaged? The first: {_places(doubtful, grid)}"
+        )
+    return warnings
 
 
 def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: np.ndarray) -> _Read:

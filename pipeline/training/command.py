@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings, load_schema
 
@@ -77,7 +77,7 @@ def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
-    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    torch.set_num_threads(args.threads or available_cores())
     if args.start_from is not None:
         section["start_from"] = str(args.start_from)
     experiment = Experiment.from_json(section)

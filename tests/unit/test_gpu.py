@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pipeline import predictors  # noqa: E402
 from pipeline import testing as fabricated  # noqa: E402
+from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
 from pipeline.kernels.stain import StainTransform  # noqa: E402
@@ -86,6 +89,40 @@ def test_batches_halve_when_memory_runs_out(
     np.testing.assert_allclose(one(patches).astype(int), whole, atol=1)
     assert one.batch == one.per_pass == 2
     assert "batches of 2" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_blending_without_memory_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    one = predictor(tmp_path / "model", "cpu", 8)
+
+    def short(*_: Any) -> Any:
+        raise kind("out of memory")
+
+    monkeypatch.setattr(DeviceBlender, "add", short)
+    begin = one.slide(PatchGrid(700, 96, 96, 24), StainTransform()).prepare(
+        [Strip(0, 0, 8, np.zeros((96, 7 * 72 + 96, 3), np.uint8))]
+    )
+    with pytest.raises(PipelineError, match=r"cpu is out of memory: 8 windows .* \(set infer.batch to 2"):
+        begin()
+
+
+def test_a_slides_colours_are_made_on_the_threads_that_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int | None] = []
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, workers: int | None = None) -> None:
+            used.append(workers)
+            super().__init__(workers)
+
+    package = fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}, patch=96, overlap=24)
+    one = BatchPredictor(load_network(package), "cpu", 2, Outputs(channel_names(package)), torch.float32, threads=3)
+    monkeypatch.setattr(predictors, "ThreadPoolExecutor", Noted)
+    one.slide(PatchGrid(96, 96, 96, 24), TRANSFORMS["lut"])
+    assert used == [3]
 
 
 class RedAndGreen:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import inference
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
@@ -66,6 +67,25 @@ def test_nothing_but_slide_and_model_changes_the_maps(tmp_path: Path, precision:
     assert run(other, tmp_path / "model", tmp_path / "o", device="cpu", precision=precision, threads=1) in results
     fabricated.write_package(tmp_path / "second", "resunet", args, patch=96, overlap=24, seed=1)
     assert run(inputs, tmp_path / "second", tmp_path / "p", device="cpu", threads=1) not in results
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the machine does not keep processes to cores")
+def test_all_cores_are_those_that_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def noted(package: ModelPackage, device: str, batch: int, threads: int, precision: str) -> Any:
+        taken.append(threads)
+        return choose_predictor(package, device, batch, threads, precision)
+
+    monkeypatch.setattr(inference, "choose_predictor", noted)
+    inputs = write_inputs(tmp_path / "in", stained(200, 260, 2))
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        run(inputs, BASELINE, tmp_path / "out")
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert taken == [1]
 
 
 @settings(deadline=None, max_examples=40)
@@ -136,6 +156,9 @@ def test_chunks_are_written_as_zarr_writes_them(tmp_path: Path) -> None:
     for y in range(0, 100, 48):
         for x in range(0, 150, 64):
             stores[0].write(x, y, pixels[:, y : y + 48, x : x + 64])
+    for x, y, width, height in ((32, 0, 64, 48), (0, 24, 64, 48), (0, 0, 128, 48), (128, 96, 64, 48), (0, 0, 64, 40)):
+        with pytest.raises(ValueError, match="no whole chunk"):
+            stores[0].write(x, y, np.ones((3, height, width), np.uint8))
     assert digest(tmp_path / "ours") == digest(tmp_path / "zarr")
     assert len([path for path in (tmp_path / "ours/maps/c").rglob("*") if path.is_file()]) == 8
     np.testing.assert_array_equal(MapStore.open(tmp_path / "ours").read(0, 0, 150, 100), pixels)
@@ -155,8 +178,7 @@ def test_one_result_leaves_torch_as_it_was() -> None:
 
     before = state()
     with pytest.raises(KeyError), one_result():
-        torch.set_num_threads(1)
-        assert state()[:2] == (True, False)
+        assert state()[:3] == (True, False, 1)
         raise KeyError
     assert state() == before
 
@@ -175,10 +197,26 @@ def test_weights_are_loaded_on_one_thread(tmp_path: Path, monkeypatch: pytest.Mo
         return load(package)
 
     monkeypatch.setattr(weights, "load_network", noted)
-    with one_result():
-        torch.set_num_threads(2)
-        choose_predictor(ModelPackage.load(folder), "cpu", 0, 2)
-    assert threads == [1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_result():
+            choose_predictor(ModelPackage.load(folder), "cpu", 0, 2)
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_held_at_once_has_a_limit_whatever_the_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}, patch=320, overlap=64)
+    for folder, threads, most in ((tmp_path / "model", 2, 64), (tmp_path / "model", 20, 80), (BASELINE, 2, 8)):
+        package = ModelPackage.load(folder)
+        assert choose_predictor(package, "cpu", most, threads)[0].batch == most
+        assert not caplog.messages
+        assert choose_predictor(package, "cpu", 4096, threads)[0].batch == most
+        assert caplog.messages == [f"batch 4096: no more than {most} windows are taken at once"]
+        caplog.clear()
 
 
 def test_one_result_does_not_import_the_compiler() -> None:

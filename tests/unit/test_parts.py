@@ -133,6 +133,13 @@ def test_parts_give_the_bytes_of_the_whole(
         assert not (tmp_path / "m").exists()
     write_json(manifest_of(parts[1]), as_it_was)
     assert main(join) == 0
+    # A part that is damaged is the one that goes, to be made anew.
+    chunk = next(path for path in (parts[2] / "maps" / "c").rglob("*") if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 4
+    chunk.write_bytes(data)
+    assert main(join) == 2
+    assert "infer-3-of-3.zarr was damaged and has been removed" in capsys.readouterr().err
     (parts[1] / SEAL).unlink()
     assert main(join) == 2
     assert "infer-2-of-3.zarr was damaged and has been removed" in capsys.readouterr().err

@@ -271,11 +271,11 @@ def test_reading_from_threads(tmp_path: Path, slide_folder: Path) -> None:
             np.testing.assert_array_equal(got, image[y : y + 100, x : x + 100])
 
 
-@pytest.mark.parametrize("limit", [0, 1, 3, 100])
-def test_windows_in_raster_order_are_read_as_one_by_one(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize(("tiles", "held"), [(0, 4), (3, 4), (5.5, 5), (100, 100)])
+def test_windows_in_raster_order_are_read_as_one_by_one(tmp_path: Path, tiles: float, held: int) -> None:
     import zarr
 
-    rng = np.random.default_rng(limit)
+    rng = np.random.default_rng(held)
     group = zarr.create_group(tmp_path / "tiles.zarr", attributes={"grid": Grid(700, 500, 0.5, 1.0, 1.0).to_json()})
     group.attrs["cell"] = CELL
     pixels = rng.integers(0, 255, (500, 700, 3), np.uint8)
@@ -284,12 +284,13 @@ def test_windows_in_raster_order_are_read_as_one_by_one(tmp_path: Path, limit: i
     group.create_array("rgb", shape=pixels.shape, chunks=(128, 128, 3), dtype="uint8", fill_value=255)[:] = pixels
     group.create_array("active", data=active)
     store = TileStore.open(tmp_path / "tiles.zarr")
-    reader = RasterReader(store, limit)
+    reader = RasterReader(store, int(tiles * 3 * 128**2))
+    assert reader.limit == held
     windows = [(x, y, 150, 90) for y in range(-20, 500, 70) for x in range(-20, 700, 110)]
     with ThreadPoolExecutor(4) as pool:
         for window, found in zip(windows, pool.map(lambda w: reader.read(*w), windows), strict=True):
             np.testing.assert_array_equal(found, store.read(*window))
-            assert len(reader._held) <= limit
+            assert len(reader._held) <= held
 
 
 def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_tiles_stay_for_threads_that_are_behind(tmp_path: Path, monkeypatch: pyt
     read: list[tuple[int, ...]] = []
     decode = TileStore.window
     monkeypatch.setattr(TileStore, "window", lambda self, *place: read.append(place) or decode(self, *place))
-    reader = RasterReader(store, 40)
+    reader = RasterReader(store, 40 * 3 * 128**2)
     for y in (150, 550, 150, 550, 300):
         reader.read(0, y, 600, 100)
     assert len(read) == len(set(read)) == 25
