@@ -350,6 +350,13 @@ class Checkpoints(Callback):
                 "run the same command again to go on",
             )
 
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the last step validated, too, wherever it lies between two validations."""
+        if trainer.global_step == self.schedule.steps:
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by the trainer."""
         self._check(trainer)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import os
+import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +32,17 @@ torch = pytest.importorskip("torch")
 
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit, move_averages  # noqa: E402
+from pipeline.training.fit import (  # noqa: E402
+    Examined,
+    Job,
+    Plateau,
+    TrainingModule,
+    WholeCheckpoints,
+    fit,
+    move_averages,
+)
 from pipeline.training.losses import CombinedLoss  # noqa: E402
+from pipeline.training.stream import SampleStream  # noqa: E402
 
 HEADS = ("nucleus", "distance")
 FIELDS = [Field(f"f{i}", "s", f"p{i}", "", 0.5, *make_field(96, 96, 0.5, seed=i)) for i in range(2)]
@@ -134,6 +149,15 @@ def test_stopped_by_the_clock_and_gone_on(tmp_path: Path) -> None:
     logs = [path.read_text() for path in sorted(tmp_path.glob("log-*/metrics.csv"))]
     assert len(logs) == 2
     assert "val/aji" in logs[1].splitlines()[0]
+
+
+def test_the_last_step_is_validated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for steps, expected in ((3, [2, 3]), (7, [4, 6, 7]), (8, [8])):
+        with caplog.at_level("INFO", "pipeline"):
+            train(tmp_path, replace(SHORT, steps=steps))
+        assert [int(step) for step in re.findall(r"step (\d+): training loss", caplog.text)] == expected
+        caplog.clear()
+        assert checkpoint(tmp_path)["global_step"] == steps
 
 
 def test_no_time_at_all(tmp_path: Path) -> None:
@@ -256,8 +280,6 @@ def test_epochs_are_passes_over_the_area() -> None:
 
 
 def test_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.training.fit import TrainingModule
-
     used: list[float] = []
 
     class Stuck(CombinedLoss):
