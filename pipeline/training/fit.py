@@ -446,7 +446,7 @@ def fit(
     Raises
     ------
     PipelineError
-        When the loss is not finite, a checkpoint belongs to another network or cannot be written.
+        When the loss is not finite, a checkpoint belongs to another network, has more steps or cannot be written.
     Unfinished
         When the time is over.
     """
@@ -461,6 +461,11 @@ def fit(
         if any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
             raise PipelineError(f"checkpoint {resume} is of another version of the pipeline", "delete its folder")
         done = int(checkpoint["global_step"])
+        if done > schedule.steps:
+            raise PipelineError(
+                f"{folder} has been trained for {done} steps already, more than {schedule.steps}",
+                f"set {done} steps or more, or delete that folder",
+            )
         log.info("going on at step %d of %d", done, schedule.steps)
     if done < schedule.steps:
         _train(job, fields, weights, validation, schedule, folder, accelerator, deadline or Deadline(), resume, done)

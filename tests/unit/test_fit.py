@@ -160,6 +160,12 @@ def test_the_last_step_is_validated(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert checkpoint(tmp_path)["global_step"] == steps
 
 
+def test_fewer_steps_than_there_were(tmp_path: Path) -> None:
+    train(tmp_path, replace(SHORT, steps=3))
+    with pytest.raises(PipelineError, match=r"trained for 3 steps already, more than 2 \(set 3 steps or more, or"):
+        train(tmp_path, replace(SHORT, steps=2))
+
+
 def test_no_time_at_all(tmp_path: Path) -> None:
     assert Deadline(0).passed
     assert not Deadline().passed
