@@ -61,6 +61,10 @@ class Examined:
     field: Field
     prepared: PreparedField
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Examined:
+        """Itself, or the averaged weights, a copy of all that is trained, would hold its pixels a second time."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Job:

@@ -166,6 +166,15 @@ def test_fewer_steps_than_there_were(tmp_path: Path) -> None:
         train(tmp_path, replace(SHORT, steps=2))
 
 
+def test_averaging_holds_the_pixels_once() -> None:
+    stream = SampleStream(PREPARED, np.ones(2), 64, Augmentation(), 0)
+    module = TrainingModule(job(), SHORT, [Examined(FIELDS[1], PREPARED[1])], stream)
+    averaged = copy.deepcopy(module)
+    assert averaged.network is not module.network
+    assert averaged.stream is stream
+    assert averaged.validation[0].prepared is PREPARED[1]
+
+
 def test_no_time_at_all(tmp_path: Path) -> None:
     assert Deadline(0).passed
     assert not Deadline().passed
