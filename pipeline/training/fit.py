@@ -234,7 +234,8 @@ class Plateau(Callback):
         self.count += 1
         if trainer.global_step % self.schedule.validate_every:
             return
-        mean = trainer.strategy.reduce(torch.tensor(self.total / self.count), reduce_op="mean")
+        here = torch.tensor(self.total / self.count, device=trainer.strategy.root_device)
+        mean = trainer.strategy.reduce(here, reduce_op="mean")
         self.total, self.count = 0.0, 0
         if float(mean) < self.best:
             self.best, self.bad = float(mean), 0

@@ -319,8 +319,18 @@ def test_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert used[-1] <= 0.25  # what the plateau came to is taken up
 
 
-def test_an_encoder_may_learn_more_slowly() -> None:
-    from pipeline.training.fit import TrainingModule
+def test_plateau_averages_where_the_processes_are() -> None:
+    seen = []
+
+    def reduce(value: Any, reduce_op: str) -> Any:
+        seen.append(value.device)
+        return torch.tensor(1.0)
+
+    strategy = SimpleNamespace(root_device=torch.device("meta"), reduce=reduce)
+    trainer: Any = SimpleNamespace(global_step=1, strategy=strategy)
+    Plateau(replace(SHORT, validate_every=1)).on_train_batch_end(trainer, TrainingModule, {"loss": 1.0}, None, 0)  # type: ignore[arg-type]
+    assert seen == [strategy.root_device]
+
 
     what = job("squeeze-unet", widths=[8, 8, 8, 8, 8])
     module = TrainingModule(what, replace(SHORT, encoder_rate=0.1, learning_rate=1.0, warmup=0.0), [], None)  # type: ignore[arg-type]
