@@ -521,6 +521,8 @@ def _train(
             val_check_interval=every if validation else None,
             check_val_every_n_epoch=None,
             limit_val_batches=None if validation else 0,
+            # Each process scores all fields: shares would be padded with fields that count twice.
+            use_distributed_sampler=False,
             num_sanity_val_steps=0,
             callbacks=callbacks,
             # In a SLURM job, too, where Lightning would else take the job's tasks, which are one, for its processes.

@@ -175,6 +175,40 @@ def test_averaging_holds_the_pixels_once() -> None:
     assert averaged.validation[0].prepared is PREPARED[1]
 
 
+SHARED = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+import numpy as np
+import test_fit as shared
+from pipeline.training.fit import Examined, TrainingModule, fit
+
+folder, step = Path(sys.argv[1]), TrainingModule.validation_step
+
+def note(self, batch, index):
+    with (folder / f"rank-{self.global_rank}.txt").open("a") as file:
+        file.write(f"{int(batch)} ")
+    return step(self, batch, index)
+
+TrainingModule.validation_step = note
+validation = [Examined(shared.FIELDS[i], shared.PREPARED[i]) for i in (0, 1, 1)]
+schedule = replace(shared.SHORT, steps=1, validate_every=1, devices=2)
+fit(shared.job(), shared.PREPARED, np.ones(2), validation, schedule=schedule, folder=folder, accelerator="cpu")
+"""
+
+
+def test_several_processes_score_each_field_once(tmp_path: Path) -> None:
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "1", "2"]] * 2
+
+
 def test_no_time_at_all(tmp_path: Path) -> None:
     assert Deadline(0).passed
     assert not Deadline().passed
