@@ -46,6 +46,10 @@ VALIDATION = {
 """Scores that are logged at each validation, and what they are called in the scores of a field."""
 
 
+ENCODERS = ("encoder.", "network.backbone.body.")
+"""How the names of an encoder's weights begin, in the networks that may have pretrained ones."""
+
+
 @dataclass(frozen=True, eq=False)
 class Examined:
     """A field that checkpoints are chosen on.
@@ -205,8 +209,8 @@ class TrainingModule(lightning.LightningModule):
         weights: Any = self.parameters()
         if schedule.encoder_rate != 1:
             named = list(self.network.named_parameters())
-            slow = [p for name, p in named if name.startswith("encoder.")]
-            rest = [p for name, p in named if not name.startswith("encoder.")]
+            slow = [p for name, p in named if name.startswith(ENCODERS)]
+            rest = [p for name, p in named if not name.startswith(ENCODERS)]
             weights = [{"params": rest}, {"params": slow, "lr": schedule.learning_rate * schedule.encoder_rate}]
         optimizer = kinds[schedule.optimizer](weights, **rate)
         # A function of the step alone, so that a resumed run may be longer than the one before.

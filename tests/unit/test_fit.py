@@ -366,11 +366,23 @@ def test_plateau_averages_where_the_processes_are() -> None:
     assert seen == [strategy.root_device]
 
 
-    what = job("squeeze-unet", widths=[8, 8, 8, 8, 8])
+@pytest.mark.parametrize(
+    ("network", "args"),
+    [
+        ("squeeze-unet", {"widths": [8, 8, 8, 8, 8]}),
+        ("maskrcnn-small", {"channels": 16, "hidden": 32, "convolutions": 1}),
+    ],
+)
+def test_an_encoder_may_learn_more_slowly(network: str, args: dict[str, Any]) -> None:
+    what = job(network, **args)
     module = TrainingModule(what, replace(SHORT, encoder_rate=0.1, learning_rate=1.0, warmup=0.0), [], None)  # type: ignore[arg-type]
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert [group["initial_lr"] for group in groups] == pytest.approx([1.0, 0.1])
     assert sum(len(group["params"]) for group in groups) == len(list(what.network.parameters()))
+    assert all(group["params"] for group in groups)
+
+
+def test_optimisers() -> None:
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
         module = TrainingModule(job(), replace(SHORT, optimizer=name), [], None)  # type: ignore[arg-type]
         assert type(module.configure_optimizers()["optimizer"]) is kind

@@ -440,6 +440,7 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"network": "unet9"}, "unet9"),
         ({"patch": 100}, "multiple of 16"),
         ({"stain": "pink"}, "pink"),
+        ({"schedule": {"encoder_rate": 0.1}}, "encoder_rate 0.1, but resunet has no pretrained encoder"),
     ],
 )
 def test_wrong_section_is_one_line(data: Path, change: dict[str, Any], message: str) -> None:
