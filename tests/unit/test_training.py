@@ -257,6 +257,23 @@ def test_half_weights_are_those_that_were_scored(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_the_scores_depend_on_is_scored_anew(data: Path, tmp_path: Path) -> None:
+    one = Experiment.from_json(section(data, final_steps=0))
+    first = run_experiment(one, tmp_path / "work", tmp_path / "model", "cpu")
+    weaker = replace(one, stain_strength=0.25)
+    second = run_experiment(weaker, tmp_path / "work", tmp_path / "model", "cpu")
+    assert second["mean"]["loss"] != first["mean"]["loss"]
+    run = Run(weaker, tmp_path / "work", "cpu")
+    scored, _ = run.evaluator.score(run.train(), run.data.part("test"), InstanceRules(**second["rules"]))
+    assert scored["mean"] == second["mean"]
+    written = (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns
+    assert run_experiment(weaker, tmp_path / "work", tmp_path / "model", "cpu") == second
+    assert (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns == written
+    run_experiment(replace(weaker, half_weights=True), tmp_path / "work", tmp_path / "model", "cpu")
+    assert (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns != written
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
     mine = tmp_path / "data"
     shutil.copytree(data, mine)
@@ -268,9 +285,33 @@ def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
         shutil.copy(one, one.with_name("TCGA-ZZ-ZZZZ-x.png"))
     for steps in (4, 6):
         longer = replace(experiment, schedule=replace(experiment.schedule, steps=steps))
-        with pytest.raises(PipelineError, match=r"the data of 'tiny' have changed since its training in .*work began"):
+        with pytest.raises(PipelineError, match=r"the data of 'tiny' changed after its training in .*work began"):
             Run(longer, tmp_path / "work", "cpu")
     assert (tmp_path / "work" / "split.json").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_are_replaced(data: Path, tmp_path: Path) -> None:
+    def new_model(seed: int) -> None:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}, seed=seed)
+
+    def work(role: str, **changes: Any) -> Experiment:
+        schedule = {"steps": 1, "batch": 1, "size": 64, "workers": 0, "keep": "last"}
+        common = {"stain": "none", "schedule": schedule, "final_steps": 0, "evaluation": {"tune": False}}
+        return Experiment.from_json(section(data, **common, **{role: str(tmp_path / "model")}, **changes))
+
+    new_model(0)
+    unseen = work("start_from", split={"method": "all-test"})
+    before = run_experiment(unseen, tmp_path / "unseen", tmp_path / "unseen" / "model", "cpu")
+    for role in ("start_from", "teacher"):
+        Run(work(role), tmp_path / role, "cpu").train()
+    new_model(1)
+    for role in ("start_from", "teacher"):
+        with pytest.raises(PipelineError, match=rf"the {role} of 'tiny' changed after its training in .*{role} began"):
+            Run(work(role), tmp_path / role, "cpu")
+    after = run_experiment(unseen, tmp_path / "unseen", tmp_path / "unseen" / "model", "cpu")
+    assert after["mean"]["loss"] != before["mean"]["loss"]
 
 
 def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Path) -> None:
