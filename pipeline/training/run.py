@@ -189,6 +189,39 @@ def load_data(experiment: Experiment) -> Data:
     return Data([f for f in fields if f.name in used], split)
 
 
+def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
+    """How an experiment's scores come about, in words.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The experiment.
+    split : Split
+        Who is for what.
+    tuned : int
+        Training fields that thresholds are chosen on.
+    start : str
+        Name of the model that it starts from.
+    """
+    others = [f"{len(split.validation)} fields of other patients"] if split.validation else []
+    own = [f"{tuned} training fields"] if tuned else []
+    chosen = bool(split.train and others) and experiment.schedule.keep != "last"
+    if not split.train:
+        checkpoint = f"{start} as it is"
+    else:
+        checkpoint = f"checkpoint chosen on {others[0]}" if chosen else "the last checkpoint"
+    if not (experiment.evaluation.tune and others + own):
+        thresholds = "; thresholds not tuned"
+    elif chosen:
+        thresholds = f", thresholds on {' and '.join(['these', *own])}"
+    else:
+        thresholds = f"; thresholds chosen on {' and '.join(others + own)}"
+    held_out = f"{experiment.split.describe(experiment.holdout)} (seed {experiment.seed}, {len(split.test)} fields)"
+    more = experiment.final_steps
+    final = f"; the packed weights were then trained {more} steps on all fields" if more else ""
+    return f"{held_out}; {checkpoint}{thresholds}{final}"
+
+
 def leads() -> bool:
     """Whether this is the process that writes what only one of several should."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -358,6 +391,19 @@ class Run:
         )
         return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
 
+    def tuning_fields(self) -> list[Field]:
+        """The fields that thresholds are chosen on; none, where they stay as they are."""
+        one = self.experiment
+        if not one.evaluation.tune:
+            return []
+        more = self.data.part("train") if one.evaluation.tune_on_training else []
+        return self.data.part("validation") + [f for f in more if f.source == one.holdout]
+
+    def protocol(self) -> str:
+        """How the scores come about, in words."""
+        own = len({f.name for f in self.tuning_fields()} & {*self.data.split.train})
+        return protocol(self.experiment, self.data.split, own, self.start.name if self.start else "")
+
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
         """Tune thresholds on the validation fields and score the test fields, once."""
         one = self.experiment
@@ -376,31 +422,20 @@ class Run:
         if file.is_file() and panel.is_file():
             known: dict[str, Any] = read_json(file)
             if known.get("settings") == settings:
-                return known
+                return known | {"protocol": self.protocol()}
         if one.half_weights:
             round_weights(network)
-        validation, test = self.data.part("validation"), self.data.part("test")
-        tuning = list(validation)
-        on_training = one.evaluation.tune and one.evaluation.tune_on_training
-        if on_training:
-            tuning += [f for f in self.data.part("train") if f.source == one.holdout]
-        if tuning and one.evaluation.tune:
+        test = self.data.part("test")
+        tuning = self.tuning_fields()
+        if tuning:
             maps = self.evaluator.maps(network, tuning)
             rules, tuned = tune_rules(maps, tuning, rules, self.evaluator.channels, one.mpp)
             log.info("thresholds: %s (%s)", rules, tuned)
         evaluation, found = self.evaluator.score(network, test, rules)
         if leads():
             write_panel(panel, test, found, evaluation["images"])
-        others = f"{len(validation)} fields of other patients"
-        more = f" and {len(tuning) - len(validation)} training fields" if on_training else ""
-        if one.schedule.keep == "last":
-            chosen = f"the last checkpoint; thresholds chosen on {others}{more}"
-        else:
-            chosen = f"checkpoint chosen on {others}, thresholds on these{more}"
-        protocol = f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); {chosen}"
         spent = self.work / "heldout" / "time.json"
         evaluation |= {
-            "protocol": protocol,
             "test": list(self.data.split.test),
             "settings": settings,
             "steps": one.schedule.steps if self.data.split.train else 0,
@@ -408,7 +443,7 @@ class Run:
             "time": read_json(spent) if spent.is_file() else {},
         }
         save_json(file, evaluation)
-        return evaluation
+        return evaluation | {"protocol": self.protocol()}
 
     def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:
         """Write the model package."""

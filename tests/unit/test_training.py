@@ -36,8 +36,9 @@ from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
-from pipeline.training.run import Run, check_classes, check_licences, run_experiment  # noqa: E402
+from pipeline.training.run import Run, check_classes, check_licences, protocol, run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
+from pipeline.training.splits import Split  # noqa: E402
 
 
 def test_unknown_names() -> None:
@@ -123,6 +124,9 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     longer_package = ModelPackage.load(tmp_path / "longer")
     assert held_out < set(package.data[0]["patients"])
     assert held_out.isdisjoint(longer_package.data[0]["patients"])
+    # The packed weights are told apart from those that were scored.
+    assert package.metrics["protocol"].endswith("; the packed weights were then trained 2 steps on all fields")
+    assert "packed weights" not in longer_package.metrics["protocol"]
     leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
     with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
         Run(leaking, tmp_path / "leaking", "cpu")
@@ -324,6 +328,29 @@ def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Pa
     leaking = section(data, start_from=str(tmp_path / "model"))
     with pytest.raises(PipelineError, match="has learned from"):
         Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tuned", "expected"),
+    [
+        ({}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these"),
+        ({}, 3, "checkpoint chosen on 2 fields of other patients, thresholds on these and 3 training fields"),
+        ({"schedule": {"keep": "last"}}, 3, "the last checkpoint; thresholds chosen on 2 fields of other patients and "
+         "3 training fields"),
+        ({"evaluation": {"tune": False}}, 0, "checkpoint chosen on 2 fields of other patients; thresholds not tuned"),
+        ({"validation": 0}, 0, "the last checkpoint; thresholds not tuned"),
+        ({"validation": 0}, 3, "the last checkpoint; thresholds chosen on 3 training fields"),
+        ({"split": {"method": "all-test"}}, 0, "theirs as it is; thresholds not tuned"),
+        ({"final_steps": 7}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these; the packed "
+         "weights were then trained 7 steps on all fields"),
+    ],
+)  # fmt: skip
+def test_the_protocol_in_words(data: Path, changes: dict[str, Any], tuned: int, expected: str) -> None:
+    one = Experiment.from_json(section(data, **{"final_steps": 0, **changes}))
+    train = () if one.split.method == "all-test" else ("a", "b", "c")
+    split = Split(train, ("d", "e") if train and one.validation else (), ("f",), 42)
+    text = protocol(one, split, tuned, "theirs")
+    assert text == f"{one.split.describe('monuseg')} (seed 42, 1 fields); {expected}"
 
 
 def test_classes_that_nobody_has(data: Path, caplog: pytest.LogCaptureFixture) -> None:
