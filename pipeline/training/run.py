@@ -449,7 +449,9 @@ class Run:
         """Write the model package."""
         rules = InstanceRules(**evaluation["rules"])
         classes = self.targets.classes
-        fields = self.data.fields if self.experiment.final_steps else self.data.part("train")
+        # Validation fields count as known: the checkpoint and the thresholds were chosen on them.
+        known = self.data.part("train") + self.data.part("validation")
+        fields = self.data.fields if self.experiment.final_steps else known
         earlier = [one for one in (self.start, self.teacher) if one is not None]
         one, reference = self.experiment, self.reference
         return pack(network, one, evaluation, rules, reference, fields, self.work, out, classes, earlier)

@@ -123,6 +123,8 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     held_out = {image["patient"] for image in evaluation["images"].values()}
     longer_package = ModelPackage.load(tmp_path / "longer")
     assert held_out < set(package.data[0]["patients"])
+    chosen_on = json.loads((tmp_path / "work" / "split.json").read_text())["patients"]
+    assert set(longer_package.data[0]["patients"]) == {*chosen_on["train"], *chosen_on["validation"]}
     assert held_out.isdisjoint(longer_package.data[0]["patients"])
     # The packed weights are told apart from those that were scored.
     assert package.metrics["protocol"].endswith("; the packed weights were then trained 2 steps on all fields")
