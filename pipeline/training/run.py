@@ -22,6 +22,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
+from pipeline.kernels.stain import METHODS
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
@@ -265,6 +266,12 @@ class Run:
         self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
         if self.start is not None:
             self.reference = self.start.stain["reference"]
+            there = [method for method in METHODS if method == "none" or method in self.reference]
+            if experiment.stain not in there:
+                raise PipelineError(
+                    f"train: start_from {self.start.folder} has no stain reference of {experiment.stain!r}",
+                    f"set train.stain to {' or '.join(there)}",
+                )
         else:
             main = [f for f in train if f.source == experiment.holdout] or train
             chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)

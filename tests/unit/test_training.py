@@ -332,6 +332,14 @@ def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Pa
         Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
 
 
+def test_a_start_without_the_stain_reference(data: Path, tmp_path: Path) -> None:
+    write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]})
+    for stain in ("macenko", "vahadane"):
+        one = Experiment.from_json(section(data, start_from=str(tmp_path / "model"), stain=stain))
+        with pytest.raises(PipelineError, match=rf"start_from .*model has no stain reference of '{stain}' \(.*to none"):
+            Run(one, tmp_path / stain, "cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "tuned", "expected"),
     [
