@@ -166,6 +166,12 @@ class Experiment:
                 f"train: {self.network} with heads {', '.join(self.heads)} and evaluation.tta {self.evaluation.tta}",
                 "it finds instances itself: use heads nucleus, distance and tta none",
             )
+        rate = self.schedule.encoder_rate
+        if rate != 1 and not NETWORKS[self.network].pretrained:
+            raise PipelineError(
+                f"train: schedule.encoder_rate {rate:g}, but {self.network} has no pretrained encoder",
+                "set it to 1, or take a network with encoder_weights",
+            )
         stride = stride_of(self.network, self.network_args)
         for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):
             if side % stride:

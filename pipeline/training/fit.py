@@ -46,6 +46,10 @@ VALIDATION = {
 """Scores that are logged at each validation, and what they are called in the scores of a field."""
 
 
+ENCODERS = ("encoder.", "network.backbone.body.")
+"""How the names of an encoder's weights begin, in the networks that may have pretrained ones."""
+
+
 @dataclass(frozen=True, eq=False)
 class Examined:
     """A field that checkpoints are chosen on.
@@ -60,6 +64,10 @@ class Examined:
 
     field: Field
     prepared: PreparedField
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Examined:
+        """Itself, or the averaged weights, a copy of all that is trained, would hold its pixels a second time."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +209,8 @@ class TrainingModule(lightning.LightningModule):
         weights: Any = self.parameters()
         if schedule.encoder_rate != 1:
             named = list(self.network.named_parameters())
-            slow = [p for name, p in named if name.startswith("encoder.")]
-            rest = [p for name, p in named if not name.startswith("encoder.")]
+            slow = [p for name, p in named if name.startswith(ENCODERS)]
+            rest = [p for name, p in named if not name.startswith(ENCODERS)]
             weights = [{"params": rest}, {"params": slow, "lr": schedule.learning_rate * schedule.encoder_rate}]
         optimizer = kinds[schedule.optimizer](weights, **rate)
         # A function of the step alone, so that a resumed run may be longer than the one before.
@@ -230,7 +238,8 @@ class Plateau(Callback):
         self.count += 1
         if trainer.global_step % self.schedule.validate_every:
             return
-        mean = trainer.strategy.reduce(torch.tensor(self.total / self.count), reduce_op="mean")
+        here = torch.tensor(self.total / self.count, device=trainer.strategy.root_device)
+        mean = trainer.strategy.reduce(here, reduce_op="mean")
         self.total, self.count = 0.0, 0
         if float(mean) < self.best:
             self.best, self.bad = float(mean), 0
@@ -350,6 +359,13 @@ class Checkpoints(Callback):
                 "run the same command again to go on",
             )
 
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the last step validated, too, wherever it lies between two validations."""
+        if trainer.global_step == self.schedule.steps:
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by the trainer."""
         self._check(trainer)
@@ -439,7 +455,7 @@ def fit(
     Raises
     ------
     PipelineError
-        When the loss is not finite, a checkpoint belongs to another network or cannot be written.
+        When the loss is not finite, a checkpoint belongs to another network, has more steps or cannot be written.
     Unfinished
         When the time is over.
     """
@@ -454,6 +470,11 @@ def fit(
         if any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
             raise PipelineError(f"checkpoint {resume} is of another version of the pipeline", "delete its folder")
         done = int(checkpoint["global_step"])
+        if done > schedule.steps:
+            raise PipelineError(
+                f"{folder} has been trained for {done} steps already, more than {schedule.steps}",
+                f"set {done} steps or more, or delete that folder",
+            )
         log.info("going on at step %d of %d", done, schedule.steps)
     if done < schedule.steps:
         _train(job, fields, weights, validation, schedule, folder, accelerator, deadline or Deadline(), resume, done)
@@ -504,6 +525,8 @@ def _train(
             val_check_interval=every if validation else None,
             check_val_every_n_epoch=None,
             limit_val_batches=None if validation else 0,
+            # Each process scores all fields: shares would be padded with fields that count twice.
+            use_distributed_sampler=False,
             num_sanity_val_steps=0,
             callbacks=callbacks,
             # In a SLURM job, too, where Lightning would else take the job's tasks, which are one, for its processes.

@@ -42,7 +42,7 @@ def learned_from(
     Parameters
     ----------
     fields : sequence of Field
-        What was trained on.
+        What was trained on, and what checkpoint and thresholds were chosen on.
     sources : sequence of mapping
         The experiment's ``data``.
     earlier : sequence of ModelPackage
@@ -112,7 +112,7 @@ def pack(
     reference : dict
         Stain reference.
     fields : list of Field
-        What the network has learned from.
+        What the network knows, see `learned_from`.
     work : pathlib.Path
         Folder of the training.
     out : pathlib.Path

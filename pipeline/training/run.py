@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
+from pipeline.kernels.stain import METHODS
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
@@ -40,7 +41,7 @@ from pipeline.training.panel import write_panel
 from pipeline.training.reference import choose_reference, normalise
 from pipeline.training.samples import PreparedField, prepare_field
 from pipeline.training.schedule import Deadline, Schedule
-from pipeline.training.splits import Split, make_split
+from pipeline.training.splits import PARTS, Split, make_split
 from pipeline.training.targets import Targets, classes_of
 from pipeline.training.teacher import Teacher
 from pipeline.training.tuning import tune_rules
@@ -140,26 +141,39 @@ def digest_of(fields: Sequence[Field]) -> str:
     return found.hexdigest()
 
 
-def check_unchanged(data: Data, work: Path, name: str) -> str:
-    """Digest of the data; refuse to go on with a training that began with others.
+def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, name: str) -> None:
+    """Refuse to go on with a training that began with other data or models.
 
-    Its checkpoints may know patients that a new split holds out.
+    Its checkpoints may know patients that a new split holds out, and not what a new model has learned.
+
+    Parameters
+    ----------
+    split : Split
+        Who is for what.
+    origin : mapping of str to str or None
+        Digests of ``data``, ``start_from`` and ``teacher``.
+    work : pathlib.Path
+        Folder of the training.
+    name : str
+        Its name.
 
     Raises
     ------
     PipelineError
-        When there are checkpoints of other data.
+        When there are checkpoints of others.
     """
-    digest, recorded = digest_of(data.fields), work / "split.json"
-    if recorded.is_file() and any(work.glob("*/last.ckpt")):
-        before = read_json(recorded)
-        same = before.get("data", digest) == digest
-        if not same or any(before[part] != list(getattr(data.split, part)) for part in ("train", "validation", "test")):
-            raise PipelineError(
-                f"the data of {name!r} have changed since its training in {work} began",
-                "give the new training another train.name, or delete that folder",
-            )
-    return digest
+    recorded = work / "split.json"
+    if not recorded.is_file() or not any(work.glob("*/last.ckpt")):
+        return
+    before = read_json(recorded)
+    changed = [what for what, digest in origin.items() if before.get(what, digest) != digest]
+    if any(before[part] != list(getattr(split, part)) for part in PARTS):
+        changed.insert(0, "data")
+    if changed:
+        raise PipelineError(
+            f"the {changed[0]} of {name!r} changed after its training in {work} began",
+            "give the new training another train.name, or delete that folder",
+        )
 
 
 def load_data(experiment: Experiment) -> Data:
@@ -174,6 +188,39 @@ def load_data(experiment: Experiment) -> Data:
     split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
     used = {*split.train, *split.validation, *split.test}
     return Data([f for f in fields if f.name in used], split)
+
+
+def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
+    """How an experiment's scores come about, in words.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The experiment.
+    split : Split
+        Who is for what.
+    tuned : int
+        Training fields that thresholds are chosen on.
+    start : str
+        Name of the model that it starts from.
+    """
+    others = [f"{len(split.validation)} fields of other patients"] if split.validation else []
+    own = [f"{tuned} training fields"] if tuned else []
+    chosen = bool(split.train and others) and experiment.schedule.keep != "last"
+    if not split.train:
+        checkpoint = f"{start} as it is"
+    else:
+        checkpoint = f"checkpoint chosen on {others[0]}" if chosen else "the last checkpoint"
+    if not (experiment.evaluation.tune and others + own):
+        thresholds = "; thresholds not tuned"
+    elif chosen:
+        thresholds = f", thresholds on {' and '.join(['these', *own])}"
+    else:
+        thresholds = f"; thresholds chosen on {' and '.join(others + own)}"
+    held_out = f"{experiment.split.describe(experiment.holdout)} (seed {experiment.seed}, {len(split.test)} fields)"
+    more = experiment.final_steps
+    final = f"; the packed weights were then trained {more} steps on all fields" if more else ""
+    return f"{held_out}; {checkpoint}{thresholds}{final}"
 
 
 def leads() -> bool:
@@ -204,26 +251,32 @@ class Run:
         self.accelerator = accelerator
         self.deadline = deadline or Deadline()
         self.data = load_data(experiment)
-        digest = check_unchanged(self.data, work, experiment.name)
-        save_json(work / "split.json", self.data.split.to_json(self.data.fields) | {"data": digest})
+        self.start = self._known_package(experiment, "start_from")
+        self.teacher = self._known_package(experiment, "teacher")
+        self.origin = {
+            "data": digest_of(self.data.fields),
+            "start_from": self.start.sha256 if self.start else None,
+            "teacher": self.teacher.sha256 if self.teacher else None,
+        }
+        check_unchanged(self.data.split, self.origin, work, experiment.name)
+        save_json(work / "split.json", self.data.split.to_json(self.data.fields) | self.origin)
         check_licences(experiment)
         train = self.data.part("train")
         self.area = area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
         self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
-        self.start: ModelPackage | None = None
-        if experiment.start_from is not None:
-            self.start = ModelPackage.load(Path(experiment.start_from), verify=True)
-            self._check_known(self.start, "start_from")
+        if self.start is not None:
             self.reference = self.start.stain["reference"]
+            there = [method for method in METHODS if method == "none" or method in self.reference]
+            if experiment.stain not in there:
+                raise PipelineError(
+                    f"train: start_from {self.start.folder} has no stain reference of {experiment.stain!r}",
+                    f"set train.stain to {' or '.join(there)}",
+                )
         else:
             main = [f for f in train if f.source == experiment.holdout] or train
             chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
             self.reference = {"name": chosen.name, **reference}
         log.info("stain reference: %s", self.reference.get("name"))
-        self.teacher: ModelPackage | None = None
-        if experiment.teacher is not None:
-            self.teacher = ModelPackage.load(Path(experiment.teacher), verify=True)
-            self._check_known(self.teacher, "teacher")
         classes: tuple[str, ...] = ()
         if "type" in experiment.heads:
             classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
@@ -235,8 +288,12 @@ class Run:
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
 
-    def _check_known(self, package: ModelPackage, role: str) -> None:
-        """Refuse to learn from a model that knows the patients that are held out."""
+    def _known_package(self, experiment: Experiment, role: str) -> ModelPackage | None:
+        """The package of ``start_from`` or ``teacher``; one that knows the patients that are held out is refused."""
+        folder = getattr(experiment, role)
+        if folder is None:
+            return None
+        package = ModelPackage.load(Path(folder), verify=True)
         known = {(entry["name"], patient) for entry in package.data for patient in entry.get("patients", ())}
         tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
         test = {(f.source, f.patient) for f in self.data.part("test")}
@@ -247,11 +304,12 @@ class Run:
                 f"{leaked[0][1]} of {leaked[0][0]}",
                 "take a model that held them out (final_steps: 0)",
             )
-        if package.licence != self.experiment.licence:
+        if package.licence != experiment.licence:
             log.warning(
                 "the licence of %s, %s, holds for what is trained from it, too; this training states %s",
-                package.folder, package.licence, self.experiment.licence,
+                package.folder, package.licence, experiment.licence,
             )  # fmt: skip
+        return package
 
     def build(self) -> nn.Module:
         """The network with the weights that training starts from."""
@@ -340,43 +398,51 @@ class Run:
         )
         return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
 
+    def tuning_fields(self) -> list[Field]:
+        """The fields that thresholds are chosen on; none, where they stay as they are."""
+        one = self.experiment
+        if not one.evaluation.tune:
+            return []
+        more = self.data.part("train") if one.evaluation.tune_on_training else []
+        return self.data.part("validation") + [f for f in more if f.source == one.holdout]
+
+    def protocol(self) -> str:
+        """How the scores come about, in words."""
+        own = len({f.name for f in self.tuning_fields()} & {*self.data.split.train})
+        return protocol(self.experiment, self.data.split, own, self.start.name if self.start else "")
+
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
         """Tune thresholds on the validation fields and score the test fields, once."""
         one = self.experiment
         file = self.work / f"evaluation-{one.schedule.steps}.json"
-        settings = {**asdict(one.evaluation), "patch": one.patch, "overlap": one.overlap}
-        panel = self.work / "panel.png"
-        if file.is_file() and panel.is_file():
-            known: dict[str, Any] = read_json(file)
-            if known.get("settings", settings) == settings:
-                return known
-        if one.half_weights:
-            round_weights(network)
-        validation, test = self.data.part("validation"), self.data.part("test")
         rules = one.rules
         if self.start is not None and not self.data.split.train:
             rules = self.start.thresholds
-        tuning = list(validation)
-        on_training = one.evaluation.tune and one.evaluation.tune_on_training
-        if on_training:
-            tuning += [f for f in self.data.part("train") if f.source == one.holdout]
-        if tuning and one.evaluation.tune:
+        # All that the scores depend on, checkpoints apart.
+        settings = {
+            **asdict(one.evaluation),
+            "rules": asdict(rules),
+            **{name: getattr(one, name) for name in ("patch", "overlap", "stain_strength", "half_weights")},
+            **self.origin,
+        }
+        panel = self.work / "panel.png"
+        if file.is_file() and panel.is_file():
+            known: dict[str, Any] = read_json(file)
+            if known.get("settings") == settings:
+                return known | {"protocol": self.protocol()}
+        if one.half_weights:
+            round_weights(network)
+        test = self.data.part("test")
+        tuning = self.tuning_fields()
+        if tuning:
             maps = self.evaluator.maps(network, tuning)
             rules, tuned = tune_rules(maps, tuning, rules, self.evaluator.channels, one.mpp)
             log.info("thresholds: %s (%s)", rules, tuned)
         evaluation, found = self.evaluator.score(network, test, rules)
         if leads():
             write_panel(panel, test, found, evaluation["images"])
-        others = f"{len(validation)} fields of other patients"
-        more = f" and {len(tuning) - len(validation)} training fields" if on_training else ""
-        if one.schedule.keep == "last":
-            chosen = f"the last checkpoint; thresholds chosen on {others}{more}"
-        else:
-            chosen = f"checkpoint chosen on {others}, thresholds on these{more}"
-        protocol = f"{one.split.describe(one.holdout)} (seed {one.seed}, {len(test)} fields); {chosen}"
         spent = self.work / "heldout" / "time.json"
         evaluation |= {
-            "protocol": protocol,
             "test": list(self.data.split.test),
             "settings": settings,
             "steps": one.schedule.steps if self.data.split.train else 0,
@@ -384,13 +450,15 @@ class Run:
             "time": read_json(spent) if spent.is_file() else {},
         }
         save_json(file, evaluation)
-        return evaluation
+        return evaluation | {"protocol": self.protocol()}
 
     def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:
         """Write the model package."""
         rules = InstanceRules(**evaluation["rules"])
         classes = self.targets.classes
-        fields = self.data.fields if self.experiment.final_steps else self.data.part("train")
+        # Validation fields count as known: the checkpoint and the thresholds were chosen on them.
+        known = self.data.part("train") + self.data.part("validation")
+        fields = self.data.fields if self.experiment.final_steps else known
         earlier = [one for one in (self.start, self.teacher) if one is not None]
         one, reference = self.experiment, self.reference
         return pack(network, one, evaluation, rules, reference, fields, self.work, out, classes, earlier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -47,6 +48,10 @@ class SampleStream(IterableDataset):
         self.rank = 0
         """Number of the device, set by the trainer."""
         self.styles = [one for field in fields for one in field.tones if one is not None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SampleStream:
+        """Itself, or the averaged weights, a copy of all that is trained, would hold its pixels a second time."""
+        return self
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         worker = get_worker_info()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import os
+import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +32,17 @@ torch = pytest.importorskip("torch")
 
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.training.fit import Examined, Job, WholeCheckpoints, fit, move_averages  # noqa: E402
+from pipeline.training.fit import (  # noqa: E402
+    Examined,
+    Job,
+    Plateau,
+    TrainingModule,
+    WholeCheckpoints,
+    fit,
+    move_averages,
+)
 from pipeline.training.losses import CombinedLoss  # noqa: E402
+from pipeline.training.stream import SampleStream  # noqa: E402
 
 HEADS = ("nucleus", "distance")
 FIELDS = [Field(f"f{i}", "s", f"p{i}", "", 0.5, *make_field(96, 96, 0.5, seed=i)) for i in range(2)]
@@ -134,6 +149,64 @@ def test_stopped_by_the_clock_and_gone_on(tmp_path: Path) -> None:
     logs = [path.read_text() for path in sorted(tmp_path.glob("log-*/metrics.csv"))]
     assert len(logs) == 2
     assert "val/aji" in logs[1].splitlines()[0]
+
+
+def test_the_last_step_is_validated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for steps, expected in ((3, [2, 3]), (7, [4, 6, 7]), (8, [8])):
+        with caplog.at_level("INFO", "pipeline"):
+            train(tmp_path, replace(SHORT, steps=steps))
+        assert [int(step) for step in re.findall(r"step (\d+): training loss", caplog.text)] == expected
+        caplog.clear()
+        assert checkpoint(tmp_path)["global_step"] == steps
+
+
+def test_fewer_steps_than_there_were(tmp_path: Path) -> None:
+    train(tmp_path, replace(SHORT, steps=3))
+    with pytest.raises(PipelineError, match=r"trained for 3 steps already, more than 2 \(set 3 steps or more, or"):
+        train(tmp_path, replace(SHORT, steps=2))
+
+
+def test_averaging_holds_the_pixels_once() -> None:
+    stream = SampleStream(PREPARED, np.ones(2), 64, Augmentation(), 0)
+    module = TrainingModule(job(), SHORT, [Examined(FIELDS[1], PREPARED[1])], stream)
+    averaged = copy.deepcopy(module)
+    assert averaged.network is not module.network
+    assert averaged.stream is stream
+    assert averaged.validation[0].prepared is PREPARED[1]
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+import numpy as np
+import test_fit as shared
+from pipeline.training.fit import Examined, TrainingModule, fit
+
+folder, step = Path(sys.argv[1]), TrainingModule.validation_step
+
+def note(self, batch, index):
+    with (folder / f"rank-{self.global_rank}.txt").open("a") as file:
+        file.write(f"{int(batch)} ")
+    return step(self, batch, index)
+
+TrainingModule.validation_step = note
+validation = [Examined(shared.FIELDS[i], shared.PREPARED[i]) for i in (0, 1, 1)]
+schedule = replace(shared.SHORT, steps=1, validate_every=1, devices=2)
+fit(shared.job(), shared.PREPARED, np.ones(2), validation, schedule=schedule, folder=folder, accelerator="cpu")
+"""
+
+
+def test_several_processes_score_each_field_once(tmp_path: Path) -> None:
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "1", "2"]] * 2
 
 
 def test_no_time_at_all(tmp_path: Path) -> None:
@@ -256,8 +329,6 @@ def test_epochs_are_passes_over_the_area() -> None:
 
 
 def test_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.training.fit import TrainingModule
-
     used: list[float] = []
 
     class Stuck(CombinedLoss):
@@ -282,14 +353,36 @@ def test_plateau_lowers_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert used[-1] <= 0.25  # what the plateau came to is taken up
 
 
-def test_an_encoder_may_learn_more_slowly() -> None:
-    from pipeline.training.fit import TrainingModule
+def test_plateau_averages_where_the_processes_are() -> None:
+    seen = []
 
-    what = job("squeeze-unet", widths=[8, 8, 8, 8, 8])
+    def reduce(value: Any, reduce_op: str) -> Any:
+        seen.append(value.device)
+        return torch.tensor(1.0)
+
+    strategy = SimpleNamespace(root_device=torch.device("meta"), reduce=reduce)
+    trainer: Any = SimpleNamespace(global_step=1, strategy=strategy)
+    Plateau(replace(SHORT, validate_every=1)).on_train_batch_end(trainer, TrainingModule, {"loss": 1.0}, None, 0)  # type: ignore[arg-type]
+    assert seen == [strategy.root_device]
+
+
+@pytest.mark.parametrize(
+    ("network", "args"),
+    [
+        ("squeeze-unet", {"widths": [8, 8, 8, 8, 8]}),
+        ("maskrcnn-small", {"channels": 16, "hidden": 32, "convolutions": 1}),
+    ],
+)
+def test_an_encoder_may_learn_more_slowly(network: str, args: dict[str, Any]) -> None:
+    what = job(network, **args)
     module = TrainingModule(what, replace(SHORT, encoder_rate=0.1, learning_rate=1.0, warmup=0.0), [], None)  # type: ignore[arg-type]
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert [group["initial_lr"] for group in groups] == pytest.approx([1.0, 0.1])
     assert sum(len(group["params"]) for group in groups) == len(list(what.network.parameters()))
+    assert all(group["params"] for group in groups)
+
+
+def test_optimisers() -> None:
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
         module = TrainingModule(job(), replace(SHORT, optimizer=name), [], None)  # type: ignore[arg-type]
         assert type(module.configure_optimizers()["optimizer"]) is kind

@@ -36,8 +36,9 @@ from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
-from pipeline.training.run import Run, check_classes, check_licences, run_experiment  # noqa: E402
+from pipeline.training.run import Run, check_classes, check_licences, protocol, run_experiment  # noqa: E402
 from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
+from pipeline.training.splits import Split  # noqa: E402
 
 
 def test_unknown_names() -> None:
@@ -122,7 +123,12 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     held_out = {image["patient"] for image in evaluation["images"].values()}
     longer_package = ModelPackage.load(tmp_path / "longer")
     assert held_out < set(package.data[0]["patients"])
+    chosen_on = json.loads((tmp_path / "work" / "split.json").read_text())["patients"]
+    assert set(longer_package.data[0]["patients"]) == {*chosen_on["train"], *chosen_on["validation"]}
     assert held_out.isdisjoint(longer_package.data[0]["patients"])
+    # The packed weights are told apart from those that were scored.
+    assert package.metrics["protocol"].endswith("; the packed weights were then trained 2 steps on all fields")
+    assert "packed weights" not in longer_package.metrics["protocol"]
     leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
     with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
         Run(leaking, tmp_path / "leaking", "cpu")
@@ -257,6 +263,23 @@ def test_half_weights_are_those_that_were_scored(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_the_scores_depend_on_is_scored_anew(data: Path, tmp_path: Path) -> None:
+    one = Experiment.from_json(section(data, final_steps=0))
+    first = run_experiment(one, tmp_path / "work", tmp_path / "model", "cpu")
+    weaker = replace(one, stain_strength=0.25)
+    second = run_experiment(weaker, tmp_path / "work", tmp_path / "model", "cpu")
+    assert second["mean"]["loss"] != first["mean"]["loss"]
+    run = Run(weaker, tmp_path / "work", "cpu")
+    scored, _ = run.evaluator.score(run.train(), run.data.part("test"), InstanceRules(**second["rules"]))
+    assert scored["mean"] == second["mean"]
+    written = (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns
+    assert run_experiment(weaker, tmp_path / "work", tmp_path / "model", "cpu") == second
+    assert (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns == written
+    run_experiment(replace(weaker, half_weights=True), tmp_path / "work", tmp_path / "model", "cpu")
+    assert (tmp_path / "work" / "evaluation-4.json").stat().st_mtime_ns != written
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
     mine = tmp_path / "data"
     shutil.copytree(data, mine)
@@ -268,9 +291,33 @@ def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
         shutil.copy(one, one.with_name("TCGA-ZZ-ZZZZ-x.png"))
     for steps in (4, 6):
         longer = replace(experiment, schedule=replace(experiment.schedule, steps=steps))
-        with pytest.raises(PipelineError, match=r"the data of 'tiny' have changed since its training in .*work began"):
+        with pytest.raises(PipelineError, match=r"the data of 'tiny' changed after its training in .*work began"):
             Run(longer, tmp_path / "work", "cpu")
     assert (tmp_path / "work" / "split.json").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_are_replaced(data: Path, tmp_path: Path) -> None:
+    def new_model(seed: int) -> None:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}, seed=seed)
+
+    def work(role: str, **changes: Any) -> Experiment:
+        schedule = {"steps": 1, "batch": 1, "size": 64, "workers": 0, "keep": "last"}
+        common = {"stain": "none", "schedule": schedule, "final_steps": 0, "evaluation": {"tune": False}}
+        return Experiment.from_json(section(data, **common, **{role: str(tmp_path / "model")}, **changes))
+
+    new_model(0)
+    unseen = work("start_from", split={"method": "all-test"})
+    before = run_experiment(unseen, tmp_path / "unseen", tmp_path / "unseen" / "model", "cpu")
+    for role in ("start_from", "teacher"):
+        Run(work(role), tmp_path / role, "cpu").train()
+    new_model(1)
+    for role in ("start_from", "teacher"):
+        with pytest.raises(PipelineError, match=rf"the {role} of 'tiny' changed after its training in .*{role} began"):
+            Run(work(role), tmp_path / role, "cpu")
+    after = run_experiment(unseen, tmp_path / "unseen", tmp_path / "unseen" / "model", "cpu")
+    assert after["mean"]["loss"] != before["mean"]["loss"]
 
 
 def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Path) -> None:
@@ -283,6 +330,37 @@ def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Pa
     leaking = section(data, start_from=str(tmp_path / "model"))
     with pytest.raises(PipelineError, match="has learned from"):
         Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
+
+
+def test_a_start_without_the_stain_reference(data: Path, tmp_path: Path) -> None:
+    write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]})
+    for stain in ("macenko", "vahadane"):
+        one = Experiment.from_json(section(data, start_from=str(tmp_path / "model"), stain=stain))
+        with pytest.raises(PipelineError, match=rf"start_from .*model has no stain reference of '{stain}' \(.*to none"):
+            Run(one, tmp_path / stain, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tuned", "expected"),
+    [
+        ({}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these"),
+        ({}, 3, "checkpoint chosen on 2 fields of other patients, thresholds on these and 3 training fields"),
+        ({"schedule": {"keep": "last"}}, 3, "the last checkpoint; thresholds chosen on 2 fields of other patients and "
+         "3 training fields"),
+        ({"evaluation": {"tune": False}}, 0, "checkpoint chosen on 2 fields of other patients; thresholds not tuned"),
+        ({"validation": 0}, 0, "the last checkpoint; thresholds not tuned"),
+        ({"validation": 0}, 3, "the last checkpoint; thresholds chosen on 3 training fields"),
+        ({"split": {"method": "all-test"}}, 0, "theirs as it is; thresholds not tuned"),
+        ({"final_steps": 7}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these; the packed "
+         "weights were then trained 7 steps on all fields"),
+    ],
+)  # fmt: skip
+def test_the_protocol_in_words(data: Path, changes: dict[str, Any], tuned: int, expected: str) -> None:
+    one = Experiment.from_json(section(data, **{"final_steps": 0, **changes}))
+    train = () if one.split.method == "all-test" else ("a", "b", "c")
+    split = Split(train, ("d", "e") if train and one.validation else (), ("f",), 42)
+    text = protocol(one, split, tuned, "theirs")
+    assert text == f"{one.split.describe('monuseg')} (seed 42, 1 fields); {expected}"
 
 
 def test_classes_that_nobody_has(data: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -444,6 +522,7 @@ def test_diverging_loss_is_one_line(data: Path, tmp_path: Path) -> None:
         ({"patch": 98}, "multiple of 4"),
         ({"patch": 208, "network_args": {"widths": [4] * 6}}, "multiple of 32"),
         ({"stain": "pink"}, "pink"),
+        ({"schedule": {"encoder_rate": 0.1}}, "encoder_rate 0.1, but resunet has no pretrained encoder"),
     ],
 )
 def test_wrong_section_is_one_line(data: Path, change: dict[str, Any], message: str) -> None:
