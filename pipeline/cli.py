@@ -56,6 +56,7 @@ TOOLS = {
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
+    "ensemble": Command("pipeline.models.ensemble", "join trained models as one: the mean of their maps"),
     "networks": Command("pipeline.networks.command", "list the networks: size, cost, heads, source"),
     "training-summary": Command(
         "pipeline.training.command",

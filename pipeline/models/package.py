@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.kernels.instances import InstanceRules
 from pipeline.settings import file_sha256
+from pipeline.stage import write_json
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -160,6 +162,30 @@ class ModelPackage:
                 "fetch the model again or pack it anew",
             )
         return package
+
+    def write(self, folder: Path, weights: bytes) -> None:
+        """Write both files beside their places, then rename them, the card last.
+
+        A package that is there stays until the new one is complete. Between the two renames the card's hash is not that
+        of the weights, which the check before a run finds.
+
+        Parameters
+        ----------
+        folder : pathlib.Path
+            The package's folder.
+        weights : bytes
+            Its weights, as safetensors.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = {name: folder / f".part-{os.getpid()}-{name}" for name in (WEIGHTS, CARD)}
+        try:
+            staged[WEIGHTS].write_bytes(weights)
+            write_json(staged[CARD], self.to_json())
+            for name, path in staged.items():
+                path.replace(folder / name)
+        finally:
+            for path in staged.values():
+                path.unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""

@@ -97,8 +97,13 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
         When the weights are not those of the card or belong to another network.
     """
     from pipeline.networks.outputs import map_names
-    from pipeline.networks.registry import build_network
+    from pipeline.networks.registry import ENSEMBLES, build_network
 
+    if package.network in ENSEMBLES:
+        raise PipelineError(
+            f"model {package.folder} is an ensemble: there is no one network in it to train on from",
+            "start from one of its members, or let it be the teacher",
+        )
     state = load_network(package).state_dict()
     known = map_names(package.heads, [one.name for one in package.classes])
     if known == tuple(names):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
@@ -179,6 +180,17 @@ NETWORKS = {
 }
 
 
+ENSEMBLES = {
+    "ensemble": NetworkFamily(
+        module="pipeline.networks.ensemble",
+        factory="Ensemble",
+        source="mean of the maps of several trained networks",
+        stride=1,
+    ),
+}
+"""What ``python -m pipeline ensemble`` makes of trained networks; not to be trained."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Maps by rules alone: nothing is trained, and torch is not needed.
@@ -254,7 +266,9 @@ def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
 
 
 def stride_of(name: str, args: Mapping[str, Any]) -> int:
-    """What the sides of a network's patches must be a multiple of: levels and folded pixels heeded."""
+    """What the sides of a network's patches must be a multiple of: levels, folded pixels and members heeded."""
+    if name in ENSEMBLES:
+        return lcm(*(stride_of(one["network"], one["args"]) * one["factor"] for one in args["members"]))
     family = NETWORKS[name]
     stride = 2 ** (len(args["widths"]) - 1) if family.levels and args.get("widths") else family.stride
     return stride * int(args.get("fold", 1))
@@ -270,7 +284,7 @@ def build_network(
     Parameters
     ----------
     name : str
-        A key of `NETWORKS`.
+        A key of `NETWORKS` or `ENSEMBLES`.
     out_channels : int
         Logit channels.
     args : dict, optional
@@ -284,9 +298,9 @@ def build_network(
     PipelineError
         When the name is unknown or an argument does not fit.
     """
-    if name not in NETWORKS:
+    family = NETWORKS.get(name) or ENSEMBLES.get(name)
+    if family is None:
         raise PipelineError(f"unknown network {name!r}", f"choose from {', '.join(sorted(NETWORKS))}")
-    family = NETWORKS[name]
     factory: Callable[..., Any] = getattr(import_module(family.module), family.factory)
     options = family.args | (args or {})
     if family.pretrained and not pretrained:
@@ -294,7 +308,7 @@ def build_network(
     try:
         built = factory(out_channels=out_channels, **options)
         built.stride = stride_of(name, options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise PipelineError(f"network {name!r}: {error}", "check the network's arguments") from error
     network: nn.Module = built
     return network

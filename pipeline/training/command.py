@@ -56,6 +56,17 @@ def read_section(path: Path) -> dict[str, Any]:
         section = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path} cannot be read: {error}", hint) from None
+    return checked_section(section, path, hint)
+
+
+def checked_section(section: Any, path: Path, hint: str) -> dict[str, Any]:
+    """The train section that a file holds, checked as Snakemake does.
+
+    Raises
+    ------
+    PipelineError
+        When a setting is unknown or wrong; one line.
+    """
     if not isinstance(section, dict):
         raise PipelineError(f"{path} holds no settings, but {str(section)[:40]!r}", hint)
     if not SCHEMA.is_file():  # a package installed without its checkout

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.kernels.instances import InstanceRules
-from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass
-from pipeline.stage import write_json
+from pipeline.models.package import ModelPackage, NucleusClass
 from pipeline.training.data import Field, source_name
 from pipeline.training.experiment import Experiment
 from pipeline.training.owner import check_place, note_package
@@ -94,10 +92,7 @@ def pack(
     classes: Sequence[str] = (),
     earlier: Sequence[ModelPackage] = (),
 ) -> ModelPackage:
-    """Write a model package: both files beside their places, then renamed, the card last.
-
-    One that is there stays until the new one is complete. Between the two renames the card's hash is not that of the
-    weights, which the check before a run finds.
+    """Write a trained network as a model package, see `ModelPackage.write`.
 
     Parameters
     ----------
@@ -130,7 +125,6 @@ def pack(
     from safetensors.torch import save
 
     check_place(out, work)
-    out.mkdir(parents=True, exist_ok=True)
     args = recorded_args(experiment.network_args)
     encoder = (args["encoder_weights"], experiment.encoder_licence) if args.get("encoder_weights") else None
     state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -158,15 +152,7 @@ def pack(
         sha256=hashlib.sha256(weights).hexdigest(),
         tta=experiment.evaluation.tta,
     )
-    staged = {name: out / f".part-{os.getpid()}-{name}" for name in (WEIGHTS, CARD)}
-    try:
-        staged[WEIGHTS].write_bytes(weights)
-        write_json(staged[CARD], package.to_json())
-        note_package(work, package.sha256)
-        for name, path in staged.items():
-            path.replace(out / name)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+    note_package(work, package.sha256)
+    package.write(out, weights)
     log.info("packed %s (%.1f MB)", out, len(weights) / 1e6)
     return package

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
 from pipeline.kernels.stain import METHODS
+from pipeline.models.licences import restrictions
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
@@ -126,11 +126,6 @@ def check_licences(experiment: Experiment) -> None:
             )  # fmt: skip
 
 
-def restrictions(licence: str) -> set[str]:
-    """What a licence asks for beyond naming the authors: not commercial, no changes, the same terms."""
-    return set(re.findall(r"\b(NC|ND|SA|GPL|AGPL)\b", licence.upper()))
-
-
 def digest_of(fields: Sequence[Field]) -> str:
     """SHA-256 of all fields: who they are, images, labels."""
     found = hashlib.sha256()
@@ -188,6 +183,34 @@ def load_data(experiment: Experiment) -> Data:
     split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
     used = {*split.train, *split.validation, *split.test}
     return Data([f for f in fields if f.name in used], split)
+
+
+def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> None:
+    """Refuse a package that knows patients that are held out.
+
+    Parameters
+    ----------
+    package : ModelPackage
+        The package.
+    test : sequence of Field
+        The fields that are held out.
+    role : str
+        The setting that names the package.
+
+    Raises
+    ------
+    PipelineError
+        When it has learned from one of them; one line.
+    """
+    known = {(entry["name"], patient) for entry in package.data for patient in entry.get("patients", ())}
+    tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
+    leaked = sorted({one for one in ((f.source, f.patient) for f in test) if one in known or one[1] in tcga})
+    if leaked:
+        raise PipelineError(
+            f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
+            f"{leaked[0][1]} of {leaked[0][0]}",
+            "take a model that held them out (final_steps: 0)",
+        )
 
 
 def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
@@ -294,16 +317,7 @@ class Run:
         if folder is None:
             return None
         package = ModelPackage.load(Path(folder), verify=True)
-        known = {(entry["name"], patient) for entry in package.data for patient in entry.get("patients", ())}
-        tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
-        test = {(f.source, f.patient) for f in self.data.part("test")}
-        leaked = sorted({one for one in test if one in known or one[1] in tcga})
-        if leaked:
-            raise PipelineError(
-                f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
-                f"{leaked[0][1]} of {leaked[0][0]}",
-                "take a model that held them out (final_steps: 0)",
-            )
+        check_unseen(package, self.data.part("test"), role)
         if package.licence != experiment.licence:
             log.warning(
                 "the licence of %s, %s, holds for what is trained from it, too; this training states %s",

@@ -157,7 +157,7 @@ def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.training.pack.write_json", no_room)
+        patch.setattr("pipeline.models.package.write_json", no_room)
         with pytest.raises(OSError, match="No space"):
             packed(1)
     assert files() == first
