@@ -110,13 +110,15 @@ def pairs(pred: Path, truth: Path) -> tuple[dict[str, tuple[Path, Path]], dict[s
     return {name: (predictions[name], truths[name]) for name in common}, alone
 
 
-def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
+def evaluate(pred: Path, truth: Path, within: int = 0) -> dict[str, Any]:
     """Compare nuclei with known ones.
 
     Parameters
     ----------
     pred, truth : pathlib.Path
         Files, or folders of them.
+    within : int
+        R² is about the nuclei with a pixel in the central square of so many pixels; 0: about all.
 
     Returns
     -------
@@ -139,7 +141,7 @@ def evaluate(pred: Path, truth: Path) -> dict[str, Any]:
             both = load(known), load(prediction)
             overlaps, outside = overlay(*both, slide_box(prediction))
             images[name] = row = score_overlaps(overlaps) | {"n_outside": outside}
-            if (classes := count_classes(*both, overlaps)) is not None:
+            if (classes := count_classes(*both, overlaps, within)) is not None:
                 counts[name] = classes
         except PipelineError as error:
             if str(prediction) in str(error) or str(known) in str(error):
@@ -204,6 +206,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pred", type=Path, metavar="PRED", help="nuclei found: GeoJSON(.gz), parquet, PNG, TIFF, npy, or a folder"
     )
     parser.add_argument("truth", type=Path, metavar="TRUTH", help="nuclei known: the same kinds; folders match by name")
+    parser.add_argument(
+        "--count-within", type=int, default=0, metavar="PIXELS",
+        help="R2 is about nuclei with a pixel in the central square of this side (CoNIC: 224)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores to this file too")
 
 
@@ -211,7 +217,9 @@ def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline evaluate``."""
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate(args.pred, args.truth)
+    if args.count_within < 0:
+        raise PipelineError(f"--count-within {args.count_within}", "give a number of pixels, or 0 for all")
+    result = evaluate(args.pred, args.truth, args.count_within)
     print(table(result))
     if "types" in result:
         print("", types_table(result["types"]), sep="\n")

@@ -278,7 +278,11 @@ def score(truth: np.ndarray, pred: np.ndarray) -> dict[str, Any]:
 
 
 def class_counts(
-    overlaps: Overlaps, truth_classes: np.ndarray, pred_classes: np.ndarray, names: Sequence[str]
+    overlaps: Overlaps,
+    truth_classes: np.ndarray,
+    pred_classes: np.ndarray,
+    names: Sequence[str],
+    counted: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """What the scores of classes come from, of one image.
 
@@ -290,13 +294,16 @@ def class_counts(
         Class of each instance, integers in the order of `overlaps`: ``i + 1`` is ``names[i]``, 0 is none that is known.
     names : sequence of str
         Classes.
+    counted : (numpy.ndarray, numpy.ndarray), optional
+        Labels of the truths and of the predictions whose number R² is about; all of them when not given.
 
     Returns
     -------
     dict
         ``matched``: how many pairs of IoU > 0.5 have a truth of known class; ``right``: in how many of them the classes
         agree; ``classes``: by name the pairs that agree, the truths, the predictions and the summed IoU of these pairs.
-        A prediction that matches a truth of unknown class is neither right nor wrong and counts nowhere.
+        A prediction that matches a truth of unknown class is neither right nor wrong and counts nowhere. With `counted`
+        also ``composition``: by name the truths and the predictions among these.
     """
     over = overlaps.iou > 0.5  # such a pair is unique on both sides
     iou, t, p = overlaps.iou[over], overlaps.truth_index[over], overlaps.pred_index[over]
@@ -315,7 +322,21 @@ def class_counts(
         by_class(truth_classes[t[agree]], iou[agree]),
     )
     rows = zip(*columns, strict=True)
-    return {"right": int(agree.sum()), "matched": int(known.sum()), "classes": dict(zip(names, rows, strict=True))}
+    found = {"right": int(agree.sum()), "matched": int(known.sum()), "classes": dict(zip(names, rows, strict=True))}
+    if counted is None:
+        return found
+    truth = by_class(truth_classes[np.isin(overlaps.truth_ids, counted[0])])
+    pred = by_class(pred_classes[judged & np.isin(overlaps.pred_ids, counted[1])])
+    return found | {"composition": dict(zip(names, zip(truth, pred, strict=True), strict=True))}
+
+
+def central(box: tuple[int, int, int, int], side: int) -> tuple[int, int, int, int]:
+    """The square of that side in the middle of a box (left, top, right, bottom); of a smaller box all there is."""
+    edges = []
+    for low, high in ((box[0], box[2]), (box[1], box[3])):
+        start = low + max(0, high - low - side) // 2
+        edges.append((start, min(start + side, high)))
+    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
 
 
 def r_squared(truth: Sequence[float], pred: Sequence[float]) -> float | None:
@@ -351,7 +372,8 @@ def class_scores(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             Mean over the same classes of their R² [1]_, see below.
         ``classes``
             By name: ``n_truth``, ``n_pred``; ``f1`` (which is the DQ), ``sq`` and ``pq`` of the pairs of IoU > 0.5
-            whose classes agree; ``r2``, `r_squared` of how many nuclei of the class each image has.
+            whose classes agree; ``r2``, `r_squared` of how many nuclei of the class each image has, or its
+            ``composition`` where it tells that.
 
         What cannot be computed is None. A class that is found but has no truth has a PQ of 0 and is in no mean, as in
         PanNuke's metrics [2]_: its nuclei are missing in other classes, where they have a truth.
@@ -366,13 +388,14 @@ def class_scores(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in dict.fromkeys(name for image in images for name in image["classes"]):
         columns = list(zip(*(image["classes"].get(name, (0, 0, 0, 0.0)) for image in images), strict=True))
         hits, truth, found, iou = map(sum, columns)
+        counts = [image["composition"].get(name, (0, 0)) for image in images if "composition" in image]
         classes[name] = {
             "n_truth": truth,
             "n_pred": found,
             "f1": 2 * hits / (truth + found) if truth + found else None,
             "sq": iou / hits if hits else 0.0 if truth + found else None,
             "pq": 2 * iou / (truth + found) if truth + found else None,
-            "r2": r_squared(columns[1], columns[2]),
+            "r2": r_squared(*(zip(*counts, strict=True) if counts else columns[1:3])),
         }
     right, matched = (sum(image[key] for image in images) for key in ("right", "matched"))
     known = [row for row in classes.values() if row["n_truth"]]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError, of_the_machine
-from pipeline.evaluation.metrics import Overlaps, class_counts, score_overlaps
+from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_overlaps
 from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
@@ -445,13 +445,16 @@ def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict
     return score_overlaps(overlaps) | {"n_outside": outside}
 
 
-def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps) -> dict[str, Any] | None:
+def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within: int = 0) -> dict[str, Any] | None:
     """`pipeline.evaluation.metrics.class_counts` of what was laid over each other.
 
-    None where one side's file tells no classes, or there are truths and none has a class.
+    None where one side's file tells no classes, or there are truths and none has a class. With `within`, R² is about
+    the nuclei that have a pixel in the central square of so many pixels.
     """
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None
     names = list(dict.fromkeys((*truth.classes.names, *pred.classes.names)))
     known, found = truth.classes.among(names, overlaps.truth_ids), pred.classes.among(names, overlaps.pred_ids)
-    return class_counts(overlaps, known, found, names)
+    middle = central(canvas(truth, pred), within)
+    counted = (np.unique(truth.paint(middle)), np.unique(pred.paint(middle))) if within else None
+    return class_counts(overlaps, known, found, names, counted)

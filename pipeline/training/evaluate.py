@@ -97,7 +97,8 @@ class Evaluator:
             row["loss"] = round(field_loss(values, prepared, self.loss), 4)
             truth = class_map(one, self.spec.classes, self.experiment.class_names)
             if self.channels.types is not None and truth is not None:
-                row |= type_scores(scored.labels, values[self.channels.types :], one, self.spec, truth)
+                within = self.experiment.evaluation.count_within
+                row |= type_scores(scored.labels, values[self.channels.types :], one, self.spec, truth, within)
             images[one.name] = row | {"organ": one.organ, "source": one.source, "patient": one.patient}
             found[one.name] = scored.labels
             log.info(

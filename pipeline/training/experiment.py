@@ -34,6 +34,8 @@ class EvaluationSettings:
     tune_on_training : bool
         Tune them on the training fields of the source that patients are held out from as well: steadier where
         validation fields are few, but only sound for a network that does not know its training fields by heart.
+    count_within : int
+        R² of classes is about the nuclei with a pixel in the central square of so many pixels of a field; 0: about all.
     """
 
     tta: str = "none"
@@ -41,6 +43,7 @@ class EvaluationSettings:
     rules: dict[str, Any] = field(default_factory=dict)
     tune: bool = True
     tune_on_training: bool = False
+    count_within: int = 0
 
     def __post_init__(self) -> None:
         if self.tta not in TTA:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.evaluation.errors import kinds_of_error
-from pipeline.evaluation.metrics import Overlaps, class_counts, class_scores, score_overlaps
+from pipeline.evaluation.metrics import Overlaps, central, class_counts, class_scores, score_overlaps
 from pipeline.kernels.instances import Channels, InstanceRules, segment
 from pipeline.training.data import Field
 from pipeline.training.losses import CombinedLoss, bce, dice, focal
@@ -85,7 +85,9 @@ def field_loss(maps: np.ndarray, prepared: PreparedField, loss: CombinedLoss) ->
         return float(loss(as_logits(maps, n_types), spec.unpack(torch.from_numpy(target)[None]))["loss"])
 
 
-def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Targets, truth: np.ndarray) -> dict[str, Any]:
+def type_scores(
+    labels: np.ndarray, maps: np.ndarray, field: Field, spec: Targets, truth: np.ndarray, within: int = 0
+) -> dict[str, Any]:
     """How often the class of a nucleus that was found (IoU > 0.5) is right, and F1 of each class.
 
     Parameters
@@ -100,6 +102,8 @@ def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Target
         Heads and classes.
     truth : numpy.ndarray
         Known classes, see `pipeline.training.targets.class_map`.
+    within : int
+        R² is about the nuclei with a pixel in the central square of so many pixels; 0: about all.
 
     Returns
     -------
@@ -115,7 +119,11 @@ def type_scores(labels: np.ndarray, maps: np.ndarray, field: Field, spec: Target
     values, first = np.unique(field.labels, return_index=True)
     known = truth.ravel()[first[np.searchsorted(values, overlaps.truth_ids)]].astype(int)
     known[known > len(spec.classes)] = 0  # of another or unknown class
-    counts = class_counts(overlaps, known, found, spec.classes)
+    counted = None
+    if within:
+        left, top, right, bottom = central((0, 0, labels.shape[1], labels.shape[0]), within)
+        counted = (np.unique(field.labels[top:bottom, left:right]), np.unique(labels[top:bottom, left:right]))
+    counts = class_counts(overlaps, known, found, spec.classes, counted)
     scores = class_scores([counts])
     return {
         "type_accuracy": scores["accuracy"],

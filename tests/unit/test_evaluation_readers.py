@@ -478,6 +478,32 @@ def test_classes_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines[10] == "mPQ+ 0.5000, R2 -1.0000, right of 3 matched nuclei 0.6667"
 
 
+def test_composition_is_of_nuclei_with_a_pixel_in_the_middle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In a patch of 256 the middle of 224 begins at pixel 16 and ends before pixel 240.
+    known = {"x": [(5, 16), (10, 17), (230, 250)], "y": [(100, 110), (239, 250), (240, 250)], "z": [(2, 9)]}
+    found = {"x": [(10, 17), (230, 250)], "y": [(100, 110), (239, 250), (1, 9), (2, 4)], "z": []}
+    for folder, images in (("truth", known), ("pred", found)):
+        (tmp_path / folder).mkdir()
+        for name, spans in images.items():
+            patch = np.zeros((256, 256, 2), np.uint16)
+            for index, (start, end) in enumerate(spans):
+                patch[40 + 20 * index : 50 + 20 * index, start:end] = (index + 1, 1 + index % 2)
+            np.save(tmp_path / folder / f"{name}.npy", patch)
+    whole, middle = (command.evaluate(tmp_path / "pred", tmp_path / "truth", within) for within in (0, 224))
+    # All in the middle are found; of class 1, which the first and third are of, 2, 2, 1 are known and 1, 2, 0 found.
+    assert middle["images"]["x"]["type_counts"]["composition"] == {"1": (1, 1), "2": (1, 1)}
+    assert middle["types"]["classes"]["1"]["r2"] == middle["types"]["r2"] == 1
+    assert whole["types"]["classes"]["1"]["r2"] == pytest.approx(-2)
+    for name, row in middle["types"]["classes"].items():  # all else is about the whole patch
+        assert row | {"r2": 0} == whole["types"]["classes"][name] | {"r2": 0}
+    assert run(tmp_path / "pred", tmp_path / "truth", "--count-within", "224") == 0
+    assert f"R2 {middle['types']['r2']:.4f}" in capsys.readouterr().out
+    with pytest.raises(PipelineError, match="--count-within -1"):
+        run(tmp_path / "pred", tmp_path / "truth", "--count-within=-1")
+
+
 def test_classes_that_cannot_be_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = labels_map(2)
     files = {

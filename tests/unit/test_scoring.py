@@ -122,6 +122,23 @@ def test_classes_of_matched_nuclei() -> None:
     assert (types["mpq_plus"], types["r2"]) == (0.25, 0)
 
 
+def test_composition_of_the_middle_of_a_field() -> None:
+    labels = np.zeros((40, 60), np.int32)
+    for index, left in enumerate((0, 13, 42), start=1):  # the middle of 30 pixels begins at column 15 and ends at 45
+        labels[10:20, left : left + 10] = index
+    one = field(labels, types=(labels > 0).astype(np.uint8), classes=("a",))
+    spec = Targets(("nucleus", "type"), ("a",))
+    truth = class_map(one, spec.classes)
+    assert truth is not None
+    maps = np.full((2, 40, 60), 200, np.uint8)
+    counts = type_scores(np.where(labels == 3, 0, labels), maps, one, spec, truth, within=30)["type_counts"]
+    assert counts["composition"] == {"a": (2, 1)}
+    assert counts["classes"]["a"][1:3] == (3, 2)
+    assert "composition" not in type_scores(labels, maps, one, spec, truth)["type_counts"]
+    two = counts | {"composition": {"a": (1, 0)}}
+    assert summarise({"one": {"type_counts": counts}, "two": {"type_counts": two}})["types"]["r2"] == -3
+
+
 def test_means_of_fields_and_organs() -> None:
     images = {f"f{i}": {"aji": i / 10, "pq": 0.5, "organ": "ab"[i % 2]} for i in range(6)}
     result = summarise(images)
