@@ -93,6 +93,9 @@ class Experiment:
         Model package whose maps are part of what the network learns, see `pipeline.training.teacher`.
     teacher_share : float
         Their share, the annotations having the rest.
+    rare_classes : float
+        Fields with a class that fewer than this share of the fields have are drawn more often, see
+        `pipeline.training.balance.repeats`.
     half_weights : bool
         Round the weights to 16 bits, which halves the package.
     patch, overlap : int
@@ -138,6 +141,7 @@ class Experiment:
     start_from: str | None = None
     teacher: str | None = None
     teacher_share: float = 0.5
+    rare_classes: float = 0.0
     half_weights: bool = False
     patch: int = 320
     overlap: int = 32
@@ -183,6 +187,10 @@ class Experiment:
             raise PipelineError(f"train: stain {self.stain!r}", f"choose from {', '.join(METHODS)}")
         if not 0 <= self.stain_strength <= 1:
             raise PipelineError(f"train: stain_strength {self.stain_strength}", "use a number from 0 to 1")
+        if not 0 <= self.rare_classes <= 1:
+            raise PipelineError(f"train: rare_classes {self.rare_classes}", "use a share of the fields, from 0 to 1")
+        if self.rare_classes and "type" not in self.heads:
+            raise PipelineError("train: rare_classes without a type head", "add the head, or leave rare_classes out")
         if not 0 <= self.teacher_share <= 1:
             raise PipelineError(f"train: teacher_share {self.teacher_share}", "use a number from 0 to 1")
         map_names(self.heads, self.classes)

@@ -38,6 +38,8 @@ class Field:
         nucleus of unknown class.
     classes : tuple of str
         Names of the classes of `types`.
+    cohort : str
+        Which of several collections in its data set it is from, or an empty string.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Field:
     labels: np.ndarray = field(repr=False)
     types: np.ndarray | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
+    cohort: str = ""
 
     def __post_init__(self) -> None:
         if self.image.shape != (*self.labels.shape, 3):

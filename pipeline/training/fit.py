@@ -520,6 +520,7 @@ def _train(
             accelerator=accelerator,
             devices=schedule.devices,
             strategy="ddp" if schedule.devices > 1 else "auto",
+            sync_batchnorm=schedule.sync_norm,
             precision=_precision(schedule.precision, accelerator, job.network),
             max_steps=schedule.steps,
             val_check_interval=every if validation else None,
@@ -540,6 +541,11 @@ def _train(
         )
         if trainer.world_size != schedule.devices:
             raise RuntimeError(f"{trainer.world_size} processes would train, not {schedule.devices}")
+        if schedule.sync_norm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            raise PipelineError(
+                f"schedule.sync_norm with {trainer.world_size} processes on CPUs",
+                "leave it out: it is for GPUs",
+            )
         trainer.fit(
             module,
             loader,

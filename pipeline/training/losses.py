@@ -181,6 +181,15 @@ def type_ce(
     return functional.cross_entropy(pixels, targets["type"][known], weight=weight)
 
 
+def type_bce(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
+    """Binary cross-entropy of background and each class by itself, where the class is known."""
+    known = _known(targets)
+    if not known.any():
+        return logits.sum() * 0.0
+    truth = functional.one_hot(targets["type"][known], logits.shape[1]).float()
+    return functional.binary_cross_entropy_with_logits(logits.permute(0, 2, 3, 1)[known], truth)
+
+
 def type_dice(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, smooth: float = 1e-3) -> Tensor:
     """Mean of one minus the soft Dice coefficient of background and each class, where the class is known."""
     known = _known(targets)
@@ -211,6 +220,7 @@ LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "hv_mse": (hv_mse, ("hv",)),
     "hv_msge": (hv_msge, ("hv",)),
     "type_ce": (type_ce, ("type",)),
+    "type_bce": (type_bce, ("type",)),
     "type_dice": (type_dice, ("type",)),
     "type_focal": (type_focal, ("type",)),
 }

@@ -28,6 +28,7 @@ from pipeline.models.weights import load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
+from pipeline.training.balance import classes_present, repeats
 from pipeline.training.data import Field, load_fields, source_name
 from pipeline.training.datasets.source import TCGA_PATIENT
 from pipeline.training.evaluate import Evaluator
@@ -359,8 +360,11 @@ class Run:
     def weights(self, fields: Sequence[Field]) -> np.ndarray:
         """How often each field is drawn."""
         share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
-        count = {name: sum(f.source == name for f in fields) for name in share}
-        found = np.array([share[f.source] / count[f.source] for f in fields])
+        often = np.ones(len(fields))
+        if rare := self.experiment.rare_classes:
+            often = repeats(classes_present(fields, self.targets.classes, self.experiment.class_names), rare)
+        total = {name: sum(often[[f.source == name for f in fields]]) for name in share}
+        found = np.array([share[f.source] * one / total[f.source] for f, one in zip(fields, often, strict=True)])
         if not found.any():
             raise PipelineError("train: the weight of every source with training fields is 0", "give one a weight")
         return found

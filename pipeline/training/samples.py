@@ -26,6 +26,30 @@ MARGIN = 24
 """Pixels around a sample that are looked at too, so that nuclei on its edges are whole when targets are crafted."""
 
 
+def gaussian_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
+    """Blur an image by a sigma of up to `largest` pixels."""
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(min(0.2, largest), largest))
+
+
+def median_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
+    """Median of the squares of ``2 * largest + 1`` pixels, at least of 3."""
+    return cv2.medianBlur(image, 2 * max(1, round(largest)) + 1)
+
+
+def motion_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
+    """Mean along a line of ``2 * largest + 1`` pixels, at least of 3, in any direction."""
+    reach = max(1, round(largest))
+    line = np.zeros((2 * reach + 1, 2 * reach + 1), np.uint8)
+    angle = rng.uniform(0, math.pi)
+    tip = round(reach * math.cos(angle)), round(reach * math.sin(angle))
+    cv2.line(line, (reach - tip[0], reach - tip[1]), (reach + tip[0], reach + tip[1]), 1)
+    return cv2.filter2D(image, -1, line.astype(np.float32) / line.sum(), borderType=cv2.BORDER_REFLECT_101)
+
+
+BLURS = {"gaussian": gaussian_blur, "median": median_blur, "motion": motion_blur}
+"""Ways to blur a sample."""
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random changes to a sample.
@@ -52,6 +76,10 @@ class Augmentation:
         Largest shift of the hue in degrees.
     blur, noise : float
         Largest Gaussian blur (sigma, px) and camera noise (grey levels).
+    blur_share : float
+        Share of the samples that are blurred.
+    blurs : tuple of str
+        How, each as often: keys of `BLURS`.
     """
 
     scale: tuple[float, float] = (0.7, 1.4)
@@ -67,6 +95,8 @@ class Augmentation:
     hue: float = 0.0
     blur: float = 1.0
     noise: float = 4.0
+    blur_share: float = 0.3
+    blurs: tuple[str, ...] = ("gaussian",)
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
@@ -78,6 +108,10 @@ class Augmentation:
         unknown = set(self.flips) - set(FLIPS)
         if unknown:
             raise ValueError(f"flips are horizontal and vertical, got {min(unknown)!r}")
+        if not 0 <= self.blur_share <= 1:
+            raise ValueError(f"blur_share is a share of the samples, got {self.blur_share}")
+        if not self.blurs or set(self.blurs) - set(BLURS):
+            raise ValueError(f"blurs are {', '.join(BLURS)}, got {', '.join(self.blurs) or 'none'}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,8 +300,10 @@ def draw_sample(
         targets = np.dstack([targets, field.spec.of_sample(labels, types)[inner]])
     if augmentation.style > 0 and field.tones and rng.random() < augmentation.style:
         image = random_style(image, field.tones[version], styles, rng)
-    if augmentation.blur > 0 and rng.random() < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(min(0.2, augmentation.blur), augmentation.blur))
+    if augmentation.blur > 0 and rng.random() < augmentation.blur_share:
+        kinds = augmentation.blurs
+        kind = kinds[int(rng.integers(len(kinds)))] if len(kinds) > 1 else kinds[0]
+        image = BLURS[kind](image, rng, augmentation.blur)
     if augmentation.stain > 0:
         image = jitter_stain(image, rng, augmentation.stain)
     if augmentation.brightness > 0:

@@ -67,6 +67,8 @@ class Schedule:
         ``auto``, ``cpu`` or ``cuda``.
     devices : int
         GPUs (or CPU processes) to train on; each has a batch of its own.
+    sync_norm : bool
+        On several GPUs, batch normalisation over the batches of all.
     workers : int
         Processes that draw samples; 0 draws them in the trainer's own.
     seed : int
@@ -97,6 +99,7 @@ class Schedule:
     precision: str = "auto"
     device: str = "auto"
     devices: int = 1
+    sync_norm: bool = False
     workers: int = 1
     seed: int = 42
     max_minutes: float | None = None

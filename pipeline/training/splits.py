@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 METHODS = ("one-per-organ", "patients", "stratified", "organs", "folds", "kumar", "lists", "all-train", "all-test")
 """Ways to hold patients out."""
 
+STRATA = ("organ", "cohort")
+"""What patients are told apart by when they are drawn."""
+
 PARTS = ("train", "validation", "test")
 
 KUMAR_TRAIN = (
@@ -59,6 +62,9 @@ class SplitSettings:
         other list is for training.
     exclude : tuple of str
         Organs that are left out altogether.
+    strata : str
+        What is spread over all parts, one patient or the same share of each: ``organ``, or ``cohort``, the collections
+        that a data set such as CoNIC was made of.
     """
 
     method: str = "one-per-organ"
@@ -70,10 +76,13 @@ class SplitSettings:
     validation_list: tuple[str, ...] = ()
     test_list: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    strata: str = "organ"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise PipelineError(f"split: unknown method {self.method!r}", f"choose from {', '.join(METHODS)}")
+        if self.strata not in STRATA:
+            raise PipelineError(f"split: strata {self.strata!r}", f"choose from {', '.join(STRATA)}")
         if not 0 < self.test < 1:
             raise PipelineError(f"split: test {self.test} is no share", "use a number between 0 and 1")
         if self.folds < 2 or not 0 <= self.fold < self.folds:
@@ -87,9 +96,9 @@ class SplitSettings:
         """The method in words."""
         share = f"{100 * self.test:.0f} %"
         words = {
-            "one-per-organ": f"one {source} patient an organ held out",
+            "one-per-organ": f"one {source} patient {'a cohort' if self.strata == 'cohort' else 'an organ'} held out",
             "patients": f"{share} of the {source} patients held out",
-            "stratified": f"{share} of the {source} patients of each organ held out",
+            "stratified": f"{share} of the {source} patients of each {self.strata} held out",
             "organs": f"{source} organs held out: {', '.join(self.organs) or share}",
             "folds": f"fold {self.fold + 1} of {self.folds} of the {source} patients held out",
             "kumar": "the 14 test patients of Kumar et al. (HoVer-Net's list) held out",
@@ -150,9 +159,11 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
     if settings.method == "lists":
         split = _listed(fields, settings, source, seed, n_validation)
     else:
-        organs = patients_by_organ(fields, source)
+        organs = patients_by_organ(fields, source, settings.strata)
         if not organs:
             raise PipelineError(f"no patients of {source!r} to hold out", "set train.holdout to a data source")
+        if settings.strata == "cohort" and not any(organs):
+            raise PipelineError(f"split: strata cohort, but {source!r} names no cohorts", "leave strata out")
         rng = np.random.default_rng(seed)
         if settings.method == "one-per-organ":
             test, validation = _one_per_organ(organs, rng, n_validation)
@@ -170,12 +181,12 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
     return split
 
 
-def patients_by_organ(fields: Iterable[Field], source: str) -> dict[str, list[str]]:
-    """Patients of a data source by organ, both in a fixed order; each once, by the organ of most of its fields."""
+def patients_by_organ(fields: Iterable[Field], source: str, by: str = "organ") -> dict[str, list[str]]:
+    """Patients of a data source by organ or cohort, both in a fixed order; each once, by that of most of its fields."""
     seen: dict[str, Counter[str]] = {}
     for one in sorted(fields, key=lambda f: f.name):
         if one.source == source:
-            seen.setdefault(one.patient, Counter())[one.organ] += 1
+            seen.setdefault(one.patient, Counter())[getattr(one, by)] += 1
     organs: dict[str, list[str]] = {}
     for patient, count in seen.items():
         organs.setdefault(count.most_common(1)[0][0], []).append(patient)

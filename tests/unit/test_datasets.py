@@ -53,6 +53,7 @@ def test_conic(tmp_path: Path) -> None:
     assert fields[0].name == "conic-glas_12-0001"
     assert {f.mpp for f in fields} == {0.5}
     assert {f.organ for f in fields} == {"colon"}
+    assert [f.cohort for f in fields] == ["glas", "glas", "consep"]
     np.testing.assert_array_equal(fields[1].image, IMAGES[1])
     assert set(np.unique(fields[0].labels)) == {0, 1, 7}
     assert fields[0].types is not None

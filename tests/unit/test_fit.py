@@ -30,6 +30,8 @@ from pipeline.training.targets import Targets
 
 torch = pytest.importorskip("torch")
 
+import lightning.pytorch as lightning  # noqa: E402
+
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
 from pipeline.training.fit import (  # noqa: E402
@@ -207,6 +209,18 @@ def test_several_processes_score_each_field_once(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "1", "2"]] * 2
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_normalisation_over_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    asked: dict[str, Any] = {}
+    trainer = lightning.Trainer
+    monkeypatch.setattr(lightning, "Trainer", lambda **how: asked.update(how) or trainer(**how))
+    train(tmp_path, replace(SHORT, steps=1, sync_norm=on))
+    assert asked["sync_batchnorm"] is on
+    if on:
+        with pytest.raises(PipelineError, match="sync_norm with 2 processes on CPUs"):
+            train(tmp_path / "two", replace(SHORT, steps=1, sync_norm=True, devices=2))
 
 
 def test_no_time_at_all(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_slopes_of_h_and_v_count_inside_nuclei_alone(truth: dict[str, Any]) -> N
     assert losses.hv_mse(hv, truth, "hv") > 0.1
 
 
-@pytest.mark.parametrize("name", ["type_ce", "type_dice", "type_focal"])
+@pytest.mark.parametrize("name", ["type_ce", "type_bce", "type_dice", "type_focal"])
 def test_unknown_classes_play_no_part(name: str, truth: dict[str, Any]) -> None:
     function = LOSSES[name][0]
     logits = logits_of(truth)[:, 5:].clone().requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,21 @@ def test_stratified_takes_from_every_large_organ() -> None:
     found = split(MONUSEG, method="stratified", test=0.3)
     organs = Counter(f.organ for f in MONUSEG if f.name in found.test)
     assert all(1 <= organs[o] <= 2 for o, p in MONUSEG_ORGANS.items() if len(p) == 6)
+
+
+def test_stratified_takes_from_every_cohort() -> None:
+    sizes = {"consep": 6, "crag": 20, "glas": 10}
+    fields = [replace(field(f"{c}{i}", "colon"), cohort=c) for c, count in sizes.items() for i in range(count)]
+    drawn = []
+    for seed in range(10):
+        found = split(fields, seed, method="stratified", test=0.2, strata="cohort")
+        tested = patients(fields, found.test)
+        assert [sum(p.startswith(c) for p in tested) for c in sizes] == [1, 4, 2]
+        assert {p.rstrip("0123456789") for p in patients(fields, found.validation)} == {"crag", "glas"}
+        drawn.append(found.test)
+    assert len(set(drawn)) > 5  # each seed draws anew
+    with pytest.raises(PipelineError, match="strata cohort, but 'monuseg' names no cohorts"):
+        split(MANY, method="stratified", strata="cohort")
 
 
 def test_folds_cover_everyone_once_and_spread_the_organs() -> None:

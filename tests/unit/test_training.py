@@ -21,7 +21,7 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
 from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
-from pipeline.testing import write_package
+from pipeline.testing import stained, write_package
 from pipeline.training.field import Field
 
 torch = pytest.importorskip("torch")
@@ -30,6 +30,7 @@ from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.predictors import channel_names  # noqa: E402
+from pipeline.training.balance import classes_present, repeats  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
@@ -37,7 +38,15 @@ from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.run import Run, check_classes, check_licences, protocol, run_experiment  # noqa: E402
-from pipeline.training.samples import Augmentation, draw_sample, jitter_colour, jitter_stain, prepare_field  # noqa: E402
+from pipeline.training.samples import (  # noqa: E402
+    BLURS,
+    Augmentation,
+    draw_sample,
+    jitter_colour,
+    jitter_stain,
+    motion_blur,
+    prepare_field,
+)
 from pipeline.training.splits import Split  # noqa: E402
 
 
@@ -382,6 +391,72 @@ def test_stricter_licences_are_told(data: Path, caplog: pytest.LogCaptureFixture
     source = {"kind": "monuseg", "path": str(data), "licence": "CC BY-NC-SA 4.0"}
     check_licences(Experiment.from_json(section(data) | {"data": [source]}))
     assert "the licence of monuseg, CC BY-NC-SA 4.0, is stricter (NC, SA) than that of the model" in caplog.text
+
+
+def test_blurs_of_three_kinds() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (48, 48, 3)).astype(np.uint8)
+    for name, blur in BLURS.items():
+        soft = [blur(image, rng, 1.0).astype(float) for _ in range(20)]
+        assert {one.shape for one in soft} == {image.shape}
+        assert min(one.std() for one in soft) < 0.7 * image.std(), name
+        assert len({one.tobytes() for one in soft}) > 1 or name == "median"
+        np.testing.assert_array_equal(blur(np.full_like(image, 77), rng, 2.0), 77)  # what is even stays
+    dot = np.zeros((9, 9), np.uint8)
+    dot[4, 4] = 240
+    lines = [motion_blur(dot, np.random.default_rng(seed), 2.0) for seed in range(20)]
+    assert all(line.max() < 100 and 3 <= (line > 0).sum() <= 5 for line in lines)
+
+    prepared = prepare_field(Field("f", "s", "p", "", 0.5, image, np.ones((48, 48), np.int32)), 0.5)
+    plain = {"scale": (1, 1), "rotation": 0, "flips": (), "stain": 0, "brightness": 0, "noise": 0}
+    for share in (0.0, 0.5, 1.0):
+        how = Augmentation(**plain, blur_share=share, blurs=("median", "motion"))
+        drawn = [draw_sample(prepared, 48, how, np.random.default_rng(seed))[0] for seed in range(60)]
+        blurred = sum(one.std() < 0.85 * image.std() for one in drawn)
+        assert abs(blurred - 60 * share) <= 12 * (share == 0.5)
+    for wrong in ({"blurs": ("box",)}, {"blurs": ()}, {"blur_share": 2}):
+        with pytest.raises(ValueError, match="blur"):
+            Augmentation(**wrong)
+
+
+def test_rare_classes_are_drawn_more_often() -> None:
+    present = np.array([[1, 0], [1, 0], [1, 1], [0, 0]] * 4, bool)  # three quarters and one quarter
+    np.testing.assert_allclose(repeats(present, 0.25), 1)
+    np.testing.assert_allclose(repeats(present, 0.5)[:4], [1, 1, math.sqrt(2), 1])
+    np.testing.assert_allclose(repeats(present, 1.0)[:4], [math.sqrt(4 / 3)] * 2 + [2, 1])
+    labels = np.arange(4, dtype=np.int32).reshape(2, 2)
+    image = np.zeros((2, 2, 3), np.uint8)
+    known = Field("a", "s", "p", "", 0.5, image, labels, np.array([[1, 2], [0, 3]], np.uint8), ("x", "y", "z"))
+    bare = Field("b", "s", "p", "", 0.5, image, labels)
+    found = classes_present([known, bare], ("z", "x", "q"), {"y": "q"})  # x is of the background's pixel alone
+    assert found.tolist() == [[True, False, True], [False, False, False]]
+    with pytest.raises(PipelineError, match="rare_classes without a type head"):
+        Experiment.from_json({"name": "n", "data": [{"kind": "x", "path": "y"}], "rare_classes": 0.5})
+
+
+def test_a_sources_share_stays_with_rare_classes(tmp_path: Path) -> None:
+    kinds = np.zeros((4, 64, 64, 2), np.uint16)
+    kinds[:, 8:24, 8:24] = (1, 2)
+    kinds[0, 40:56, 40:56] = (2, 1)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "images.npy", np.stack([stained(64, 64, seed) for seed in range(4)]))
+        np.save(tmp_path / name / "labels.npy", kinds)
+        rows = "".join(f"{name}_{i}-0001\n" for i in range(4))
+        (tmp_path / name / "patch_info.csv").write_text("patch_info\n" + rows)
+    sources = [
+        {"kind": "conic", "name": n, "path": str(tmp_path / n), "weight": w, "licence": "CC0 1.0"}
+        for n, w in (("one", 1), ("two", 3))
+    ]
+    settings = section(tmp_path, heads=["nucleus", "type"], holdout="one", stain="none", rare_classes=1.0)
+    settings |= {"data": sources, "split": {"method": "all-train"}, "validation": 0, "reference": "one-one_0-0001"}
+    run = Run(Experiment.from_json(settings), tmp_path / "work", "cpu")
+    fields = run.data.fields
+    weights = run.weights(fields)
+    assert sum(w for w, f in zip(weights, fields, strict=True) if f.source == "one") == pytest.approx(1)
+    assert sum(weights) == pytest.approx(4)
+    rare = {f.name: w for w, f in zip(weights, fields, strict=True) if f.source == "one"}
+    assert rare["one-one_0-0001"] == pytest.approx(2 * rare["one-one_1-0001"])
 
 
 def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def _conic_field(source: Source, images: np.ndarray, labels: np.ndarray, index: 
         mpp=0.5,
         types=types.astype(np.uint8),
         classes=CONIC_CLASSES,
+        cohort=name.partition("_")[0],
     )
 
 

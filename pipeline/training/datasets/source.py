@@ -125,6 +125,7 @@ class Source:
         mpp: float | None = None,
         types: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
+        cohort: str = "",
     ) -> Field:
         """A field of this source, with what the table and the settings say of it.
 
@@ -138,8 +139,8 @@ class Source:
             Name among all fields; source and stem by default.
         patient : str, optional
             By default the field is a patient of its own.
-        organ : str
-            Organ.
+        organ, cohort : str
+            Organ, and which of several collections it is from.
         mpp : float, optional
             Pixel size in µm where neither table nor settings state one; without, it is guessed from the nuclei.
 
@@ -172,6 +173,7 @@ class Source:
             labels=labels,
             types=types,
             classes=classes,
+            cohort=cohort,
         )
 
 
