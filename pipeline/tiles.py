@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.chunks import ChunkFiles
 from pipeline.cores import available_cores
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
@@ -49,6 +50,8 @@ _COMPARE_GREY = 24
 
 _COMPARE_SQUARES = 2
 """So many of the 16 squares of a cell that differ make the cell doubtful."""
+
+_CHUNKS = ChunkFiles(level=1)
 
 _SUPER_PIXELS = 10_000_000
 """Level pixels that a reader decodes at once: 30 MB of RGB."""
@@ -419,8 +422,8 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
 class _Writer:
     """Reads blocks of a slide and writes their tiles, in any number of threads."""
 
-    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, array: Any) -> None:
-        self.pool, self.grid, self.active, self.tile, self.array = pool, grid, active, tile, array
+    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, store: Path) -> None:
+        self.pool, self.grid, self.active, self.tile, self.store = pool, grid, active, tile, store
         self.sums = np.zeros(active.shape, np.uint32)
         self.unreadable: set[tuple[int, int, int]] = set()
         self.other_level = comparable_level(pool.get(), grid)
@@ -470,22 +473,22 @@ class _Writer:
         cells = self.active[ty // CELL : ty // CELL + step, tx // CELL : tx // CELL + step]
         if not cells.any():
             return 0
-        h, w = min(self.tile, self.grid.height - ty), min(self.tile, self.grid.width - tx)
         ax0, ay0 = max(tx, x0), max(ty, y0)
-        ax1, ay1 = min(tx + w, x0 + pixels.shape[1]), min(ty + h, y0 + pixels.shape[0])
+        ax1, ay1 = min(tx + self.tile, x0 + pixels.shape[1]), min(ty + self.tile, y0 + pixels.shape[0])
         part = pixels[ay0 - y0 : ay1 - y0, ax0 - x0 : ax1 - x0]
-        if part.shape[:2] != (h, w):
-            full = np.full((h, w, 3), 255, np.uint8)
+        if part.min() == 255:
+            return 1  # as the fill value is
+        if part.shape[:2] != (self.tile, self.tile):
+            full = np.full((self.tile, self.tile, 3), 255, np.uint8)
             full[ay0 - ty : ay1 - ty, ax0 - tx : ax1 - tx] = part
             part = full
-        if part.min() < 255:
-            self.array[ty : ty + h, tx : tx + w] = part  # a chunk of its own: no two threads write the same
+        _CHUNKS.write(self.store / "rgb", (ty // self.tile, tx // self.tile, 0), part)  # no two threads the same
         return 1
 
 
-def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
+def create_store(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
+    """Make an empty store of a slide's tiles; the zarr array of its pixels."""
     import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
 
     group = zarr.create_group(path, overwrite=True, attributes={"grid": grid.to_json(), "cell": CELL})
     group.create_array("active", data=active)
@@ -495,9 +498,7 @@ def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
         chunks=(tile, tile, 3),
         dtype="uint8",
         fill_value=255,
-        compressors=[BloscCodec(typesize=1, cname="lz4", clevel=1, shuffle="noshuffle"), Crc32cCodec()],
-        # Whoever writes leaves white chunks out: zarr's own look at each takes longer than all else about it.
-        config={"write_empty_chunks": True},
+        compressors=_CHUNKS.compressors,
     )
 
 
@@ -581,11 +582,11 @@ def run_tiles(
             )
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, wanted)
         active = active_cells(read_tissue(geojson), grid)
-        array = _create(staged["zarr"], grid, active, tile)
+        create_store(staged["zarr"], grid, active, tile)
         if parts:
             done = _gather(parts, grid, tile, staged["zarr"], active)
         else:
-            done = _read(info, grid, active, tile, array, workers or default_workers(), part)
+            done = _read(info, grid, active, tile, staged["zarr"], workers or default_workers(), part)
             if part is not None:
                 return _store_part(done, part, grid, tile, staged["zarr"])
         with reopen(info) as handle:
@@ -648,11 +649,11 @@ class _Read:
 
 
 def _read(
-    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, array: Any, workers: int, part: Part | None
+    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, store: Path, workers: int, part: Part | None
 ) -> _Read:
-    """Read a slide's tissue, or a part of it, into the array."""
+    """Read a slide's tissue, or a part of it, into the store."""
     with SlidePool(lambda: reopen(info)) as pool:
-        writer = _Writer(pool, grid, active, tile, array)
+        writer = _Writer(pool, grid, active, tile, store)
         blocks = _blocks(active, tile, _super_side(pool.get(), grid, tile))
         pixels = [_active_pixels_of(block, active, grid) for block in blocks]
         chosen = range(len(blocks)) if part is None else part.of(pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import shapely
 import tifffile
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -140,6 +142,21 @@ def test_white_tiles_take_no_space(tmp_path: Path) -> None:
     store = TileStore.open(tmp_path / "tiles.zarr")
     assert store.active.all()
     assert (whole(store)[:, 240:720] == 255).all()
+
+
+def test_chunks_are_written_as_zarr_writes_them(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs")
+    run(tmp_path, tile=256)
+    ours = tmp_path / "tiles.zarr"
+    group: Any = zarr.open_group(shutil.copytree(ours, tmp_path / "zarr.zarr"), mode="r+")
+    shutil.rmtree(tmp_path / "zarr.zarr/rgb/c")
+    group["rgb"][:] = whole(TileStore.open(ours))
+
+    def chunks(store: Path) -> dict[Path, bytes]:
+        return {path.relative_to(store): path.read_bytes() for path in store.rglob("rgb/c/*/*/0")}
+
+    assert 0 < len(chunks(ours)) < 5 * 4  # of a grid of 1250 x 850 pixels
+    assert chunks(ours) == chunks(tmp_path / "zarr.zarr")
 
 
 def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
