@@ -64,6 +64,9 @@ READERS = ("auto", "openslide", "tiffslide", "image")
 MAX_IMAGE_PIXELS = 400_000_000
 """Largest plain image, which is decoded whole: 1.2 GB of RGB."""
 
+MOST_UNEQUAL = 2
+"""How much longer than wide a pixel may be, or the other way round."""
+
 _CACHED_SEGMENT_PIXELS = 1_000_000
 _BLOCK = 512
 _MPP_HINT = "give it in the `mpp` column of the slide table, or as `mpp=` in the config for all slides"
@@ -522,11 +525,12 @@ def _stumbled(path: Path, error: Exception) -> None:
     log.debug("tifffile does not understand %s: %s", path, error)
 
 
-def _check_samples(path: Path) -> None:
+def _check_samples(path: Path, backend: str) -> None:
     """Refuse a TIFF whose pixels a reader would not show as they are.
 
     Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide and Pillow
-    show the upper eight, which are nearly black where a camera fills twelve.
+    show the upper eight, which are nearly black where a camera fills twelve. Pixels that are stored turned or mirrored
+    OpenSlide mirrors tile by tile, each in its place.
     """
     import tifffile
 
@@ -536,6 +540,7 @@ def _check_samples(path: Path) -> None:
             channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
             page = tif.pages.first
             kind, samples = page.dtype, page.samplesperpixel
+            turned = page.tags.valueof("Orientation", 1)
     except Exception as error:
         _stumbled(path, error)
         return
@@ -546,6 +551,11 @@ def _check_samples(path: Path) -> None:
         )
     if kind is not None and kind not in (np.uint8, np.bool_):
         raise _not_8_bit(kind, samples)
+    if backend == "openslide" and turned != 1:
+        raise SlideError(
+            f"is stored turned or mirrored (its orientation tag is {turned}), which OpenSlide shows wrongly",
+            "save it upright; `reader: tiffslide` shows it as it is stored",
+        )
 
 
 # --- plain images ----------------------------------------------------------------------------------------------------
@@ -686,7 +696,7 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
         slide = _open_auto(path) if reader == "auto" else _open_with(path, reader)
         if slide is not None and slide.vendor in ("generic-tiff", "ome-tiff", "image") and is_tiff(path):
             try:
-                _check_samples(path)
+                _check_samples(path, slide.backend)
                 slide.mpp = slide.mpp or _mpp_beside(path)
             except (PipelineError, OSError):
                 slide.close()
@@ -865,5 +875,9 @@ def resolve_mpp(slide: Slide, given: float | None, source: str = "table") -> tup
         raise SlideError(
             f"mpp {wrong:g} µm/px of the {source} is not plausible, slides have {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}",
             _MPP_HINT,
+        )
+    if max(mpp) > MOST_UNEQUAL * min(mpp):
+        raise SlideError(
+            f"pixels of {mpp[0]:g} x {mpp[1]:g} µm by the {source} are not plausible, slides have square ones", _MPP_HINT
         )
     return mpp, source

@@ -243,6 +243,24 @@ def test_mpp_policy(tmp_path: Path) -> None:
         slide.mpp = (0.25, 0.0)
         with pytest.raises(SlideError, match="mpp 0 µm/px of the metadata"):
             resolve_mpp(slide, None)
+        slide.mpp = (0.25, 0.3)
+        assert resolve_mpp(slide, None) == ((0.25, 0.3), "metadata")
+        slide.mpp = (0.25, 10.0)
+        with pytest.raises(SlideError, match=r"pixels of 0\.25 x 10 µm by the metadata"):
+            resolve_mpp(slide, None)
+        assert resolve_mpp(slide, 0.25) == ((0.25, 0.25), "table")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_a_tiff_stored_turned(tmp_path: Path, orientation: int) -> None:
+    rgb = picture(500, 400)
+    for name, tile in (("tiles.tif", (128, 128)), ("strips.tif", None)):
+        path = tmp_path / name
+        tifffile.imwrite(path, rgb, tile=tile, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+        with open_slide(path, "tiffslide") as slide:
+            np.testing.assert_array_equal(slide.read(0, 0, 0, 500, 400), rgb)
+    with pytest.raises(SlideError, match=f"orientation tag is {orientation}"):
+        open_slide(tmp_path / "tiles.tif")
 
 
 def cut(path: Path, share: float) -> Path:
