@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError, of_the_machine
+from pipeline.geojson import iter_features, stated_origin
 from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
@@ -157,7 +158,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels: a FeatureCollection, a Feature or a geometry; polygons count.
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; polygons count.
     box : shapely geometry
         The slide; what lies outside is cut off.
 
@@ -186,15 +187,11 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad(f"no JSON ({error})") from None
     geometries = []
     try:
-        if isinstance(value, list):  # QuPath can export a bare list of features
-            features = value
-        else:
-            features = value["features"] if value.get("type") == "FeatureCollection" else [value]
-        for feature in features:
-            geometry = feature["geometry"] if feature.get("type") == "Feature" else feature
-            if geometry is not None:
+        origin = stated_origin(value)
+        for feature in iter_features(value):
+            if feature["geometry"] is not None:
                 with np.errstate(invalid="ignore"):
-                    geometries.append(shape(geometry))
+                    geometries.append(shape(feature["geometry"]))
     except (
         KeyError,
         TypeError,
@@ -212,7 +209,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad("coordinates that are no numbers")
     if geometries and not polygons:
         raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
-    result = clean(polygons, box) if polygons else []
+    result = clean(shapely.transform(polygons, lambda points: points + origin), box) if polygons else []
     if polygons and not result:
         raise bad("no polygon lies on the slide")
     return result

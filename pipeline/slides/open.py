@@ -878,6 +878,7 @@ def resolve_mpp(slide: Slide, given: float | None, source: str = "table") -> tup
         )
     if max(mpp) > MOST_UNEQUAL * min(mpp):
         raise SlideError(
-            f"pixels of {mpp[0]:g} x {mpp[1]:g} µm by the {source} are not plausible, slides have square ones", _MPP_HINT
+            f"pixels of {mpp[0]:g} x {mpp[1]:g} µm by the {source} are not plausible, slides have square ones",
+            _MPP_HINT,
         )
     return mpp, source

@@ -248,6 +248,12 @@ def test_user_mask(tmp_path: Path, value: Any, count: int) -> None:
     assert len(read_mask(packed, BOX)) == count
 
 
+def test_a_user_mask_that_counts_from_another_pixel(tmp_path: Path) -> None:
+    value = {"type": "FeatureCollection", "level0_origin": [300, 200], "features": [SQUARE]}
+    (polygon,) = read_mask(write(tmp_path / "mask.geojson", value), BOX)
+    assert polygon.bounds == (310, 210, 410, 310)
+
+
 @pytest.mark.parametrize(
     "value",
     [
