@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,27 +142,6 @@ class Nuclei:
 def rounded(value: float, digits: int = 4) -> float | None:
     """`value` rounded, or None when it is not finite: JSON has no NaN."""
     return round(float(value), digits) if math.isfinite(value) else None
-
-
-def tissue_rings(geojson: Path) -> list[npt.NDArray[np.float64]]:
-    """Exteriors and holes of a FeatureCollection of polygons, in its own unit.
-
-    Parameters
-    ----------
-    geojson : pathlib.Path
-        ``tissue.geojson``.
-
-    Returns
-    -------
-    list of numpy.ndarray of float64, shape (k, 2)
-        One closed ring each.
-    """
-    rings = []
-    for feature in json.loads(geojson.read_text(encoding="utf-8"))["features"]:
-        shape = feature["geometry"]
-        polygons = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
-        rings += [np.asarray(ring, dtype=np.float64)[:, :2] for polygon in polygons for ring in polygon]
-    return rings
 
 
 def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -309,11 +287,14 @@ def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
 
 def draw_overview(path: Path, slide: str, numbers: Mapping[str, Any], nuclei: Nuclei, tissue: Path, zarr: Path) -> None:
     """Draw ``overview.png``; see `pipeline.overview.draw`."""
+    import shapely
+
     from pipeline import overview
     from pipeline.tiles import TileStore
+    from pipeline.tissue import read_tissue
 
     scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
-    rings = [ring / scale for ring in tissue_rings(tissue)]
+    rings = [shapely.get_coordinates(ring) / scale for ring in shapely.get_rings(read_tissue(tissue))]
     regions = overview.choose_regions(nuclei.centroids, nuclei.grid, rings)
     overview.draw(
         path,

@@ -299,6 +299,8 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
     scale_x, scale_y : float
         Level-0 pixels per pixel of the view.
     """
+    import shapely
+
     factor = min(_PNG_SIDE / max(rgb.shape[:2]), 1.0)
     size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
     image = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
@@ -306,9 +308,7 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
         image = rgb.copy()
     to_image = np.array([size[0] / rgb.shape[1] / scale_x, size[1] / rgb.shape[0] / scale_y])
     rings = [
-        np.round(np.asarray(ring.coords) * to_image * 16).astype(np.int32)
-        for polygon in polygons
-        for ring in (polygon.exterior, *polygon.interiors)
+        np.round(shapely.get_coordinates(ring) * to_image * 16).astype(np.int32) for ring in shapely.get_rings(polygons)
     ]
     cv2.polylines(image, rings, True, (0, 160, 60), 2, cv2.LINE_AA, 4)
     return image
