@@ -26,8 +26,9 @@ from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
 from pipeline.seal import check_seal, is_sealed
 from pipeline.slides.inspect import reopen
-from pipeline.slides.open import Level, Slide, SlidePool
+from pipeline.slides.open import SlidePool
 from pipeline.slides.regions import OneLevel, best_level, read_region
+from pipeline.slides.slide import Level, Slide
 from pipeline.stage import read_manifest, run_stage
 from pipeline.tissue import read_tissue
 

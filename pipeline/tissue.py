@@ -22,8 +22,8 @@ from pipeline.grid import Grid
 from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
-from pipeline.slides.open import Level, Slide
 from pipeline.slides.regions import OneLevel, best_level, read_region
+from pipeline.slides.slide import Level, Slide
 from pipeline.stage import read_manifest, run_stage
 
 if TYPE_CHECKING:

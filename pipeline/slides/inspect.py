@@ -15,7 +15,8 @@ from pipeline.errors import SlideError
 from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import find_tissue
 from pipeline.slide_table import could_be_read
-from pipeline.slides.open import READERS, Slide, open_slide, resolve_mpp
+from pipeline.slides.open import READERS, open_slide, resolve_mpp
+from pipeline.slides.slide import Slide
 from pipeline.stage import run_stage
 
 log = logging.getLogger(__name__)

@@ -21,16 +21,11 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.slide_table import UNREADABLE
 from pipeline.slides.inspect import reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
-from pipeline.slides.open import (
-    OpenSlideReader,
-    TiffSlideReader,
-    level_of,
-    open_slide,
-    over_white,
-    premultiplied_over_white,
-    resolve_mpp,
-)
+from pipeline.slides.open import open_slide, resolve_mpp
+from pipeline.slides.openslide_reader import OpenSlideReader
+from pipeline.slides.slide import level_of, over_white, premultiplied_over_white
 from pipeline.slides.synthetic import write_ome_tiff, write_svs, write_tiff
+from pipeline.slides.tiff_reader import TiffSlideReader
 from pipeline.stage import read_manifest
 
 WRITERS = {"svs": write_svs, "tiff": write_tiff, "ome.tiff": write_ome_tiff}
