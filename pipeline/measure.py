@@ -295,7 +295,7 @@ def run_measure(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tiles import TileStore
+        from pipeline.tile_store import TileStore
 
         matrix, white, origin = stain_matrix(read_manifest(stain))
         count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"], white)

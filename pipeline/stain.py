@@ -315,7 +315,7 @@ def run_stain(
     package = ModelPackage.load(model)
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tiles import TileStore
+        from pipeline.tile_store import TileStore
 
         store = TileStore.open(zarr)
         rgb, cells, white = sample_tissue(store)

@@ -290,7 +290,7 @@ def draw_overview(path: Path, slide: str, numbers: Mapping[str, Any], nuclei: Nu
     import shapely
 
     from pipeline import overview
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
     from pipeline.tissue import read_tissue
 
     scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)

@@ -25,7 +25,8 @@ from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
 from pipeline.testing import stained, write_inputs
-from pipeline.tiles import RasterReader, TileStore, reflect, run_tiles
+from pipeline.tile_store import RasterReader, TileStore, reflect
+from pipeline.tiles import run_tiles
 
 TISSUE = [
     shapely.Polygon([(200, 150), (1900, 300), (1700, 1300), (900, 900), (300, 1250)]),
