@@ -348,8 +348,8 @@ def instances(options: Options) -> Iterator[Figure]:
     runs: dict[int, Run] = {}
     for workers in (1, 2, 1, 2):  # of two each the quicker one
         run = stage(
-            "instances", maps=folder / "large.zarr", model=options.model, out=folder / f"{workers}-large.parquet",
-            workers=workers,
+            "instances", slide="s", maps=folder / "large.zarr", model=options.model,
+            out=folder / f"{workers}-large.parquet", workers=workers,
         )  # fmt: skip
         runs[workers] = min(runs.get(workers, run), run, key=lambda r: r.wall)
     if len({(folder / f"{workers}-large.parquet").read_bytes() for workers in runs}) > 1:

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -319,7 +319,7 @@ def run_summary(
     out: Path,
     png: Path,
     truth: Path | None = None,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -335,8 +335,8 @@ def run_summary(
         ``metrics.json`` and ``overview.png``.
     truth : pathlib.Path or None
         Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -369,13 +369,13 @@ def run_summary(
         upstream=[manifests[name] for name in MANIFESTS],
         stores={tiles_zarr: manifests["tiles"]},
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline summary``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     for name in MANIFESTS:
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=f"manifest: {name}.json")
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
@@ -384,7 +384,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truth", type=Path, metavar="FILE", help="known nuclei: GeoJSON(.gz), PNG, TIFF or npy")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics.json to write")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="overview.png to write")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -399,6 +398,6 @@ def main(args: argparse.Namespace) -> int:
         out=args.out,
         png=args.png,
         truth=args.truth,
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

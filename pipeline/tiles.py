@@ -20,7 +20,6 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
 from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
-from pipeline.guard import add_time_arguments
 from pipeline.lattice import CELL, active_cells
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
@@ -28,7 +27,7 @@ from pipeline.slides.inspect import reopen
 from pipeline.slides.open import SlidePool
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 from pipeline.tile_store import create_tiles
 from pipeline.tissue import read_tissue
 
@@ -306,9 +305,7 @@ def run_tiles(
     max_unreadable: float = 0.02,
     part: Part | None = None,
     parts: Sequence[Path] = (),
-    on_bad_slide: str = "continue",
-    minutes: float | None = None,
-    again: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Store the tissue of a slide at a model's pixel size.
 
@@ -332,12 +329,8 @@ def run_tiles(
         Store this part of the slide alone.
     parts : sequence of pathlib.Path
         Stores of all parts, to be put together; nothing is read from the slide then.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
-    minutes : float, optional
-        Minutes that the job may take, see `pipeline.stage.run_stage`.
-    again : bool
-        Whether the job is tried again with more, see there.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -416,9 +409,7 @@ def run_tiles(
         upstream=[inspect, tissue, *map(manifest_of, parts)],
         stores={part: manifest_of(part) for part in parts},
         body=body,
-        on_bad_slide=on_bad_slide,
-        minutes=minutes,
-        again=again,
+        **how,
     )
 
 
@@ -525,7 +516,7 @@ def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--tissue", required=True, type=Path, metavar="TISSUE.JSON", help="manifest of stage tissue")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON", help="tissue polygons")
@@ -535,8 +526,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
     )
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    add_time_arguments(parser)
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
@@ -559,8 +548,6 @@ def main(args: argparse.Namespace) -> int:
         max_unreadable=args.max_unreadable,
         part=args.part,
         parts=args.parts,
-        on_bad_slide=args.on_bad_slide,
-        minutes=args.job_minutes,
-        again=args.again,
+        **how_to_run(args),
     )
     return 0

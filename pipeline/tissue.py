@@ -19,12 +19,11 @@ import numpy as np
 from pipeline.errors import PipelineError, SlideError, of_the_machine
 from pipeline.geojson import iter_features, stated_origin
 from pipeline.grid import Grid
-from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -325,9 +324,7 @@ def run_tissue(
     mpp: float = 8.0,
     min_area_um2: float = 10_000.0,
     min_hole_um2: float = 5_000.0,
-    on_bad_slide: str = "continue",
-    minutes: float | None = None,
-    again: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Find the tissue of a slide, or take a user's mask.
 
@@ -345,12 +342,8 @@ def run_tissue(
         µm per pixel to look at.
     min_area_um2, min_hole_um2 : float
         Smaller parts are dropped, smaller holes filled.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
-    minutes : float, optional
-        Minutes that the job may take, see `pipeline.stage.run_stage`.
-    again : bool
-        Whether the job is tried again with more, see there.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -431,22 +424,18 @@ def run_tissue(
         outputs={"geojson": geojson, "png": png},
         upstream=[inspect],
         body=body,
-        on_bad_slide=on_bad_slide,
-        minutes=minutes,
-        again=again,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")
     parser.add_argument("--mpp", type=float, default=8.0, help="µm per pixel to look at (default: 8)")
     parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
     parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    add_time_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
     parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
@@ -464,8 +453,6 @@ def main(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         min_area_um2=args.min_area,
         min_hole_um2=args.min_hole,
-        on_bad_slide=args.on_bad_slide,
-        minutes=args.job_minutes,
-        again=args.again,
+        **how_to_run(args),
     )
     return 0
