@@ -144,18 +144,25 @@ Block = tuple[slice, slice]
 """Tiles that are read together: rows and columns of the lattice."""
 
 
-def _blocks(active: np.ndarray, tile: int, side: int) -> list[Block]:
-    """Blocks of `side` grid pixels (whole tiles) that hold active cells."""
-    step = side // CELL
-    rows, columns = ([slice(at, at + step) for at in range(0, size, step)] for size in active.shape)
+def _blocks(active: np.ndarray, shape: tuple[int, int]) -> list[Block]:
+    """Blocks of a shape in grid pixels (whole tiles) that hold active cells."""
+    rows, columns = (
+        [slice(at, at + side // CELL) for at in range(0, size, side // CELL)]
+        for size, side in zip(active.shape, shape, strict=True)
+    )
     return [(row, column) for row in rows for column in columns if active[row, column].any()]
 
 
-def _super_side(slide: Slide, grid: Grid, tile: int) -> int:
-    """Side of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read."""
-    level = slide.levels[best_level(slide.levels, grid)]
+def _super_shape(slide: Slide, grid: Grid, tile: int) -> tuple[int, int]:
+    """Height and width of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read.
+
+    Wide where the level lies in strips, each of which is decoded once for every super-tile that meets it.
+    """
+    index = best_level(slide.levels, grid)
+    level = slide.levels[index]
     native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
-    return max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile)) * tile
+    side = max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile))
+    return (tile, side * side * tile) if slide.in_strips(index) else (side * tile, side * tile)
 
 
 def comparable_level(slide: Slide, grid: Grid) -> int | None:
@@ -430,7 +437,7 @@ def _read(
     """Read a slide's tissue, or a part of it, into the array."""
     with SlidePool(lambda: reopen(info)) as pool:
         writer = _Writer(pool, grid, active, tile, array)
-        blocks = _blocks(active, tile, _super_side(pool.get(), grid, tile))
+        blocks = _blocks(active, _super_shape(pool.get(), grid, tile))
         pixels = [_active_pixels(active[block], grid) for block in blocks]
         chosen = range(len(blocks)) if part is None else part.of(pixels)
         with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:

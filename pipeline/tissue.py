@@ -47,12 +47,15 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float, float]:
     finer : float
         Share of blocks that a finer level had to show.
     """
-    side = _block_side(slide.levels[best_level(slide.levels, grid)], grid)
+    index = best_level(slide.levels, grid)
+    across = down = _block_side(slide.levels[index], grid)
+    if slide.in_strips(index):  # each is decoded once for every block that meets it
+        across, down = across * down // 32, 32
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
     blocks, bad, finer = 0, 0.0, 0.0
-    for y in range(0, grid.height, side):
-        for x in range(0, grid.width, side):
-            w, h = min(side, grid.width - x), min(side, grid.height - y)
+    for y in range(0, grid.height, down):
+        for x in range(0, grid.width, across):
+            w, h = min(across, grid.width - x), min(down, grid.height - y)
             blocks += 1
             try:
                 rgb[y : y + h, x : x + w] = read_region(slide, grid, x, y, w, h)

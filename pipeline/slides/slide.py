@@ -114,6 +114,10 @@ class Slide(ABC):
         """Width and height of what is decoded at once on a level: a tile that cannot be read spoils as much."""
         return 256, 256
 
+    def in_strips(self, level: int) -> bool:
+        """Whether what is decoded at once on a level goes from its left edge to its right one."""
+        return self.tile_size(level)[0] >= self.levels[level].width
+
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """Read a window of a level.
 
