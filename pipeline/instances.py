@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.allocator import keep_freed_memory
-from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, Setup, check_blocks, take_census, take_survey
+from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, check_blocks, take_census, take_survey
+from pipeline.census_worker import Setup
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
