@@ -19,6 +19,7 @@ from benchmarks.harness import Figure
 from benchmarks.speed import Options
 from pipeline import census
 from pipeline.census import slide_nuclei
+from pipeline.census_worker import Block
 from pipeline.instances import write_instances
 from pipeline.kernels.instances import InstanceRules, segment
 from pipeline.maps import MapStore
@@ -240,7 +241,7 @@ def _digests(folder: Path, package: ModelPackage, several: int) -> Figure:
     for number, (block, halo, workers) in enumerate(runs):
         out = folder / f"{block}.parquet"
 
-        def shuffled(store: Any, side: int, number: int = number) -> list[census.Block]:
+        def shuffled(store: Any, side: int, number: int = number) -> list[Block]:
             return random.Random(number).sample(blocks := in_order(store, side), len(blocks))
 
         with (

@@ -111,10 +111,10 @@ def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, sh
 
 def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, share: float, tile: int = 1024) -> None:
     """Write a store of tiles of the same slide."""
-    from pipeline.tiles import _create
+    from pipeline.tile_store import create_tiles
 
     squares = tissue_squares(width, height, share)
-    array = _create(path, Grid(width, height, mpp, 1.0, 1.0), active_cells(squares, width, height), tile)
+    array = create_tiles(path, Grid(width, height, mpp, 1.0, 1.0), active_cells(squares, width, height), tile)
     for rows, columns, top, left in _chunks(squares, width, height, tile):
         array[rows, columns] = field.rgb[top, left]
 

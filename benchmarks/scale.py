@@ -60,7 +60,7 @@ def million(options: Options) -> Iterator[Figure]:
         parquet, nuclei = folder / "instances.parquet", folder / "nuclei.parquet"
         runs = {
             "instances": stage(
-                "instances", maps=folder / "maps.zarr", model=options.model, out=parquet, workers=2,
+                "instances", slide="s", maps=folder / "maps.zarr", model=options.model, out=parquet, workers=2,
                 manifest=folder / "instances.json",
             ),
             "measure": stage(

@@ -147,7 +147,7 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     from pipeline.inference import active_windows, infer_slide
     from pipeline.lattice import CELL
     from pipeline.predictors import choose_predictor, one_result
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
 
     folder = options.place(f"infer-{device}")
     package = ModelPackage.load(options.model)
@@ -253,7 +253,7 @@ def infer_host(options: Options) -> Iterator[Figure]:
     from pipeline.allocator import keep_freed_memory
     from pipeline.inference import infer_slide
     from pipeline.maps import MapStore
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
 
     keep_freed_memory()
     folder = options.place("infer-host")
@@ -348,8 +348,8 @@ def instances(options: Options) -> Iterator[Figure]:
     runs: dict[int, Run] = {}
     for workers in (1, 2, 1, 2):  # of two each the quicker one
         run = stage(
-            "instances", maps=folder / "large.zarr", model=options.model, out=folder / f"{workers}-large.parquet",
-            workers=workers,
+            "instances", slide="s", maps=folder / "large.zarr", model=options.model,
+            out=folder / f"{workers}-large.parquet", workers=workers,
         )  # fmt: skip
         runs[workers] = min(runs.get(workers, run), run, key=lambda r: r.wall)
     if len({(folder / f"{workers}-large.parquet").read_bytes() for workers in runs}) > 1:
@@ -379,7 +379,7 @@ def measure(options: Options) -> Iterator[Figure]:
     from pipeline.instances import write_instances
     from pipeline.kernels.stain import RUIFROK, concentrations
     from pipeline.measure import write_measured
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
 
     keep_freed_memory()  # as the stage does
     for mpp in (0.5, 0.25):
@@ -570,7 +570,7 @@ def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precisio
     from pipeline.kernels.blend import PatchGrid
     from pipeline.lattice import CELL
     from pipeline.predictors import choose_predictor, one_result
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
 
     store = TileStore.open(folder / "tiles.zarr")
     grid = PatchGrid(store.grid.width, store.grid.height, package.patch, package.overlap)

@@ -28,7 +28,7 @@ from pipeline.errors import PipelineError
 from pipeline.geojson import ORIGIN
 from pipeline.kernels.contours import wkb_rings
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -311,7 +311,7 @@ def run_export(
     inspect: Path | None = None,
     origin: str = "slide",
     workers: int = 1,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -329,8 +329,8 @@ def run_export(
         See `origin_of`.
     workers : int
         Threads that compress.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -359,13 +359,13 @@ def run_export(
         outputs={"geojson": geojson},
         upstream=[measure],
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline export``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     parser.add_argument("--measure", type=Path, required=True, metavar="FILE", help="measure.json")
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
@@ -375,7 +375,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--origin", choices=("slide", "bounds"), default="slide", help="corner from which coordinates count"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that compress (default: 1)")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -389,6 +388,6 @@ def main(args: argparse.Namespace) -> int:
         inspect=args.inspect,
         origin=args.origin,
         workers=max(1, args.workers),
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

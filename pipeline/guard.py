@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import faulthandler
@@ -39,15 +38,6 @@ def tried_again(attempt: str) -> bool:
     """
     number, _, attempts = attempt.partition("/")
     return int(number) < int(attempts)
-
-
-def add_time_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a stage that reads the slide: the time of its job, and whether that is tried again."""
-    parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
-    parser.add_argument(
-        "--attempt", type=tried_again, default=False, metavar="I/N", dest="again",
-        help="which attempt of the job this is, of how many: the slide fails in the last one, in others the job does",
-    )  # fmt: skip
 
 
 def guarded(work: Callable[[], Any], minutes: float | None, again: bool = False) -> Any:

@@ -36,7 +36,7 @@ from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.predictors import Finish, Predictor, Strip, channel_names, choose_predictor, one_result, runs
 from pipeline.progress import Progress
 from pipeline.stage import read_manifest, run_stage
-from pipeline.tiles import RasterReader, TileStore
+from pipeline.tile_store import RasterReader, TileStore
 
 log = logging.getLogger(__name__)
 

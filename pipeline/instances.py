@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.allocator import keep_freed_memory
-from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, Setup, check_blocks, take_census, take_survey
+from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, check_blocks, take_census, take_survey
+from pipeline.census_worker import Setup
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.parts import Part, manifest_of, read_parts
 from pipeline.progress import Progress
-from pipeline.stage import run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, run_stage
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
@@ -136,10 +137,10 @@ def write_instances(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's arguments."""
+    add_stage_arguments(parser)
     parser.add_argument("--maps", type=Path, required=True, help="maps.zarr")
     parser.add_argument("--model", type=Path, required=True, help="model package")
     parser.add_argument("--out", type=Path, required=True, help="table of nuclei to write (GeoParquet)")
-    parser.add_argument("--slide", default="slide", help="name of the slide")
     parser.add_argument("--maps-manifest", type=Path, help="maps.json")
     parser.add_argument("--manifest", type=Path, help="manifest to write")
     parser.add_argument("--tissue", type=Path, help="tissue.geojson; nuclei outside are left out")
@@ -148,7 +149,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide, into a folder OUT")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
         outputs={"nuclei": args.out},
         upstream=[*stores.values()],
         stores=stores,
-        on_bad_slide=args.on_bad_slide,
         body=body,
+        **how_to_run(args),
     )
     return 0

@@ -28,7 +28,7 @@ from pipeline.kernels.measure import cut_runs
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
 from pipeline.progress import Progress
-from pipeline.stage import run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def run_labels(
     zarr: Path,
     *,
     workers: int = 1,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -247,8 +247,8 @@ def run_labels(
         The manifest and the store to write.
     workers : int
         Threads.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -268,19 +268,18 @@ def run_labels(
         outputs={"zarr": zarr},
         upstream=[measure],
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline labels``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     parser.add_argument("--measure", type=Path, required=True, metavar="FILE", help="measure.json")
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--zarr", type=Path, required=True, metavar="DIR", help="label map to write (.ome.zarr)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads (default: 1)")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -292,6 +291,6 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         args.zarr,
         workers=max(1, args.workers),
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

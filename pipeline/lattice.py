@@ -49,7 +49,8 @@ def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int =
     # Even-odd filling below wants polygons that do not overlap.
     area = shapely.intersection(shapely.union_all(list(tissue)), box) if len(tissue) else None
     if area is not None and not area.is_empty:
-        rings = [np.asarray(ring.coords)[:, :2] for polygon in _polygons(area) for ring in _rings(polygon)]
+        polygons = [part for part in shapely.get_parts(area) if part.geom_type == "Polygon" and not part.is_empty]
+        rings = [shapely.get_coordinates(ring) for ring in shapely.get_rings(polygons)]
         if rings:
             cell = np.array([grid.scale_x * CELL, grid.scale_y * CELL])
             start = np.concatenate([ring[:-1] for ring in rings]) / cell
@@ -61,16 +62,6 @@ def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int =
         side = 2 * margin_cells + 1
         active = cv2.dilate(active.astype(np.uint8), np.ones((side, side), np.uint8)).astype(bool)
     return active
-
-
-def _polygons(area: BaseGeometry) -> list[BaseGeometry]:
-    import shapely
-
-    return [part for part in shapely.get_parts(area) if part.geom_type == "Polygon" and not part.is_empty]
-
-
-def _rings(polygon: BaseGeometry) -> list[BaseGeometry]:
-    return [polygon.exterior, *polygon.interiors]
 
 
 def _crossed(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.ndarray:

@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs import CRC32C, Blosc
-from zarr.codecs import BloscCodec, Crc32cCodec
 
+from pipeline.chunks import ChunkFiles
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
 from pipeline.seal import check_seal, is_sealed
 
-_BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5}
-_COMPRESSORS = BloscCodec(**_BLOSC, shuffle="noshuffle"), Crc32cCodec()
-_CODECS = Blosc(**_BLOSC, shuffle=Blosc.NOSHUFFLE), CRC32C()
-"""The same, as `MapStore.write` calls them."""
+_CHUNKS = ChunkFiles(level=5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +54,7 @@ class MapStore:
             chunks=(len(channels), *chunk),
             dtype=np.uint8,
             fill_value=0,
-            compressors=_COMPRESSORS,
+            compressors=_CHUNKS.compressors,
         )
         group.create_array("active", data=active)
         return cls(path, grid, channels, active, cell, array)
@@ -90,9 +86,7 @@ class MapStore:
             raise PipelineError(f"{path} is no store of maps: {error}", "delete it and run again") from None
 
     def write(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """Write a whole chunk, from any thread; the file is the one that zarr would write.
-
-        zarr takes 2 ms of Python for a chunk, in which all other threads wait: more than a GPU takes for its windows.
+        """Write a whole chunk, from any thread.
 
         Parameters
         ----------
@@ -114,12 +108,7 @@ class MapStore:
             return  # as empty chunks are
         if pixels.shape[1:] != (rows, columns):
             pixels = np.pad(pixels, ((0, 0), (0, rows - pixels.shape[1]), (0, columns - pixels.shape[2])))
-        data: Any = np.ascontiguousarray(pixels)
-        for codec in _CODECS:
-            data = codec.encode(data)
-        file = self.path / "maps" / "c" / "0" / str(y // rows) / str(x // columns)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        _CHUNKS.write(self.path / "maps", (0, y // rows, x // columns), pixels)
 
     def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Maps of any window, uint8 ``(C, height, width)``; 0 outside the slide.

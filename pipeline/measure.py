@@ -22,7 +22,7 @@ from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
 from pipeline.kernels.measure import STAIN_COLUMNS, Pieces, StainSums, cut_runs, hull_areas, polygon_shapes
 from pipeline.progress import Progress
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 from pipeline.stain import stain_matrix
 
 if TYPE_CHECKING:
@@ -267,8 +267,7 @@ def run_measure(
     stain: Path,
     out: Path,
     nuclei: Path,
-    *,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -284,8 +283,8 @@ def run_measure(
         Manifest of the stage ``stain``.
     out, nuclei : pathlib.Path
         The manifest and the table to write.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -295,7 +294,7 @@ def run_measure(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tiles import TileStore
+        from pipeline.tile_store import TileStore
 
         matrix, white, origin = stain_matrix(read_manifest(stain))
         count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"], white)
@@ -310,13 +309,13 @@ def run_measure(
         upstream=[instances, tiles, stain],
         stores={zarr: tiles},
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline measure``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     parser.add_argument("--instances", type=Path, required=True, metavar="FILE", help="instances.json")
     parser.add_argument("--parquet", type=Path, required=True, metavar="FILE", help="instances.parquet")
     parser.add_argument("--tiles", type=Path, required=True, metavar="FILE", help="tiles.json")
@@ -324,7 +323,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stain", type=Path, required=True, metavar="FILE", help="stain.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet to write")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -339,6 +337,6 @@ def main(args: argparse.Namespace) -> int:
         args.stain,
         args.out,
         args.nuclei,
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

@@ -43,7 +43,7 @@ FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
 
 
 class Tiles(Protocol):
-    """What the drawing needs of `pipeline.tiles.TileStore`."""
+    """What the drawing needs of `pipeline.tile_store.TileStore`."""
 
     @property
     def grid(self) -> Grid: ...

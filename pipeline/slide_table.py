@@ -35,6 +35,7 @@ SUFFIXES = (
     ".vms",
     ".vmu",
     ".svslide",
+    ".czi",
     ".dcm",
     ".png",
     ".jpg",
@@ -228,21 +229,42 @@ def content_stamp(path: Path) -> list[int]:
     return [size, zlib.crc32(path.read_bytes())] if path.stat().st_size <= SUMMED_BYTES else [size]
 
 
-def _add(entries: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
-    other = entries.get(entry.name)
-    if other is not None or entry.name != folder_name(entry.name):
-        names = {folder_name(name): entry for name, entry in entries.items()}
-        other = names.get(folder_name(entry.name))
-    if other is not None:
+def _add(found: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
+    """Take in a slide under the name of its results folder."""
+    other = found.setdefault(folder_name(entry.name), entry)
+    if other is not entry:
         raise PipelineError(
             f"{where}: two slides are called {entry.name!r}: {str(other.path)!r} and {str(entry.path)!r}",
             "give each a name of its own in a slide table",
         )
-    entries[entry.name] = entry
+
+
+def _table(found: dict[str, SlideEntry], columns: tuple[str, ...] = ()) -> SlideTable:
+    return SlideTable({entry.name: entry for entry in found.values()}, columns)
+
+
+# Study and series stand side by side in the header of each file.
+_DICOM_SERIES = re.compile(
+    rb"\x20\x00\x0d\x00(?:UI..|..\0\0)[0-9.]+[\0 ]?\x20\x00\x0e\x00(?:UI..|..\0\0)([0-9.]+)", re.DOTALL
+)
+
+
+def _dicom_series(path: Path) -> tuple[bytes, ...]:
+    """All series that the beginning of a DICOM file names, its own among them; empty where there is none."""
+    try:
+        if not path.is_file():
+            return ()
+        with path.open("rb") as file:
+            return tuple(_DICOM_SERIES.findall(file.read(1 << 16)))
+    except OSError:  # its stage tells
+        return ()
 
 
 def from_folder(folder: Path) -> SlideTable:
     """Slides of a folder, sorted by file name; hidden files and other endings are left out.
+
+    So are further files of a slide in several: of a DICOM series all but the first, and pictures that belong to a
+    ``.vms`` or ``.vmu``.
 
     Raises
     ------
@@ -253,16 +275,24 @@ def from_folder(folder: Path) -> SlideTable:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}") from None
-    entries: dict[str, SlideEntry] = {}
+    hamamatsu = [name[:-4] for name in names if name.lower().endswith((".vms", ".vmu"))]
+    pictures = tuple(f"{slide}{mark}" for slide in hamamatsu for mark in "._(")
+    found: dict[str, SlideEntry] = {}
+    series: set[tuple[bytes, ...]] = set()
     for name in names:
-        slide = None if name.startswith(".") else stem(name)
-        if slide is not None:
-            _add(entries, SlideEntry(slide, folder / name), f"slides folder {str(folder)!r}")
-    if not entries:
+        slide, lower = None if name.startswith(".") else stem(name), name.lower()
+        if slide is None or (lower.endswith((".jpg", ".jpeg")) and name.startswith(pictures)):
+            continue
+        if lower.endswith(".dcm") and (own := _dicom_series(folder / name)):
+            if own in series:
+                continue
+            series.add(own)
+        _add(found, SlideEntry(slide, folder / name), f"slides folder {str(folder)!r}")
+    if not found:
         raise PipelineError(
             f"slides: no slide in folder {str(folder)!r}", f"slides end in {' '.join(sorted(set(SUFFIXES)))}"
         )
-    return SlideTable(entries)
+    return _table(found)
 
 
 def from_table(table: Path) -> SlideTable:
@@ -310,7 +340,7 @@ def from_table(table: Path) -> SlideTable:
         path, stripped = (Path(os.path.abspath(base / text)) for text in (cell, cell.strip()))
         return stripped if stripped.exists() and not path.exists() else path
 
-    entries: dict[str, SlideEntry] = {}
+    found: dict[str, SlideEntry] = {}
     extra = tuple(column for column in header if column not in OWN_COLUMNS)
     for line, cells in rows[1:]:
         at = f"{where}, line {line}"
@@ -334,10 +364,10 @@ def from_table(table: Path) -> SlideTable:
             )
         except PipelineError as error:
             raise PipelineError(f"{at}: {error}") from None
-        _add(entries, entry, at)
-    if not entries:
+        _add(found, entry, at)
+    if not found:
         raise PipelineError(f"{where} lists no slide")
-    return SlideTable(entries, extra)
+    return _table(found, extra)
 
 
 def resolve_slides(setting: str | Path) -> SlideTable:

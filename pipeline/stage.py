@@ -8,6 +8,7 @@ a whole goes on.
 
 from __future__ import annotations
 
+import argparse
 import glob
 import json
 import logging
@@ -25,7 +26,7 @@ from typing import Any
 
 from pipeline.again import how_anew, is_marked, note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
-from pipeline.guard import guarded
+from pipeline.guard import guarded, tried_again
 from pipeline.lock import held
 from pipeline.seal import check_kept, check_sealed, which_store, write_seal
 
@@ -157,6 +158,27 @@ def to_disk(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, *, reads_slide: bool = False) -> None:
+    """Options that all stages have, and those of a stage that reads the slide's file."""
+    parser.add_argument("--slide", required=True, help="name of the slide")
+    parser.add_argument(
+        "--on-bad-slide", choices=("continue", "stop"), default="continue",
+        help="whether a slide that cannot be processed is data or an error (default: continue)",
+    )  # fmt: skip
+    parser.set_defaults(job_minutes=None, again=False)
+    if reads_slide:
+        parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+        parser.add_argument(
+            "--attempt", type=tried_again, default=False, metavar="I/N", dest="again",
+            help="which attempt of the job this is, of how many: in the last one the slide fails, in others the job",
+        )  # fmt: skip
+
+
+def how_to_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What those options say, as `run_stage` wants it."""
+    return {"on_bad_slide": args.on_bad_slide, "minutes": args.job_minutes, "again": args.again}
 
 
 def run_stage(

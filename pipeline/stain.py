@@ -24,7 +24,7 @@ from pipeline.kernels import stain as kernel
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
 from pipeline.overview import PNG_LEVEL
-from pipeline.stage import run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -286,7 +286,7 @@ def run_stain(
     *,
     method: str = "model",
     strength: float | None = None,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -304,8 +304,8 @@ def run_stain(
         One of `METHODS`.
     strength : float, optional
         How far towards the reference; None is as far as the model wants it with method ``model``, else 1.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -315,7 +315,7 @@ def run_stain(
     package = ModelPackage.load(model)
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tiles import TileStore
+        from pipeline.tile_store import TileStore
 
         store = TileStore.open(zarr)
         rgb, cells, white = sample_tissue(store)
@@ -333,7 +333,7 @@ def run_stain(
         upstream=[tiles],
         stores={zarr: tiles},
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
@@ -454,7 +454,7 @@ def _strength(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline stain``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     parser.add_argument("--tiles", type=Path, required=True, metavar="FILE", help="tiles.json")
     parser.add_argument("--zarr", type=Path, required=True, metavar="DIR", help="tiles.zarr")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model package")
@@ -472,7 +472,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="preview to write")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -487,6 +486,6 @@ def main(args: argparse.Namespace) -> int:
         args.png,
         method=args.method,
         strength=args.strength,
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

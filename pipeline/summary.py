@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -143,27 +142,6 @@ class Nuclei:
 def rounded(value: float, digits: int = 4) -> float | None:
     """`value` rounded, or None when it is not finite: JSON has no NaN."""
     return round(float(value), digits) if math.isfinite(value) else None
-
-
-def tissue_rings(geojson: Path) -> list[npt.NDArray[np.float64]]:
-    """Exteriors and holes of a FeatureCollection of polygons, in its own unit.
-
-    Parameters
-    ----------
-    geojson : pathlib.Path
-        ``tissue.geojson``.
-
-    Returns
-    -------
-    list of numpy.ndarray of float64, shape (k, 2)
-        One closed ring each.
-    """
-    rings = []
-    for feature in json.loads(geojson.read_text(encoding="utf-8"))["features"]:
-        shape = feature["geometry"]
-        polygons = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
-        rings += [np.asarray(ring, dtype=np.float64)[:, :2] for polygon in polygons for ring in polygon]
-    return rings
 
 
 def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -309,11 +287,14 @@ def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
 
 def draw_overview(path: Path, slide: str, numbers: Mapping[str, Any], nuclei: Nuclei, tissue: Path, zarr: Path) -> None:
     """Draw ``overview.png``; see `pipeline.overview.draw`."""
+    import shapely
+
     from pipeline import overview
-    from pipeline.tiles import TileStore
+    from pipeline.tile_store import TileStore
+    from pipeline.tissue import read_tissue
 
     scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
-    rings = [ring / scale for ring in tissue_rings(tissue)]
+    rings = [shapely.get_coordinates(ring) / scale for ring in shapely.get_rings(read_tissue(tissue))]
     regions = overview.choose_regions(nuclei.centroids, nuclei.grid, rings)
     overview.draw(
         path,
@@ -338,7 +319,7 @@ def run_summary(
     out: Path,
     png: Path,
     truth: Path | None = None,
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
 
@@ -354,8 +335,8 @@ def run_summary(
         ``metrics.json`` and ``overview.png``.
     truth : pathlib.Path or None
         Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -388,13 +369,13 @@ def run_summary(
         upstream=[manifests[name] for name in MANIFESTS],
         stores={tiles_zarr: manifests["tiles"]},
         body=body,
-        on_bad_slide=on_bad_slide,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline summary``."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     for name in MANIFESTS:
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=f"manifest: {name}.json")
     parser.add_argument("--nuclei", type=Path, required=True, metavar="FILE", help="nuclei.parquet")
@@ -403,7 +384,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truth", type=Path, metavar="FILE", help="known nuclei: GeoJSON(.gz), PNG, TIFF or npy")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics.json to write")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="overview.png to write")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue", help="a bad slide is ...")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -418,6 +398,6 @@ def main(args: argparse.Namespace) -> int:
         out=args.out,
         png=args.png,
         truth=args.truth,
-        on_bad_slide=args.on_bad_slide,
+        **how_to_run(args),
     )
     return 0

@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,17 @@ import numpy as np
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
-from pipeline.errors import DamagedStore, PipelineError, SlideError
+from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
-from pipeline.guard import add_time_arguments
 from pipeline.lattice import CELL, active_cells
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
-from pipeline.seal import check_seal, is_sealed
 from pipeline.slides.inspect import reopen
-from pipeline.slides.open import Level, Slide, SlidePool
+from pipeline.slides.open import SlidePool
 from pipeline.slides.regions import OneLevel, best_level, read_region
-from pipeline.stage import read_manifest, run_stage
+from pipeline.slides.slide import Level, Slide
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.tile_store import create_tiles, write_tile
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ MOST_ENLARGED = 4
 
 ENLARGED_WELL = 2.2
 """Up to here no warning: slides of a 20x objective, some 0.5 µm/px, before a model of 0.25."""
-
-Window = Callable[[int, int, int, int], np.ndarray]
 
 _COMPARE = 16
 """Side, in grid pixels, of the squares whose means are compared between two levels."""
@@ -52,187 +50,6 @@ _COMPARE_SQUARES = 2
 
 _SUPER_PIXELS = 10_000_000
 """Level pixels that a reader decodes at once: 30 MB of RGB."""
-
-
-def reflect(start: int, n: int, size: int) -> np.ndarray:
-    """Indices of `n` places from `start` on an axis of `size`, reflected at its ends.
-
-    The edge pixel is repeated, as by ``numpy.pad(..., mode="symmetric")``, however far outside.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64, shape (n,), values in ``[0, size)``.
-    """
-    index = np.arange(start, start + n) % (2 * size)
-    return np.asarray(np.where(index < size, index, 2 * size - 1 - index))
-
-
-@dataclass(frozen=True)
-class TileStore:
-    """Pixels of a slide's grid as stage ``tiles`` stored them; safe to read from several threads.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        ``tiles.zarr``.
-    grid : Grid
-        The slide's grid.
-    active : numpy.ndarray
-        bool, shape (ceil(height / 64), ceil(width / 64)): cells that hold pixels. All others are white.
-    tile : int
-        Side of a stored tile in grid pixels.
-    """
-
-    path: Path
-    grid: Grid
-    active: np.ndarray
-    tile: int
-    _rgb: Any
-
-    @classmethod
-    def open(cls, path: Path) -> TileStore:
-        """Open a store for reading.
-
-        Raises
-        ------
-        PipelineError
-            When it is missing or damaged.
-        """
-        import zarr
-
-        check_seal(Path(path))
-        try:
-            group = zarr.open_group(path, mode="r")
-            if group.attrs["cell"] != CELL:
-                raise ValueError(f"cells of {group.attrs['cell']} pixels")
-            grid = Grid.from_json(group.attrs["grid"])  # type: ignore[arg-type]
-            rgb, active = group["rgb"], np.asarray(group["active"][:])  # type: ignore[index]
-            return cls(Path(path), grid, active, int(rgb.chunks[0]), rgb)  # type: ignore[union-attr]
-        except FileNotFoundError:
-            raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
-        except Exception as error:
-            raise _damaged(Path(path), error) from None
-
-    def read(self, x: int, y: int, w: int, h: int, window: Window | None = None) -> np.ndarray:
-        """Read a window.
-
-        Parameters
-        ----------
-        x, y, w, h : int
-            Window in grid pixels. Where it reaches outside the grid, pixels come by reflection at the grid's edge
-            (the edge pixel repeated), so that a patch at the slide's edge sees more of the same tissue, not a border.
-        window : callable, optional
-            What reads windows within the grid: `window`, or another that gives the same.
-
-        Returns
-        -------
-        numpy.ndarray
-            RGB, uint8, shape (h, w, 3); white where no cell is active.
-
-        Raises
-        ------
-        PipelineError
-            When a stored tile is damaged.
-        """
-        window = window or self.window
-        if x >= 0 and y >= 0 and x + w <= self.grid.width and y + h <= self.grid.height:
-            return window(x, y, x + w, y + h)
-        columns, rows = reflect(x, w, self.grid.width), reflect(y, h, self.grid.height)
-        x0, y0 = int(columns.min()), int(rows.min())
-        pixels = window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)[rows - y0]
-        # Pixel by pixel only what is outside: the rest would take as long as everything else that is done to it.
-        left = min(max(-x, 0), w)
-        right = max(left, min(self.grid.width - x, w))
-        out = np.empty((h, w, 3), np.uint8)
-        out[:, left:right] = pixels[:, x + left - x0 : x + right - x0]
-        for outside in (slice(left), slice(right, w)):
-            out[:, outside] = pixels[:, columns[outside] - x0]
-        return out
-
-    def window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-        """Pixels of columns `x0` to `x1` and rows `y0` to `y1` of the grid, the last ones excluded."""
-        cells = self.active[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)]
-        if not cells.any():
-            return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
-        try:
-            return np.asarray(self._rgb[y0:y1, x0:x1])
-        except Exception as error:  # zarr's codecs raise what they like over a damaged chunk
-            raise _damaged(self.path, error) from None
-
-
-class RasterReader:
-    """Reads windows of a store in raster order, from several threads, and decodes each tile once.
-
-    Tiles are held up to a limit, at which those above a window give way to its own; where there are none above, a tile
-    is decoded for each window.
-
-    Parameters
-    ----------
-    store : TileStore
-        What is read.
-    memory : int
-        Bytes of tiles that are held at most; four tiles are, however large.
-    """
-
-    def __init__(self, store: TileStore, memory: int = 12 * 3 * 1024**2) -> None:
-        self.store = store
-        self.limit = max(4, memory // (3 * store.tile**2))  # four meet in a corner
-        self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """Read a window that does not lie more than a tile above an earlier one; see `TileStore.read`."""
-        return self.store.read(x, y, w, h, self._window)
-
-    def _window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-        tile = self.store.tile
-        out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
-        for row in range(y0 // tile, -(-y1 // tile)):
-            for column in range(x0 // tile, -(-x1 // tile)):
-                top, left = row * tile, column * tile
-                a, b, c, d = max(y0, top), min(y1, top + tile), max(x0, left), min(x1, left + tile)
-                part = out[a - y0 : b - y0, c - x0 : d - x0]
-                if not self.store.active[a // CELL : -(-b // CELL), c // CELL : -(-d // CELL)].any():
-                    part[:] = 255
-                elif (pixels := self._tile(row, column, y0 // tile)) is None:
-                    part[:] = self.store.window(c, a, d, b)
-                else:
-                    part[:] = pixels[a - top : b - top, c - left : d - left]
-        return out
-
-    def _tile(self, row: int, column: int, first: int) -> np.ndarray | None:
-        """A tile, or None where there is no room; `first` is the window's first row of tiles."""
-        with self._lock:
-            found = self._held.get((row, column))
-            if found is None:
-                if len(self._held) >= self.limit:
-                    # Not before: other threads may still be at the rows above.
-                    above = next((key for key in self._held if key[0] < first), None)
-                    if above is None:
-                        return None
-                    del self._held[above]
-                mine = self._held[row, column] = Future()
-        if found is not None:
-            return found.result()
-        tile, grid = self.store.tile, self.store.grid
-        x, y = column * tile, row * tile
-        try:
-            pixels = self.store.window(x, y, min(x + tile, grid.width), min(y + tile, grid.height))
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        mine.set_result(pixels)
-        return pixels
-
-
-def _damaged(path: Path, error: Exception) -> Exception:
-    if isinstance(error, (MemoryError, OSError)):
-        return error  # of the machine, not of the store
-    why = f"{type(error).__name__}: {error}"
-    if is_sealed(path):
-        return DamagedStore(path, why)
-    return PipelineError(f"{path} is damaged: {why}", "delete it and run again")
 
 
 def model_mpp(model: Path) -> float:
@@ -310,50 +127,42 @@ def _cells_of(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
     return cells
 
 
-def _places(cells: np.ndarray, grid: Grid, count: int = 3) -> str:
-    """Level-0 corners of the first few cells."""
-    found = np.argwhere(cells)[:count] * CELL
+def _places(cells: np.ndarray, grid: Grid) -> str:
+    """Level-0 corners of the first three cells."""
+    found = np.argwhere(cells)[:3] * CELL
     return ", ".join(f"({round(x * grid.scale_x)}, {round(y * grid.scale_y)})" for y, x in found.tolist())
 
 
 def _active_pixels(active: np.ndarray, grid: Grid) -> int:
+    """Pixels of active cells; of a block's, as many as if it lay in the slide's corner."""
     heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
     widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
     return int(heights @ active @ widths)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Tiles that are read together: a range of the lattice."""
-
-    row0: int
-    row1: int
-    column0: int
-    column1: int
+Block = tuple[slice, slice]
+"""Tiles that are read together: rows and columns of the lattice."""
 
 
-def _active_pixels_of(block: _Block, active: np.ndarray, grid: Grid) -> int:
-    """Pixels of a block's active cells, as many as if it lay in the slide's corner."""
-    return _active_pixels(active[block.row0 : block.row1, block.column0 : block.column1], grid)
+def _blocks(active: np.ndarray, shape: tuple[int, int]) -> list[Block]:
+    """Blocks of a shape in grid pixels (whole tiles) that hold active cells."""
+    rows, columns = (
+        [slice(at, at + side // CELL) for at in range(0, size, side // CELL)]
+        for size, side in zip(active.shape, shape, strict=True)
+    )
+    return [(row, column) for row in rows for column in columns if active[row, column].any()]
 
 
-def _blocks(active: np.ndarray, tile: int, side: int) -> list[_Block]:
-    """Blocks of `side` grid pixels (whole tiles) that hold active cells."""
-    step = side // CELL
-    rows, columns = active.shape
-    return [
-        _Block(row, min(row + step, rows), column, min(column + step, columns))
-        for row in range(0, rows, step)
-        for column in range(0, columns, step)
-        if active[row : row + step, column : column + step].any()
-    ]
+def _super_shape(slide: Slide, grid: Grid, tile: int) -> tuple[int, int]:
+    """Height and width of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read.
 
-
-def _super_side(slide: Slide, grid: Grid, tile: int) -> int:
-    """Side of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read."""
-    level = slide.levels[best_level(slide.levels, grid)]
+    Wide where the level lies in strips, each of which is decoded once for every super-tile that meets it.
+    """
+    index = best_level(slide.levels, grid)
+    level = slide.levels[index]
     native = grid.scale_x * grid.scale_y / (level.scale_x * level.scale_y)
-    return max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile)) * tile
+    side = max(1, round((_SUPER_PIXELS / max(native, 1.0)) ** 0.5 / tile))
+    return (tile, side * side * tile) if slide.in_strips(index) else (side * tile, side * tile)
 
 
 def comparable_level(slide: Slide, grid: Grid) -> int | None:
@@ -419,8 +228,8 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
 class _Writer:
     """Reads blocks of a slide and writes their tiles, in any number of threads."""
 
-    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, array: Any) -> None:
-        self.pool, self.grid, self.active, self.tile, self.array = pool, grid, active, tile, array
+    def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, store: Path) -> None:
+        self.pool, self.grid, self.active, self.tile, self.store = pool, grid, active, tile, store
         self.sums = np.zeros(active.shape, np.uint32)
         self.unreadable: set[tuple[int, int, int]] = set()
         self.other_level = comparable_level(pool.get(), grid)
@@ -428,14 +237,15 @@ class _Writer:
         self.tiles = 0
         self._lock = threading.Lock()
 
-    def block(self, block: _Block) -> float:
+    def block(self, block: Block) -> float:
         """Read and write one block; the megapixels of its active cells."""
-        cells = self.active[block.row0 : block.row1, block.column0 : block.column1]
+        cells = self.active[block]
         # Only the part that holds tissue is read.
         rows, columns = np.nonzero(cells.any(axis=1))[0], np.nonzero(cells.any(axis=0))[0]
-        y0, x0 = (block.row0 + int(rows[0])) * CELL, (block.column0 + int(columns[0])) * CELL
-        y1 = min((block.row0 + int(rows[-1]) + 1) * CELL, self.grid.height)
-        x1 = min((block.column0 + int(columns[-1]) + 1) * CELL, self.grid.width)
+        top, left = block[0].start, block[1].start
+        y0, x0 = (top + int(rows[0])) * CELL, (left + int(columns[0])) * CELL
+        y1 = min((top + int(rows[-1]) + 1) * CELL, self.grid.height)
+        x1 = min((left + int(columns[-1]) + 1) * CELL, self.grid.width)
         missed: set[tuple[int, int, int]] = set()
         slide = self.pool.get()
         pixels = read_region(_Tolerant(slide, missed), self.grid, x0, y0, x1 - x0, y1 - y0)
@@ -451,7 +261,7 @@ class _Writer:
         with self._lock:
             self.tiles += written
             self.unreadable |= missed
-        return _active_pixels_of(block, self.active, self.grid) / 1e6
+        return _active_pixels(cells, self.grid) / 1e6
 
     def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
         """White where no cell is active; sums of those that are."""
@@ -470,35 +280,15 @@ class _Writer:
         cells = self.active[ty // CELL : ty // CELL + step, tx // CELL : tx // CELL + step]
         if not cells.any():
             return 0
-        h, w = min(self.tile, self.grid.height - ty), min(self.tile, self.grid.width - tx)
         ax0, ay0 = max(tx, x0), max(ty, y0)
-        ax1, ay1 = min(tx + w, x0 + pixels.shape[1]), min(ty + h, y0 + pixels.shape[0])
+        ax1, ay1 = min(tx + self.tile, x0 + pixels.shape[1]), min(ty + self.tile, y0 + pixels.shape[0])
         part = pixels[ay0 - y0 : ay1 - y0, ax0 - x0 : ax1 - x0]
-        if part.shape[:2] != (h, w):
-            full = np.full((h, w, 3), 255, np.uint8)
+        if part.shape[:2] != (self.tile, self.tile):
+            full = np.full((self.tile, self.tile, 3), 255, np.uint8)
             full[ay0 - ty : ay1 - ty, ax0 - tx : ax1 - tx] = part
             part = full
-        if part.min() < 255:
-            self.array[ty : ty + h, tx : tx + w] = part  # a chunk of its own: no two threads write the same
+        write_tile(self.store, ty // self.tile, tx // self.tile, part)
         return 1
-
-
-def _create(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
-    import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    group = zarr.create_group(path, overwrite=True, attributes={"grid": grid.to_json(), "cell": CELL})
-    group.create_array("active", data=active)
-    return group.create_array(
-        "rgb",
-        shape=(grid.height, grid.width, 3),
-        chunks=(tile, tile, 3),
-        dtype="uint8",
-        fill_value=255,
-        compressors=[BloscCodec(typesize=1, cname="lz4", clevel=1, shuffle="noshuffle"), Crc32cCodec()],
-        # Whoever writes leaves white chunks out: zarr's own look at each takes longer than all else about it.
-        config={"write_empty_chunks": True},
-    )
 
 
 def default_workers() -> int:
@@ -520,9 +310,7 @@ def run_tiles(
     max_unreadable: float = 0.02,
     part: Part | None = None,
     parts: Sequence[Path] = (),
-    on_bad_slide: str = "continue",
-    minutes: float | None = None,
-    again: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Store the tissue of a slide at a model's pixel size.
 
@@ -546,12 +334,8 @@ def run_tiles(
         Store this part of the slide alone.
     parts : sequence of pathlib.Path
         Stores of all parts, to be put together; nothing is read from the slide then.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
-    minutes : float, optional
-        Minutes that the job may take, see `pipeline.stage.run_stage`.
-    again : bool
-        Whether the job is tried again with more, see there.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -581,11 +365,11 @@ def run_tiles(
             )
         grid = Grid.for_slide(info["width"], info["height"], mpp_x, mpp_y, wanted)
         active = active_cells(read_tissue(geojson), grid)
-        array = _create(staged["zarr"], grid, active, tile)
+        create_tiles(staged["zarr"], grid, active, tile)
         if parts:
             done = _gather(parts, grid, tile, staged["zarr"], active)
         else:
-            done = _read(info, grid, active, tile, array, workers or default_workers(), part)
+            done = _read(info, grid, active, tile, staged["zarr"], workers or default_workers(), part)
             if part is not None:
                 return _store_part(done, part, grid, tile, staged["zarr"])
         with reopen(info) as handle:
@@ -630,9 +414,7 @@ def run_tiles(
         upstream=[inspect, tissue, *map(manifest_of, parts)],
         stores={part: manifest_of(part) for part in parts},
         body=body,
-        on_bad_slide=on_bad_slide,
-        minutes=minutes,
-        again=again,
+        **how,
     )
 
 
@@ -648,13 +430,13 @@ class _Read:
 
 
 def _read(
-    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, array: Any, workers: int, part: Part | None
+    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, store: Path, workers: int, part: Part | None
 ) -> _Read:
-    """Read a slide's tissue, or a part of it, into the array."""
+    """Read a slide's tissue, or a part of it, into the store."""
     with SlidePool(lambda: reopen(info)) as pool:
-        writer = _Writer(pool, grid, active, tile, array)
-        blocks = _blocks(active, tile, _super_side(pool.get(), grid, tile))
-        pixels = [_active_pixels_of(block, active, grid) for block in blocks]
+        writer = _Writer(pool, grid, active, tile, store)
+        blocks = _blocks(active, _super_shape(pool.get(), grid, tile))
+        pixels = [_active_pixels(active[block], grid) for block in blocks]
         chosen = range(len(blocks)) if part is None else part.of(pixels)
         with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
             _run(writer, [blocks[i] for i in chosen], workers, done)
@@ -715,7 +497,7 @@ def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: n
     return _Read(sums, doubtful, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
 
 
-def _run(writer: _Writer, blocks: list[_Block], workers: int, progress: Progress) -> None:
+def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress) -> None:
     """Do all blocks on a pool of threads, few in flight at a time."""
     if workers == 1:
         for block in blocks:
@@ -739,7 +521,7 @@ def _run(writer: _Writer, blocks: list[_Block], workers: int, progress: Progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--tissue", required=True, type=Path, metavar="TISSUE.JSON", help="manifest of stage tissue")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON", help="tissue polygons")
@@ -749,8 +531,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
     )
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    add_time_arguments(parser)
     parser.add_argument("--part", type=Part.parse, metavar="I/N", help="only this part of the slide")
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", required=True, type=Path, metavar="TILES.JSON")
@@ -773,8 +553,6 @@ def main(args: argparse.Namespace) -> int:
         max_unreadable=args.max_unreadable,
         part=args.part,
         parts=args.parts,
-        on_bad_slide=args.on_bad_slide,
-        minutes=args.job_minutes,
-        again=args.again,
+        **how_to_run(args),
     )
     return 0

@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError, of_the_machine
+from pipeline.geojson import iter_features, stated_origin
 from pipeline.grid import Grid
-from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
-from pipeline.slides.open import Level, Slide
 from pipeline.slides.regions import OneLevel, best_level, read_region
-from pipeline.stage import read_manifest, run_stage
+from pipeline.slides.slide import Level, Slide
+from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -47,12 +47,15 @@ def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float, float]:
     finer : float
         Share of blocks that a finer level had to show.
     """
-    side = _block_side(slide.levels[best_level(slide.levels, grid)], grid)
+    index = best_level(slide.levels, grid)
+    across = down = _block_side(slide.levels[index], grid)
+    if slide.in_strips(index):  # each is decoded once for every block that meets it
+        across, down = across * down // 32, 32
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
     blocks, bad, finer = 0, 0.0, 0.0
-    for y in range(0, grid.height, side):
-        for x in range(0, grid.width, side):
-            w, h = min(side, grid.width - x), min(side, grid.height - y)
+    for y in range(0, grid.height, down):
+        for x in range(0, grid.width, across):
+            w, h = min(across, grid.width - x), min(down, grid.height - y)
             blocks += 1
             try:
                 rgb[y : y + h, x : x + w] = read_region(slide, grid, x, y, w, h)
@@ -157,7 +160,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels: a FeatureCollection, a Feature or a geometry; polygons count.
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; polygons count.
     box : shapely geometry
         The slide; what lies outside is cut off.
 
@@ -186,15 +189,11 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad(f"no JSON ({error})") from None
     geometries = []
     try:
-        if isinstance(value, list):  # QuPath can export a bare list of features
-            features = value
-        else:
-            features = value["features"] if value.get("type") == "FeatureCollection" else [value]
-        for feature in features:
-            geometry = feature["geometry"] if feature.get("type") == "Feature" else feature
-            if geometry is not None:
+        origin = stated_origin(value)
+        for feature in iter_features(value):
+            if feature["geometry"] is not None:
                 with np.errstate(invalid="ignore"):
-                    geometries.append(shape(geometry))
+                    geometries.append(shape(feature["geometry"]))
     except (
         KeyError,
         TypeError,
@@ -212,7 +211,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad("coordinates that are no numbers")
     if geometries and not polygons:
         raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
-    result = clean(polygons, box) if polygons else []
+    result = clean(shapely.transform(polygons, lambda points: points + origin), box) if polygons else []
     if polygons and not result:
         raise bad("no polygon lies on the slide")
     return result
@@ -302,6 +301,8 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
     scale_x, scale_y : float
         Level-0 pixels per pixel of the view.
     """
+    import shapely
+
     factor = min(_PNG_SIDE / max(rgb.shape[:2]), 1.0)
     size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
     image = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
@@ -309,9 +310,7 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
         image = rgb.copy()
     to_image = np.array([size[0] / rgb.shape[1] / scale_x, size[1] / rgb.shape[0] / scale_y])
     rings = [
-        np.round(np.asarray(ring.coords) * to_image * 16).astype(np.int32)
-        for polygon in polygons
-        for ring in (polygon.exterior, *polygon.interiors)
+        np.round(shapely.get_coordinates(ring) * to_image * 16).astype(np.int32) for ring in shapely.get_rings(polygons)
     ]
     cv2.polylines(image, rings, True, (0, 160, 60), 2, cv2.LINE_AA, 4)
     return image
@@ -328,9 +327,7 @@ def run_tissue(
     mpp: float = 8.0,
     min_area_um2: float = 10_000.0,
     min_hole_um2: float = 5_000.0,
-    on_bad_slide: str = "continue",
-    minutes: float | None = None,
-    again: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Find the tissue of a slide, or take a user's mask.
 
@@ -348,12 +345,8 @@ def run_tissue(
         µm per pixel to look at.
     min_area_um2, min_hole_um2 : float
         Smaller parts are dropped, smaller holes filled.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
-    minutes : float, optional
-        Minutes that the job may take, see `pipeline.stage.run_stage`.
-    again : bool
-        Whether the job is tried again with more, see there.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -434,22 +427,18 @@ def run_tissue(
         outputs={"geojson": geojson, "png": png},
         upstream=[inspect],
         body=body,
-        on_bad_slide=on_bad_slide,
-        minutes=minutes,
-        again=again,
+        **how,
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")
     parser.add_argument("--mpp", type=float, default=8.0, help="µm per pixel to look at (default: 8)")
     parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
     parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    add_time_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
     parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
@@ -467,8 +456,6 @@ def main(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         min_area_um2=args.min_area,
         min_hole_um2=args.min_hole,
-        on_bad_slide=args.on_bad_slide,
-        minutes=args.job_minutes,
-        again=args.again,
+        **how_to_run(args),
     )
     return 0

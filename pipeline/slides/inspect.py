@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import SlideError
-from pipeline.guard import add_time_arguments
 from pipeline.kernels.tissue import find_tissue
 from pipeline.slide_table import could_be_read
-from pipeline.slides.open import READERS, Slide, open_slide, resolve_mpp
-from pipeline.stage import run_stage
+from pipeline.slides.open import READERS, open_slide, resolve_mpp
+from pipeline.slides.slide import Slide
+from pipeline.stage import add_stage_arguments, how_to_run, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +131,7 @@ def run_inspect(
     mpp: float | None = None,
     mpp_source: str = "table",
     reader: str = "auto",
-    on_bad_slide: str = "continue",
-    minutes: float | None = None,
-    again: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Inspect a slide.
 
@@ -151,12 +149,8 @@ def run_inspect(
         Where `mpp` comes from.
     reader : {"auto", "openslide", "tiffslide", "image"}
         See `pipeline.slides.open.open_slide`.
-    on_bad_slide : {"continue", "stop"}
-        See `pipeline.stage.run_stage`.
-    minutes : float, optional
-        Minutes that the job may take, see `pipeline.stage.run_stage`.
-    again : bool
-        Whether the job is tried again with more, see there.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -184,18 +178,16 @@ def run_inspect(
                 "tiles_tried": tiles,
             }
 
-    return run_stage("inspect", slide, manifest=out, body=body, on_bad_slide=on_bad_slide, minutes=minutes, again=again)
+    return run_stage("inspect", slide, manifest=out, body=body, **how)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--path", required=True, type=Path, metavar="FILE", help="the slide's file")
     parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, before the file's own")
     parser.add_argument("--mpp-source", choices=("table", "config"), default="table", help="where --mpp comes from")
     parser.add_argument("--reader", choices=READERS, default="auto", help="what reads the file (default: auto)")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
-    add_time_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="SLIDE.JSON")
 
 
@@ -208,8 +200,6 @@ def main(args: argparse.Namespace) -> int:
         mpp=args.mpp,
         mpp_source=args.mpp_source,
         reader=args.reader,
-        on_bad_slide=args.on_bad_slide,
-        minutes=args.job_minutes,
-        again=args.again,
+        **how_to_run(args),
     )
     return 0

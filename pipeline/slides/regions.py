@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from pipeline.grid import Grid
-from pipeline.slides.open import Level
+from pipeline.slides.slide import Level
 
 _WEIGHT_BITS = 11
 _WEIGHT = 1 << _WEIGHT_BITS

@@ -21,7 +21,8 @@ from runs import ROOT, read_json, read_tsv, run
 from pipeline.slides.inspect import run_inspect
 from pipeline.stage import manifest_failure
 from pipeline.summary import warnings_of
-from pipeline.tiles import TileStore, run_tiles
+from pipeline.tile_store import TileStore
+from pipeline.tiles import run_tiles
 from pipeline.tissue import run_tissue
 
 MINUTES = 2.0

@@ -24,7 +24,7 @@ from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs  # noqa: E402
 from pipeline.predictors import BatchPredictor, DeviceBlender, Strip, WindowPredictor, channel_names  # noqa: E402
 from pipeline.testing import digest, stained, write_inputs  # noqa: E402
-from pipeline.tiles import TileStore  # noqa: E402
+from pipeline.tile_store import TileStore  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]

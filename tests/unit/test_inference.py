@@ -299,7 +299,7 @@ folder = {str(tmp_path)!r}
 status = main(["infer", "--slide=s", "--tiles", folder + "/in/tiles.json", "--zarr", folder + "/in/tiles.zarr",
     "--stain", folder + "/in/stain.json", "--model", {str(BASELINE)!r}, "--threads=1",
     "--out", folder + "/maps.json", "--zarr-out", folder + "/maps.zarr"])
-status = status or main(["instances", "--maps", folder + "/maps.zarr", "--model", {str(BASELINE)!r},
+status = status or main(["instances", "--slide=s", "--maps", folder + "/maps.zarr", "--model", {str(BASELINE)!r},
     "--out", folder + "/nuclei.parquet"])
 sys.exit(status or ("torch" in sys.modules and "torch was imported"))
 """

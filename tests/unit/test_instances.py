@@ -25,7 +25,8 @@ from scipy import ndimage
 
 from pipeline import census as census_module
 from pipeline import instances
-from pipeline.census import Block, Seam, Seams, Setup, slide_nuclei
+from pipeline.census import slide_nuclei
+from pipeline.census_worker import Block, Seam, Setup
 from pipeline.cli import main
 from pipeline.evaluation.metrics import score
 from pipeline.export import write_geojson
@@ -42,6 +43,7 @@ from pipeline.kernels.instances import (
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage, NucleusClass
 from pipeline.nuclei import grid_of, read_nuclei
+from pipeline.seams import Seams
 
 
 def geometries(table: pa.Table) -> np.ndarray:
@@ -314,7 +316,7 @@ def test_one_digest_of_the_whole_slide(tmp_path: Path, monkeypatch: pytest.Monke
         out = tmp_path / f"{number}" / "nuclei.parquet"
         out.parent.mkdir()
         options = [f"--block={block}", f"--halo={(0, 16, 128)[number % 3]}", f"--workers={workers}"]
-        assert main(["instances", f"--maps={store}", f"--model={model}", f"--out={out}", *options]) == 0
+        assert main(["instances", "--slide=s", f"--maps={store}", f"--model={model}", f"--out={out}", *options]) == 0
         write_geojson(out, geojson := out.with_suffix(".geojson.gz"), "s")
         digests.add((hashlib.sha256(out.read_bytes()).hexdigest(), hashlib.sha256(geojson.read_bytes()).hexdigest()))
         monkeypatch.undo()
@@ -342,6 +344,7 @@ PROCESSES = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import pipeline.census as census
+from pipeline.census_worker import Setup
 from pipeline.kernels.instances import InstanceRules
 
 if __name__ == "__main__":
@@ -354,7 +357,7 @@ if __name__ == "__main__":
     if what == "nuclei":
         print(len(census.slide_nuclei(maps, InstanceRules(min_area=1), block=64, workers=3)))
     else:
-        setup = census.Setup(maps, InstanceRules(), ("Nucleus",), maps.parent)
+        setup = Setup(maps, InstanceRules(), ("Nucleus",), maps.parent)
         pool = census._processes(setup, 2)
         print(pool.submit(os.getpid).result() != os.getpid(), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.grid import Grid
-from pipeline.slides.open import Level
 from pipeline.slides.regions import best_level, read_region
+from pipeline.slides.slide import Level
 
 
 class ArraySlide:

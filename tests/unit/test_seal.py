@@ -17,14 +17,14 @@ from pipeline.grid import Grid
 from pipeline.maps import MapStore
 from pipeline.seal import SEAL, check_seal
 from pipeline.stage import run_stage
-from pipeline.tiles import TileStore, _create
+from pipeline.tile_store import TileStore, create_tiles
 
 GRID = Grid(640, 320, 0.5, 1.0, 1.0)
 
 
 def tiles(path: Path) -> None:
     active = np.ones((5, 10), bool)
-    _create(path, GRID, active, 64)[...] = np.random.default_rng(0).integers(0, 255, (320, 640, 3), np.uint8)
+    create_tiles(path, GRID, active, 64)[...] = np.random.default_rng(0).integers(0, 255, (320, 640, 3), np.uint8)
 
 
 def maps(path: Path) -> None:

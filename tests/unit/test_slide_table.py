@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_names_that_share_a_results_folder_are_two_of_one_name(tmp_path: Path) -
         resolve_slides(touch(tmp_path / "s", "a{b.svs", "a%7Bb.svs"))
     with pytest.raises(PipelineError, match="two slides are called"):
         resolve_slides(touch(tmp_path / "t", "a{b.svs", "a%7Bb.tif"))
+    for names in (("a{b", "a%7Bb"), ("a%7Bb", "a{b")):
+        rows = "".join(f"{name}\tx.svs\n" for name in names)
+        with pytest.raises(PipelineError, match="two slides are called"):
+            from_table(write(tmp_path / "t.tsv", f"slide\tpath\n{rows}"))
 
 
 def test_no_slide_no_folder(tmp_path: Path) -> None:
@@ -214,6 +219,30 @@ def test_a_single_slide(tmp_path: Path) -> None:
     (tmp_path / "b 1.ome.tiff").write_bytes(b"II*")
     table = resolve_slides(tmp_path / "b 1.ome.tiff")
     assert [(slide.name, slide.path) for slide in table] == [("b 1", tmp_path / "b 1.ome.tiff")]
+
+
+def dicom(series: str, implicit: bool = False) -> bytes:
+    """The beginning of a DICOM file up to its series, by explicit or implicit value representation."""
+
+    def element(tag: bytes, value: str) -> bytes:
+        data = value.encode() + b"\0" * (len(value) % 2)
+        return tag + (struct.pack("<I", len(data)) if implicit else b"UI" + struct.pack("<H", len(data))) + data
+
+    return bytes(128) + b"DICM" + element(b"\x20\0\x0d\0", "1.2.3") + element(b"\x20\0\x0e\0", series) + b"\x20\0"
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_the_files_of_a_dicom_series_are_one_slide(tmp_path: Path, implicit: bool) -> None:
+    folder = touch(tmp_path / "s", "no series.dcm", "nor here.dcm")
+    for name, series in (("b.dcm", "1.2.10"), ("a.DCM", "1.2.10"), ("c.dcm", "1.2.1"), ("d.dcm", "1.2.100")):
+        (folder / name).write_bytes(dicom(series, implicit))
+    assert list(resolve_slides(folder).entries) == ["a", "c", "d", "no series", "nor here"]
+
+
+def test_pictures_of_a_hamamatsu_slide_are_none_of_their_own(tmp_path: Path) -> None:
+    parts = ("a 1.vms", "a 1.jpg", "a 1(1,0).jpg", "a 1_map2.jpg", "a 1_macro.jpg", "a 1.opt")
+    folder = touch(tmp_path / "s", *parts, "a 12.jpg", "a 1 b.png", "b.tif")
+    assert list(resolve_slides(folder).entries) == ["a 1 b", "a 1", "a 12", "b"]
 
 
 def test_size_of_slides_in_several_files(tmp_path: Path) -> None:

@@ -21,16 +21,11 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.slide_table import UNREADABLE
 from pipeline.slides.inspect import reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
-from pipeline.slides.open import (
-    OpenSlideReader,
-    TiffSlideReader,
-    level_of,
-    open_slide,
-    over_white,
-    premultiplied_over_white,
-    resolve_mpp,
-)
+from pipeline.slides.open import open_slide, resolve_mpp
+from pipeline.slides.openslide_reader import OpenSlideReader
+from pipeline.slides.slide import level_of, over_white, premultiplied_over_white
 from pipeline.slides.synthetic import write_ome_tiff, write_svs, write_tiff
+from pipeline.slides.tiff_reader import TiffSlideReader
 from pipeline.stage import read_manifest
 
 WRITERS = {"svs": write_svs, "tiff": write_tiff, "ome.tiff": write_ome_tiff}
@@ -243,6 +238,24 @@ def test_mpp_policy(tmp_path: Path) -> None:
         slide.mpp = (0.25, 0.0)
         with pytest.raises(SlideError, match="mpp 0 µm/px of the metadata"):
             resolve_mpp(slide, None)
+        slide.mpp = (0.25, 0.3)
+        assert resolve_mpp(slide, None) == ((0.25, 0.3), "metadata")
+        slide.mpp = (0.25, 10.0)
+        with pytest.raises(SlideError, match=r"pixels of 0\.25 x 10 µm by the metadata"):
+            resolve_mpp(slide, None)
+        assert resolve_mpp(slide, 0.25) == ((0.25, 0.25), "table")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_a_tiff_stored_turned(tmp_path: Path, orientation: int) -> None:
+    rgb = picture(500, 400)
+    for name, tile in (("tiles.tif", (128, 128)), ("strips.tif", None)):
+        path = tmp_path / name
+        tifffile.imwrite(path, rgb, tile=tile, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+        with open_slide(path, "tiffslide") as slide:
+            np.testing.assert_array_equal(slide.read(0, 0, 0, 500, 400), rgb)
+    with pytest.raises(SlideError, match=f"orientation tag is {orientation}"):
+        open_slide(tmp_path / "tiles.tif")
 
 
 def cut(path: Path, share: float) -> Path:

@@ -15,7 +15,7 @@ from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.kernels.measure import StainSums
 from pipeline.stage import write_json
-from pipeline.tiles import TileStore
+from pipeline.tile_store import TileStore
 
 
 def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ import numpy as np
 import pytest
 import shapely
 import tifffile
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import tiles
+from pipeline import tiles, tissue
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.lattice import CELL, active_cells
+from pipeline.slides import tiff_reader
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
 from pipeline.testing import stained, write_inputs
-from pipeline.tiles import RasterReader, TileStore, reflect, run_tiles
+from pipeline.tile_store import RasterReader, TileStore, reflect
+from pipeline.tiles import run_tiles
 
 TISSUE = [
     shapely.Polygon([(200, 150), (1900, 300), (1700, 1300), (900, 900), (300, 1250)]),
@@ -142,6 +146,21 @@ def test_white_tiles_take_no_space(tmp_path: Path) -> None:
     assert (whole(store)[:, 240:720] == 255).all()
 
 
+def test_chunks_are_written_as_zarr_writes_them(tmp_path: Path, slide_folder: Path) -> None:
+    prepare(tmp_path, slide_folder / "s.svs")
+    run(tmp_path, tile=256)
+    ours = tmp_path / "tiles.zarr"
+    group: Any = zarr.open_group(shutil.copytree(ours, tmp_path / "zarr.zarr"), mode="r+")
+    shutil.rmtree(tmp_path / "zarr.zarr/rgb/c")
+    group["rgb"][:] = whole(TileStore.open(ours))
+
+    def chunks(store: Path) -> dict[Path, bytes]:
+        return {path.relative_to(store): path.read_bytes() for path in store.rglob("rgb/c/*/*/0")}
+
+    assert 0 < len(chunks(ours)) < 5 * 4  # of a grid of 1250 x 850 pixels
+    assert chunks(ours) == chunks(tmp_path / "zarr.zarr")
+
+
 def test_no_tissue(tmp_path: Path, slide_folder: Path) -> None:
     prepare(tmp_path, slide_folder / "s.svs", tissue=[])
     manifest = run(tmp_path)
@@ -161,6 +180,28 @@ def spoil(source: Path, target: Path, which: list[int]) -> list[tuple[int, int]]
                 file.seek(page.dataoffsets[i])
                 file.write(bytes(page.databytecounts[i]))
         return [(i % across * page.tilewidth, i // across * page.tilelength) for i in which]
+
+
+@pytest.mark.parametrize("stored", [{"rowsperstrip": 16}, {"tile": (256, 256)}])
+def test_strips_are_decoded_once_for_each_row_of_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]
+) -> None:
+    path = tmp_path / "s.tif"
+    resolution = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, picture(4096, 1024), photometric="rgb", **resolution, **stored)
+    prepare(tmp_path, path, [shapely.box(0, 0, 4096, 1024)])
+    read: list[int] = []
+    decode = tiff_reader._Page.segment
+    monkeypatch.setattr(tiff_reader._Page, "segment", lambda page, file, i: read.append(i) or decode(page, file, i))
+    monkeypatch.setattr(tiles, "_SUPER_PIXELS", 1024 * 1024)
+    run(tmp_path, tile=256, workers=1)
+    assert sorted(read) == list(range(64))
+    read.clear()
+    monkeypatch.setattr(tissue, "_BLOCK_PIXELS", 1024 * 1024)
+    with open_slide(path) as slide:
+        tissue.read_view(slide, Grid(256, 64, 8.0, 16.0, 16.0))
+    assert len(set(read)) == 64
+    assert len(read) <= 2 * 64
 
 
 @pytest.mark.parametrize("reader", ["tiffslide", "openslide"])

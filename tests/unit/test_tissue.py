@@ -21,8 +21,9 @@ from pipeline.grid import Grid
 from pipeline.kernels.tissue import background_colour, fill_small, find_tissue, remove_small, thumbnail_mpp
 from pipeline.lattice import active_cells
 from pipeline.slides.inspect import run_inspect
-from pipeline.slides.open import level_of, open_slide
+from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
+from pipeline.slides.slide import level_of
 from pipeline.slides.synthetic import write_svs
 from pipeline.stage import read_manifest
 from pipeline.tissue import bounds_view, polygons_of, read_mask, read_tissue, read_view, run_tissue
@@ -248,6 +249,12 @@ def test_user_mask(tmp_path: Path, value: Any, count: int) -> None:
     assert len(read_mask(packed, BOX)) == count
 
 
+def test_a_user_mask_that_counts_from_another_pixel(tmp_path: Path) -> None:
+    value = {"type": "FeatureCollection", "level0_origin": [300, 200], "features": [SQUARE]}
+    (polygon,) = read_mask(write(tmp_path / "mask.geojson", value), BOX)
+    assert polygon.bounds == (310, 210, 410, 310)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -353,6 +360,9 @@ def test_a_damaged_overview_costs_no_tissue(slide: Path) -> None:
         def __init__(self, level_0_too: bool) -> None:
             self.level_0_too = level_0_too
             self.levels = (level_of(1600, 1200, 1600, 1200), level_of(400, 300, 1600, 1200))
+
+        def in_strips(self, level: int) -> bool:
+            return False
 
         def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
             factor = (1, 4)[level]

@@ -22,7 +22,7 @@ from pipeline.training.datasets.source import Lazy, Source
 from pipeline.training.field import Field
 
 if TYPE_CHECKING:
-    from pipeline.slides.open import Slide
+    from pipeline.slides.slide import Slide
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,77 @@
+"""Plain images, decoded whole."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import SlideError
+from pipeline.slides.slide import Level, Slide, as_rgb, not_8_bit, raise_for_machine
+
+MAX_IMAGE_PIXELS = 400_000_000
+"""Largest plain image, which is decoded whole: 1.2 GB of RGB."""
+
+_decoded: dict[tuple[str, int, int], np.ndarray] = {}
+"""The pixels of the last image, uint8 (h, w, 3), by its path, size and time."""
+
+_decoding = threading.Lock()
+
+
+class ImageReader(Slide):
+    """A plain PNG, JPEG or TIFF image, decoded whole; handles of one file share its pixels."""
+
+    backend = "image"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        status = path.stat()
+        key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        with _decoding:
+            if key not in _decoded:
+                _decoded.clear()
+                _decoded[key] = _decode_image(path)
+            self._pixels = _decoded[key]
+        height, width = self._pixels.shape[:2]
+        self.levels = (Level(width, height, 1.0, 1.0),)
+        self.vendor = "image"
+
+    def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        return self._pixels[y : y + h, x : x + w].copy()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _png_bits(path: Path) -> int:
+    """Bits a sample of a PNG, from its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def _decode_image(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # the limit below holds instead
+    with Image.open(path) as image:
+        width, height = image.size
+        if width * height > MAX_IMAGE_PIXELS:
+            raise SlideError(
+                f"is a plain image of {width} x {height} pixels, too large to decode whole",
+                "convert it to a tiled pyramidal TIFF",
+            )
+        if image.format == "PNG" and _png_bits(path) > 8:  # of colours, Pillow shows the upper eight
+            raise not_8_bit(np.dtype(np.uint16), len(image.getbands()))
+        try:
+            image.load()
+        except Exception as error:  # what each format's decoder stumbles over
+            raise_for_machine(error, path)
+            raise SlideError(
+                f"is a {image.format} of {width} x {height} pixels that is damaged or cut short: {error}",
+                "copy or export the image again",
+            ) from None
+        if image.mode.startswith(("I", "F")):
+            raise not_8_bit(np.asarray(image).dtype, 1)
+        mode = "RGBA" if "A" in image.mode or "a" in image.mode or "transparency" in image.info else "RGB"
+        return as_rgb(np.asarray(image.convert(mode)))
