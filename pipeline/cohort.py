@@ -76,6 +76,7 @@ def gather(results: Path, slides: Path) -> Cohort:
     """
     layout = RunLayout(results)
     cohort = Cohort(from_table(slides))
+    first_of: dict[str, str] = {}
     for entry in cohort.table:
         paths = layout.slide(entry.name)
         first = read_manifest(paths.inspect) if paths.inspect.exists() else {}
@@ -89,7 +90,12 @@ def gather(results: Path, slides: Path) -> Cohort:
             cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
-            more = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
+            if twin != entry.name:
+                warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
+                log.warning("slide %r: %s", entry.name, warning)
+                more["warnings"] = [*last["warnings"], warning]
             cohort.good.append(last | more)
     return cohort
 
