@@ -20,7 +20,7 @@ from pipeline.layout import RunLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import manifest_failure, read_manifest, remove_leftovers, to_disk, write_json
+from pipeline.stage import manifest_failure, read_manifest, whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -300,33 +300,23 @@ def run_cohort(
     table = cohort_table(cohort)
     record = run_manifest(cohort, results, config=config, model=model)
     finals = [tsv, parquet, failed, report, manifest]
-    parts = [path.with_name(f".part-{os.getpid()}-{path.name}") for path in finals]
     layout = RunLayout(results)
     for path in finals:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with held(manifest.with_name(f".lock-{manifest.name}")):
-        remove_leftovers(finals)
-        try:
-            write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
-            pq.write_table(table, parts[1], compression="zstd")
-            write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
-            write_report(
-                parts[3],
-                rows=cohort.good,
-                failed=cohort.failed,
-                extra=cohort.table.columns,
-                manifest=record,
-                folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
-            )
-            record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
-            write_json(parts[4], record)
-            for part in parts:
-                to_disk(part)
-            for part, path in zip(parts, finals, strict=True):
-                part.rename(path)
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+    with held(manifest.with_name(f".lock-{manifest.name}")), whole_files(*finals) as parts:
+        write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
+        pq.write_table(table, parts[1], compression="zstd")
+        write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
+        write_report(
+            parts[3],
+            rows=cohort.good,
+            failed=cohort.failed,
+            extra=cohort.table.columns,
+            manifest=record,
+            folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
+        )
+        record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
+        write_json(parts[4], record)
     log.info(
         "%d slides finished, %d failed, %d not finished yet", len(cohort.good), len(cohort.failed), len(cohort.waiting)
     )

@@ -17,8 +17,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -158,6 +158,22 @@ def to_disk(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Where to write files, which take their places together once all are written, in this order."""
+    remove_leftovers(paths)
+    staged = [_staged(path) for path in paths]
+    try:
+        yield staged
+        for path in staged:
+            to_disk(path)
+        for part, path in zip(staged, paths, strict=True):
+            part.rename(path)
+    finally:
+        for path in staged:
+            path.unlink(missing_ok=True)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, reads_slide: bool = False) -> None:
