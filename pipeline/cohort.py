@@ -20,7 +20,7 @@ from pipeline.layout import RunLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import manifest_failure, read_manifest, whole_files, write_json
+from pipeline.stage import keywords, manifest_failure, read_manifest, whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -336,22 +336,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("report", "report.html"),
         ("manifest", "manifest.json"),
     ):
-        parser.add_argument(f"--out-{name}", type=Path, required=True, metavar="FILE", help=f"{what} to write")
-    parser.add_argument("--config-json", type=Path, metavar="FILE", help="the settings, for the provenance")
+        parser.add_argument(
+            f"--out-{name}", dest=name, type=Path, required=True, metavar="FILE", help=f"{what} to write"
+        )
+    parser.add_argument(
+        "--config-json", dest="config", type=Path, metavar="FILE", help="the settings, for the provenance"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model package, for the provenance")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline cohort``."""
-    run_cohort(
-        args.results,
-        args.slides,
-        tsv=args.out_tsv,
-        parquet=args.out_parquet,
-        failed=args.out_failed,
-        report=args.out_report,
-        manifest=args.out_manifest,
-        config=args.config_json,
-        model=args.model,
-    )
+    run_cohort(**keywords(args))
     return 0

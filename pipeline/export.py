@@ -28,7 +28,7 @@ from pipeline.errors import PipelineError
 from pipeline.geojson import ORIGIN
 from pipeline.kernels.contours import wkb_rings
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -347,7 +347,7 @@ def run_export(
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         corner = (0, 0) if inspect is None else origin_of(inspect, origin)
-        count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=workers)
+        count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=max(1, workers))
         size = staged["geojson"].stat().st_size
         log.info("slide %r: %d nuclei exported, %.1f MB", slide, count, size / 1e6)
         return {"nuclei": count, "bytes": size, "origin": list(corner)}
@@ -379,15 +379,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline export``."""
-    run_export(
-        args.slide,
-        args.measure,
-        args.nuclei,
-        args.out,
-        args.geojson,
-        inspect=args.inspect,
-        origin=args.origin,
-        workers=max(1, args.workers),
-        **how_to_run(args),
-    )
+    run_export(**keywords(args))
     return 0

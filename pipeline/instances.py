@@ -23,7 +23,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.parts import Part, manifest_of, read_parts
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, run_stage
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
@@ -181,6 +181,6 @@ def main(args: argparse.Namespace) -> int:
         upstream=[*stores.values()],
         stores=stores,
         body=body,
-        **how_to_run(args),
+        on_bad_slide=args.on_bad_slide,
     )
     return 0

@@ -183,18 +183,19 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, reads_slide: bool = 
         "--on-bad-slide", choices=("continue", "stop"), default="continue",
         help="whether a slide that cannot be processed is data or an error (default: continue)",
     )  # fmt: skip
-    parser.set_defaults(job_minutes=None, again=False)
     if reads_slide:
-        parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+        parser.add_argument(
+            "--job-minutes", dest="minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails"
+        )
         parser.add_argument(
             "--attempt", type=tried_again, default=False, metavar="I/N", dest="again",
             help="which attempt of the job this is, of how many: in the last one the slide fails, in others the job",
         )  # fmt: skip
 
 
-def how_to_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What those options say, as `run_stage` wants it."""
-    return {"on_bad_slide": args.on_bad_slide, "minutes": args.job_minutes, "again": args.again}
+def keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command as keywords of its function, whose parameters have the same names."""
+    return {name: value for name, value in vars(args).items() if name != "verbose"}
 
 
 def run_stage(

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -379,15 +379,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline summary``."""
     keep_freed_memory()
-    run_summary(
-        args.slide,
-        {name: getattr(args, name) for name in MANIFESTS},
-        nuclei=args.nuclei,
-        tissue_geojson=args.tissue_geojson,
-        tiles_zarr=args.tiles_zarr,
-        out=args.out,
-        png=args.png,
-        truth=args.truth,
-        **how_to_run(args),
-    )
+    options = keywords(args)
+    run_summary(manifests={name: options.pop(name) for name in MANIFESTS}, **options)
     return 0

@@ -16,7 +16,7 @@ from pipeline.kernels.tissue import find_tissue
 from pipeline.slide_table import could_be_read
 from pipeline.slides.open import READERS, open_slide, resolve_mpp
 from pipeline.slides.slide import Slide
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -210,13 +210,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
-    run_inspect(
-        args.slide,
-        args.path,
-        args.out,
-        mpp=args.mpp,
-        mpp_source=args.mpp_source,
-        reader=args.reader,
-        **how_to_run(args),
-    )
+    run_inspect(**keywords(args))
     return 0
