@@ -206,12 +206,14 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad(f"no GeoJSON ({type(error).__name__}: {error})") from None
     parts = [part for geometry in geometries for part in shapely.get_parts(geometry)]
     nested = [inner for part in parts for inner in shapely.get_parts(part)]
-    polygons = [part for part in nested if part.geom_type == "Polygon"]
+    polygons = [
+        shapely.transform(part, lambda points: points + origin) for part in nested if part.geom_type == "Polygon"
+    ]
     if any(not np.isfinite(shapely.get_coordinates(part)).all() for part in polygons):
         raise bad("coordinates that are no numbers")
     if geometries and not polygons:
         raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
-    result = clean(shapely.transform(polygons, lambda points: points + origin), box) if polygons else []
+    result = clean(polygons, box) if polygons else []
     if polygons and not result:
         raise bad("no polygon lies on the slide")
     return result
