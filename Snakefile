@@ -11,6 +11,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/jobs.smk"
 include: "workflow/rules/slide.smk"
 include: "workflow/rules/parts.smk"
 include: "workflow/rules/cohort.smk"

@@ -20,7 +20,7 @@ from pipeline.layout import RunLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import manifest_failure, read_manifest, remove_leftovers, to_disk, write_json
+from pipeline.stage import keywords, manifest_failure, read_manifest, whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,6 +76,7 @@ def gather(results: Path, slides: Path) -> Cohort:
     """
     layout = RunLayout(results)
     cohort = Cohort(from_table(slides))
+    first_of: dict[str, str] = {}
     for entry in cohort.table:
         paths = layout.slide(entry.name)
         first = read_manifest(paths.inspect) if paths.inspect.exists() else {}
@@ -89,7 +90,12 @@ def gather(results: Path, slides: Path) -> Cohort:
             cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
-            more = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
+            if twin != entry.name:
+                warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
+                log.warning("slide %r: %s", entry.name, warning)
+                more["warnings"] = [*last["warnings"], warning]
             cohort.good.append(last | more)
     return cohort
 
@@ -294,33 +300,23 @@ def run_cohort(
     table = cohort_table(cohort)
     record = run_manifest(cohort, results, config=config, model=model)
     finals = [tsv, parquet, failed, report, manifest]
-    parts = [path.with_name(f".part-{os.getpid()}-{path.name}") for path in finals]
     layout = RunLayout(results)
     for path in finals:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with held(manifest.with_name(f".lock-{manifest.name}")):
-        remove_leftovers(finals)
-        try:
-            write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
-            pq.write_table(table, parts[1], compression="zstd")
-            write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
-            write_report(
-                parts[3],
-                rows=cohort.good,
-                failed=cohort.failed,
-                extra=cohort.table.columns,
-                manifest=record,
-                folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
-            )
-            record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
-            write_json(parts[4], record)
-            for part in parts:
-                to_disk(part)
-            for part, path in zip(parts, finals, strict=True):
-                part.rename(path)
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+    with held(manifest.with_name(f".lock-{manifest.name}")), whole_files(*finals) as parts:
+        write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
+        pq.write_table(table, parts[1], compression="zstd")
+        write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
+        write_report(
+            parts[3],
+            rows=cohort.good,
+            failed=cohort.failed,
+            extra=cohort.table.columns,
+            manifest=record,
+            folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
+        )
+        record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
+        write_json(parts[4], record)
     log.info(
         "%d slides finished, %d failed, %d not finished yet", len(cohort.good), len(cohort.failed), len(cohort.waiting)
     )
@@ -340,22 +336,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("report", "report.html"),
         ("manifest", "manifest.json"),
     ):
-        parser.add_argument(f"--out-{name}", type=Path, required=True, metavar="FILE", help=f"{what} to write")
-    parser.add_argument("--config-json", type=Path, metavar="FILE", help="the settings, for the provenance")
+        parser.add_argument(
+            f"--out-{name}", dest=name, type=Path, required=True, metavar="FILE", help=f"{what} to write"
+        )
+    parser.add_argument(
+        "--config-json", dest="config", type=Path, metavar="FILE", help="the settings, for the provenance"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model package, for the provenance")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline cohort``."""
-    run_cohort(
-        args.results,
-        args.slides,
-        tsv=args.out_tsv,
-        parquet=args.out_parquet,
-        failed=args.out_failed,
-        report=args.out_report,
-        manifest=args.out_manifest,
-        config=args.config_json,
-        model=args.model,
-    )
+    run_cohort(**keywords(args))
     return 0

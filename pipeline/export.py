@@ -28,7 +28,7 @@ from pipeline.errors import PipelineError
 from pipeline.geojson import ORIGIN
 from pipeline.kernels.contours import wkb_rings
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,6 +57,9 @@ BATCH_ROWS = 8192
 
 GZIP_LEVEL = 4
 """Measured on nuclei: 69 MB/s a core and 25 % of the text; level 6 does 30 MB/s and 23 %."""
+
+DIGITS = 2
+"""Decimals of a coordinate in level-0 pixels."""
 
 DEFAULT_COLOUR = (46, 160, 67)
 """Colour of a class that the model gave none."""
@@ -113,7 +116,6 @@ def features(
     batch: pa.RecordBatch,
     slide: str,
     known: Mapping[str, dict[str, Any]],
-    digits: int = 2,
     origin: tuple[int, int] = (0, 0),
 ) -> list[dict[str, Any]]:
     """GeoJSON features of a batch of nuclei.
@@ -126,8 +128,6 @@ def features(
         Name of the slide.
     known : mapping
         What `classifications` returned.
-    digits : int
-        Decimals of a coordinate in level-0 pixels.
     origin : tuple of int
         Level-0 pixel from which coordinates count, x and y.
 
@@ -141,7 +141,7 @@ def features(
     if batch.num_rows == 0:
         return []
     points, ring_starts, shape_starts = wkb_rings(*wkb_of(batch.column("geometry")))
-    coordinates = np.round(points - origin, digits)
+    coordinates = np.round(points - origin, DIGITS)
     rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts.tolist())]
 
     columns = {key: name for key, name in MEASUREMENTS.items() if key in batch.schema.names}
@@ -347,7 +347,7 @@ def run_export(
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         corner = (0, 0) if inspect is None else origin_of(inspect, origin)
-        count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=workers)
+        count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=max(1, workers))
         size = staged["geojson"].stat().st_size
         log.info("slide %r: %d nuclei exported, %.1f MB", slide, count, size / 1e6)
         return {"nuclei": count, "bytes": size, "origin": list(corner)}
@@ -379,15 +379,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline export``."""
-    run_export(
-        args.slide,
-        args.measure,
-        args.nuclei,
-        args.out,
-        args.geojson,
-        inspect=args.inspect,
-        origin=args.origin,
-        workers=max(1, args.workers),
-        **how_to_run(args),
-    )
+    run_export(**keywords(args))
     return 0

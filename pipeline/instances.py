@@ -23,7 +23,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.parts import Part, manifest_of, read_parts
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, run_stage
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def write_instances(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's arguments."""
-    add_stage_arguments(parser)
+    add_stage_arguments(parser, slide="slide")
     parser.add_argument("--maps", type=Path, required=True, help="maps.zarr")
     parser.add_argument("--model", type=Path, required=True, help="model package")
     parser.add_argument("--out", type=Path, required=True, help="table of nuclei to write (GeoParquet)")
@@ -181,6 +181,6 @@ def main(args: argparse.Namespace) -> int:
         upstream=[*stores.values()],
         stores=stores,
         body=body,
-        **how_to_run(args),
+        on_bad_slide=args.on_bad_slide,
     )
     return 0

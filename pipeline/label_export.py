@@ -28,7 +28,7 @@ from pipeline.kernels.measure import cut_runs
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def run_labels(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        done = write_labels(nuclei, staged["zarr"], workers=workers)
+        done = write_labels(nuclei, staged["zarr"], workers=max(1, workers))
         log.info("slide %r: label map of %d nuclei, %.1f MP/s", slide, done["nuclei"], done["mp_per_s"])
         return done
 
@@ -284,13 +284,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline labels``."""
-    run_labels(
-        args.slide,
-        args.measure,
-        args.nuclei,
-        args.out,
-        args.zarr,
-        workers=max(1, args.workers),
-        **how_to_run(args),
-    )
+    run_labels(**keywords(args))
     return 0

@@ -26,6 +26,16 @@ def folder_name(slide: str) -> str:
     return slide.replace("{", "%7B").replace("}", "%7D").replace("<", "%3C").replace(">", "%3E")
 
 
+class _File:
+    """A file of a slide's results folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layout: SlideLayout, owner: type[SlideLayout]) -> Path:
+        return layout.root / self.name
+
+
 @dataclass(frozen=True)
 class SlideLayout:
     """Paths of one slide's results.
@@ -38,89 +48,30 @@ class SlideLayout:
 
     root: Path
 
-    @property
-    def inspect(self) -> Path:
-        return self.root / "slide.json"
-
-    @property
-    def tissue(self) -> Path:
-        return self.root / "tissue.json"
-
-    @property
-    def tissue_geojson(self) -> Path:
-        return self.root / "tissue.geojson"
-
-    @property
-    def tissue_png(self) -> Path:
-        return self.root / "tissue.png"
-
-    @property
-    def tiles(self) -> Path:
-        return self.root / "tiles.json"
-
-    @property
-    def tiles_zarr(self) -> Path:
-        return self.root / "tiles.zarr"
-
-    @property
-    def stain(self) -> Path:
-        return self.root / "stain.json"
-
-    @property
-    def stain_png(self) -> Path:
-        return self.root / "stain.png"
-
-    @property
-    def maps(self) -> Path:
-        return self.root / "maps.json"
-
-    @property
-    def maps_zarr(self) -> Path:
-        return self.root / "maps.zarr"
-
-    @property
-    def instances(self) -> Path:
-        return self.root / "instances.json"
-
-    @property
-    def instances_parquet(self) -> Path:
-        return self.root / "instances.parquet"
-
-    @property
-    def measure(self) -> Path:
-        return self.root / "measure.json"
-
-    @property
-    def nuclei(self) -> Path:
-        return self.root / "nuclei.parquet"
+    inspect = _File("slide.json")
+    tissue = _File("tissue.json")
+    tissue_geojson = _File("tissue.geojson")
+    tissue_png = _File("tissue.png")
+    tiles = _File("tiles.json")
+    tiles_zarr = _File("tiles.zarr")
+    stain = _File("stain.json")
+    stain_png = _File("stain.png")
+    maps = _File("maps.json")
+    maps_zarr = _File("maps.zarr")
+    instances = _File("instances.json")
+    instances_parquet = _File("instances.parquet")
+    measure = _File("measure.json")
+    nuclei = _File("nuclei.parquet")
+    export = _File("export.json")
+    nuclei_geojson = _File("nuclei.geojson.gz")
+    labels = _File("labels.json")
+    labels_zarr = _File("nuclei.ome.zarr")
+    metrics = _File("metrics.json")
+    overview = _File("overview.png")
 
     def part(self, stage: str, part: str) -> Path:
         """Store of one part of a stage of a huge slide, `part` being ``1-of-4``; its manifest ends in ``.json``."""
         return self.root / "parts" / f"{stage}-{part}.zarr"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export.json"
-
-    @property
-    def nuclei_geojson(self) -> Path:
-        return self.root / "nuclei.geojson.gz"
-
-    @property
-    def labels(self) -> Path:
-        return self.root / "labels.json"
-
-    @property
-    def labels_zarr(self) -> Path:
-        return self.root / "nuclei.ome.zarr"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.json"
-
-    @property
-    def overview(self) -> Path:
-        return self.root / "overview.png"
 
 
 @dataclass(frozen=True)

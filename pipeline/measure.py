@@ -22,7 +22,7 @@ from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
 from pipeline.kernels.measure import STAIN_COLUMNS, Pieces, StainSums, cut_runs, hull_areas, polygon_shapes
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.stain import stain_matrix
 
 if TYPE_CHECKING:
@@ -328,15 +328,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline measure``."""
     keep_freed_memory()
-    run_measure(
-        args.slide,
-        args.instances,
-        args.parquet,
-        args.tiles,
-        args.zarr,
-        args.stain,
-        args.out,
-        args.nuclei,
-        **how_to_run(args),
-    )
+    run_measure(**keywords(args))
     return 0

@@ -397,22 +397,15 @@ def resolve_slides(setting: str | Path) -> SlideTable:
 
 def write_table(table: SlideTable, out: Path) -> None:
     """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
-    from pipeline.stage import remove_leftovers, to_disk
+    from pipeline.stage import whole_files
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers([out])
-    staged = out.with_name(f".part-{os.getpid()}-{out.name}")
-    try:
-        with staged.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-            writer.writerow([*OWN_COLUMNS, *table.columns])
-            for entry in table:
-                row = entry.to_json()
-                writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
-        to_disk(staged)
-        staged.rename(out)
-    finally:
-        staged.unlink(missing_ok=True)
+    with whole_files(out) as (staged,), staged.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow([*OWN_COLUMNS, *table.columns])
+        for entry in table:
+            row = entry.to_json()
+            writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

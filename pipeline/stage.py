@@ -17,8 +17,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -160,25 +160,47 @@ def to_disk(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def add_stage_arguments(parser: argparse.ArgumentParser, *, reads_slide: bool = False) -> None:
-    """Options that all stages have, and those of a stage that reads the slide's file."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Where to write files, which take their places together once all are written, in this order."""
+    remove_leftovers(paths)
+    staged = [_staged(path) for path in paths]
+    try:
+        yield staged
+        for path in staged:
+            to_disk(path)
+        for part, path in zip(staged, paths, strict=True):
+            part.rename(path)
+    finally:
+        for path in staged:
+            path.unlink(missing_ok=True)
+
+
+def add_stage_arguments(
+    parser: argparse.ArgumentParser, *, reads_slide: bool = False, slide: str | None = None
+) -> None:
+    """Options that all stages have, and those of a stage that reads the slide's file.
+
+    Where `slide` is given, the option may be left out and the slide is called so.
+    """
+    parser.add_argument("--slide", required=slide is None, default=slide, help="name of the slide")
     parser.add_argument(
         "--on-bad-slide", choices=("continue", "stop"), default="continue",
         help="whether a slide that cannot be processed is data or an error (default: continue)",
     )  # fmt: skip
-    parser.set_defaults(job_minutes=None, again=False)
     if reads_slide:
-        parser.add_argument("--job-minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails")
+        parser.add_argument(
+            "--job-minutes", dest="minutes", type=float, help="time of the job; a slide that needs 9/10 of it fails"
+        )
         parser.add_argument(
             "--attempt", type=tried_again, default=False, metavar="I/N", dest="again",
             help="which attempt of the job this is, of how many: in the last one the slide fails, in others the job",
         )  # fmt: skip
 
 
-def how_to_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What those options say, as `run_stage` wants it."""
-    return {"on_bad_slide": args.on_bad_slide, "minutes": args.job_minutes, "again": args.again}
+def keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command as keywords of its function, whose parameters have the same names."""
+    return {name: value for name, value in vars(args).items() if name != "verbose"}
 
 
 def run_stage(

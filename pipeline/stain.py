@@ -24,7 +24,7 @@ from pipeline.kernels import stain as kernel
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
 from pipeline.overview import PNG_LEVEL
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -477,15 +477,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline stain``."""
     keep_freed_memory()
-    run_stain(
-        args.slide,
-        args.tiles,
-        args.zarr,
-        args.model,
-        args.out,
-        args.png,
-        method=args.method,
-        strength=args.strength,
-        **how_to_run(args),
-    )
+    run_stain(**keywords(args))
     return 0

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -49,8 +49,6 @@ class Nuclei:
         Index into `classes` of each nucleus, -1 where it has none.
     centroids : numpy.ndarray of float64, shape (n, 2)
         Centroids in grid pixels, x first.
-    about : mapping
-        What the file says of itself.
     """
 
     path: Path
@@ -58,7 +56,6 @@ class Nuclei:
     classes: tuple[tuple[str, tuple[int, ...]], ...]
     kinds: npt.NDArray[np.int64]
     centroids: npt.NDArray[np.float64]
-    about: Mapping[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> Nuclei:
@@ -74,16 +71,10 @@ class Nuclei:
         codes = encoded.indices.fill_null(len(lookup) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
         centroids = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"])
         scale = (grid.scale_x, grid.scale_y)
-        return cls(path, grid, tuple(listed.items()), lookup[codes], centroids / scale, about)
+        return cls(path, grid, tuple(listed.items()), lookup[codes], centroids / scale)
 
     def __len__(self) -> int:
         return len(self.kinds)
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Name and hash of the model, as far as the file tells."""
-        model = self.about.get("model")
-        return dict(model) if isinstance(model, Mapping) else ({"name": model} if model else {})
 
     def quantiles(self) -> dict[str, dict[str, float | None]]:
         """Percentiles of every measurement; None where no nucleus has a finite value. One column in memory at once."""
@@ -180,8 +171,7 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
     """
     inspect, tissue, tiles = manifests["inspect"], manifests["tissue"], manifests["tiles"]
     area = float(tissue["area_mm2"])
-    model = dict(manifests["maps"].get("model") or {}) if isinstance(manifests["maps"].get("model"), Mapping) else {}
-    model = {**nuclei.model, **model}
+    model = manifests["maps"]["model"]
     costs = stage_costs(manifests.values())
     grid = nuclei.grid
     return {
@@ -206,10 +196,10 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "grid": grid.to_json(),
         "stain": manifests["stain"].get("method"),
         "warnings": warnings_of(manifests),
-        "model": model.get("name"),
+        "model": model["name"],
         "stages": costs,
         "versions": provenance.versions(),
-        "hashes": {"slide": inspect.get("quick_hash"), "model": model.get("sha256")},
+        "hashes": {"slide": inspect.get("quick_hash"), "model": model["sha256"]},
     }
 
 
@@ -389,15 +379,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline summary``."""
     keep_freed_memory()
-    run_summary(
-        args.slide,
-        {name: getattr(args, name) for name in MANIFESTS},
-        nuclei=args.nuclei,
-        tissue_geojson=args.tissue_geojson,
-        tiles_zarr=args.tiles_zarr,
-        out=args.out,
-        png=args.png,
-        truth=args.truth,
-        **how_to_run(args),
-    )
+    options = keywords(args)
+    run_summary(manifests={name: options.pop(name) for name in MANIFESTS}, **options)
     return 0

@@ -27,7 +27,7 @@ from pipeline.slides.inspect import reopen
 from pipeline.slides.open import SlidePool
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.tile_store import create_tiles, write_tile
 from pipeline.tissue import read_tissue
 
@@ -540,19 +540,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
     keep_freed_memory()
-    run_tiles(
-        args.slide,
-        args.inspect,
-        args.tissue,
-        args.geojson,
-        args.model,
-        args.out,
-        args.zarr,
-        tile=args.tile,
-        workers=args.workers,
-        max_unreadable=args.max_unreadable,
-        part=args.part,
-        parts=args.parts,
-        **how_to_run(args),
-    )
+    run_tiles(**keywords(args))
     return 0

@@ -23,7 +23,7 @@ from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import add_stage_arguments, how_to_run, read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -206,12 +206,14 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         raise bad(f"no GeoJSON ({type(error).__name__}: {error})") from None
     parts = [part for geometry in geometries for part in shapely.get_parts(geometry)]
     nested = [inner for part in parts for inner in shapely.get_parts(part)]
-    polygons = [part for part in nested if part.geom_type == "Polygon"]
+    polygons = [
+        shapely.transform(part, lambda points: points + origin) for part in nested if part.geom_type == "Polygon"
+    ]
     if any(not np.isfinite(shapely.get_coordinates(part)).all() for part in polygons):
         raise bad("coordinates that are no numbers")
     if geometries and not polygons:
         raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
-    result = clean(shapely.transform(polygons, lambda points: points + origin), box) if polygons else []
+    result = clean(polygons, box) if polygons else []
     if polygons and not result:
         raise bad("no polygon lies on the slide")
     return result
@@ -437,8 +439,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")
     parser.add_argument("--mpp", type=float, default=8.0, help="µm per pixel to look at (default: 8)")
-    parser.add_argument("--min-area", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped")
-    parser.add_argument("--min-hole", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled")
+    parser.add_argument(
+        "--min-area", dest="min_area_um2", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped"
+    )
+    parser.add_argument(
+        "--min-hole", dest="min_hole_um2", type=float, default=5_000.0, metavar="UM2", help="smaller holes are filled"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="TISSUE.JSON")
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON")
     parser.add_argument("--png", required=True, type=Path, metavar="TISSUE.PNG")
@@ -446,16 +452,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
-    run_tissue(
-        args.slide,
-        args.inspect,
-        args.out,
-        args.geojson,
-        args.png,
-        mask=args.mask,
-        mpp=args.mpp,
-        min_area_um2=args.min_area,
-        min_hole_um2=args.min_hole,
-        **how_to_run(args),
-    )
+    run_tissue(**keywords(args))
     return 0

@@ -278,12 +278,6 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(unit, cv2.COLOR_RGB2LAB).reshape(-1, 3)
 
 
-def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """The way back from `rgb_to_lab`, uint8 ``(n, 3)``; colours outside sRGB are clipped."""
-    unit = cv2.cvtColor(np.ascontiguousarray(lab, np.float32).reshape(1, -1, 3), cv2.COLOR_LAB2RGB)
-    return np.rint(np.clip(unit.reshape(-1, 3), 0, 1) * 255).astype(np.uint8)
-
-
 def cumulative(rgb: np.ndarray) -> np.ndarray:
     """Cumulative distribution of each channel of RGB uint8 ``(n, 3)``, float64 ``(3, 256)``, last value 1."""
     counts = np.stack([np.bincount(rgb[:, channel], minlength=256) for channel in range(3)])

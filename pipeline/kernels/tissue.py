@@ -20,6 +20,7 @@ _THRESHOLDS = (0.035, 0.06)
 _SMOOTH_UM = 6.0
 _CLOSE_UM = 16.0
 _INK_MARGIN_UM = 24.0
+_MAX_PIXELS = 64e6  # of the view
 _BLOCK = 1 << 19  # pixels worked on at once
 
 
@@ -240,10 +241,10 @@ def find_tissue(rgb: np.ndarray, mpp: float, min_area_um2: float = 10_000, min_h
     return TissueMask(mask, background, found, threshold, ink)
 
 
-def thumbnail_mpp(width_um: float, height_um: float, mpp0: float, mpp: float, max_pixels: float = 64e6) -> float:
+def thumbnail_mpp(width_um: float, height_um: float, mpp0: float, mpp: float) -> float:
     """µm per pixel of the view to look at.
 
     `mpp`, finer on small images (64 pixels along the shorter side, never finer than the slide), coarser on giants.
     """
     fine = max(mpp0, min(mpp, min(width_um, height_um) / 64))
-    return max(fine, math.sqrt(width_um * height_um / max_pixels))
+    return max(fine, math.sqrt(width_um * height_um / _MAX_PIXELS))

@@ -80,10 +80,10 @@ def nice_ticks(top: float, count: int = 4) -> list[float]:
     return [round(step * i, 10) for i in range(math.ceil(top / step - 1e-9) + 1)]
 
 
-def number(value: Any, digits: int = 0, missing: str = "–") -> str:
+def number(value: Any, digits: int = 0) -> str:
     """A number for people: thousands apart, fixed decimals, more where all would be zeros; a dash for None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return missing
+        return "–"
     if value and round(abs(value), digits) == 0:
         digits = 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{digits}f}".replace(",", "\u202f")

@@ -16,9 +16,12 @@ from pipeline.kernels.tissue import find_tissue
 from pipeline.slide_table import could_be_read
 from pipeline.slides.open import READERS, open_slide, resolve_mpp
 from pipeline.slides.slide import Slide
-from pipeline.stage import add_stage_arguments, how_to_run, run_stage
+from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 log = logging.getLogger(__name__)
+
+MAGNIFIED_UM = (3.0, 16.0)
+"""µm per pixel times magnification, the size of a pixel on the sensor: 10 for most scanners."""
 
 _PROBES = 9
 _PROBE_SIDE = 256
@@ -105,6 +108,16 @@ def probe(slide: Slide, mpp: float) -> dict[str, int]:
     return {"tried": len(places), "failed": len(failed)}
 
 
+def mpp_doubts(mpp: float, source: str, objective: float | None) -> list[str]:
+    """Warnings of a pixel size, µm per level-0 pixel by `source`, that does not go with a magnification."""
+    if objective is None or MAGNIFIED_UM[0] <= mpp * objective <= MAGNIFIED_UM[1]:
+        return []
+    return [
+        f"{mpp:g} µm/px of the {source} are unusual for the {objective:g}x objective that the file names, which gives "
+        f"some {10 / objective:.2g}: is the pixel size right?"
+    ]
+
+
 def reopen(info: Mapping[str, Any]) -> Slide:
     """Open the slide that a ``slide.json`` tells of, with the reader that inspect chose.
 
@@ -162,6 +175,9 @@ def run_inspect(
         with open_slide(path, reader, before=could_be_read(slide)) as handle:
             (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
             tiles = probe(handle, (mpp_x + mpp_y) / 2)
+            warnings = mpp_doubts(max(mpp_x, mpp_y), source, handle.objective)
+            for warning in warnings:
+                log.warning("slide %r: %s", slide, warning)
             return {
                 "path": str(path.absolute()),
                 "backend": handle.backend,
@@ -176,6 +192,7 @@ def run_inspect(
                 "quick_hash": handle.quick_hash,
                 "bytes": path.stat().st_size,
                 "tiles_tried": tiles,
+                "warnings": warnings,
             }
 
     return run_stage("inspect", slide, manifest=out, body=body, **how)
@@ -193,13 +210,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
-    run_inspect(
-        args.slide,
-        args.path,
-        args.out,
-        mpp=args.mpp,
-        mpp_source=args.mpp_source,
-        reader=args.reader,
-        **how_to_run(args),
-    )
+    run_inspect(**keywords(args))
     return 0

@@ -482,7 +482,7 @@ def _pyramid(rgb: npt.NDArray[np.uint8], factor: int, smallest: int) -> list[npt
     return levels
 
 
-def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, objective: int = 40, quality: int = 90) -> None:
+def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = 90) -> None:
     """Write an Aperio-style SVS: tiled JPEG levels /4, /16 …, a thumbnail, mpp and objective in the description.
 
     Parameters
@@ -493,15 +493,13 @@ def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, objective: 
         Level 0.
     mpp : float
         Side of a pixel in µm.
-    objective : int
-        Power of the objective.
     quality : int
         JPEG quality, 1..100.
     """
     import tifffile
 
     height, width = rgb.shape[:2]
-    program = "Aperio Image Library v12.0.16\r\n"
+    program, power = "Aperio Image Library v12.0.16\r\n", f"AppMag = {round(10 / mpp)}"
     common: dict[str, Any] = {
         "photometric": "rgb",
         "compression": "jpeg",
@@ -515,12 +513,12 @@ def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, objective: 
             size = f"{width}x{height} [0,0 {width}x{height}] (240x240)"
             if index:
                 size += f" -> {cols}x{rows}"
-            note = f"{program}{size} JPEG/RGB Q={quality}|AppMag = {objective}|MPP = {mpp:.4f}|Filename = {path.stem}"
+            note = f"{program}{size} JPEG/RGB Q={quality}|{power}|MPP = {mpp:.4f}|Filename = {path.stem}"
             description = note.encode("ascii", "replace").decode("ascii")
             tif.write(level, tile=(240, 240), description=description, subfiletype=0, **common)
             if index == 0:  # Aperio keeps the thumbnail second, in strips
                 small = _shrink(rgb, max(1, math.ceil(max(width, height) / 768)))
-                note = f"{program}{width}x{height} -> {small.shape[1]}x{small.shape[0]} - |AppMag = {objective}"
+                note = f"{program}{width}x{height} -> {small.shape[1]}x{small.shape[0]} - |{power}"
                 tif.write(small, rowsperstrip=16, description=note, subfiletype=0, **common)
 
 

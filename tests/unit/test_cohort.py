@@ -142,6 +142,20 @@ def test_demo_table(results: Path, tmp_path: Path) -> None:
         demo.results_table(tmp_path)
 
 
+def test_a_slide_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    names = ("a", "a copy", "b")
+    write_slides(tmp_path, names)
+    for name, seed in zip(names, (1, 1, 2), strict=True):
+        summarise(tmp_path, name, seed=seed)
+    run(tmp_path)
+    assert [row["warnings"] for row in cohort.gather(tmp_path, tmp_path / "slides.tsv").good] == [
+        [],
+        ["cohort: holds the same data as slide 'a', and counts beside it"],
+        [],
+    ]
+    assert (tmp_path / "report.html").read_text().count("holds the same data as slide &#39;a&#39;") == 2
+
+
 def test_no_good_slide(tmp_path: Path) -> None:
     write_slides(tmp_path, ("bad",))
     testing.write_failed_slide(tmp_path, "bad", "inspect", "empty", "")

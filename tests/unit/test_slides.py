@@ -246,6 +246,13 @@ def test_mpp_policy(tmp_path: Path) -> None:
         assert resolve_mpp(slide, 0.25) == ((0.25, 0.25), "table")
 
 
+def test_a_pixel_size_that_does_not_go_with_the_objective(tmp_path: Path) -> None:
+    path = slide_file(tmp_path)
+    assert run_inspect("s", path, tmp_path / "a.json")["warnings"] == []
+    (warning,) = run_inspect("s", path, tmp_path / "b.json", mpp=0.5)["warnings"]
+    assert warning.startswith("0.5 µm/px of the table are unusual for the 40x objective")
+
+
 @pytest.mark.parametrize("orientation", [2, 3, 6])
 def test_a_tiff_stored_turned(tmp_path: Path, orientation: int) -> None:
     rgb = picture(500, 400)

@@ -271,6 +271,9 @@ def test_a_user_mask_that_counts_from_another_pixel(tmp_path: Path) -> None:
         {"type": "Polygon", "coordinates": [[[5000, 5000], [6000, 5000], [6000, 6000], [5000, 5000]]]},
         '{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 5], [5, 5], [0, 0]]]}',
         {"type": "FeatureCollection", "features": [3]},
+        {"type": "FeatureCollection", "features": [], "level0_origin": "here"},
+        '{"type": "FeatureCollection", "level0_origin": [1e999, 0], "features": [{"type": "Feature", "geometry": '
+        '{"type": "Polygon", "coordinates": [[[0, 0], [5, 0], [5, 5], [0, 0]]]}}]}',
     ],
 )
 def test_bad_user_mask(tmp_path: Path, value: Any) -> None:

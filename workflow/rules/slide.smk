@@ -128,7 +128,7 @@ rule stain:
         slide=slide_name,
         model=model_folder,
         method=lambda wildcards: config["stain"]["method"],
-        strength=strength_options,
+        strength=option("--strength", config["stain"]["strength"]),
     shell:
         "python -m pipeline stain --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --model={params.model:q} --method={params.method:q} {params.strength:q} "
@@ -165,7 +165,7 @@ rule infer:
         model=model_folder,
         device=config["infer"]["device"],
         precision=config["infer"]["precision"],
-        batch=batch_options,
+        batch=option("--batch", config["infer"]["batch"]),
     shell:
         "python -m pipeline infer --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE {params.parts:q} "
         "--tiles={input.tiles:q} --zarr={input.zarr:q} --stain={input.stain:q} --model={params.model:q} "
