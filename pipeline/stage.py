@@ -8,6 +8,7 @@ a whole goes on.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import logging
@@ -81,9 +82,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; nothing happens when there is none."""
+    """Remove a file or a folder; nothing happens when there is none.
+
+    On NFS a folder stays, with a warning, as long as a process of this machine has a file in it open.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
+            log.warning("%s cannot be removed yet: %s", path, error.strerror)
     else:
         path.unlink(missing_ok=True)
 
@@ -245,6 +254,7 @@ def _run_stage(
                     path.parent.mkdir(parents=True, exist_ok=True)
                 for store, made in stores.items():
                     if is_marked(store):
+                        note_damage(store)  # again: two machines that note at once may lose a line
                         raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", how_anew())
                     if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                         check_sealed(store, seal)
