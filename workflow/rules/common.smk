@@ -99,7 +99,7 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
-    os.environ[OWNER] = "" if TRAINING or LOCK is None else owner(RUN.results)
+    os.environ[OWNER] = "" if TRAINING else owner(RUN.results)
     if not TRAINING:
         clear_marks(RUN.damaged)
     if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
