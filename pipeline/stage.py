@@ -28,7 +28,7 @@ from pipeline.again import how_anew, is_marked, note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded
 from pipeline.lock import held
-from pipeline.seal import check_kept, check_sealed, which_store, write_seal
+from pipeline.seal import check_kept, check_sealed, is_whole, which_store, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +156,24 @@ def remove_leftovers(outputs: Iterable[Path]) -> None:
     for path in outputs:
         for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
             remove(leftover)
+
+
+def clear_remains(store: Path, made: Path) -> None:
+    """Remove a store of which only some is left, as when its removal was cut off.
+
+    It would look like one that is newer than what was made of it: that would be made again, fail and be missing.
+
+    Parameters
+    ----------
+    store : pathlib.Path
+        The store.
+    made : pathlib.Path
+        The manifest of its stage.
+    """
+    if store.is_dir() and made.is_file():
+        seal = read_manifest(made).get("seals", {}).get(store.name)
+        if seal is not None and not is_marked(store) and not is_whole(store, seal):
+            _set_aside(store)
 
 
 def to_disk(path: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
 from pipeline.seal import SEAL, check_seal
-from pipeline.stage import run_stage
+from pipeline.stage import clear_remains, run_stage
 from pipeline.tiles import TileStore, _create
 
 GRID = Grid(640, 320, 0.5, 1.0, 1.0)
@@ -164,6 +164,26 @@ def test_without_a_run_the_stage_that_made_it_is_what_to_run(
             )  # fmt: skip
         path.mkdir(exist_ok=True)
         (path / "DAMAGED.txt").write_text("as a run leaves it")
+
+
+@pytest.mark.parametrize("gone", [None, "chunk", SEAL, "all but one"])
+def test_what_a_removal_left_of_a_store_is_told_from_a_whole_one(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], gone: str | None
+) -> None:
+    path, _, chunk = store
+    made = path.parent / "made.json"
+    if gone == "all but one":
+        shutil.rmtree(path)
+        (path / "rgb").mkdir(parents=True)
+    elif gone is not None:
+        (path / (chunk if gone == "chunk" else gone)).unlink()
+    clear_remains(path, made)
+    assert path.exists() is (gone is None)
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".part-")] == []
+    clear_remains(path, made)  # nothing there is nothing to do
+    tiles(path.with_name("other.zarr"))
+    clear_remains(path.with_name("other.zarr"), made)  # its stage gave it no seal
+    assert path.with_name("other.zarr").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY])

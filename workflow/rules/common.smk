@@ -29,6 +29,7 @@ from pipeline.settings import (
     load_schema,
 )
 from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
+from pipeline.stage import clear_remains
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -294,6 +295,20 @@ def store(path):
 def passing(path, keep):
     """A store that goes away when its readers are done, unless the settings keep it."""
     return path if keep else temp(path)
+
+
+# A run that was killed, or whose file server refused, while it removed such a store leaves some of it.
+if RESTART is not None and SLIDES is not None:
+    try:
+        for folder in map(RUN.folder, BY_FOLDER):
+            for path, made, keep in (
+                (folder.tiles_zarr, folder.tiles, config["tiles"]["keep"]),
+                (folder.maps_zarr, folder.maps, config["infer"]["keep"]),
+            ):
+                if not keep:
+                    clear_remains(Path(store(path)), made)
+    except (OSError, PipelineError) as error:
+        stop(error)
 
 
 def whole(path):
