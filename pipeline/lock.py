@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -37,6 +38,11 @@ _LOOKING_ONLY = {
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
+_GONE = {errno.ESTALE, errno.ENOENT}
+"""What comes of a lock file that its holder, perhaps on another machine, has removed since it was looked up."""
+
+_ATTEMPTS, _PAUSE_S = 600, 0.1
+
 
 def runs_jobs(arguments: Sequence[str]) -> bool:
     """Whether Snakemake runs jobs when it is given these arguments.
@@ -55,12 +61,14 @@ def _holder(file: IO[str]) -> str:
     return " ".join(file.read(200).split()) or "a process that did not give its name"
 
 
-def _sign(file: IO[str]) -> None:
+def _sign(file: IO[str]) -> str:
     file.seek(0)
     file.truncate()
     # The time tells runs apart that have the same number: a run that starts once more keeps it, containers all have 1.
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat()}\n")
+    text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat()}\n"
+    file.write(text)
     file.flush()
+    return text
 
 
 def lock_run(folder: Path) -> IO[str] | None:
@@ -74,7 +82,8 @@ def lock_run(folder: Path) -> IO[str] | None:
     Returns
     -------
     file or None
-        The lock: keep it. None where the file system has no locks.
+        The lock: keep it. None where the file system has no locks; the run's name is in the file all the same, so
+        that the jobs of an earlier one end.
 
     Raises
     ------
@@ -92,6 +101,7 @@ def lock_run(folder: Path) -> IO[str] | None:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
     except BlockingIOError:
         holder = _holder(file)
         file.close()
@@ -100,10 +110,10 @@ def lock_run(folder: Path) -> IO[str] | None:
             "wait until it ends, or choose another folder: --config results=FOLDER",
         ) from None
     except OSError as error:
-        file.close()
-        if error.errno in _UNSUPPORTED:
-            return None
-        raise PipelineError(f"results: {str(path)!r} cannot be locked: {error.strerror}") from None
+        if error.errno not in _UNSUPPORTED:
+            file.close()
+            raise PipelineError(f"results: {str(path)!r} cannot be locked: {error.strerror}") from None
+        locked = False
     try:
         _sign(file)
         os.fsync(file.fileno())  # for jobs on other machines
@@ -112,7 +122,10 @@ def lock_run(folder: Path) -> IO[str] | None:
         raise PipelineError(
             f"results: {str(folder)!r} cannot be written: {error.strerror}", "make room on that disk"
         ) from None
-    return file
+    if locked:
+        return file
+    file.close()
+    return None
 
 
 def owner(folder: Path) -> str:
@@ -155,34 +168,43 @@ def held(path: Path) -> Iterator[None]:
     PipelineError
         When another run has begun meanwhile, see `check_owner`.
     """
-    while True:
-        file = path.open("a+", encoding="utf-8")
+    file = None
+    for left in reversed(range(_ATTEMPTS)):
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("waiting for %s, left over from an earlier run: it works on the same", _holder(file))
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            file.close()
-            if error.errno not in _UNSUPPORTED:
-                raise
-            yield
-            return
-        if _is_at(file, path):
+            file = _take(path)
             break
-        file.close()  # of one that has ended meanwhile
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                break
+            if error.errno not in _GONE or not left:
+                raise
+        time.sleep(_PAUSE_S)
     try:
         check_owner()
-        _sign(file)
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        if file is not None:
+            file.close()
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _take(path: Path) -> IO[str]:
+    """Wait for a lock file; fails with one of `_GONE` where its holder has removed it meanwhile."""
+    with ExitStack() as opened:
+        file = opened.enter_context(path.open("a+", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for %s, left over from an earlier run: it works on the same", _holder(file))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            mine = _sign(file)
+        except OSError as error:
+            if error.errno not in _GONE:  # a full disk
+                path.unlink(missing_ok=True)
+            raise
+        # What the name stands for, read anew: inodes are answered from memory, or by name, on some file systems.
+        if path.read_text(encoding="utf-8") != mine:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        opened.pop_all()
+        return file

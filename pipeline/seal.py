@@ -82,6 +82,16 @@ def check_sealed(store: Path, seal: int) -> None:
         raise DamagedStore(store, f"{SEAL} is not what was written")
 
 
+def is_whole(store: Path, seal: int) -> bool:
+    """Whether a store carries the seal that it was given, and has all of its files."""
+    try:
+        check_sealed(store, seal)
+        _check_files(store, _read_seal(store)[0])
+    except (DamagedStore, FileNotFoundError):
+        return False
+    return True
+
+
 def is_sealed(store: Path) -> bool:
     """Whether a store is one that a stage finished."""
     return (store / SEAL).is_file()

@@ -9,6 +9,7 @@ a whole goes on.
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import json
 import logging
@@ -28,7 +29,7 @@ from pipeline.again import how_anew, is_marked, note_damage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.guard import guarded, tried_again
 from pipeline.lock import held
-from pipeline.seal import check_kept, check_sealed, which_store, write_seal
+from pipeline.seal import check_kept, check_sealed, is_whole, which_store, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; nothing happens when there is none."""
+    """Remove a file or a folder; nothing happens when there is none.
+
+    On NFS a folder stays, with a warning, as long as a process of this machine has a file in it open.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise
+            log.warning("%s cannot be removed yet: %s", path, error.strerror)
     else:
         path.unlink(missing_ok=True)
 
@@ -148,6 +157,24 @@ def remove_leftovers(outputs: Iterable[Path]) -> None:
     for path in outputs:
         for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
             remove(leftover)
+
+
+def clear_remains(store: Path, made: Path) -> None:
+    """Remove a store of which only some is left, as when its removal was cut off.
+
+    It would look like one that is newer than what was made of it: that would be made again, fail and be missing.
+
+    Parameters
+    ----------
+    store : pathlib.Path
+        The store.
+    made : pathlib.Path
+        The manifest of its stage.
+    """
+    if store.is_dir() and made.is_file():
+        seal = read_manifest(made).get("seals", {}).get(store.name)
+        if seal is not None and not is_marked(store) and not is_whole(store, seal):
+            _set_aside(store)
 
 
 def to_disk(path: Path) -> None:
@@ -289,6 +316,7 @@ def _run_stage(
                     path.parent.mkdir(parents=True, exist_ok=True)
                 for store, made in stores.items():
                     if is_marked(store):
+                        note_damage(store)  # again: two machines that note at once may lose a line
                         raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", how_anew())
                     if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                         check_sealed(store, seal)

@@ -80,14 +80,23 @@ def test_our_errors_are_one_line(
     assert capsys.readouterr().err == "error: slide '-x': broken (mend it)\n"
 
 
-def test_full_disk_is_one_line(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.ENOSPC, "No space left on device (make room there and run the same command again)"),
+        (errno.EIO, "Input/output error (see to the disk or the file server and run the same command again)"),
+        (errno.ESTALE, "Stale file handle (see to the file server and run the same command again)"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    number: int, what: str, fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     def main(_: argparse.Namespace) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/tiles.zarr")
+        raise OSError(number, what.split(" (")[0], "/data/tiles.zarr")
 
     fake(main)
     assert cli.main(["fake"]) == 1
-    expected = "/data/tiles.zarr: No space left on device (make room there and run the same command again)"
-    assert capsys.readouterr().err == f"error: fake: {expected}\n"
+    assert capsys.readouterr().err == f"error: fake: /data/tiles.zarr: {what}\n"
 
 
 def test_interrupt(fake: Callable[..., None]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,7 +143,58 @@ def test_a_stage_waits_for_one_that_a_killed_run_left_behind(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiles.json"]
 
 
-def test_many_hold_one_lock_one_after_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["flock", "open", "read_text"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+def test_a_lock_file_that_another_machine_has_just_removed_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """As file servers tell of it whose clients remember names."""
+    owner_of: Any = fcntl if step == "flock" else Path
+    done = getattr(owner_of, step)
+    left = [1, 1]
+
+    def fails_at_first(*args: Any, **options: Any) -> Any:
+        if left:
+            left.pop()
+            raise OSError(number, os.strerror(number))
+        return done(*args, **options)
+
+    monkeypatch.setattr(owner_of, step, fails_at_first)
+    with held(tmp_path / "lock"):
+        assert not left
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_stays_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.lock._PAUSE_S", 0)
+    with pytest.raises(FileNotFoundError), held(tmp_path / "none" / "lock"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_jobs_of_an_earlier_run_end_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert lock_run(tmp_path) is None
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    monkeypatch.setenv(OWNER, owner(tmp_path))
+    with held(tmp_path / ".lock-tiles.json"):
+        pass
+    assert lock_run(tmp_path) is None
+    with pytest.raises(PipelineError, match="another one"), held(tmp_path / ".lock-tiles.json"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_LOCK]
+
+
+@pytest.mark.parametrize("inodes", ["told", "by name"])
+def test_many_hold_one_lock_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inodes: str) -> None:
+    if inodes == "by name":  # an open file that was removed has the inode of the one that has its name now
+        monkeypatch.setattr(os.path, "samestat", lambda one, other: True)
     inside, most = 0, 0
     guard = threading.Lock()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
 from pipeline.seal import SEAL, check_seal
-from pipeline.stage import run_stage
+from pipeline.stage import clear_remains, run_stage
 from pipeline.tile_store import TileStore, create_tiles
 
 GRID = Grid(640, 320, 0.5, 1.0, 1.0)
@@ -135,6 +137,8 @@ def test_the_stage_that_finds_out_removes_it(
     with pytest.raises(PipelineError, match=r"slide 'a', next: .* was damaged \(run the same command again"):
         run_stage("next", "a", manifest=path.parent / "next.json", body=never, stores={path: path.parent / "made.json"})
 
+    assert (path.parent / "notes").read_text() == f"{path}\n" * 2  # the first line may have been lost
+
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         KINDS[path.stem][0](staged["store"])
         return {}
@@ -160,6 +164,57 @@ def test_without_a_run_the_stage_that_made_it_is_what_to_run(
             )  # fmt: skip
         path.mkdir(exist_ok=True)
         (path / "DAMAGED.txt").write_text("as a run leaves it")
+
+
+@pytest.mark.parametrize("gone", [None, "chunk", SEAL, "all but one"])
+def test_what_a_removal_left_of_a_store_is_told_from_a_whole_one(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], gone: str | None
+) -> None:
+    path, _, chunk = store
+    made = path.parent / "made.json"
+    if gone == "all but one":
+        shutil.rmtree(path)
+        (path / "rgb").mkdir(parents=True)
+    elif gone is not None:
+        (path / (chunk if gone == "chunk" else gone)).unlink()
+    clear_remains(path, made)
+    assert path.exists() is (gone is None)
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".part-")] == []
+    clear_remains(path, made)  # nothing there is nothing to do
+    tiles(path.with_name("other.zarr"))
+    clear_remains(path.with_name("other.zarr"), made)  # its stage gave it no seal
+    assert path.with_name("other.zarr").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY])
+def test_a_damaged_store_of_which_files_are_open_is_noted_all_the_same(
+    store: tuple[Path, Callable[[Path], np.ndarray], str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """On NFS a file that is open stays as `.nfsXXXX` when it is removed, and with it its folder."""
+    path, read, chunk = store
+    flip(path / chunk, 9)
+    monkeypatch.setenv(NOTES, str(path.parent / "notes"))
+    done = shutil.rmtree
+
+    def leaves_open_files(folder: Path) -> None:
+        done(folder)
+        folder.mkdir()
+        (folder / ".nfs00000002").write_text("")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shutil, "rmtree", leaves_open_files)
+    with pytest.raises(PipelineError, match="was damaged and has been removed: "):
+        run_stage("next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())})
+    assert (path.parent / "notes").read_text() == f"{path}\n"
+    monkeypatch.setattr(shutil, "rmtree", done)
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        KINDS[path.stem][0](staged["store"])
+        return {}
+
+    run_stage(path.stem, "a", manifest=path.parent / "made.json", outputs={"store": path}, body=body)
+    assert read(path).any()
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".part-")]
 
 
 @pytest.mark.parametrize("taken", ["rename", "write_text"])

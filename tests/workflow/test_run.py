@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from runs import MPP, ROOT, Run, leaves, read_json, read_tsv, run, write_slide
 
+from pipeline.layout import RunLayout
 from pipeline.settings import load_schema
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
@@ -147,6 +148,21 @@ def test_second_run_has_nothing_to_do(finished: tuple[Path, Run], config: dict[s
     done = run(folder, config)
     assert done.code == 0
     assert done.nothing, done.output
+
+
+def test_what_a_removal_left_of_a_store_has_nothing_done_over(
+    finished: tuple[Path, Run], config: dict[str, Any]
+) -> None:
+    """As of a run that was killed over it. Snakemake takes it for a newer store: the stages after it would fail."""
+    folder, _ = finished
+    slide = RunLayout(folder / "out").slide(SVS)
+    before = slide.instances.read_bytes()
+    slide.maps_zarr.mkdir()
+    (slide.maps_zarr / "zarr.json").write_text("{}")
+    done = run(folder, config)
+    assert done.nothing, done.output
+    assert not slide.maps_zarr.exists()
+    assert slide.instances.read_bytes() == before
 
 
 def test_touched_model_card_and_slide_table_change_nothing(finished: tuple[Path, Run], config: dict[str, Any]) -> None:

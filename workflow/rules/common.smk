@@ -29,6 +29,7 @@ from pipeline.settings import (
     load_schema,
 )
 from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
+from pipeline.stage import clear_remains
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -102,7 +103,7 @@ if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.
         LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
-    os.environ[OWNER] = "" if TRAINING or LOCK is None else owner(RUN.results)
+    os.environ[OWNER] = "" if TRAINING else owner(RUN.results)
     if not TRAINING:
         clear_marks(RUN.damaged)
     if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:

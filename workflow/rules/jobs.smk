@@ -139,6 +139,20 @@ def passing(path, keep):
     return path if keep else temp(path)
 
 
+# A run that was killed, or whose file server refused, while it removed such a store leaves some of it.
+if RESTART is not None and SLIDES is not None:
+    try:
+        for folder in map(RUN.folder, BY_FOLDER):
+            for path, made, keep in (
+                (folder.tiles_zarr, folder.tiles, config["tiles"]["keep"]),
+                (folder.maps_zarr, folder.maps, config["infer"]["keep"]),
+            ):
+                if not keep:
+                    clear_remains(Path(store(path)), made)
+    except (OSError, PipelineError) as error:
+        stop(error)
+
+
 def whole(path):
     """A file that may not be empty."""
     return ensure(str(path), non_empty=True)
