@@ -27,12 +27,19 @@ def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     Raises
     ------
     PipelineError
-        When one is not finished.
+        When one is not finished, or an older version has scored it.
     """
     runs = {}
     for name, folder in folders.items():
+        evaluation = read_json(folder / "evaluation.json")
+        counts = [image.get("type_counts", {}).get("classes", {}) for image in evaluation["images"].values()]
+        if any(len(row) != 4 for classes in counts for row in classes.values()):
+            raise PipelineError(
+                f"{folder}/evaluation.json: an older version of the pipeline has counted the classes",
+                "delete evaluation*.json in that folder and run again: the network is scored anew, not trained",
+            )
         runs[name] = {
-            "evaluation": read_json(folder / "evaluation.json"),
+            "evaluation": evaluation,
             "experiment": read_json(folder / "experiment.json"),
             "split": read_json(folder / "split.json"),
             "folder": str(folder),

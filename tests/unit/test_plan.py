@@ -159,6 +159,15 @@ def test_crossval_table(tmp_path: Path) -> None:
         crossval_summary(again)
 
 
+def test_classes_counted_by_an_older_version_are_one_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0", {"f": 0.5})
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["images"]["f"]["type_counts"] = {"right": 1, "matched": 1, "classes": {"a": [1, 1, 2]}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(PipelineError, match=r"0/evaluation\.json: an older version.*delete evaluation\*\.json in that"):
+        write_summary("crossval", {"fold-0": folder}, tmp_path)
+
+
 def test_compare_table(tmp_path: Path) -> None:
     folders = {name: write_run(tmp_path / name, {"f": value}) for name, value in (("low", 0.4), ("high", 0.6))}
     summary = write_summary("compare", folders, tmp_path)

@@ -32,6 +32,8 @@ from pipeline.networks.registry import build_network, head_channels  # noqa: E40
 from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
+from pipeline.training.files import read_json  # noqa: E402
+from pipeline.training.fit import read_checkpoint  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
@@ -502,6 +504,30 @@ def test_damaged_checkpoint_is_one_line(data: Path, tmp_path: Path) -> None:
     (tmp_path / "work" / "heldout" / "last.ckpt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(PipelineError, match=r"last\.ckpt cannot be read"):
         run_experiment(Experiment.from_json(section(data)), tmp_path / "work", tmp_path / "model", "cpu")
+
+
+def test_a_failing_file_server_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = write_package(tmp_path / "model", "resunet", {"widths": [4, 6]})
+    (tmp_path / "last.ckpt").touch()
+    (tmp_path / "split.json").touch()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "read_bytes", "read_text"):
+            patch.setattr(Path, name, fail)
+        patch.setattr("builtins.open", fail)
+        for read in (
+            lambda: load_network(package),
+            lambda: read_checkpoint(tmp_path / "last.ckpt"),
+            lambda: read_json(tmp_path / "split.json"),
+        ):
+            with pytest.raises(OSError, match="Stale"):
+                read()
+    package.weights.write_bytes(package.weights.read_bytes()[:100])
+    with pytest.raises(PipelineError, match=r"model: the weights cannot be read: .*\(fetch it again\)"):
+        load_network(package)
 
 
 @pytest.mark.filterwarnings("ignore")
