@@ -7,6 +7,7 @@ folder and is not repeated by a later run, so a killed experiment goes on where 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
+import torch
 import torch.distributed
 from torch import nn
 
@@ -218,9 +220,11 @@ def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> st
     else:
         thresholds = f"; thresholds chosen on {' and '.join(others + own)}"
     held_out = f"{experiment.split.describe(experiment.holdout)} (seed {experiment.seed}, {len(split.test)} fields)"
+    share = experiment.start_share if split.train else 0
+    mixed = f", its weights averaged with those of {start} ({share:g})" if share else ""
     more = experiment.final_steps
     final = f"; the packed weights were then trained {more} steps on all fields" if more else ""
-    return f"{held_out}; {checkpoint}{thresholds}{final}"
+    return f"{held_out}; {checkpoint}{mixed}{thresholds}{final}"
 
 
 def leads() -> bool:
@@ -398,6 +402,19 @@ class Run:
         )
         return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
 
+    def finished(self, network: nn.Module) -> nn.Module:
+        """A copy of a trained network as it is scored and packed: averaged with what it started from, and rounded."""
+        one, network = self.experiment, copy.deepcopy(network)
+        if one.start_share:
+            before = self.build().state_dict()
+            state = network.state_dict()
+            network.load_state_dict(
+                {k: torch.lerp(v, before[k], one.start_share) if v.is_floating_point() else v for k, v in state.items()}
+            )
+        if one.half_weights:
+            round_weights(network)
+        return network
+
     def tuning_fields(self) -> list[Field]:
         """The fields that thresholds are chosen on; none, where they stay as they are."""
         one = self.experiment
@@ -422,7 +439,10 @@ class Run:
         settings = {
             **asdict(one.evaluation),
             "rules": asdict(rules),
-            **{name: getattr(one, name) for name in ("patch", "overlap", "stain_strength", "half_weights")},
+            **{
+                name: getattr(one, name)
+                for name in ("patch", "overlap", "stain_strength", "half_weights", "start_share")
+            },
             **self.origin,
         }
         panel = self.work / "panel.png"
@@ -430,8 +450,7 @@ class Run:
             known: dict[str, Any] = read_json(file)
             if known.get("settings") == settings:
                 return known | {"protocol": self.protocol()}
-        if one.half_weights:
-            round_weights(network)
+        network = self.finished(network)
         test = self.data.part("test")
         tuning = self.tuning_fields()
         if tuning:
@@ -451,6 +470,35 @@ class Run:
         }
         save_json(file, evaluation)
         return evaluation | {"protocol": self.protocol()}
+
+    def scores_before(self) -> dict[str, Any]:
+        """Scores and thresholds of the package that was trained on with all fields, where nobody is left to score.
+
+        Raises
+        ------
+        PipelineError
+            When there is none, or its thresholds do not fit.
+        """
+        start = self.start
+        if start is None or not start.metrics.get("mean"):
+            raise PipelineError(
+                "train: split.method all-train leaves nothing to score",
+                "use it in cross-validation, or with start_from, whose scores the card then tells",
+            )
+        maps = map_names(start.heads, [one.name for one in start.classes])
+        if (start.mpp, maps) != (self.experiment.mpp, self.outputs.names):
+            raise PipelineError(
+                f"train: split.method all-train, but the thresholds of {start.folder} are for {start.mpp:g} µm/px and "
+                f"maps {', '.join(maps)}",
+                "train with the same mpp, heads and classes, or hold patients out",
+            )
+        share = self.experiment.start_share
+        mixed = f", and their weights averaged with its ({share:g})" if share else ""
+        return start.metrics | {
+            "rules": asdict(start.thresholds),
+            "protocol": f"{start.metrics.get('protocol', '')}; these are the scores of {start.name}, from which the "
+            f"packed weights were trained on for {self.experiment.schedule.steps} steps with all fields{mixed}",
+        }
 
     def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:
         """Write the model package."""
@@ -505,14 +553,13 @@ def run_experiment(
     run = Run(experiment, work, accelerator, deadline)
     if not run.data.split.train and run.start is None:
         raise PipelineError("train: split.method all-test without start_from", "name the model package to score")
-    if not run.data.split.test and scores is None:
-        raise PipelineError("train: split.method all-train leaves nothing to score", "use it in cross-validation alone")
+    known = read_json(scores) if scores is not None else None if run.data.split.test else run.scores_before()
     network = run.train()
-    evaluation = run.evaluate(network) if scores is None else read_json(scores)
+    evaluation = run.evaluate(network) if known is None else known
     save_json(work / "evaluation.json", evaluation)
     if experiment.final_steps:
         network = run.train_on(network)
     if leads():
-        run.pack(network, evaluation, out)
+        run.pack(run.finished(network), evaluation, out)
         write_training_report(work, run.area or None)
     return evaluation

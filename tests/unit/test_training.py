@@ -353,6 +353,8 @@ def test_a_start_without_the_stain_reference(data: Path, tmp_path: Path) -> None
         ({"validation": 0}, 0, "the last checkpoint; thresholds not tuned"),
         ({"validation": 0}, 3, "the last checkpoint; thresholds chosen on 3 training fields"),
         ({"split": {"method": "all-test"}}, 0, "theirs as it is; thresholds not tuned"),
+        ({"start_from": "m", "start_share": 0.3}, 3, "checkpoint chosen on 2 fields of other patients, its weights "
+         "averaged with those of theirs (0.3), thresholds on these and 3 training fields"),
         ({"final_steps": 7}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these; the packed "
          "weights were then trained 7 steps on all fields"),
     ],
@@ -463,6 +465,51 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
     # Weights, and what batch normalisation has seen: a network is left in evaluation mode between two trainings.
     for name in ("network.stem.0.weight", "network.stem.1.running_mean"):
         assert not torch.equal(first[name], last[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: Path) -> None:
+    def packed(name: str, **changes: Any) -> tuple[ModelPackage, dict[str, Any]]:
+        run_experiment(Experiment.from_json({**on, **changes}), tmp_path / "on", tmp_path / name, "cpu")
+        package = ModelPackage.load(tmp_path / name, verify=True)
+        return package, load_network(package).state_dict()
+
+    first = section(data, final_steps=0)
+    run_experiment(Experiment.from_json(first), tmp_path / "work", tmp_path / "first", "cpu")
+    start = ModelPackage.load(tmp_path / "first")
+    # Nobody is left to score: the card has the scores and thresholds of the model before, and says so.
+    on = section(data, start_from=str(tmp_path / "first"), split={"method": "all-train"}, validation=0, final_steps=0)
+    alone, after = packed("alone")
+    mixed, found = packed("mixed", start_share=0.25)
+    for package, more in ((alone, ""), (mixed, ", and their weights averaged with its (0.25)")):
+        assert package.thresholds == start.thresholds
+        assert package.metrics["mean"] == start.metrics["mean"]
+        assert package.metrics["protocol"] == (
+            f"{start.metrics['protocol']}; these are the scores of tiny, from which the packed weights were trained on "
+            f"for 4 steps with all fields{more}"
+        )
+        assert len(package.data[0]["patients"]) == 6
+    for name, value in load_network(start).state_dict().items():
+        if value.is_floating_point():  # batch normalisation's averages, too
+            assert not torch.equal(value, after[name])
+            torch.testing.assert_close(found[name], 0.25 * value + 0.75 * after[name])
+    other = {**on, "name": "coarse", "mpp": 1.0}
+    with pytest.raises(
+        PipelineError, match=r"all-train, but the thresholds of .*first are for 0\.5 µm/px and maps"
+    ):
+        run_experiment(Experiment.from_json(other), tmp_path / "coarse", tmp_path / "other", "cpu")
+    with pytest.raises(PipelineError, match=r"start_share 0\.5 without start_from"):
+        Experiment.from_json(section(data, start_share=0.5))
+    # Where patients are held out, what is scored is what is packed.
+    same = {"start_from": str(tmp_path / "first"), "evaluation": {"tune": False}, "final_steps": 0}
+    held = section(data, **same, start_share=1.0)
+    scores = run_experiment(Experiment.from_json(held), tmp_path / "held", tmp_path / "same", "cpu")
+    packed_again = load_network(ModelPackage.load(tmp_path / "same")).state_dict()
+    torch.testing.assert_close(packed_again, load_network(start).state_dict())
+    as_it_is = Run(Experiment.from_json({**held, "start_share": 0.0}), tmp_path / "as-it-is", "cpu")
+    rules = as_it_is.experiment.rules
+    before, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), rules)
+    assert scores["mean"] == before["mean"]
 
 
 @pytest.mark.filterwarnings("ignore")
