@@ -153,6 +153,11 @@ def write_training_report(work: Path, area: float | None = None) -> None:
     ]  # fmt: skip
     tables = [table("Scores of each field", fields, "The worst first. Nuclei without a match (IoU above 0.5): missed, "
                     "merged with another, split, badly outlined; and found ones that are none.")]  # fmt: skip
+    if before := evaluation.get("before"):
+        sides = [(before["model"], before["mean"]), (experiment["name"], evaluation["mean"])]
+        rows = [{"model": name, **{k: mean[k] for k in TITLES if k in mean}} for name, mean in sides]
+        text = f"Of the test fields: {before['model']}, from which this training went on, and what came out."
+        tables.insert(0, table("Before and after", rows, text))
     organs = [
         {"organ": organ or "–", "fields": row["fields"], **{k: row[k] for k in TITLES if k in row}}
         for organ, row in evaluation.get("organs", {}).items()

@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
 from pipeline.kernels.stain import METHODS
 from pipeline.models.package import ModelPackage
-from pipeline.models.weights import load_weights, weights_for
+from pipeline.models.weights import load_network, load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
@@ -306,7 +306,7 @@ class Run:
             raise PipelineError(
                 f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
                 f"{leaked[0][1]} of {leaked[0][0]}",
-                "take a model that held them out (final_steps: 0)",
+                "hold out patients of a source that it has not seen (train.holdout), or take a model without these",
             )
         if package.licence != experiment.licence:
             log.warning(
@@ -320,9 +320,30 @@ class Run:
         one = self.experiment
         lightning.seed_everything(one.schedule.seed, verbose=False)
         network = build_network(one.network, len(self.outputs.names), one.network_args)
-        if self.start is not None:
-            load_weights(network, weights_for(self.start, self.outputs.names), grow=True)
+        if (start := self.start) is not None:
+            weights = weights_for(start, self.outputs.names)
+            try:
+                load_weights(network, weights, grow=True)
+            except PipelineError:
+                raise PipelineError(
+                    f"train: start_from {start.folder} is another network than {one.network} with {one.network_args}",
+                    f"set train.network to {start.network} and train.network_args to {start.network_args}",
+                ) from None
         return network
+
+    def before(self) -> dict[str, Any]:
+        """Scores of the package that is trained on, with its own thresholds, where these fit: was it worth it?"""
+        start = self.start
+        if start is None or not self.data.split.train or not self._keeps_maps(start):
+            return {}
+        log.info("the same fields with %s, from which this training went on:", start.name)
+        scored, _ = self.evaluator.score(load_network(start), self.data.part("test"), start.thresholds)
+        return {"before": {"model": start.name, **{key: scored[key] for key in ("mean", "interval_95")}}}
+
+    def _keeps_maps(self, start: ModelPackage) -> bool:
+        """Whether thresholds of a package fit: its maps and pixel size are those of the experiment."""
+        maps = map_names(start.heads, [one.name for one in start.classes])
+        return (start.mpp, maps) == (self.experiment.mpp, self.outputs.names)
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
         """Fields as training draws from them: as they are and in the model's stain."""
@@ -461,6 +482,7 @@ class Run:
         if leads():
             write_panel(panel, test, found, evaluation["images"])
         spent = self.work / "heldout" / "time.json"
+        evaluation |= self.before()
         evaluation |= {
             "test": list(self.data.split.test),
             "settings": settings,
@@ -485,11 +507,10 @@ class Run:
                 "train: split.method all-train leaves nothing to score",
                 "use it in cross-validation, or with start_from, whose scores the card then tells",
             )
-        maps = map_names(start.heads, [one.name for one in start.classes])
-        if (start.mpp, maps) != (self.experiment.mpp, self.outputs.names):
+        if not self._keeps_maps(start):
             raise PipelineError(
                 f"train: split.method all-train, but the thresholds of {start.folder} are for {start.mpp:g} µm/px and "
-                f"maps {', '.join(maps)}",
+                f"heads {', '.join(start.heads)}",
                 "train with the same mpp, heads and classes, or hold patients out",
             )
         share = self.experiment.start_share

@@ -494,9 +494,7 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
             assert not torch.equal(value, after[name])
             torch.testing.assert_close(found[name], 0.25 * value + 0.75 * after[name])
     other = {**on, "name": "coarse", "mpp": 1.0}
-    with pytest.raises(
-        PipelineError, match=r"all-train, but the thresholds of .*first are for 0\.5 µm/px and maps"
-    ):
+    with pytest.raises(PipelineError, match=r"all-train, but the thresholds of .*first are for 0\.5 µm/px and heads"):
         run_experiment(Experiment.from_json(other), tmp_path / "coarse", tmp_path / "other", "cpu")
     with pytest.raises(PipelineError, match=r"start_share 0\.5 without start_from"):
         Experiment.from_json(section(data, start_share=0.5))
