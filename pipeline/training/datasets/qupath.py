@@ -44,6 +44,9 @@ MAX_NUCLEUS_UM2 = 2000.0
 ENOUGH = 20
 """Nuclei of a field that must be darker than what lies around them: by 15 grey levels they are in any of 180 fields."""
 
+UNTYPED = "Nucleus"
+"""The class that models without types give."""
+
 MIN_FIELD = 32
 """Pixels below which a piece of a region is left out."""
 
@@ -97,7 +100,7 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
                 found.dropped += 1
             else:
                 found.nuclei.append(shape)
-                found.names.append(name)
+                found.names.append("" if name == UNTYPED else name)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PipelineError(
             f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
