@@ -25,7 +25,7 @@ WORDS = {
     "fold": "Fold", "experiment": "Experiment", "arm": "Arm", "what": "Training", "fields": "Fields",
     "patients": "Patients", "network": "Network", "heads": "Heads", "parameters_m": "Parameters, M", "mpp": "µm/px",
     "steps": "Steps", "megapixels_seen": "Mpx seen", "train_fields": "Trained on", "test_fields": "Tested on",
-    "minutes": "Minutes", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
+    "minutes": "Minutes", "model": "Model", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
     "n_pred": "Found", "accuracy": "Accuracy", "batches": "Batches", "class": "Class", "r2": "R²",
     "missed": "Missed", "merged": "Merged", "split": "Split", "outline": "Outline", "false": "Made up",
     "batchwise_loss": "Loss, batch-wise", "batchwise_dice": "Dice, batch-wise",
@@ -190,7 +190,11 @@ def write_training_report(work: Path, area: float | None = None) -> None:
                  + (f", {duration(times['seconds'] / max(times['steps'], 1) * area / seen)} an epoch" if area else "")),
         ("Thresholds", ", ".join(f"{k} {v}" for k, v in evaluation["rules"].items())),
     ]  # fmt: skip
+    notes = []
+    if model := evaluation.get("scores_of"):
+        notes = [f"nobody was held out: all scores here are those of {model}, from which this training went on"]
     html = _render(
+        notes=notes,
         title=f"Training of {experiment['name']}",
         subtitle=experiment.get("description", ""),
         facts=_facts(evaluation["mean"], evaluation.get("interval_95", {}), "mean over fields"),

@@ -517,6 +517,7 @@ class Run:
         mixed = f", and their weights averaged with its ({share:g})" if share else ""
         return start.metrics | {
             "rules": asdict(start.thresholds),
+            "scores_of": start.name,
             "protocol": f"{start.metrics.get('protocol', '')}; these are the scores of {start.name}, from which the "
             f"packed weights were trained on for {self.experiment.schedule.steps} steps with all fields{mixed}",
         }

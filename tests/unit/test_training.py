@@ -134,6 +134,13 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
     with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
         Run(leaking, tmp_path / "leaking", "cpu")
+    with pytest.raises(
+        PipelineError, match=r"longer is another network than resunet .*set train.network to resunet and tr"
+    ):
+        Run(
+            Experiment.from_json(section(data, start_from=str(tmp_path / "longer"), network_args={"widths": [4, 6]})),
+            tmp_path / "narrow", "cpu",
+        ).build()  # fmt: skip
     next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
     Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
 
@@ -508,6 +515,8 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
     rules = as_it_is.experiment.rules
     before, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), rules)
     assert scores["mean"] == before["mean"]
+    own, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), start.thresholds)
+    assert scores["before"] == {"model": "tiny", "mean": own["mean"], "interval_95": own["interval_95"]}
 
 
 @pytest.mark.filterwarnings("ignore")
