@@ -118,6 +118,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     batchwise = [run["evaluation"]["batchwise"] for run in runs.values()]
     first = next(iter(runs.values()))
+    how = first["evaluation"]["protocol"].partition("; ")[2]  # after who was held out
     return {
         **summary,
         "spread": spread,
@@ -125,8 +126,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "rules": middle,
         "batchwise": {key: round(float(np.mean([b[key] for b in batchwise])), 4) for key in batchwise[0]},
         "protocol": f"{len(runs)} folds by patient, each field tested once by a network that has not seen its patient "
-        f"(seed {first['experiment']['seed']}); checkpoint and thresholds of each fold chosen on other patients; the "
-        "scores are those of the folds' networks",
+        f"(seed {first['experiment']['seed']}); in the first fold {how}; the scores are those of the folds' networks",
         "rows": rows,
     }
 

@@ -269,6 +269,11 @@ def test_half_weights_are_those_that_were_scored(data: Path, tmp_path: Path) -> 
     again = Run(Experiment.from_json(one), tmp_path / "work", "cpu")
     found, _ = again.evaluator.score(load_network(package), again.data.part("test"), package.thresholds)
     assert found["mean"] == evaluation["mean"]
+    # What is trained on is the same, whether the scores have just been made or were there from a run that was killed.
+    on = Experiment.from_json({**one, "final_steps": 2})
+    run_experiment(on, tmp_path / "work", tmp_path / "half", "cpu")
+    run_experiment(on, tmp_path / "unbroken", tmp_path / "at-once", "cpu")
+    assert (tmp_path / "at-once" / "weights.safetensors").read_bytes() == half.read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore")
