@@ -173,15 +173,18 @@ def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels
 
 
+def _array(content: np.ndarray | dict[str, np.ndarray], path: Path) -> np.ndarray:
+    if isinstance(content, dict):
+        if "inst_map" not in content:
+            raise PipelineError(f"{path} has {', '.join(content) or 'nothing'} but no inst_map", _HINT)
+        content = content["inst_map"]
+    return np.asarray(content)
+
+
 def _read(path: Path) -> np.ndarray:
     kind = path.suffix.lower()
     if kind == ".npy":
-        content = load_npy(path)
-        if isinstance(content, dict):
-            if "inst_map" not in content:
-                raise PipelineError(f"{path} has {', '.join(content) or 'nothing'} but no inst_map", _HINT)
-            content = content["inst_map"]
-        return np.asarray(content)
+        return _array(load_npy(path), path)
     if kind in (".tif", ".tiff"):
         import tifffile
 
@@ -211,7 +214,15 @@ def read_instances(path: Path) -> np.ndarray:
     numpy.ndarray
         Integers ``(H, W)``, 0 is background.
     """
-    labels = read_label_map(path)
+    return _separate(read_label_map(path), path)
+
+
+def instances_of(content: np.ndarray | dict[str, np.ndarray], path: Path) -> np.ndarray:
+    """`read_instances` of what `load_npy` has read from a file."""
+    return _separate(_checked(_array(content, path), path), path)
+
+
+def _separate(labels: np.ndarray, path: Path) -> np.ndarray:
     if labels.dtype != np.bool_:
         highest = int(labels.max(initial=0))
         if highest not in (1, 255) or np.any((labels != 0) & (labels != highest)):

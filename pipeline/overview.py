@@ -42,6 +42,13 @@ PNG_LEVEL = 4
 FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in inches."""
+
+Contour = tuple[npt.NDArray[np.float64], Sequence[int]]
+"""An outline in grid pixels and its colour."""
+
+
 class Tiles(Protocol):
     """What the drawing needs of `pipeline.tile_store.TileStore`."""
 
@@ -284,8 +291,8 @@ def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     figure.text(x / wide, 1 - y / high, text, parse_math=False, **style)
 
 
-def _panel(figure: Figure, box: tuple[float, float, float, float], title: str, note: str = "") -> Axes:
-    """Axes within `box` (left, top, width, height in inches), titled at its corners whatever the picture's shape."""
+def _panel(figure: Figure, box: Box, title: str, note: str = "") -> Axes:
+    """Axes within `box`, titled at its corners whatever the picture's shape."""
     left, top, width, height = box
     wide, high = figure.get_size_inches()
     axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), anchor="NW")
@@ -320,7 +327,7 @@ def draw(
     rings: Sequence[npt.NDArray[np.float64]],
     centroids: npt.NDArray[np.float64],
     regions: Sequence[Region],
-    contours: Sequence[Sequence[tuple[npt.NDArray[np.float64], Sequence[int]]]],
+    contours: Sequence[Sequence[Contour]],
     legend: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
     """Draw the overview of a slide.
@@ -371,27 +378,53 @@ def _draw(
     rings: Sequence[npt.NDArray[np.float64]],
     centroids: npt.NDArray[np.float64],
     regions: Sequence[Region],
-    contours: Sequence[Sequence[tuple[npt.NDArray[np.float64], Sequence[int]]]],
+    contours: Sequence[Sequence[Contour]],
     legend: Sequence[tuple[str, Sequence[int]]],
+) -> None:
+    grid = tiles.grid
+    _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
+    _text(figure, MARGIN, 0.72, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
+    _draw_tissue(figure, (MARGIN, 1.3, MAP_WIDTH, tall), tiles, rings, regions)
+    density = density_map(
+        np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
+        [np.asarray(ring) * grid.mpp for ring in rings],
+        (grid.width * grid.mpp, grid.height * grid.mpp),
+    )
+    _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
+    boxes = [(MARGIN + i * (CROP_WIDTH + 0.4), 1.3 + tall + 0.55, CROP_WIDTH, CROP_WIDTH) for i in range(3)]
+    for number, (box, region) in enumerate(zip(boxes, regions, strict=False)):
+        outlines = contours[number] if number < len(contours) else []
+        _draw_crop(figure, box, f"{number + 1}   {region.name}", tiles, region, outlines)
+    if len(regions) < len(boxes):
+        left, top, width, height = boxes[len(regions)]
+        note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
+        _text(figure, left + width / 2, top + height / 2, note, ha="center", color=MUTED, fontsize=10)
+    if len(legend) > 1:
+        _draw_legend(figure, legend)
+
+
+def _draw_tissue(
+    figure: Figure,
+    box: Box,
+    tiles: Tiles,
+    rings: Sequence[npt.NDArray[np.float64]],
+    regions: Sequence[Region],
 ) -> None:
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Rectangle
 
     grid = tiles.grid
-    _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
-    _text(figure, MARGIN, 0.72, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
-
     image, factor = thumbnail(tiles)
     extent = (0, image.shape[1] * factor, image.shape[0] * factor, 0)
-    left = _panel(figure, (MARGIN, 1.3, MAP_WIDTH, tall), "Tissue", "as analysed, with its outline")
-    left.imshow(image, extent=extent, interpolation="antialiased")
-    left.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=1.1))
+    axes = _panel(figure, box, "Tissue", "as analysed, with its outline")
+    axes.imshow(image, extent=extent, interpolation="antialiased")
+    axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=1.1))
     for number, region in enumerate(regions, start=1):
         corner = (region.x, region.y)
-        left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec="white", lw=2.6))
-        left.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec=INK, lw=1.4))
+        axes.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec="white", lw=2.6))
+        axes.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec=INK, lw=1.4))
         above = region.y > 0.04 * grid.height  # else the badge would lie on the panel's title
-        left.annotate(
+        axes.annotate(
             str(number),
             (region.x, region.y),
             xytext=(-1, 2) if above else (3, -3),
@@ -403,60 +436,50 @@ def _draw(
             color="white",
             bbox={"boxstyle": "round,pad=0.18", "fc": INK, "ec": "none"},
         )
-    left.set_xlim(0, grid.width)
-    left.set_ylim(grid.height, 0)
-    _scale_bar(left, grid.mpp)
+    axes.set_xlim(0, grid.width)
+    axes.set_ylim(grid.height, 0)
+    _scale_bar(axes, grid.mpp)
 
-    density = density_map(
-        np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
-        [np.asarray(ring) * grid.mpp for ring in rings],
-        (grid.width * grid.mpp, grid.height * grid.mpp),
+
+def _draw_crop(figure: Figure, box: Box, title: str, tiles: Tiles, region: Region, outlines: Sequence[Contour]) -> None:
+    from matplotlib.collections import LineCollection
+
+    mpp = tiles.grid.mpp
+    plural = "nucleus" if region.count == 1 else "nuclei"
+    note = f"{region.count} {plural}, {region.count / (region.side * mpp / 1000) ** 2:,.0f}/mm²"
+    axes = _panel(figure, box, title, note if region.count else "")
+    axes.imshow(tiles.read(region.x, region.y, region.side, region.side), interpolation="lanczos")
+    lines = [outline - (region.x + 0.5, region.y + 0.5) for outline, _ in outlines]
+    colours = [_hex(colour) for _, colour in outlines]
+    axes.add_collection(LineCollection(lines, colors="white", linewidths=2.2, alpha=0.55))
+    axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.3))
+    axes.set_xlim(-0.5, region.side - 0.5)
+    axes.set_ylim(region.side - 0.5, -0.5)
+    _scale_bar(axes, mpp)
+
+
+def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Sequence[int]]]) -> None:
+    from matplotlib.patches import Rectangle
+
+    shown = figure.legend(
+        [Rectangle((0, 0), 1, 1, fc=_hex(colour), ec="none") for _, colour in legend],
+        [shorten(name, 30) for name, _ in legend],
+        loc="lower left",
+        bbox_to_anchor=(MARGIN / 13 - 0.003, 0.003),
+        ncols=min(8, len(legend)),
+        frameon=False,
+        fontsize=9,
+        handlelength=0.9,
+        handleheight=0.9,
+        borderaxespad=0.2,
     )
-    _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
-
-    top = 1.3 + tall + 0.55
-    for number in range(3):
-        box = (MARGIN + number * (CROP_WIDTH + 0.4), top, CROP_WIDTH, CROP_WIDTH)
-        if number >= len(regions):
-            if number == len(regions):
-                note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
-                _text(figure, box[0] + box[2] / 2, top + box[3] / 2, note, ha="center", color=MUTED, fontsize=10)
-            continue
-        region = regions[number]
-        area = (region.side * grid.mpp / 1000) ** 2
-        plural = "nucleus" if region.count == 1 else "nuclei"
-        note = f"{region.count} {plural}, {region.count / area:,.0f}/mm²"
-        axes = _panel(figure, box, f"{number + 1}   {region.name}", note if region.count else "")
-        axes.imshow(tiles.read(region.x, region.y, region.side, region.side), interpolation="lanczos")
-        outlines = list(contours[number]) if number < len(contours) else []
-        lines = [outline - (region.x + 0.5, region.y + 0.5) for outline, _ in outlines]
-        colours = [_hex(colour) for _, colour in outlines]
-        axes.add_collection(LineCollection(lines, colors="white", linewidths=2.2, alpha=0.55))
-        axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.3))
-        axes.set_xlim(-0.5, region.side - 0.5)
-        axes.set_ylim(region.side - 0.5, -0.5)
-        _scale_bar(axes, grid.mpp)
-    if len(legend) > 1:
-        handles = [Rectangle((0, 0), 1, 1, fc=_hex(colour), ec="none") for _, colour in legend]
-        shown = figure.legend(
-            handles,
-            [shorten(name, 30) for name, _ in legend],
-            loc="lower left",
-            bbox_to_anchor=(MARGIN / 13 - 0.003, 0.003),
-            ncols=min(8, len(legend)),
-            frameon=False,
-            fontsize=9,
-            handlelength=0.9,
-            handleheight=0.9,
-            borderaxespad=0.2,
-        )
-        for text in shown.get_texts():
-            text.set_parse_math(False)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_density(
     figure: Figure,
-    box: tuple[float, float, float, float],
+    box: Box,
     density: Density,
     rings: Sequence[npt.NDArray[np.float64]],
     grid: Grid,

@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_o
 from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
-from pipeline.label_maps import load_npy, read_instances
+from pipeline.label_maps import instances_of, load_npy, read_instances
 
 log = logging.getLogger(__name__)
 
@@ -186,14 +186,16 @@ def load(path: Path) -> Instances:
         return _geojson(path)
     if name.endswith(".parquet"):
         return _parquet(path)
-    labels = read_instances(path)
-    kinds = _kinds(path, labels) if name.endswith(".npy") else None
+    if not name.endswith(".npy"):
+        return LabelMap(read_instances(path))
+    content = load_npy(path)
+    labels = instances_of(content, path)
+    kinds = _kinds(content, labels, path)
     return LabelMap(labels) if kinds is None else classed(labels, kinds)
 
 
-def _kinds(path: Path, labels: np.ndarray) -> np.ndarray | None:
+def _kinds(content: Any, labels: np.ndarray, path: Path) -> np.ndarray | None:
     """Class of each pixel of a ``.npy``, where it has any: ``type_map`` beside ``inst_map``, or a second channel."""
-    content = load_npy(path)
     if isinstance(content, dict):
         kinds = content.get("type_map")
     else:

@@ -58,15 +58,15 @@ def load_network(package: ModelPackage) -> nn.Module:
         When the weights are not those of the card or belong to another network.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     from pipeline.networks.registry import build_network, head_channels
 
     channels = head_channels(package.heads, len(package.classes))
     network = build_network(package.network, channels, package.network_args, pretrained=False)
     try:
-        state = load_file(package.weights)
-    except (SafetensorError, OSError) as error:
+        state = load(package.weights.read_bytes())  # load_file tells any trouble of the machine as a missing file
+    except SafetensorError as error:
         raise PipelineError(f"model {package.folder}: the weights cannot be read: {error}", "fetch it again") from None
     # Counters of batch normalisation play no part in inference and are not packed.
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}

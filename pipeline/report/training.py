@@ -25,7 +25,7 @@ WORDS = {
     "fold": "Fold", "experiment": "Experiment", "arm": "Arm", "what": "Training", "fields": "Fields",
     "patients": "Patients", "network": "Network", "heads": "Heads", "parameters_m": "Parameters, M", "mpp": "µm/px",
     "steps": "Steps", "megapixels_seen": "Mpx seen", "train_fields": "Trained on", "test_fields": "Tested on",
-    "minutes": "Minutes", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
+    "minutes": "Minutes", "model": "Model", "device": "Device", "organ": "Organ", "field": "Field", "n_truth": "Nuclei",
     "n_pred": "Found", "accuracy": "Accuracy", "batches": "Batches", "class": "Class", "r2": "R²",
     "missed": "Missed", "merged": "Merged", "split": "Split", "outline": "Outline", "false": "Made up",
     "batchwise_loss": "Loss, batch-wise", "batchwise_dice": "Dice, batch-wise",
@@ -153,6 +153,11 @@ def write_training_report(work: Path, area: float | None = None) -> None:
     ]  # fmt: skip
     tables = [table("Scores of each field", fields, "The worst first. Nuclei without a match (IoU above 0.5): missed, "
                     "merged with another, split, badly outlined; and found ones that are none.")]  # fmt: skip
+    if before := evaluation.get("before"):
+        sides = [(before["model"], before["mean"]), (experiment["name"], evaluation["mean"])]
+        rows = [{"model": name, **{k: mean[k] for k in TITLES if k in mean}} for name, mean in sides]
+        text = f"Of the test fields: {before['model']}, from which this training went on, and what came out."
+        tables.insert(0, table("Before and after", rows, text))
     organs = [
         {"organ": organ or "–", "fields": row["fields"], **{k: row[k] for k in TITLES if k in row}}
         for organ, row in evaluation.get("organs", {}).items()
@@ -185,7 +190,11 @@ def write_training_report(work: Path, area: float | None = None) -> None:
                  + (f", {duration(times['seconds'] / max(times['steps'], 1) * area / seen)} an epoch" if area else "")),
         ("Thresholds", ", ".join(f"{k} {v}" for k, v in evaluation["rules"].items())),
     ]  # fmt: skip
+    notes = []
+    if model := evaluation.get("scores_of"):
+        notes = [f"nobody was held out: all scores here are those of {model}, from which this training went on"]
     html = _render(
+        notes=notes,
         title=f"Training of {experiment['name']}",
         subtitle=experiment.get("description", ""),
         facts=_facts(evaluation["mean"], evaluation.get("interval_95", {}), "mean over fields"),

@@ -97,9 +97,12 @@ def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
     evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline, args.scores)
     mean = evaluation["mean"]
     log.info(
-        "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients", args.out,
-        *(mean[k] for k in ("aji", "pq", "dice", "f1")),
+        "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients: %s", args.out,
+        *(mean[k] for k in ("aji", "pq", "dice", "f1")), evaluation["protocol"],
     )  # fmt: skip
+    if before := evaluation.get("before"):
+        scores = (f"{title} {before['mean'][key]:.3f}" for title, key in (("AJI", "aji"), ("PQ", "pq"), ("F1", "f1")))
+        log.info("%s, from which it was trained on, has %s on the same fields", before["model"], ", ".join(scores))
     return 0
 
 

@@ -60,6 +60,7 @@ RESULT_ONLY = (
     "evaluation",
     "stain_strength",
     "half_weights",
+    "start_share",
 )
 SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
 
@@ -89,6 +90,8 @@ class Experiment:
         Terms of the loss, see `pipeline.training.losses.loss_terms`; none: the heads' defaults.
     start_from : str, optional
         Model package whose weights (and stain reference) to start from.
+    start_share : float
+        Share of these weights in those that are scored and packed, what was trained having the rest.
     teacher : str, optional
         Model package whose maps are part of what the network learns, see `pipeline.training.teacher`.
     teacher_share : float
@@ -139,6 +142,7 @@ class Experiment:
     class_names: dict[str, str] = field(default_factory=dict)
     loss: tuple[dict[str, Any], ...] = ()
     start_from: str | None = None
+    start_share: float = 0.0
     teacher: str | None = None
     teacher_share: float = 0.5
     rare_classes: float = 0.0
@@ -191,8 +195,11 @@ class Experiment:
             raise PipelineError(f"train: rare_classes {self.rare_classes}", "use a share of the fields, from 0 to 1")
         if self.rare_classes and "type" not in self.heads:
             raise PipelineError("train: rare_classes without a type head", "add the head, or leave rare_classes out")
-        if not 0 <= self.teacher_share <= 1:
-            raise PipelineError(f"train: teacher_share {self.teacher_share}", "use a number from 0 to 1")
+        for name in ("teacher_share", "start_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PipelineError(f"train: {name} {getattr(self, name)}", "use a number from 0 to 1")
+        if self.start_share and self.start_from is None:
+            raise PipelineError(f"train: start_share {self.start_share:g} without start_from", "name the model package")
         map_names(self.heads, self.classes)
         try:
             rules = self.rules

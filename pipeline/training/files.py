@@ -31,5 +31,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise PipelineError(f"{path} cannot be read: {error}", "delete it and run again") from None

@@ -34,7 +34,7 @@ from pipeline.training.predict import predict_field
 from pipeline.training.samples import Augmentation, PreparedField
 from pipeline.training.schedule import Deadline, Schedule, Unfinished
 from pipeline.training.scoring import field_loss, score_maps
-from pipeline.training.stream import SampleStream
+from pipeline.training.stream import SampleOrder, SampleStream
 from pipeline.training.targets import Targets
 
 log = logging.getLogger(__name__)
@@ -135,24 +135,22 @@ class TrainingModule(lightning.LightningModule):
         How.
     validation : list of Examined
         Fields that the checkpoints are chosen on.
-    stream : SampleStream
-        Where its samples come from.
     """
 
-    def __init__(self, job: Job, schedule: Schedule, validation: list[Examined], stream: SampleStream) -> None:
+    def __init__(self, job: Job, schedule: Schedule, validation: list[Examined]) -> None:
         super().__init__()
         self.network = job.network.to(memory_format=torch.channels_last).train()
         self.job = job
         self.schedule = schedule
         self.validation = validation
-        self.stream = stream
         self.plateau = 1.0
         """Factor on the learning rate that `decay: plateau` has come to."""
         self._last: tuple[int, Tensor] | None = None
 
-    def setup(self, stage: str) -> None:
-        """Called by the trainer on each device, before samples are drawn."""
-        self.stream.rank = self.global_rank
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let what a step draws (dropout, proposals) depend on its number alone: a resumed run draws the same."""
+        place = np.random.SeedSequence([self.schedule.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch in [0, 1]."""
@@ -221,6 +219,9 @@ class TrainingModule(lightning.LightningModule):
 class Plateau(Callback):
     """Lower the learning rate when the mean training loss does not fall any more (``decay: plateau``)."""
 
+    KEPT = ("factor", "best", "bad", "total", "count")
+    """What a resumed run needs."""
+
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.factor, self.best, self.bad = 1.0, math.inf, 0
@@ -253,11 +254,12 @@ class Plateau(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"factor": self.factor, "best": self.best, "bad": self.bad}
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier run's state."""
-        self.factor, self.best, self.bad = state_dict["factor"], state_dict["best"], state_dict["bad"]
+        for name in self.KEPT:
+            setattr(self, name, state_dict[name])
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -460,12 +462,11 @@ def fit(
         When the time is over.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lightning.seed_everything(schedule.seed, verbose=False)
     last, best = folder / "last.ckpt", folder / "best.ckpt"
     resume = last if last.is_file() else None
     done = 0
     if resume is not None:
-        checkpoint = _read_checkpoint(resume)
+        checkpoint = read_checkpoint(resume)
         load_weights(job.network, _network_state(checkpoint))
         if any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
             raise PipelineError(f"checkpoint {resume} is of another version of the pipeline", "delete its folder")
@@ -479,7 +480,7 @@ def fit(
     if done < schedule.steps:
         _train(job, fields, weights, validation, schedule, folder, accelerator, deadline or Deadline(), resume, done)
     chosen = best if validation and schedule.keep != "last" and best.is_file() else last
-    load_weights(job.network, _network_state(_read_checkpoint(chosen)))
+    load_weights(job.network, _network_state(read_checkpoint(chosen)))
     return job.network.cpu().eval()
 
 
@@ -495,13 +496,11 @@ def _train(
     resume: Path | None,
     done: int,
 ) -> None:
-    stream = SampleStream(
-        fields, weights, schedule.size, job.augmentation, schedule.seed + done, stride=schedule.stride
-    )
-    module = TrainingModule(job, schedule, validation, stream)
+    module = TrainingModule(job, schedule, validation)
     loader: DataLoader[Any] = DataLoader(
-        stream,
+        SampleStream(fields, weights, schedule.size, job.augmentation, schedule.seed, schedule.stride),
         schedule.batch,
+        sampler=SampleOrder(done, schedule.batch, schedule.devices),
         num_workers=schedule.workers,
         persistent_workers=schedule.workers > 0,
         pin_memory=torch.cuda.is_available() and accelerator != "cpu",
@@ -555,10 +554,17 @@ def _train(
         )
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises
+    ------
+    PipelineError
+        When it is damaged.
+    """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first = " ".join(str(error).split())[:120]
         raise PipelineError(f"checkpoint {path} cannot be read: {first}", "delete it to begin anew") from None
     return checkpoint

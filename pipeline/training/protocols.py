@@ -27,12 +27,19 @@ def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     Raises
     ------
     PipelineError
-        When one is not finished.
+        When one is not finished, or an older version has scored it.
     """
     runs = {}
     for name, folder in folders.items():
+        evaluation = read_json(folder / "evaluation.json")
+        counts = [image.get("type_counts", {}).get("classes", {}) for image in evaluation["images"].values()]
+        if any(len(row) != 4 for classes in counts for row in classes.values()):
+            raise PipelineError(
+                f"{folder}/evaluation.json: an older version of the pipeline has counted the classes",
+                "delete evaluation*.json in that folder and run again: the network is scored anew, not trained",
+            )
         runs[name] = {
-            "evaluation": read_json(folder / "evaluation.json"),
+            "evaluation": evaluation,
             "experiment": read_json(folder / "experiment.json"),
             "split": read_json(folder / "split.json"),
             "folder": str(folder),
@@ -111,6 +118,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     batchwise = [run["evaluation"]["batchwise"] for run in runs.values()]
     first = next(iter(runs.values()))
+    how = first["evaluation"]["protocol"].partition("; ")[2]  # after who was held out
     return {
         **summary,
         "spread": spread,
@@ -118,8 +126,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "rules": middle,
         "batchwise": {key: round(float(np.mean([b[key] for b in batchwise])), 4) for key in batchwise[0]},
         "protocol": f"{len(runs)} folds by patient, each field tested once by a network that has not seen its patient "
-        f"(seed {first['experiment']['seed']}); checkpoint and thresholds of each fold chosen on other patients; the "
-        "scores are those of the folds' networks",
+        f"(seed {first['experiment']['seed']}); in the first fold {how}; the scores are those of the folds' networks",
         "rows": rows,
     }
 

@@ -7,6 +7,7 @@ folder and is not repeated by a later run, so a killed experiment goes on where 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
+import torch
 import torch.distributed
 from torch import nn
 
@@ -24,7 +26,7 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.kernels.stain import METHODS
 from pipeline.models.licences import restrictions
 from pipeline.models.package import ModelPackage
-from pipeline.models.weights import load_weights, weights_for
+from pipeline.models.weights import load_network, load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
@@ -210,7 +212,7 @@ def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> Non
         raise PipelineError(
             f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
             f"{leaked[0][1]} of {leaked[0][0]}",
-            "take a model that held them out (final_steps: 0)",
+            "hold out patients of a source that it has not seen (train.holdout), or take a model without these",
         )
 
 
@@ -242,9 +244,11 @@ def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> st
     else:
         thresholds = f"; thresholds chosen on {' and '.join(others + own)}"
     held_out = f"{experiment.split.describe(experiment.holdout)} (seed {experiment.seed}, {len(split.test)} fields)"
+    share = experiment.start_share if split.train else 0
+    mixed = f", its weights averaged with those of {start} ({share:g})" if share else ""
     more = experiment.final_steps
     final = f"; the packed weights were then trained {more} steps on all fields" if more else ""
-    return f"{held_out}; {checkpoint}{thresholds}{final}"
+    return f"{held_out}; {checkpoint}{mixed}{thresholds}{final}"
 
 
 def leads() -> bool:
@@ -331,9 +335,30 @@ class Run:
         one = self.experiment
         lightning.seed_everything(one.schedule.seed, verbose=False)
         network = build_network(one.network, len(self.outputs.names), one.network_args)
-        if self.start is not None:
-            load_weights(network, weights_for(self.start, self.outputs.names), grow=True)
+        if (start := self.start) is not None:
+            weights = weights_for(start, self.outputs.names)
+            try:
+                load_weights(network, weights, grow=True)
+            except PipelineError:
+                raise PipelineError(
+                    f"train: start_from {start.folder} is another network than {one.network} with {one.network_args}",
+                    f"set train.network to {start.network} and train.network_args to {start.network_args}",
+                ) from None
         return network
+
+    def before(self) -> dict[str, Any]:
+        """Scores of the package that is trained on, with its own thresholds, where these fit: was it worth it?"""
+        start = self.start
+        if start is None or not self.data.split.train or not self._keeps_maps(start):
+            return {}
+        log.info("the same fields with %s, from which this training went on:", start.name)
+        scored, _ = self.evaluator.score(load_network(start), self.data.part("test"), start.thresholds)
+        return {"before": {"model": start.name, **{key: scored[key] for key in ("mean", "interval_95")}}}
+
+    def _keeps_maps(self, start: ModelPackage) -> bool:
+        """Whether thresholds of a package fit: its maps and pixel size are those of the experiment."""
+        maps = map_names(start.heads, [one.name for one in start.classes])
+        return (start.mpp, maps) == (self.experiment.mpp, self.outputs.names)
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
         """Fields as training draws from them: as they are and in the model's stain."""
@@ -416,6 +441,19 @@ class Run:
         )
         return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
 
+    def finished(self, network: nn.Module) -> nn.Module:
+        """A copy of a trained network as it is scored and packed: averaged with what it started from, and rounded."""
+        one, network = self.experiment, copy.deepcopy(network)
+        if one.start_share:
+            before = self.build().state_dict()
+            state = network.state_dict()
+            network.load_state_dict(
+                {k: torch.lerp(v, before[k], one.start_share) if v.is_floating_point() else v for k, v in state.items()}
+            )
+        if one.half_weights:
+            round_weights(network)
+        return network
+
     def tuning_fields(self) -> list[Field]:
         """The fields that thresholds are chosen on; none, where they stay as they are."""
         one = self.experiment
@@ -440,7 +478,10 @@ class Run:
         settings = {
             **asdict(one.evaluation),
             "rules": asdict(rules),
-            **{name: getattr(one, name) for name in ("patch", "overlap", "stain_strength", "half_weights")},
+            **{
+                name: getattr(one, name)
+                for name in ("patch", "overlap", "stain_strength", "half_weights", "start_share")
+            },
             **self.origin,
         }
         panel = self.work / "panel.png"
@@ -448,8 +489,7 @@ class Run:
             known: dict[str, Any] = read_json(file)
             if known.get("settings") == settings:
                 return known | {"protocol": self.protocol()}
-        if one.half_weights:
-            round_weights(network)
+        network = self.finished(network)
         test = self.data.part("test")
         tuning = self.tuning_fields()
         if tuning:
@@ -460,6 +500,7 @@ class Run:
         if leads():
             write_panel(panel, test, found, evaluation["images"])
         spent = self.work / "heldout" / "time.json"
+        evaluation |= self.before()
         evaluation |= {
             "test": list(self.data.split.test),
             "settings": settings,
@@ -469,6 +510,35 @@ class Run:
         }
         save_json(file, evaluation)
         return evaluation | {"protocol": self.protocol()}
+
+    def scores_before(self) -> dict[str, Any]:
+        """Scores and thresholds of the package that was trained on with all fields, where nobody is left to score.
+
+        Raises
+        ------
+        PipelineError
+            When there is none, or its thresholds do not fit.
+        """
+        start = self.start
+        if start is None or not start.metrics.get("mean"):
+            raise PipelineError(
+                "train: split.method all-train leaves nothing to score",
+                "use it in cross-validation, or with start_from, whose scores the card then tells",
+            )
+        if not self._keeps_maps(start):
+            raise PipelineError(
+                f"train: split.method all-train, but the thresholds of {start.folder} are for {start.mpp:g} µm/px and "
+                f"heads {', '.join(start.heads)}",
+                "train with the same mpp, heads and classes, or hold patients out",
+            )
+        share = self.experiment.start_share
+        mixed = f", and their weights averaged with its ({share:g})" if share else ""
+        return start.metrics | {
+            "rules": asdict(start.thresholds),
+            "scores_of": start.name,
+            "protocol": f"{start.metrics.get('protocol', '')}; these are the scores of {start.name}, from which the "
+            f"packed weights were trained on for {self.experiment.schedule.steps} steps with all fields{mixed}",
+        }
 
     def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:
         """Write the model package."""
@@ -523,14 +593,13 @@ def run_experiment(
     run = Run(experiment, work, accelerator, deadline)
     if not run.data.split.train and run.start is None:
         raise PipelineError("train: split.method all-test without start_from", "name the model package to score")
-    if not run.data.split.test and scores is None:
-        raise PipelineError("train: split.method all-train leaves nothing to score", "use it in cross-validation alone")
+    known = read_json(scores) if scores is not None else None if run.data.split.test else run.scores_before()
     network = run.train()
-    evaluation = run.evaluate(network) if scores is None else read_json(scores)
+    evaluation = run.evaluate(network) if known is None else known
     save_json(work / "evaluation.json", evaluation)
     if experiment.final_steps:
         network = run.train_on(network)
     if leads():
-        run.pack(network, evaluation, out)
+        run.pack(run.finished(network), evaluation, out)
         write_training_report(work, run.area or None)
     return evaluation

@@ -161,7 +161,8 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
     else:
         organs = patients_by_organ(fields, source, settings.strata)
         if not organs:
-            raise PipelineError(f"no patients of {source!r} to hold out", "set train.holdout to a data source")
+            there = ", ".join(dict.fromkeys(f.source for f in fields))
+            raise PipelineError(f"no patients of {source!r} to hold out", f"set train.holdout, there are {there}")
         if settings.strata == "cohort" and not any(organs):
             raise PipelineError(f"split: strata cohort, but {source!r} names no cohorts", "leave strata out")
         rng = np.random.default_rng(seed)
@@ -336,7 +337,11 @@ def check_split(split: Split, fields: Sequence[Field], spare: str | None = None)
                     "keep all fields of a patient on one side",
                 )
         if not names and part not in ("validation", spare):
-            raise PipelineError(f"split: no field is left for {part}", "hold out other patients, or add data")
+            patients = sorted({f.patient for f in fields})
+            raise PipelineError(
+                f"split: no field is left for {part}, of {len(patients)} patients: {', '.join(patients[:3])}",
+                "add others, hold out fewer (test, validation), or train on from a model with split.method all-train",
+            )
         if names and not any(by_name[name].labels.any() for name in names):
             raise PipelineError(
                 f"split: the {part} fields hold no nucleus ({', '.join(names[:3])})",

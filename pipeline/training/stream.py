@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+import torch.distributed
+from torch.utils.data import Dataset, Sampler
 
 from pipeline.training.samples import Augmentation, PreparedField, draw_sample
 
 
-class SampleStream(IterableDataset):
-    """An endless, seeded stream of training samples.
+class SampleStream(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """Training samples by their number; each depends on the seed and its number alone.
 
     Parameters
     ----------
@@ -25,7 +26,7 @@ class SampleStream(IterableDataset):
     augmentation : Augmentation
         Ranges of the changes.
     seed : int
-        Seed; each worker of each device draws a stream of its own.
+        Seed.
     stride : int
         Grid of the crops, see `draw_sample`.
     """
@@ -45,18 +46,31 @@ class SampleStream(IterableDataset):
         self.augmentation = augmentation
         self.seed = seed
         self.stride = stride
-        self.rank = 0
-        """Number of the device, set by the trainer."""
         self.styles = [one for field in fields for one in field.tones if one is not None]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SampleStream:
-        """Itself, or the averaged weights, a copy of all that is trained, would hold its pixels a second time."""
-        return self
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and targets of a sample, see `draw_sample`."""
+        rng = np.random.default_rng([self.seed, number])
+        field = self.fields[rng.choice(len(self.fields), p=self.weights)]
+        return draw_sample(field, self.size, self.augmentation, rng, self.stride, self.styles)
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        worker = get_worker_info()
-        own = [self.seed, worker.id if worker else 0]
-        rng = np.random.default_rng([*own, self.rank] if self.rank else own)
-        while True:
-            field = self.fields[rng.choice(len(self.fields), p=self.weights)]
-            yield draw_sample(field, self.size, self.augmentation, rng, self.stride, self.styles)
+
+class SampleOrder(Sampler[int]):
+    """Numbers of this device's samples, without end; the devices' batches of a step follow upon one another.
+
+    Parameters
+    ----------
+    step : int
+        The step to begin with.
+    batch, devices : int
+        Samples a step and device, and devices.
+    """
+
+    def __init__(self, step: int, batch: int, devices: int) -> None:
+        self.step, self.batch, self.devices = step, batch, devices
+
+    def __iter__(self) -> Iterator[int]:
+        # Asked here, as the devices' processes find each other after the loader is made.
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        for turn in itertools.count(self.step * self.devices + rank, self.devices):
+            yield from range(turn * self.batch, (turn + 1) * self.batch)

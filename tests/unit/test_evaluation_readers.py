@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from pipeline import label_maps
 from pipeline.errors import PipelineError
 from pipeline.evaluation import command, readers
 from pipeline.evaluation.metrics import METRICS, score
@@ -523,7 +524,7 @@ def test_classes_that_cannot_be_compared(tmp_path: Path, caplog: pytest.LogCaptu
     assert "no name is in both: A, B (known), C, D (found); name them alike" in caplog.text
 
 
-def test_classes_of_arrays(tmp_path: Path) -> None:
+def test_classes_of_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CoNIC's two channels and HoVer-Net's two maps are the same, and numbers are names."""
     labels = labels_map().astype(np.int32)
     kinds = np.select([labels == 0, labels <= 30, labels <= 50], [0, 1, 2], 0)
@@ -532,8 +533,19 @@ def test_classes_of_arrays(tmp_path: Path) -> None:
     both = {"inst_map": labels * 7.0, "type_map": kinds.astype(np.float64)}
     np.save(tmp_path / "dict.npy", both, allow_pickle=True)  # type: ignore[arg-type]
     (tmp_path / "named.geojson").write_bytes(classified(labels, {10: "1", 20: "1", 30: "1", 40: "2", 50: "2", 60: "1"}))
+    read: list[str] = []
+    load_npy = label_maps.load_npy
+
+    def noted(path: Path) -> Any:
+        read.append(path.name)
+        return load_npy(path)
+
+    for module in (label_maps, readers):
+        monkeypatch.setattr(module, "load_npy", noted)
     for name in ("conic.npy", "dict.npy", "named.geojson"):
+        read.clear()
         result = command.evaluate(tmp_path / name, tmp_path / "conic.npy")
+        assert read == ["conic.npy", *([name] if name.endswith(".npy") else [])]
         assert result["mean"]["pq"] == 1, name
         rows = {k: (v["n_truth"], v["n_pred"], v["pq"]) for k, v in result["types"]["classes"].items()}
         assert rows == {"1": (3, 3, 1), "2": (2, 2, 1)}, name  # what matches the sixth, of no class, counts nowhere

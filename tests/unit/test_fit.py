@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from pipeline.training.targets import Targets
 torch = pytest.importorskip("torch")
 
 import lightning.pytorch as lightning  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
@@ -44,7 +46,7 @@ from pipeline.training.fit import (  # noqa: E402
     move_averages,
 )
 from pipeline.training.losses import CombinedLoss  # noqa: E402
-from pipeline.training.stream import SampleStream  # noqa: E402
+from pipeline.training.stream import SampleOrder, SampleStream  # noqa: E402
 
 HEADS = ("nucleus", "distance")
 FIELDS = [Field(f"f{i}", "s", f"p{i}", "", 0.5, *make_field(96, 96, 0.5, seed=i)) for i in range(2)]
@@ -126,15 +128,18 @@ def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+class AfterThree(Deadline):
+    """Over after three steps."""
+
+    asked = 0
+
+    @property
+    def passed(self) -> bool:
+        self.asked += 1
+        return self.asked > 3
+
+
 def test_stopped_by_the_clock_and_gone_on(tmp_path: Path) -> None:
-    class AfterThree(Deadline):
-        asked = 0
-
-        @property
-        def passed(self) -> bool:
-            self.asked += 1
-            return self.asked > 3
-
     with pytest.raises(Unfinished, match=r"stopped after 7 minutes, at step 3 of 4 .*run the same command") as caught:
         train(tmp_path, deadline=AfterThree(7))
     assert "\n" not in str(caught.value)
@@ -153,6 +158,66 @@ def test_stopped_by_the_clock_and_gone_on(tmp_path: Path) -> None:
     assert "val/aji" in logs[1].splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "validate"),
+    [
+        ({"keep": "aji"}, True),
+        ({"workers": 2, "ema": 0.0}, True),
+        ({"optimizer": "sgd", "decay": "plateau", "patience": 0, "validate_every": 2}, False),
+    ],
+)
+def test_a_broken_training_ends_as_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], validate: bool
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(self: TrainingModule, batch: Any, index: int) -> Any:
+        if self.global_step == 5:
+            raise Killed
+        return step(self, batch, index)
+
+    def shaky() -> Job:  # its dropout draws random numbers at each step
+        return job("unet-vit", widths=[4, 6, 8, 8], depth=1, heads=2, hidden=16, image=64)
+
+    step = TrainingModule.training_step
+    schedule = replace(SHORT, **{"steps": 6, "batch": 2, "validate_every": 3, "ema": 0.9, **changes})
+    whole = train(tmp_path / "whole", replace(schedule, workers=0), shaky(), validate)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", die)
+        with pytest.raises(Killed if validate else Unfinished):
+            train(tmp_path / "broken", schedule, shaky(), validate, deadline=None if validate else AfterThree(7))
+    assert checkpoint(tmp_path / "broken")["global_step"] == 3
+    resumed = train(tmp_path / "broken", schedule, shaky(), validate)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    one, other = (checkpoint(tmp_path / name) for name in ("whole", "broken"))
+    for state in (one, other):  # but for the time that it took
+        for callback in state["callbacks"].values():
+            callback.pop("seconds", None)
+        state["optimizer"] = state["optimizer_states"][0]["state"]
+    for name in ("state_dict", "current_model_state", "optimizer"):
+        torch.testing.assert_close(other.get(name), one.get(name), rtol=0, atol=0)
+    for name in ("callbacks", "lr_schedulers"):
+        assert other[name] == one[name]
+
+
+def test_samples_are_the_same_for_any_workers_devices_and_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(step: int, workers: int = 0) -> list[bytes]:
+        loader = DataLoader(stream, 2, sampler=SampleOrder(step, 2, 1), num_workers=workers)
+        return [image.numpy().tobytes() for images, _ in itertools.islice(loader, 4 - step) for image in images]
+
+    stream = SampleStream(PREPARED, np.ones(2), 64, Augmentation(), 5)
+    whole = drawn(0)
+    assert len(set(whole)) == 8
+    assert drawn(0, workers=3) == whole
+    assert drawn(2) == whole[4:]
+    # Two devices see together what one sees with twice the batch.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, numbers in enumerate(([8, 9, 12, 13], [10, 11, 14, 15])):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        assert list(itertools.islice(SampleOrder(2, 2, 2), 4)) == numbers
+
+
 def test_the_last_step_is_validated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for steps, expected in ((3, [2, 3]), (7, [4, 6, 7]), (8, [8])):
         with caplog.at_level("INFO", "pipeline"):
@@ -169,11 +234,9 @@ def test_fewer_steps_than_there_were(tmp_path: Path) -> None:
 
 
 def test_averaging_holds_the_pixels_once() -> None:
-    stream = SampleStream(PREPARED, np.ones(2), 64, Augmentation(), 0)
-    module = TrainingModule(job(), SHORT, [Examined(FIELDS[1], PREPARED[1])], stream)
+    module = TrainingModule(job(), SHORT, [Examined(FIELDS[1], PREPARED[1])])
     averaged = copy.deepcopy(module)
     assert averaged.network is not module.network
-    assert averaged.stream is stream
     assert averaged.validation[0].prepared is PREPARED[1]
 
 
@@ -389,7 +452,7 @@ def test_plateau_averages_where_the_processes_are() -> None:
 )
 def test_an_encoder_may_learn_more_slowly(network: str, args: dict[str, Any]) -> None:
     what = job(network, **args)
-    module = TrainingModule(what, replace(SHORT, encoder_rate=0.1, learning_rate=1.0, warmup=0.0), [], None)  # type: ignore[arg-type]
+    module = TrainingModule(what, replace(SHORT, encoder_rate=0.1, learning_rate=1.0, warmup=0.0), [])
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert [group["initial_lr"] for group in groups] == pytest.approx([1.0, 0.1])
     assert sum(len(group["params"]) for group in groups) == len(list(what.network.parameters()))
@@ -398,7 +461,7 @@ def test_an_encoder_may_learn_more_slowly(network: str, args: dict[str, Any]) ->
 
 def test_optimisers() -> None:
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
-        module = TrainingModule(job(), replace(SHORT, optimizer=name), [], None)  # type: ignore[arg-type]
+        module = TrainingModule(job(), replace(SHORT, optimizer=name), [])
         assert type(module.configure_optimizers()["optimizer"]) is kind
 
 

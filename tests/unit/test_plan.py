@@ -120,6 +120,7 @@ def write_run(folder: Path, images: dict[str, float], **split: list[str]) -> Pat
         "images": rows,
         "rules": {"nucleus": round(100 + 100 * min(images.values())), "markers": "distance", "smooth": 0.5},
         "batchwise": {"loss": 1.0, "dice": 0.5, "accuracy": 0.9, "iou": 0.4, "batches": 2},
+        "protocol": "patients held out (seed 42, 1 fields); the last checkpoint; thresholds not tuned",
         "steps": 10,
         "time": {"seconds": 90, "steps": 10, "device": "cpu"},
         "parameters_m": 1.5,
@@ -150,6 +151,7 @@ def test_crossval_table(tmp_path: Path) -> None:
     assert float(rows[-1]["aji"]) == pytest.approx(0.62)
     assert 0.55 < float(rows[-1]["aji_low"]) < 0.62 < float(rows[-1]["aji_high"]) < 0.69
     assert rows[-1]["fields"] == "9"
+    assert "in the first fold the last checkpoint; thresholds not tuned; the scores are" in summary["protocol"]
     assert summary["spread"]["aji"] == pytest.approx(0.1, abs=1e-4)
     assert summary["rules"] == {"nucleus": 160, "markers": "distance", "smooth": 0.5}  # the middle fold's
     assert len(json.loads((tmp_path / "crossval.json").read_text())["images"]) == 9
@@ -157,6 +159,15 @@ def test_crossval_table(tmp_path: Path) -> None:
     again["more"] = again["fold-0"]
     with pytest.raises(PipelineError, match="f00 is tested in two folds"):
         crossval_summary(again)
+
+
+def test_classes_counted_by_an_older_version_are_one_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0", {"f": 0.5})
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["images"]["f"]["type_counts"] = {"right": 1, "matched": 1, "classes": {"a": [1, 1, 2]}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(PipelineError, match=r"0/evaluation\.json: an older version.*delete evaluation\*\.json in that"):
+        write_summary("crossval", {"fold-0": folder}, tmp_path)
 
 
 def test_compare_table(tmp_path: Path) -> None:

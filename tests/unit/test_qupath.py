@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
+from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import score
@@ -293,6 +294,50 @@ def test_unmatched_and_damaged_files_are_one_line(tmp_path: Path, source: Write)
     (tmp_path / "data" / "slides" / "s.svs").write_bytes(b"no slide")
     with pytest.raises(PipelineError, match="slide s: "):
         of(good)
+
+
+def test_what_users_get_wrong(tmp_path: Path, source: Write, slide: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = nuclei()
+    region = feature(box(0, 0, WIDTH, HEIGHT), name="Region*")
+    good = source(region, *parts)
+    annotations = tmp_path / "data" / "annotations"
+    # Two exports of one slide, with and without its suffix.
+    (annotations / "s.svs.geojson").write_bytes((annotations / "s.geojson").read_bytes())
+    with pytest.raises(PipelineError, match=r"s\.geojson and .*s\.svs\.geojson are of one slide, s \(keep one"):
+        of(good)
+    (annotations / "s.svs.geojson").unlink()
+    # Outlines of another slide lie anywhere.
+    places = np.argwhere(IMAGE.mean(axis=2) > 200)[::997].tolist()
+    assert len(places) >= 20
+    elsewhere = [feature(box(x, y, x + 4, y + 4)) for y, x in places]
+    with pytest.raises(
+        PipelineError, match=r"s: the \d+ outlines around \(0, 0\) are no darker than what lies between"
+    ):
+        of(source(region, *elsewhere))
+    # Two spellings are two classes, which is told.
+    for one, name in zip(parts, ("Tumor", "tumor ", "Stroma", "Nucleus") * len(parts), strict=False):
+        one["properties"]["classification"] = {"name": name}
+    with caplog.at_level(logging.INFO):
+        (field,) = of(source(region, *parts))
+    assert field.classes == ("Stroma", "Tumor", "tumor")
+    assert "classes Tumor " in caplog.text
+    assert "'Tumor' and 'tumor' are taken for different classes" in caplog.text
+    assert "Stroma' are" not in caplog.text
+    with pytest.raises(
+        PipelineError, match=r"S\.geojson has no slide, there are s \(name the export as the slide, capitals"
+    ):
+        (annotations / "s.geojson").rename(annotations / "S.geojson")
+        of(good)
+
+
+def test_a_slide_that_tells_no_pixel_size(tmp_path: Path, source: Write) -> None:
+    slides = tmp_path / "plain"
+    slides.mkdir()
+    Image.fromarray(IMAGE).save(slides / "s.png")
+    with pytest.raises(PipelineError, match=r"slide s: no pixel size .*give it as mpp of the data source 'qupath'"):
+        of(source(*nuclei(), slides=str(slides)))
+    (field,) = of(source(*nuclei(), slides=str(slides), mpp=0.25))
+    assert field.mpp == 0.25
 
 
 def test_real_slide(shared_data: Path, tmp_path: Path) -> None:

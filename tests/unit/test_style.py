@@ -68,7 +68,7 @@ def test_samples_take_on_other_fields_styles() -> None:
     fields = [prepare_field(field(n, i), 0.5, styled=True) for n, i in (("a", VIOLET), ("b", ROSE))]
     stream = SampleStream(fields, np.array([1.0, 0.0]), 96, replace(PLAIN, style=1.0), seed=3)
     assert len(stream.styles) == 2
-    assert next(iter(stream))[0].shape == (96, 96, 3)
+    assert stream[0][0].shape == (96, 96, 3)
     changed = 0
     for seed in range(40):
         plain = draw_sample(fields[0], 96, PLAIN, np.random.default_rng(seed))

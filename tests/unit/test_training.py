@@ -33,6 +33,8 @@ from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.balance import classes_present, repeats  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
+from pipeline.training.files import read_json  # noqa: E402
+from pipeline.training.fit import read_checkpoint  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
@@ -141,6 +143,13 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
     leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model")))
     with pytest.raises(PipelineError, match=r"start_from .*model has learned from \d of the patients held out, first"):
         Run(leaking, tmp_path / "leaking", "cpu")
+    with pytest.raises(
+        PipelineError, match=r"longer is another network than resunet .*set train.network to resunet and tr"
+    ):
+        Run(
+            Experiment.from_json(section(data, start_from=str(tmp_path / "longer"), network_args={"widths": [4, 6]})),
+            tmp_path / "narrow", "cpu",
+        ).build()  # fmt: skip
     next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
     Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
 
@@ -269,6 +278,11 @@ def test_half_weights_are_those_that_were_scored(data: Path, tmp_path: Path) -> 
     again = Run(Experiment.from_json(one), tmp_path / "work", "cpu")
     found, _ = again.evaluator.score(load_network(package), again.data.part("test"), package.thresholds)
     assert found["mean"] == evaluation["mean"]
+    # What is trained on is the same, whether the scores have just been made or were there from a run that was killed.
+    on = Experiment.from_json({**one, "final_steps": 2})
+    run_experiment(on, tmp_path / "work", tmp_path / "half", "cpu")
+    run_experiment(on, tmp_path / "unbroken", tmp_path / "at-once", "cpu")
+    assert (tmp_path / "at-once" / "weights.safetensors").read_bytes() == half.read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -360,6 +374,8 @@ def test_a_start_without_the_stain_reference(data: Path, tmp_path: Path) -> None
         ({"validation": 0}, 0, "the last checkpoint; thresholds not tuned"),
         ({"validation": 0}, 3, "the last checkpoint; thresholds chosen on 3 training fields"),
         ({"split": {"method": "all-test"}}, 0, "theirs as it is; thresholds not tuned"),
+        ({"start_from": "m", "start_share": 0.3}, 3, "checkpoint chosen on 2 fields of other patients, its weights "
+         "averaged with those of theirs (0.3), thresholds on these and 3 training fields"),
         ({"final_steps": 7}, 0, "checkpoint chosen on 2 fields of other patients, thresholds on these; the packed "
          "weights were then trained 7 steps on all fields"),
     ],
@@ -539,6 +555,51 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: Path) -> None:
+    def packed(name: str, **changes: Any) -> tuple[ModelPackage, dict[str, Any]]:
+        run_experiment(Experiment.from_json({**on, **changes}), tmp_path / "on", tmp_path / name, "cpu")
+        package = ModelPackage.load(tmp_path / name, verify=True)
+        return package, load_network(package).state_dict()
+
+    first = section(data, final_steps=0)
+    run_experiment(Experiment.from_json(first), tmp_path / "work", tmp_path / "first", "cpu")
+    start = ModelPackage.load(tmp_path / "first")
+    # Nobody is left to score: the card has the scores and thresholds of the model before, and says so.
+    on = section(data, start_from=str(tmp_path / "first"), split={"method": "all-train"}, validation=0, final_steps=0)
+    alone, after = packed("alone")
+    mixed, found = packed("mixed", start_share=0.25)
+    for package, more in ((alone, ""), (mixed, ", and their weights averaged with its (0.25)")):
+        assert package.thresholds == start.thresholds
+        assert package.metrics["mean"] == start.metrics["mean"]
+        assert package.metrics["protocol"] == (
+            f"{start.metrics['protocol']}; these are the scores of tiny, from which the packed weights were trained on "
+            f"for 4 steps with all fields{more}"
+        )
+        assert len(package.data[0]["patients"]) == 6
+    for name, value in load_network(start).state_dict().items():
+        if value.is_floating_point():  # batch normalisation's averages, too
+            assert not torch.equal(value, after[name])
+            torch.testing.assert_close(found[name], 0.25 * value + 0.75 * after[name])
+    other = {**on, "name": "coarse", "mpp": 1.0}
+    with pytest.raises(PipelineError, match=r"all-train, but the thresholds of .*first are for 0\.5 µm/px and heads"):
+        run_experiment(Experiment.from_json(other), tmp_path / "coarse", tmp_path / "other", "cpu")
+    with pytest.raises(PipelineError, match=r"start_share 0\.5 without start_from"):
+        Experiment.from_json(section(data, start_share=0.5))
+    # Where patients are held out, what is scored is what is packed.
+    same = {"start_from": str(tmp_path / "first"), "evaluation": {"tune": False}, "final_steps": 0}
+    held = section(data, **same, start_share=1.0)
+    scores = run_experiment(Experiment.from_json(held), tmp_path / "held", tmp_path / "same", "cpu")
+    packed_again = load_network(ModelPackage.load(tmp_path / "same")).state_dict()
+    torch.testing.assert_close(packed_again, load_network(start).state_dict())
+    as_it_is = Run(Experiment.from_json({**held, "start_share": 0.0}), tmp_path / "as-it-is", "cpu")
+    rules = as_it_is.experiment.rules
+    before, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), rules)
+    assert scores["mean"] == before["mean"]
+    own, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), start.thresholds)
+    assert scores["before"] == {"model": "tiny", "mean": own["mean"], "interval_95": own["interval_95"]}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_network_that_finds_instances_trains_and_packs(data: Path, tmp_path: Path) -> None:
     args = {"backbone": "resnet18", "channels": 8, "hidden": 8, "convolutions": 1, "proposals": 20, "score": 0.1}
     value = section(data, network="maskrcnn", network_args=args, final_steps=0, validation=1)
@@ -577,6 +638,30 @@ def test_damaged_checkpoint_is_one_line(data: Path, tmp_path: Path) -> None:
     (tmp_path / "work" / "heldout" / "last.ckpt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(PipelineError, match=r"last\.ckpt cannot be read"):
         run_experiment(Experiment.from_json(section(data)), tmp_path / "work", tmp_path / "model", "cpu")
+
+
+def test_a_failing_file_server_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = write_package(tmp_path / "model", "resunet", {"widths": [4, 6]})
+    (tmp_path / "last.ckpt").touch()
+    (tmp_path / "split.json").touch()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "read_bytes", "read_text"):
+            patch.setattr(Path, name, fail)
+        patch.setattr("builtins.open", fail)
+        for read in (
+            lambda: load_network(package),
+            lambda: read_checkpoint(tmp_path / "last.ckpt"),
+            lambda: read_json(tmp_path / "split.json"),
+        ):
+            with pytest.raises(OSError, match="Stale"):
+                read()
+    package.weights.write_bytes(package.weights.read_bytes()[:100])
+    with pytest.raises(PipelineError, match=r"model: the weights cannot be read: .*\(fetch it again\)"):
+        load_network(package)
 
 
 @pytest.mark.filterwarnings("ignore")

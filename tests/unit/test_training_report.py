@@ -217,6 +217,22 @@ def test_classes_in_a_report(work: Path) -> None:
     assert "0.600" in re.findall(r"<td[^>]*>([^<]*)</td>", html)
 
 
+def test_report_of_training_on(work: Path) -> None:
+    path = work / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    before = {"model": NASTY, "mean": dict.fromkeys(evaluation["mean"], 0.321)}
+    path.write_text(json.dumps(evaluation | {"before": before}))
+    write_training_report(work)
+    html = (work / "report.html").read_text()
+    assert_self_contained(html)
+    assert "Before and after" in html
+    assert "0.321" in re.findall(r"<td[^>]*>([^<]*)</td>", html)
+    assert "nobody was held out" not in html
+    path.write_text(json.dumps(evaluation | {"scores_of": "the one before"}))
+    write_training_report(work)
+    assert "nobody was held out: all scores here are those of the one before" in (work / "report.html").read_text()
+
+
 def test_report_without_curves_or_picture(work: Path) -> None:
     import shutil
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,12 @@ MIN_MPP = 0.2
 
 MAX_NUCLEUS_UM2 = 2000.0
 """Area from which an outline is no nucleus (one of 50 µm across)."""
+
+ENOUGH = 20
+"""Nuclei of a field that must be darker than what lies around them: by 15 grey levels they are in any of 180 fields."""
+
+UNTYPED = "Nucleus"
+"""The class that models without types give."""
 
 MIN_FIELD = 32
 """Pixels below which a piece of a region is left out."""
@@ -93,7 +100,7 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
                 found.dropped += 1
             else:
                 found.nuclei.append(shape)
-                found.names.append(name)
+                found.names.append("" if name == UNTYPED else name)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PipelineError(
             f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
@@ -143,29 +150,60 @@ def qupath(source: Source) -> list[Lazy]:
     slides = _slides(source)
     by_name = {name: entry for entry in slides for name in (entry.name, entry.path.name)}
     objects: dict[str, tuple[SlideEntry, _Objects]] = {}
+    exports: dict[str, Path] = {}
     for name, path in _exports(source.path).items():
         if name not in by_name:
+            more = ", ..." if len(slides.entries) > 3 else ""
             raise PipelineError(
-                f"{path.name} has no slide, there are {', '.join(list(slides.entries)[:3])}, ...",
-                "name the export as the slide",
+                f"{path.name} has no slide, there are {', '.join(list(slides.entries)[:3])}{more}",
+                "name the export as the slide, capitals included",
             )
-        objects[name] = (by_name[name], _read(path, starts))
-    classes = tuple(sorted({name for _, one in objects.values() for name in one.names} - {""}))
-    if len(classes) > 255:
-        raise PipelineError(f"data source {source.name!r} has {len(classes)} classes", "at most 255")
+        entry = by_name[name]
+        if (first := exports.setdefault(entry.name, path)) != path:
+            raise PipelineError(f"{first} and {path} are of one slide, {entry.name}", "keep one of them")
+        objects[entry.name] = (entry, _read(path, starts))
+    classes = _classes(source, [name for _, one in objects.values() for name in one.names])
     fields: list[Lazy] = []
     for entry, one in objects.values():
         fields += _fields_of(source, entry, one, classes, size)
     return fields
 
 
-def _open(entry: SlideEntry) -> tuple[Slide, tuple[float, float]]:
+def _classes(source: Source, names: list[str]) -> tuple[str, ...]:
+    """Classes of a source's nuclei; what they are is told, as two spellings are two classes."""
+    count = Counter(names)
+    classes = tuple(sorted(count.keys() - {""}))
+    if len(classes) > 255:
+        raise PipelineError(f"data source {source.name!r} has {len(classes)} classes", "at most 255")
+    if classes:
+        told = [f"{name or 'none'} {number}" for name, number in count.most_common(20)]
+        log.info("%s: classes %s", source.name, ", ".join(told))
+    spelt: dict[str, list[str]] = {}
+    for name in classes:
+        spelt.setdefault("".join(name.casefold().split()), []).append(name)
+    for alike in (group for group in spelt.values() if len(group) > 1):
+        log.warning(
+            "%s: %s are taken for different classes (name them alike, in QuPath or by train.class_names)",
+            source.name, " and ".join(map(repr, alike)),
+        )  # fmt: skip
+    return classes
+
+
+def _open(source: Source, entry: SlideEntry) -> tuple[Slide, tuple[float, float]]:
     from pipeline.slides.open import open_slide, resolve_mpp
 
     try:
         slide = open_slide(entry.path)
         try:
-            return slide, resolve_mpp(slide, entry.mpp)[0]
+            given = entry.mpp
+            if given is None and slide.mpp is None:
+                given = source.stated_mpp(f"{source.name}-{entry.name}")
+                if given is None:
+                    raise PipelineError(
+                        f"slide {entry.name}: no pixel size (mpp) in the file's metadata",
+                        f"give it as mpp of the data source {source.name!r}, or in the column mpp of a slide table",
+                    )
+            return slide, resolve_mpp(slide, given)[0]
         except BaseException:
             slide.close()
             raise
@@ -179,7 +217,7 @@ def _fields_of(
     """Cut what is annotated of a slide into fields."""
     import shapely
 
-    slide, (mpp_x, mpp_y) = _open(entry)
+    slide, (mpp_x, mpp_y) = _open(source, entry)
     with slide:
         width, height = slide.width, slide.height
     native = math.sqrt(mpp_x * mpp_y)
@@ -205,7 +243,10 @@ def _fields_of(
         if not objects.nuclei:
             raise PipelineError(f"{entry.name}: the export holds no nucleus", "export detections or annotations")
         whole = shapely.box(*shapely.total_bounds(np.array(objects.nuclei, object)[inside]))
-        log.info("%s: no region tells what is annotated; taken is the box around all nuclei", entry.name)
+        log.warning(
+            "%s: no region tells what is annotated; the box around all outlines is taken to be complete (if it is not, "
+            "outline what is as Region*)", entry.name,
+        )  # fmt: skip
     # From here on in grid pixels.
     scale = np.array([1 / grid.scale_x, 1 / grid.scale_y])
     whole = shapely.transform(whole, lambda points: points * scale)
@@ -259,7 +300,7 @@ def _read_field(
     from pipeline.slides.regions import read_region
 
     x, y, w, h = window
-    slide, _ = _open(entry)
+    slide, _ = _open(source, entry)
     with slide:
         try:
             image = read_region(slide, grid, x, y, w, h)
@@ -269,6 +310,12 @@ def _read_field(
     labels = burn(list(shapely.transform(np.array(cut, object), lambda points: points - (x, y))), (h, w))
     # Beyond the region there may be nuclei that nobody outlined: white, which teaches nothing wrong.
     shown = burn([shapely.transform(known, lambda points: points - (x, y))], (h, w)) > 0
+    if len(nuclei) >= ENOUGH and image[labels > 0].mean() >= image[shown & (labels == 0)].mean():
+        raise PipelineError(
+            f"{entry.name}: the {len(nuclei)} outlines around ({x * grid.scale_x:.0f}, {y * grid.scale_y:.0f}) are no "
+            "darker than what lies between them",
+            "is the export of this slide, in its pixels?",
+        )
     image[~shown] = 255
     return source.field(
         f"{entry.name}-{x}-{y}",
