@@ -29,15 +29,13 @@ from pipeline.training.data import Field, source_name
 from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
 from pipeline.training.panel import FOUND, outlined
+from pipeline.training.plan import plan_synthesis
 from pipeline.training.schedule import DEVICES, PRECISIONS, Deadline, Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-TRAINING = ("data", "mpp", "holdout", "split", "validation", "seed", "stain", "reference")
-"""Settings of the training that matter: which fields, at which pixel size, in which stain."""
 
 NEVER_LEARNED = ("count", "steps", "save_every", "precision", "device", "workers", "max_minutes")
 """Settings that may change while the CycleGAN learns."""
@@ -223,13 +221,9 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     from pipeline.training.reference import choose_reference, normalise
     from pipeline.training.run import digest_of, load_data
 
-    sources = [
-        source
-        for source in training.get("data", ())
-        if Path(source["path"]).expanduser().absolute() != out.absolute()
-        and not read_origin(Path(source["path"]).expanduser())
-    ]
-    kept = {key: training[key] for key in TRAINING if key in training}
+    own = {**training, "data": [{**one, "path": str(Path(one["path"]).expanduser())} for one in training["data"]]}
+    kept = plan_synthesis(own, {}, out)["train"]
+    sources = [source for source in kept["data"] if not read_origin(Path(source["path"]))]
     experiment = Experiment.from_json({"name": "synthesis", **kept, "data": sources})
     data = load_data(experiment)
     mpp = experiment.mpp
