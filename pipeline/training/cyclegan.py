@@ -163,8 +163,9 @@ class CycleGAN(Learner):
         """Called by the trainer."""
         checkpoint["adversaries"] = [one.state_dict() for one in self.adversaries]
         values = {name.partition("/")[2]: float(value) for name, value in self.trainer.callback_metrics.items()}
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        log.info("step %d of %d: %s", self.global_step, self.schedule.steps, losses)
+        if values:  # not where a run has just begun
+            losses = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            log.info("step %d of %d: %s", self.global_step, self.schedule.steps, losses)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called by the trainer."""

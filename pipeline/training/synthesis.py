@@ -221,9 +221,8 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     from pipeline.training.reference import choose_reference, normalise
     from pipeline.training.run import digest_of, load_data
 
-    own = {**training, "data": [{**one, "path": str(Path(one["path"]).expanduser())} for one in training["data"]]}
-    kept = plan_synthesis(own, {}, out)["train"]
-    sources = [source for source in kept["data"] if not read_origin(Path(source["path"]))]
+    kept = plan_synthesis({"data": (), **training}, {}, out)["train"]
+    sources = [source for source in kept["data"] if not read_origin(Path(source["path"]).expanduser())]
     experiment = Experiment.from_json({"name": "synthesis", **kept, "data": sources})
     data = load_data(experiment)
     mpp = experiment.mpp

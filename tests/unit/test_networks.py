@@ -205,7 +205,7 @@ def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> N
 
 
 @pytest.mark.parametrize(("network", "args"), [("resunet", {}), ("resunet", {"fold": 2}), ("squeeze-unet", {}),
-                                               ("hovernet-se", {}), ("mtl", {})])  # fmt: skip
+                                               ("hovernet-se", {}), ("mtl", {}), ("pix2pix", {})])  # fmt: skip
 def test_maps_keep_their_weights_among_other_heads(tmp_path: Path, network: str, args: dict[str, Any]) -> None:
     args = SMALL[network] | args
     package = write_package(tmp_path / "model", network, args, heads=("nucleus", "contour", "distance"))
