@@ -29,7 +29,7 @@ def parts(mask: np.ndarray) -> int:
     return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**32),
     shape=st.tuples(st.integers(32, 160), st.integers(32, 160)),
