@@ -196,7 +196,7 @@ def nucleus_shapes(labels: np.ndarray, least: int = 30) -> list[np.ndarray]:
 
 
 def mask_picture(labels: np.ndarray) -> np.ndarray:
-    """Nuclei white on black, with a black line where two of them touch.
+    """Nuclei black on white, dark as hematoxylin makes them, with a white line where two of them touch.
 
     Parameters
     ----------
@@ -208,9 +208,9 @@ def mask_picture(labels: np.ndarray) -> np.ndarray:
     numpy.ndarray
         uint8 ``(H, W)``, 0 or 255.
     """
-    picture = np.where(labels > 0, 255, 0).astype(np.uint8)
+    picture = np.where(labels > 0, 0, 255).astype(np.uint8)
     for axis in (0, 1):
         first, second = (np.moveaxis(labels, axis, 0)[part] for part in (np.s_[:-1], np.s_[1:]))
         touch = (first != second) & (first > 0) & (second > 0)
-        np.moveaxis(picture, axis, 0)[:-1][touch] = 0
+        np.moveaxis(picture, axis, 0)[:-1][touch] = 255
     return picture

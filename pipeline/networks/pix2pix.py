@@ -59,7 +59,7 @@ class Pix2PixUNet(nn.Module):
             outer = 3 if level == 0 else widths[level - 1]
             norm = 0 < level < last  # the bottleneck may be one pixel, which has no spread
             layers: list[nn.Module] = [] if level == 0 else [nn.LeakyReLU(0.2)]
-            layers.append(nn.Conv2d(outer, width, 4, stride=2, padding=1, bias=not norm))
+            layers.append(nn.Conv2d(outer, width, 4, stride=2, padding=1, bias=False))
             self.down.append(nn.Sequential(*layers, *([nn.BatchNorm2d(width)] if norm else [])))
             inside = width if level == last else 2 * width
             if level == 0:
