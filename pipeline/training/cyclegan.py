@@ -25,6 +25,10 @@ from pipeline.training.synthesis import SynthesisSettings, nuclei_of
 log = logging.getLogger(__name__)
 
 
+MARGIN = 28
+"""Pixels, a multiple of 4, that are painted beyond a field's edge and cut off: convolutions draw stripes at edges."""
+
+
 class Tiles(Dataset[tuple[np.ndarray, np.ndarray]]):
     """Pairs of a picture of random nuclei and a tile of H&E by their number, on which and the seed alone they depend.
 
@@ -246,6 +250,7 @@ def paint(painter: nn.Module, nuclei: np.ndarray) -> np.ndarray:
         uint8 ``(H, W, 3)``.
     """
     device = next(painter.parameters()).device
+    picture = np.pad(mask_picture(nuclei), MARGIN, mode="reflect")
     with torch.inference_mode():
-        made = painter(as_input(torch.from_numpy(mask_picture(nuclei))[None].to(device)))[0]
+        made = painter(as_input(torch.from_numpy(picture)[None].to(device)))[0, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
     return np.asarray(made.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu())

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
+from pipeline.kernels.random_nuclei import mask_picture
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import digest
 from pipeline.training.data import load_fields
@@ -23,7 +24,9 @@ from pipeline.training.splits import Split
 
 torch = pytest.importorskip("torch")
 
-from pipeline.training.cyclegan import CycleGAN, as_input  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from pipeline.training.cyclegan import CycleGAN, as_input, paint  # noqa: E402
 from pipeline.training.synthesis import SynthesisSettings, nuclei_of, read_models, write_fields  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -246,6 +249,19 @@ def test_nuclei_are_as_many_to_the_area_at_any_pixel_size() -> None:
     assert 150 <= coarse.max() <= 160
     areas = [np.median(np.bincount(one.ravel())[1:]) * mpp**2 for one, mpp in ((fine, 0.25), (coarse, 0.5))]
     assert areas[0] == pytest.approx(areas[1], rel=0.2)
+
+
+def test_edges_are_painted_beyond_and_cut_off() -> None:
+    class Striped(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            x[..., :8, :] = x[..., :8] = 0.5
+            return x
+
+    labels = np.zeros((40, 48), np.int32)
+    labels[:9, :9] = 1
+    painted = paint(Striped(3, 3, 1), labels)
+    np.testing.assert_array_equal(painted, np.repeat(mask_picture(labels)[..., None], 3, axis=2))
 
 
 def test_what_generators_take() -> None:
