@@ -26,6 +26,8 @@ localrules:
     so_far,
     train,
     train_settings,
+    synthesize,
+    synthesis_settings,
     crossval,
     crossval_table,
     compare,

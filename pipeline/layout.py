@@ -130,6 +130,10 @@ class RunLayout:
         """The settings of that training (JSON)."""
         return self.results / "training" / f"{name}.json"
 
+    def synthesis(self, name: str) -> Path:
+        """Folder of the synthetic fields `name` (``fields``) and of what learns to paint them."""
+        return self.results / "synthesis" / name
+
     @property
     def cohort_tsv(self) -> Path:
         return self.results / "cohort.tsv"

@@ -130,9 +130,12 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
             if state[name].shape == weight.shape:
                 weight.copy_(state[name])
             continue
-        rows = len(weight) // len(names)  # more than one where pixels are folded into channels
+        # Where the maps are: first, or second of a transposed convolution.
+        axis = [a == b for a, b in zip(weight.shape, wider[name].shape, strict=True)].index(False)
+        drawn, before = weight.movedim(axis, 0), state[name].movedim(axis, 0)
+        rows = len(drawn) // len(names)  # more than one where pixels are folded into channels
         for new, map_name in enumerate(names):
             if map_name in known:
                 old = known.index(map_name)
-                weight[new * rows : (new + 1) * rows] = state[name][old * rows : (old + 1) * rows]
+                drawn[new * rows : (new + 1) * rows] = before[old * rows : (old + 1) * rows]
     return fresh

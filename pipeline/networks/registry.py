@@ -41,6 +41,8 @@ class NetworkFamily:
         Whether its constructor takes ``encoder_weights``.
     levels : bool
         Whether its argument ``widths`` lists levels, each half as fine as the one before.
+    halved : bool
+        Whether the first of these levels is half as fine as the image already.
     instances : bool
         Whether it finds instances by itself: its maps are drawn from them, and it has a loss of its own.
     """
@@ -53,6 +55,7 @@ class NetworkFamily:
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     levels: bool = False
+    halved: bool = False
     instances: bool = False
 
 
@@ -159,6 +162,14 @@ NETWORKS = {
         heads=("nucleus", "hv"),
         args={"layers": (3, 4, 23, 3)},
         pretrained=True,
+    ),
+    "pix2pix": NetworkFamily(
+        module="pipeline.networks.pix2pix",
+        factory="Pix2PixUNet",
+        source="generator of pix2pix (Isola et al. 2017): U-Net of eight strided convolutions",
+        stride=256,
+        levels=True,
+        halved=True,
     ),
     "maskrcnn": NetworkFamily(
         module="pipeline.networks.maskrcnn",
@@ -270,7 +281,8 @@ def stride_of(name: str, args: Mapping[str, Any]) -> int:
     if name in ENSEMBLES:
         return lcm(*(stride_of(one["network"], one["args"]) * one["factor"] for one in args["members"]))
     family = NETWORKS[name]
-    stride = 2 ** (len(args["widths"]) - 1) if family.levels and args.get("widths") else family.stride
+    widths = args.get("widths") if family.levels else None
+    stride = 2 ** (len(widths) - (not family.halved)) if widths else family.stride
     return stride * int(args.get("fold", 1))
 
 

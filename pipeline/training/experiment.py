@@ -50,6 +50,51 @@ class EvaluationSettings:
             raise PipelineError(f"train: evaluation.tta {self.tta!r}", f"choose from {', '.join(TTA)}")
 
 
+GAN_LOSSES = ("vanilla", "lsgan")
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    """A discriminator that learns to tell the network's maps from the true ones, and that the network deceives.
+
+    It sees the image with the maps, 70 x 70 pixels at a time with three layers, every convolution with spectral
+    normalisation; rate, betas and decay are the schedule's.
+
+    Parameters
+    ----------
+    weight : float
+        Factor on its share in the network's loss, beside the terms of ``loss``; 0: no discriminator.
+    loss : str
+        ``vanilla`` (binary cross-entropy) or ``lsgan`` (squared error).
+    width, layers : int
+        Channels of its first layer, and its convolutions of stride 2.
+    pool : int
+        Earlier maps that it is shown in place of half of the newest; 0 for none.
+    gradient_penalty : float
+        Weight of the penalty on its gradient; 0 for none.
+
+    References
+    ----------
+    Mahmood et al., "Deep adversarial training for multi-organ nuclei segmentation in histopathology images", IEEE TMI
+    2020.
+    """
+
+    weight: float = 0.0
+    loss: str = "vanilla"
+    width: int = 64
+    layers: int = 3
+    pool: int = 64
+    gradient_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in GAN_LOSSES:
+            raise PipelineError(f"train: adversarial.loss {self.loss!r}", f"choose from {', '.join(GAN_LOSSES)}")
+        if min(self.weight, self.pool, self.gradient_penalty) < 0 or min(self.width, self.layers) < 1:
+            raise PipelineError(
+                "train: adversarial: weight, pool and gradient_penalty are 0 or more, width and layers 1 or more"
+            )
+
+
 RESULT_ONLY = (
     "final_steps",
     "patch",
@@ -124,6 +169,8 @@ class Experiment:
         Steps of training on with all fields; 0 packs the first network.
     augmentation : Augmentation
         Changes to the samples.
+    adversarial : AdversarialSettings
+        A discriminator beside the loss, where there is one.
     evaluation : EvaluationSettings
         How it is scored.
     licence, description : str
@@ -159,6 +206,7 @@ class Experiment:
     schedule: Schedule = field(default_factory=Schedule)
     final_steps: int = 1000
     augmentation: Augmentation = field(default_factory=Augmentation)
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     licence: str = "unknown"
     description: str = ""
@@ -176,6 +224,11 @@ class Experiment:
             raise PipelineError(
                 f"train: {self.network} with heads {', '.join(self.heads)} and evaluation.tta {self.evaluation.tta}",
                 "it finds instances itself: use heads nucleus, distance and tta none",
+            )
+        if self.adversarial.weight and (NETWORKS[self.network].instances or "type" in self.heads):
+            raise PipelineError(
+                f"train: adversarial.weight with network {self.network}, heads {', '.join(self.heads)}",
+                "a discriminator needs maps whose truth is known everywhere: set it to 0, or leave the type head out",
             )
         rate = self.schedule.encoder_rate
         if rate != 1 and not NETWORKS[self.network].pretrained:
@@ -241,6 +294,7 @@ class Experiment:
             "schedule": Schedule,
             "augmentation": Augmentation,
             "split": SplitSettings,
+            "adversarial": AdversarialSettings,
             "evaluation": EvaluationSettings,
         }
         try:

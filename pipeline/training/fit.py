@@ -7,7 +7,7 @@ import math
 import pickle
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from torch.utils.data import DataLoader
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.models.weights import load_weights
+from pipeline.networks.gan import PatchDiscriminator
 from pipeline.networks.outputs import FindsInstances, Outputs
 from pipeline.networks.precision import choose_precision
+from pipeline.training.adversary import Adversary, true_maps
 from pipeline.training.data import Field
+from pipeline.training.experiment import AdversarialSettings
 from pipeline.training.files import save_json
 from pipeline.training.losses import CombinedLoss
 from pipeline.training.predict import predict_field
@@ -90,6 +93,8 @@ class Job:
         Windows for validation, see `pipeline.training.predict.predict_field`.
     augmentation : Augmentation
         Changes to the samples.
+    adversarial : AdversarialSettings
+        The discriminator, where there is one.
     """
 
     network: nn.Module
@@ -99,6 +104,7 @@ class Job:
     rules: InstanceRules
     window: tuple[int, int] | None
     augmentation: Augmentation
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
 
 
 @torch.no_grad()
@@ -124,7 +130,33 @@ def move_averages(decay: float, averaged: list[Tensor], current: list[Tensor], c
     torch._foreach_add_(averaged, torch._foreach_mul(current, 1 - weight))
 
 
-class TrainingModule(lightning.LightningModule):
+class Learner(lightning.LightningModule):
+    """What a trainer trains, ended by a loss that is no number."""
+
+    network: nn.Module
+    _last: tuple[int, Tensor] | None = None
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Keep the loss of a step, having checked the one before: asking at once would hold up a GPU."""
+        self.check_loss()
+        self._last = self.global_step, loss.detach()
+
+    def check_loss(self) -> None:
+        """See that the loss of the step before was a number; to be called before what it changed is kept.
+
+        Raises
+        ------
+        PipelineError
+            When it was not.
+        """
+        if self._last is not None and not torch.isfinite(self._last[1]):
+            step, loss = self._last
+            raise PipelineError(
+                f"the loss is {float(loss)} at step {step}", "lower the learning rate; the last checkpoint is kept"
+            )
+
+
+class TrainingModule(Learner):
     """A network under training.
 
     Parameters
@@ -145,7 +177,7 @@ class TrainingModule(lightning.LightningModule):
         self.validation = validation
         self.plateau = 1.0
         """Factor on the learning rate that `decay: plateau` has come to."""
-        self._last: tuple[int, Tensor] | None = None
+        self.adversary = _adversary(job, schedule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let what a step draws (dropout, proposals) depend on its number alone: a resumed run draws the same."""
@@ -165,26 +197,44 @@ class TrainingModule(lightning.LightningModule):
         if isinstance(self.network, FindsInstances):
             parts = self.network.loss(image, targets["label"])
         else:
-            parts = self.job.loss(self(image), targets)
-        # A step late, as asking at once would hold up a GPU.
-        self.check_loss()
-        self._last = self.global_step, parts["loss"].detach()
+            logits = self(image)
+            parts = self.job.loss(logits, targets)
+            if self.adversary is not None:
+                parts |= self._against(self.adversary, image, logits, targets, parts["loss"])
+        self.note_loss(parts["loss"])
         self.log_dict({f"train/{name}": part for name, part in parts.items()}, on_step=True, on_epoch=False)
         return parts["loss"]
 
-    def check_loss(self) -> None:
-        """See that the loss of the step before was a number; to be called before what it changed is kept.
+    def _against(
+        self, adversary: Adversary, image: Tensor, logits: Tensor, targets: dict[str, Tensor], loss: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss with what the discriminator makes of the maps beside their image, after it has learned from them."""
+        outputs = self.job.outputs
+        real, fake = (
+            2 * torch.cat([image, maps], dim=1) - 1
+            for maps in (true_maps(targets, outputs.names), outputs.activate(logits))
+        )
+        alone = self.trainer.world_size == 1
+        mean = None if alone else partial(self.trainer.strategy.reduce, reduce_op="mean")
+        learned = adversary.learn(real, fake, self.global_step, self.global_rank, mean)
+        deceived = adversary.judge(fake)
+        loss = loss + self.job.adversarial.weight * deceived
+        return {"loss": loss, "adversarial": deceived, "discriminator": learned}
 
-        Raises
-        ------
-        PipelineError
-            When it was not.
-        """
-        if self._last is not None and not torch.isfinite(self._last[1]):
-            step, loss = self._last
-            raise PipelineError(
-                f"the loss is {float(loss)} at step {step}", "lower the learning rate; the last checkpoint is kept"
-            )
+    def configure_model(self) -> None:
+        """Called by the trainer before a checkpoint is taken up."""
+        if self.adversary is not None:
+            self.adversary.to(self.trainer.strategy.root_device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called by the trainer."""
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called by the trainer."""
+        if self.adversary is not None:
+            self.adversary.load_state_dict(checkpoint["adversary"])
 
     def validation_step(self, batch: Tensor, index: int) -> None:
         """Scores of one validation field."""
@@ -200,8 +250,8 @@ class TrainingModule(lightning.LightningModule):
         schedule = self.schedule
         rate: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
         kinds: dict[str, Any] = {
-            "adamw": torch.optim.AdamW,
-            "adam": torch.optim.Adam,
+            "adamw": partial(torch.optim.AdamW, betas=schedule.betas),
+            "adam": partial(torch.optim.Adam, betas=schedule.betas),
             "sgd": partial(torch.optim.SGD, momentum=0.9),
         }
         weights: Any = self.parameters()
@@ -214,6 +264,17 @@ class TrainingModule(lightning.LightningModule):
         # A function of the step alone, so that a resumed run may be longer than the one before.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.plateau * schedule.rate_at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _adversary(job: Job, schedule: Schedule) -> Adversary | None:
+    """The discriminator of a training, the same on all devices."""
+    settings = job.adversarial
+    if settings.weight == 0:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(schedule.seed)
+        network = PatchDiscriminator(3 + len(job.outputs.names), settings.width, settings.layers)
+    return Adversary(network, schedule, settings.loss, settings.pool, settings.gradient_penalty)
 
 
 class Plateau(Callback):
@@ -328,7 +389,7 @@ class Checkpoints(Callback):
 
     def _check(self, trainer: lightning.Trainer) -> None:
         module = trainer.lightning_module
-        assert isinstance(module, TrainingModule)
+        assert isinstance(module, Learner)
         module.check_loss()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -470,13 +531,7 @@ def fit(
         load_weights(job.network, _network_state(checkpoint))
         if any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
             raise PipelineError(f"checkpoint {resume} is of another version of the pipeline", "delete its folder")
-        done = int(checkpoint["global_step"])
-        if done > schedule.steps:
-            raise PipelineError(
-                f"{folder} has been trained for {done} steps already, more than {schedule.steps}",
-                f"set {done} steps or more, or delete that folder",
-            )
-        log.info("going on at step %d of %d", done, schedule.steps)
+        done = steps_done(checkpoint, schedule, folder)
     if done < schedule.steps:
         _train(job, fields, weights, validation, schedule, folder, accelerator, deadline or Deadline(), resume, done)
     chosen = best if validation and schedule.keep != "last" and best.is_file() else last
@@ -505,12 +560,47 @@ def _train(
         persistent_workers=schedule.workers > 0,
         pin_memory=torch.cuda.is_available() and accelerator != "cpu",
     )
-    every = min(schedule.validate_every, schedule.steps)
     callbacks: list[Callback] = [Checkpoints(folder, schedule, bool(validation), deadline), Report()]
     if schedule.ema > 0:
         callbacks.append(WeightAveraging(multi_avg_fn=partial(move_averages, schedule.ema)))
     if schedule.decay == "plateau":
         callbacks.append(Plateau(schedule))
+    checks: Any = DataLoader(range(len(validation))) if validation else None  # type: ignore[arg-type]
+    run_trainer(module, loader, checks, schedule, folder, accelerator, callbacks, resume, done)
+
+
+def run_trainer(
+    module: Learner,
+    loader: DataLoader[Any],
+    checks: DataLoader[Any] | None,
+    schedule: Schedule,
+    folder: Path,
+    accelerator: str,
+    callbacks: list[Callback],
+    resume: Path | None,
+    done: int,
+) -> None:
+    """Train until the schedule's last step.
+
+    Parameters
+    ----------
+    module : Learner
+        What is trained.
+    loader, checks : torch.utils.data.DataLoader
+        Its batches, and those of a validation, where there is one.
+    schedule : Schedule
+        How.
+    folder : pathlib.Path
+        Logs go here.
+    accelerator : str
+        Lightning's name of the device.
+    callbacks : list of Callback
+        What else is done.
+    resume : pathlib.Path, optional
+        Checkpoint to go on from.
+    done : int
+        Its steps.
+    """
     with warnings.catch_warnings():
         # Advice that does not apply: one worker is enough, folders are meant to hold earlier runs.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -520,11 +610,11 @@ def _train(
             devices=schedule.devices,
             strategy="ddp" if schedule.devices > 1 else "auto",
             sync_batchnorm=schedule.sync_norm,
-            precision=_precision(schedule.precision, accelerator, job.network),
+            precision=_precision(schedule.precision, accelerator, module.network),
             max_steps=schedule.steps,
-            val_check_interval=every if validation else None,
+            val_check_interval=min(schedule.validate_every, schedule.steps) if checks else None,
             check_val_every_n_epoch=None,
-            limit_val_batches=None if validation else 0,
+            limit_val_batches=None if checks else 0,
             # Each process scores all fields: shares would be padded with fields that count twice.
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
@@ -545,17 +635,29 @@ def _train(
                 f"schedule.sync_norm with {trainer.world_size} processes on CPUs",
                 "leave it out: it is for GPUs",
             )
-        trainer.fit(
-            module,
-            loader,
-            DataLoader(range(len(validation))) if validation else None,  # type: ignore[arg-type]
-            ckpt_path=resume,
-            weights_only=True,
+        trainer.fit(module, loader, checks, ckpt_path=resume, weights_only=True)
+
+
+def steps_done(checkpoint: dict[str, Any], schedule: Schedule, folder: Path) -> int:
+    """Steps of the checkpoint that a training goes on from.
+
+    Raises
+    ------
+    PipelineError
+        When they are more than the schedule has.
+    """
+    done = int(checkpoint["global_step"])
+    if done > schedule.steps:
+        raise PipelineError(
+            f"{folder} has been trained for {done} steps already, more than {schedule.steps}",
+            f"set {done} steps or more, or delete that folder",
         )
+    log.info("going on at step %d of %d", done, schedule.steps)
+    return done
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
+    """Read a checkpoint, running nothing in it.
 
     Raises
     ------

@@ -133,6 +133,12 @@ def smooth_l1(
     return _regression(error, targets, foreground)
 
 
+def l1(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, foreground: float = 1.0) -> Tensor:
+    """Mean absolute error of a map in [0, 1]; see `mse` for `foreground`."""
+    error = (torch.sigmoid(logits[:, 0]) - targets[head]).abs()
+    return _regression(error, targets, foreground)
+
+
 def slope(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
     """Mean absolute difference of neighbouring pixels' differences, of a map in [0, 1]."""
     return _slope(torch.sigmoid(logits[:, 0]), targets[head])
@@ -216,6 +222,7 @@ LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "dice": (dice, BINARY),
     "mse": (mse, BINARY),
     "smooth_l1": (smooth_l1, BINARY),
+    "l1": (l1, BINARY),
     "slope": (slope, BINARY),
     "hv_mse": (hv_mse, ("hv",)),
     "hv_msge": (hv_msge, ("hv",)),

@@ -12,6 +12,7 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage, NucleusClass
 from pipeline.training.data import Field, source_name
 from pipeline.training.experiment import Experiment
+from pipeline.training.origin import origins_of
 from pipeline.training.owner import check_place, note_package
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ def learned_from(
             "fields": max(len(own), before.get("fields", 0)),
             "patients": sorted({f.patient for f in own} | set(before.get("patients", ()))),
         }
+        for origin in origins_of(source):  # of synthetic fields
+            known = entries.setdefault(origin["name"], {**origin, "fields": 0})
+            known["patients"] = sorted({*known.get("patients", ()), *origin["patients"]})
     return tuple(entries.values())
 
 

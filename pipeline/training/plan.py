@@ -1,4 +1,4 @@
-"""Which trainings a protocol is made of: cross-validation, comparison, transfer.
+"""Which trainings a protocol is made of: cross-validation, comparison, transfer; and what synthetic fields need.
 
 Run while Snakemake parses the workflow: settings in, settings out, nothing heavy is imported.
 """
@@ -44,6 +44,27 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = copy.deepcopy(value)
     return result
+
+
+def plan_synthesis(train: Mapping[str, Any], synthesis: Mapping[str, Any], fields: Path) -> dict[str, Any]:
+    """Settings of the synthetic fields for an experiment.
+
+    Parameters
+    ----------
+    train, synthesis : mapping
+        The experiment, and how its fields are made.
+    fields : pathlib.Path
+        Where they go: no source of themselves.
+
+    Returns
+    -------
+    dict
+        ``synthesis``, and of ``train`` what they depend on: whose fields, at which pixel size, in which stain.
+    """
+    kept = ("mpp", "holdout", "split", "validation", "seed", "stain", "reference")
+    sources = [source for source in train["data"] if Path(source["path"]) != fields]
+    data = [{key: value for key, value in source.items() if key != "weight"} for source in sources]
+    return {"synthesis": dict(synthesis), "train": {"data": data, **{key: train[key] for key in kept if key in train}}}
 
 
 def plan_crossval(train: Mapping[str, Any], crossval: Mapping[str, Any]) -> dict[str, PlannedRun]:

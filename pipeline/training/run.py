@@ -32,12 +32,12 @@ from pipeline.networks.registry import NETWORKS, build_network
 from pipeline.report.training import write_training_report
 from pipeline.training.balance import classes_present, repeats
 from pipeline.training.data import Field, load_fields, source_name
-from pipeline.training.datasets.source import TCGA_PATIENT
 from pipeline.training.evaluate import Evaluator
 from pipeline.training.experiment import Experiment
 from pipeline.training.files import read_json, save_json
 from pipeline.training.fit import Examined, Job, fit
 from pipeline.training.losses import CombinedLoss
+from pipeline.training.origin import check_origins, known_patients, origins_of
 from pipeline.training.owner import check_place
 from pipeline.training.pack import pack, round_weights
 from pipeline.training.panel import write_panel
@@ -119,13 +119,13 @@ def check_classes(experiment: Experiment, fields: Sequence[Field]) -> None:
 
 def check_licences(experiment: Experiment) -> None:
     """Warn of data whose licence asks for more than the model's states."""
-    for source in experiment.data:
+    for source in [one for own in experiment.data for one in (own, *origins_of(own))]:
         licence = str(source.get("licence") or "")
         more = restrictions(licence) - restrictions(experiment.licence)
         if more:
             log.warning(
                 "the licence of %s, %s, is stricter (%s) than that of the model, %s: set train.licence",
-                source_name(source), licence, ", ".join(sorted(more)), experiment.licence,
+                source.get("name", source.get("kind")), licence, ", ".join(sorted(more)), experiment.licence,
             )  # fmt: skip
 
 
@@ -185,7 +185,9 @@ def load_data(experiment: Experiment) -> Data:
     fields = load_fields(list(experiment.data))
     split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
     used = {*split.train, *split.validation, *split.test}
-    return Data([f for f in fields if f.name in used], split)
+    data = Data([f for f in fields if f.name in used], split)
+    check_origins(experiment.data, data.part("test") + data.part("validation"))
+    return data
 
 
 def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> None:
@@ -205,9 +207,7 @@ def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> Non
     PipelineError
         When it has learned from one of them; one line.
     """
-    known = {(entry["name"], patient) for entry in package.data for patient in entry.get("patients", ())}
-    tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
-    leaked = sorted({one for one in ((f.source, f.patient) for f in test) if one in known or one[1] in tcga})
+    leaked = known_patients(package.data, test)
     if leaked:
         raise PipelineError(
             f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
@@ -406,7 +406,7 @@ class Run:
         one = self.experiment
         job = Job(
             network, self.loss, self.targets, replace(self.outputs, tta="none"), one.rules, self.evaluator.window,
-            one.augmentation,
+            one.augmentation, one.adversarial,
         )  # fmt: skip
         examined = []
         for field in validation:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pipeline.errors import PipelineError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-DECAYS = ("cosine", "steps", "plateau", "constant")
+DECAYS = ("cosine", "linear", "steps", "plateau", "constant")
 KEEP = ("aji", "pq", "dice", "iou", "accuracy", "loss", "last")
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's names of the devices."""
@@ -36,14 +36,19 @@ class Schedule:
         ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
     learning_rate, weight_decay : float
         The optimiser's.
+    betas : (float, float)
+        How slowly AdamW and Adam forget the gradient and its square.
     encoder_rate : float
         Factor on the learning rate of a network's encoder.
     decay : str
-        How the rate falls after warming up. ``cosine``: along half a cosine to `floor`. ``steps``: by `gamma` at each
+        How the rate falls after warming up. ``cosine``: along half a cosine to `floor`. ``linear``: from
+        the share `hold` of the steps on, along a line to `floor`. ``steps``: by `gamma` at each
         of the `milestones`. ``plateau``: by `gamma` whenever the mean training loss has not reached a new low for
         `patience` checks. ``constant``: not at all.
     floor : float
-        Share of the rate at the end of the cosine.
+        Share of the rate at the end of the cosine or the line.
+    hold : float
+        Share of the steps before the line.
     milestones : tuple of float
         Shares of the steps.
     gamma : float
@@ -85,9 +90,11 @@ class Schedule:
     optimizer: str = "adamw"
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
     encoder_rate: float = 1.0
     decay: str = "cosine"
     floor: float = 0.01
+    hold: float = 0.5
     milestones: tuple[float, ...] = (0.6, 0.85)
     gamma: float = 0.1
     patience: int = 10
@@ -113,6 +120,10 @@ class Schedule:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise PipelineError(f"schedule: {name} {getattr(self, name)!r}", f"choose from {', '.join(known)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise PipelineError(
+                f"schedule: betas {', '.join(map(str, self.betas))}", "give two numbers from 0 to below 1"
+            )
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
             raise PipelineError(
                 f"schedule: milestones {', '.join(map(str, self.milestones))}", "give growing shares between 0 and 1"
@@ -139,6 +150,9 @@ class Schedule:
         if self.decay == "cosine":
             share = min(1.0, (step - rise) / max(1.0, self.steps - rise))
             return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+        if self.decay == "linear":
+            share = max(0.0, step / self.steps - self.hold) / max(1 - self.hold, 1 / self.steps)
+            return 1 - (1 - self.floor) * min(1.0, share)
         if self.decay == "steps":
             return float(self.gamma ** bisect_right(self.milestones, step / self.steps))
         return 1.0

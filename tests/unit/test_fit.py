@@ -375,6 +375,10 @@ def test_rates() -> None:
     assert cosine[10] == pytest.approx(1, abs=1e-3)
     assert cosine[-1] == pytest.approx(0.01, abs=2e-3)
     assert rates(replace(base, floor=0.5))[-1] == pytest.approx(0.5, abs=2e-3)
+    line = rates(replace(base, decay="linear", hold=0.5, floor=0.0, warmup=0))
+    assert set(line[:51]) == {1.0}
+    assert [line[60], line[75], line[99]] == pytest.approx([0.8, 0.5, 0.02])
+    assert Schedule(steps=4, decay="linear", hold=1.0, warmup=0).rate_at(4) == 1
     steps = rates(replace(base, decay="steps", milestones=(0.5, 0.8), gamma=0.1, warmup=0))
     assert [steps[i] for i in (0, 49, 50, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert set(rates(replace(base, decay="constant", warmup=0))) == {1.0}
@@ -384,7 +388,8 @@ def test_rates() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decay": "linear"}, "decay 'linear'.*cosine"),
+        ({"decay": "sudden"}, "decay 'sudden'.*cosine"),
+        ({"betas": (0.9, 1.0)}, "betas 0.9, 1.0"),
         ({"optimizer": "lion"}, "optimizer 'lion'"),
         ({"keep": "mood"}, "keep 'mood'"),
         ({"milestones": (0.8, 0.5)}, "milestones 0.8, 0.5"),
@@ -461,8 +466,11 @@ def test_an_encoder_may_learn_more_slowly(network: str, args: dict[str, Any]) ->
 
 def test_optimisers() -> None:
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
-        module = TrainingModule(job(), replace(SHORT, optimizer=name), [])
-        assert type(module.configure_optimizers()["optimizer"]) is kind
+        module = TrainingModule(job(), replace(SHORT, optimizer=name, betas=(0.5, 0.9)), [])
+        optimizer = module.configure_optimizers()["optimizer"]
+        assert type(optimizer) is kind
+        if name != "sgd":
+            assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
 
 
 def test_instances_straight_from_the_network(tmp_path: Path) -> None:

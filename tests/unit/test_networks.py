@@ -55,6 +55,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "squeeze-unet": {"widths": [4, 6, 8, 8, 12]},
     "hovernet-se": {"layers": [1, 1, 1, 1]},
     "hovernet-se-101": {"layers": [1, 1, 1, 1]},
+    "pix2pix": NARROW,
     "maskrcnn": MASK,
     "maskrcnn-small": MASK,
 }
@@ -92,6 +93,20 @@ def test_folded_normalisations_change_no_map(name: str, args: dict[str, Any]) ->
 
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
+
+
+def test_generator_of_pix2pix() -> None:
+    network = on_meta("pix2pix", 3)
+    assert parameters(network) == 54_413_955
+    assert sum(isinstance(part, nn.Dropout) for part in network.modules()) == 3
+    layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))]
+    assert [(part.kernel_size, part.stride) for part in layers] == [((4, 4), (2, 2))] * 16
+    small = build_network("pix2pix", 1, NARROW | {"dropout": 0.0})
+    for x in (torch.zeros(1, 3, 32, 32), torch.rand(1, 3, 32, 32)):  # down to a pixel, and one image a step
+        small.train()(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters())
+    with pytest.raises(PipelineError, match=r"network 'pix2pix': widths \[8\]: use two levels or more"):
+        build_network("pix2pix", 1, {"widths": [8]})
 
 
 def on_meta(name: str, channels: int = 1, **args: Any) -> nn.Module:
@@ -190,7 +205,7 @@ def test_a_grown_network_computes_the_same(more: dict[str, Any], fold: int) -> N
 
 
 @pytest.mark.parametrize(("network", "args"), [("resunet", {}), ("resunet", {"fold": 2}), ("squeeze-unet", {}),
-                                               ("hovernet-se", {}), ("mtl", {})])  # fmt: skip
+                                               ("hovernet-se", {}), ("mtl", {}), ("pix2pix", {})])  # fmt: skip
 def test_maps_keep_their_weights_among_other_heads(tmp_path: Path, network: str, args: dict[str, Any]) -> None:
     args = SMALL[network] | args
     package = write_package(tmp_path / "model", network, args, heads=("nucleus", "contour", "distance"))
@@ -229,7 +244,7 @@ def test_strides_are_the_least_that_fit(name: str) -> None:
     with torch.inference_mode():
         assert network(torch.rand(1, 3, 3 * stride, 3 * stride)).shape[2:] == (3 * stride, 3 * stride)
         if NETWORKS[name].levels:
-            assert stride == 32
+            assert stride == (64 if NETWORKS[name].halved else 32)
             with pytest.raises(RuntimeError):
                 network(torch.rand(1, 3, 3 * stride // 2, 3 * stride // 2))
 

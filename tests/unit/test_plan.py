@@ -13,7 +13,7 @@ import yaml
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.experiment import Experiment
-from pipeline.training.plan import merged, plan_compare, plan_crossval, plan_transfer
+from pipeline.training.plan import merged, plan_compare, plan_crossval, plan_synthesis, plan_transfer
 from pipeline.training.protocols import crossval_summary, read_runs, transfer_summary, write_summary
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,20 @@ def test_merging_leaves_both_sides_alone() -> None:
     result["a"]["b"].append(2)
     result["a"]["c"]["d"] = 2
     assert (base, over) == ({"a": {"b": [1]}}, {"a": {"c": {"d": 1}}})
+
+
+def test_synthetic_fields_depend_on_whose_fields_are_for_training() -> None:
+    own = {"kind": "labels", "path": "made", "weight": 2.0}
+    train = {
+        "data": [{"kind": "tnbc", "path": "x", "weight": 0.5}, own],
+        "mpp": 0.5,
+        "seed": 3,
+        "split": {},
+        "patch": 9,
+    }
+    planned = plan_synthesis(train, {"count": 2}, Path("made"))
+    assert planned["synthesis"] == {"count": 2}
+    assert planned["train"] == {"data": [{"kind": "tnbc", "path": "x"}], "mpp": 0.5, "seed": 3, "split": {}}
 
 
 def test_every_planned_training_is_an_experiment() -> None:

@@ -12,6 +12,7 @@ import yaml
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.experiment import Experiment
+from pipeline.training.synthesis import SynthesisSettings
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_schema(ROOT / "workflow/schemas/train.schema.yaml")
@@ -42,6 +43,10 @@ def compare(kind: Any, schema: dict[str, Any], where: str) -> None:
 
 def test_schema_agrees_with_the_classes() -> None:
     compare(Experiment, SCHEMA, "train")
+
+
+def test_schema_of_synthetic_fields_agrees_with_its_class() -> None:
+    compare(SynthesisSettings, load_schema(ROOT / "workflow/schemas/synthesis.schema.yaml"), "synthesis")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)

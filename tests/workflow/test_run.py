@@ -262,7 +262,7 @@ NO_SLIDE = {
 OTHERS = {"export.labels"}
 """Settings with a test of their own."""
 
-TRAINING = ("train", "crossval", "compare", "transfer")
+TRAINING = ("train", "synthesis", "crossval", "compare", "transfer")
 """Sections that are of no account to slides."""
 
 

@@ -66,6 +66,22 @@ def test_plans(tmp_path: Path, data: Path) -> None:
         assert done.counts == jobs | {target: 1, "total": sum(jobs.values()) + 1}
 
 
+def test_synthetic_fields_are_made_for_who_learns_from_them(tmp_path: Path, data: Path) -> None:
+    made = tmp_path / "results/synthesis/made/fields"
+    own = {"kind": "labels", "path": "results/synthesis/made/fields", "name": "made"}
+    train = section(data) | {"data": [*section(data)["data"], own], "stain": "none"}
+    tiny = {"count": 1, "size": 32, "steps": 1, "width": 2, "blocks": 1, "discriminator_width": 2, "workers": 0}
+    config = {"train": train, "synthesis": {"name": "made", **tiny}}
+    done = run(tmp_path, config, "synthesize")
+    assert done.code == 0, done.output
+    assert {"images", "labels", "sheet.png", "synthesis.json"} <= {path.name for path in made.iterdir()}
+    assert (tmp_path / "results/benchmarks/synthesis/made.tsv").is_file()
+    # How often they are drawn, and for how long one waits, is no matter to them.
+    train["data"] = [train["data"][0] | {"weight": 2}, own]
+    late = {**config, "synthesis": {**config["synthesis"], "max_minutes": 1}}
+    assert run(tmp_path, late, "-n", "train").counts == {"train_settings": 1, "train_model": 1, "train": 1, "total": 3}
+
+
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [

@@ -69,9 +69,10 @@ if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
 # Asked for nothing that needs slides or a model, the run can do without them.
-WITHOUT_SLIDES = {"train", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"}
+WITHOUT_SLIDES = {"train", "synthesize", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"}
 NEEDS_SLIDES = not any(
-    word in WITHOUT_SLIDES or RUN.results / "training" in Path(word).parents for word in sys.argv[1:]
+    word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
+    for word in sys.argv[1:]
 )
 
 SLIDES = None
@@ -97,10 +98,12 @@ os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 # Snakemake's own, which outlives a killed run, is off in the profiles.
 LOCK = RESTART = None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
-    TRAINING = {"train", "crossval", "transfer", "compare"}.intersection(sys.argv[1:])
-    LOCKED = config["compare" if "compare" in TRAINING else "train"]["name"]
+    TRAINING = {"train", "crossval", "transfer", "compare", "synthesize"}.intersection(sys.argv[1:])
+    LOCKED = RUN.training(config["compare" if "compare" in TRAINING else "train"]["name"])
+    if TRAINING == {"synthesize"}:
+        LOCKED = RUN.synthesis(config["synthesis"]["name"])
     try:
-        LOCK = lock_run(RUN.training(LOCKED) if TRAINING else RUN.results)
+        LOCK = lock_run(LOCKED if TRAINING else RUN.results)
     except PipelineError as error:
         stop(error)
     os.environ[OWNER] = "" if TRAINING else owner(RUN.results)

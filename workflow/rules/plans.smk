@@ -2,12 +2,17 @@
 import re
 
 from pipeline.training.owner import check_place
-from pipeline.training.plan import plan_compare, plan_crossval, plan_transfer
+from pipeline.training.plan import plan_compare, plan_crossval, plan_synthesis, plan_transfer
 
 NAME = config["train"]["name"]
 
 # In the environment, no parameter of any rule: when to stop for the time being changes no result.
 os.environ.update(TRAIN_MAX_MINUTES=str(config["train"]["schedule"].pop("max_minutes") or 0))
+os.environ.update(SYNTHESIS_MAX_MINUTES=str(config["synthesis"].pop("max_minutes") or 0))
+
+# Synthetic fields, and what they depend on: which fields are for training, at which pixel size, in which stain.
+SYNTHETIC = RUN.synthesis(config["synthesis"]["name"]) / "fields"
+SYNTHESIS = plan_synthesis(config["train"], config["synthesis"], SYNTHETIC)
 
 try:
     FOLDS = plan_crossval(config["train"], config["crossval"])
@@ -65,6 +70,12 @@ def start_package(wildcards):
 def start_option(wildcards, input):
     """The option that names its model."""
     return [f"--start-from={os.path.dirname(input.start[0])}"] if input.start else []
+
+
+def synthetic_source(wildcards):
+    """The synthetic fields, where a training learns from them."""
+    sources = SECTIONS[getattr(wildcards, "training", NAME)]["data"]
+    return [str(SYNTHETIC)] if any(Path(one["path"]) == SYNTHETIC for one in sources) else []
 
 
 def run_options(group, names):

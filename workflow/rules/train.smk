@@ -1,4 +1,4 @@
-# Model packages from annotated fields: snakemake train, crossval, compare, transfer.
+# Model packages from annotated fields: snakemake train, crossval, compare, transfer; fields from none: synthesize.
 rule train:
     input:
         mark(Path("models") / NAME),
@@ -19,6 +19,11 @@ rule compare:
 rule transfer:
     input:
         RUN.training(NAME) / "transfer.tsv" if ARMS else [],
+
+
+rule synthesize:
+    input:
+        str(SYNTHETIC),
 
 
 rule train_settings:
@@ -44,6 +49,7 @@ rule train_part:
     input:
         settings=str(RUN.training_settings("{training}")),
         start=start_package,
+        synthetic=synthetic_source,
     output:
         package=touch(mark(RUN.training("{training}") / "model")),
         scores=whole(RUN.training("{training}") / "evaluation.json"),
@@ -77,6 +83,40 @@ use rule train_part as train_model with:
         report=whole(RUN.training("{training}") / "report.html"),
     wildcard_constraints:
         training=re.escape(NAME),
+
+
+use rule train_settings as synthesis_settings with:
+    output:
+        settings=whole(SYNTHETIC.parent / "settings.json"),
+    log:
+        str(RUN.log("synthesis", f"{config['synthesis']['name']}.settings")),
+    params:
+        settings=as_json(SYNTHESIS),
+
+
+# The checkpoint lies beside the fields, which Snakemake removes before they are made anew.
+rule synthetic_fields:
+    input:
+        settings=rules.synthesis_settings.output.settings,
+    output:
+        fields=directory(str(SYNTHETIC)),
+    log:
+        str(RUN.log("synthesis", config["synthesis"]["name"])),
+    benchmark:
+        str(RUN.benchmark("synthesis", config["synthesis"]["name"]))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 16
+    resources:
+        mem_mb=megabytes(16000),
+        runtime=minutes(1440, by_attempt=False),
+        gpu=int(workflow.non_local_exec and config["synthesis"]["device"] != "cpu")
+        or own_gpus(config["synthesis"]["device"]),
+    params:
+        work=lambda wildcards, output: os.path.dirname(output.fields),
+    shell:
+        "python -m pipeline synthesize --config-json={input.settings:q} --work={params.work:q} --out={output.fields:q} "
+        '--max-minutes="$SYNTHESIS_MAX_MINUTES" --threads={threads} > {log:q} 2>&1'
 
 
 rule crossval_table:

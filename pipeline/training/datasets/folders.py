@@ -21,6 +21,7 @@ from pipeline.training.datasets.source import (
     tcga_patient,
 )
 from pipeline.training.field import Field
+from pipeline.training.origin import read_origin
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,8 @@ def _label_map_field(source: Source, path: Path, folder: Path) -> Field:
     label_map = beside(folder, path.stem, LABEL_SUFFIXES)
     if label_map is None:
         raise PipelineError(f"{path.name} has no label map in {folder}", "complete the data folder")
-    labels = read_labels(label_map)
-    return source.field(path.stem, read_image(path), labels)
+    made_at = read_origin(source.path).get("mpp")
+    return source.field(path.stem, read_image(path), read_labels(label_map), mpp=made_at)
 
 
 def nuinsseg(source: Source) -> list[Lazy]:
