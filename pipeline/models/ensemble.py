@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+from pipeline.layout import folder_name
 from pipeline.models.licences import strictest
 from pipeline.models.package import CARD, ModelPackage
 from pipeline.networks.outputs import map_names
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
 """Name of the network in the registry."""
+
+SHARED = ("network", "heads", "classes", "stain")
+"""What an ensemble's card does not repeat in those of its members."""
 
 
 def factor_of(member: ModelPackage, mpp: float) -> int:
@@ -133,8 +137,34 @@ def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, byte
         metrics={"protocol": f"not scored; thresholds of {lead.name}"},
         sha256=hashlib.sha256(weights).hexdigest(),
         tta="none",  # each member's own
+        members=tuple({k: v for k, v in one.to_json().items() if k not in SHARED} for one in members),
     )
     return package, weights
+
+
+def take_apart(package: ModelPackage) -> list[tuple[ModelPackage, bytes]]:
+    """The models that an ensemble was made of, as `join` got them.
+
+    Raises
+    ------
+    PipelineError
+        When it is no ensemble.
+    """
+    from safetensors.torch import load, save
+
+    if package.network != ENSEMBLE or not package.members:
+        raise PipelineError(
+            f"model {package.folder} is no ensemble", "name a package that `python -m pipeline ensemble` has packed"
+        )
+    state, card = load(package.weights.read_bytes()), package.to_json()
+    found = []
+    for index, own in enumerate(package.members):
+        entry, prefix = package.network_args["members"][index], f"members.{index}."
+        weights = save({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        network = {"network": {"name": entry["network"], "args": entry["args"]}}
+        member = ModelPackage.from_json({key: card[key] for key in SHARED} | own | network, package.folder)
+        found.append((replace(member, sha256=hashlib.sha256(weights).hexdigest()), weights))
+    return found
 
 
 def up(value: int, multiple: int) -> int:
@@ -220,6 +250,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="packages to join, two or more")
     parser.add_argument("--out", type=Path, required=True, help="package to write; its folder's name is the model's")
     parser.add_argument(
+        "--apart", action="store_true", help="write the members of one ensemble into folders below --out instead"
+    )
+    parser.add_argument(
         "--experiment", type=Path, metavar="FILE",
         help="settings of an experiment (YAML, config/experiments): tune thresholds on its validation fields and score "
         "its test fields; without, thresholds are those of the first model at the finest pixel size",
@@ -230,8 +263,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline ensemble``."""
-    if (args.out / CARD).exists():
-        raise PipelineError(f"{args.out} holds a model", "give --out another folder, or move that model away")
+    if args.apart:
+        return _apart(args.models, args.out)
+    _check_free(args.out)
     experiment = None if args.experiment is None else read_experiment(args.experiment)
     members = [ModelPackage.load(folder, verify=True) for folder in args.models]
     package, weights = join(members, args.out.name)
@@ -239,6 +273,25 @@ def main(args: argparse.Namespace) -> int:
         package = _scored(package, weights, members, experiment, args)
     package.write(args.out, weights)
     log.info("packed %s (%.1f MB)", args.out, len(weights) / 1e6)
+    return 0
+
+
+def _check_free(folder: Path) -> None:
+    if (folder / CARD).exists():
+        raise PipelineError(f"{folder} holds a model", "give --out another folder, or move that model away")
+
+
+def _apart(models: Sequence[Path], out: Path) -> int:
+    if len(models) != 1:
+        raise PipelineError(f"--apart with {len(models)} models", "name one ensemble")
+    members = take_apart(ModelPackage.load(models[0], verify=True))
+    names = [folder_name(one.name) for one, _ in members]
+    folders = [out / (name if names.count(name) == 1 else f"{name}-{i}") for i, name in enumerate(names, 1)]
+    for folder in folders:
+        _check_free(folder)
+    for folder, (one, weights) in zip(folders, members, strict=True):
+        one.write(folder, weights)
+        log.info("packed %s (%.1f MB)", folder, len(weights) / 1e6)
     return 0
 
 

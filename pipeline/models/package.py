@@ -70,6 +70,8 @@ class ModelPackage:
         Hash of the weights file.
     tta : str
         Test-time augmentation that inference repeats, see `pipeline.networks.outputs.TTA`.
+    members : tuple of dict
+        Of an ensemble, what its members' cards say beside what they have in common.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelPackage:
     metrics: dict[str, Any]
     sha256: str
     tta: str = "none"
+    members: tuple[dict[str, Any], ...] = ()
     folder: Path = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,30 @@ class ModelPackage:
         return [{"name": c.name, "color": list(c.color)} for c in self.classes]
 
     @classmethod
+    def from_json(cls, value: dict[str, Any], folder: Path) -> ModelPackage:
+        """A card's JSON as the package in `folder`; whatever it lacks is a `KeyError`, `TypeError` or `ValueError`."""
+        return cls(
+            name=value["name"],
+            mpp=float(value["mpp"]),
+            patch=int(value["patch"]),
+            overlap=int(value["overlap"]),
+            network=value["network"]["name"],
+            network_args=value["network"]["args"],
+            heads=tuple(value["heads"]),
+            classes=tuple(NucleusClass(c["name"], (*map(int, c["color"]),)) for c in value["classes"]),  # type: ignore[arg-type]
+            stain=value["stain"],
+            thresholds=InstanceRules(**value["thresholds"]),
+            licence=value["licence"],
+            description=value["description"],
+            data=tuple(value["data"]),
+            metrics=value["metrics"],
+            sha256=value["sha256"],
+            tta=value.get("tta", "none"),
+            members=tuple(value.get("members", ())),
+            folder=folder,
+        )
+
+    @classmethod
     def load(cls, folder: Path, verify: bool = False) -> ModelPackage:
         """Read a package's card.
 
@@ -128,26 +155,7 @@ class ModelPackage:
         """
         card = Path(folder) / CARD
         try:
-            value = json.loads(card.read_text(encoding="utf-8"))
-            package = cls(
-                name=value["name"],
-                mpp=float(value["mpp"]),
-                patch=int(value["patch"]),
-                overlap=int(value["overlap"]),
-                network=value["network"]["name"],
-                network_args=value["network"]["args"],
-                heads=tuple(value["heads"]),
-                classes=tuple(NucleusClass(c["name"], (*map(int, c["color"]),)) for c in value["classes"]),  # type: ignore[arg-type]
-                stain=value["stain"],
-                thresholds=InstanceRules(**value["thresholds"]),
-                licence=value["licence"],
-                description=value["description"],
-                data=tuple(value["data"]),
-                metrics=value["metrics"],
-                sha256=value["sha256"],
-                tta=value.get("tta", "none"),
-                folder=Path(folder),
-            )
+            package = cls.from_json(json.loads(card.read_text(encoding="utf-8")), Path(folder))
         except FileNotFoundError:
             raise PipelineError(f"model {folder}: {CARD} is missing", "set model= to a folder under models/") from None
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -189,7 +197,7 @@ class ModelPackage:
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""
-        return {
+        card = {
             "name": self.name,
             "description": self.description,
             "licence": self.licence,
@@ -206,3 +214,4 @@ class ModelPackage:
             "sha256": self.sha256,
             "stain": self.stain,
         }
+        return card | ({"members": list(self.members)} if self.members else {})

@@ -102,7 +102,7 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
     if package.network in ENSEMBLES:
         raise PipelineError(
             f"model {package.folder} is an ensemble: there is no one network in it to train on from",
-            "start from one of its members, or let it be the teacher",
+            "start from one of its members (python -m pipeline ensemble --apart), or let it be the teacher",
         )
     state = load_network(package).state_dict()
     known = map_names(package.heads, [one.name for one in package.classes])

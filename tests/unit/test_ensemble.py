@@ -108,6 +108,18 @@ def test_windows_fit_every_member(tmp_path: Path) -> None:
     assert (both.patch, both.overlap) == (80, 10)
 
 
+def test_taken_apart_members_are_what_they_were(
+    tmp_path: Path, pair: list[ModelPackage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = packed(tmp_path / "both", *pair)
+    assert main(["ensemble", "--apart", f"--out={tmp_path / 'parts'}", str(both.folder)]) == 0
+    for one in pair:
+        assert ModelPackage.load(tmp_path / "parts" / one.name, verify=True) == one
+    for models, words in (([pair[0]], "no ensemble"), ([both], "holds a model"), (pair, "with 2 models")):
+        assert main(["ensemble", "--apart", f"--out={tmp_path / 'parts'}", *(str(m.folder) for m in models)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_the_card_is_that_of_all_members(tmp_path: Path) -> None:
     data = [
         ({"name": "x", "licence": "CC0 1.0", "fields": 2, "patients": ["p", "q"]},),
