@@ -175,7 +175,7 @@ def run_inspect(
         with open_slide(path, reader, before=could_be_read(slide)) as handle:
             (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
             tiles = probe(handle, (mpp_x + mpp_y) / 2)
-            warnings = mpp_doubts(max(mpp_x, mpp_y), source, handle.objective)
+            warnings = [*handle.warnings, *mpp_doubts(max(mpp_x, mpp_y), source, handle.objective)]
             for warning in warnings:
                 log.warning("slide %r: %s", slide, warning)
             return {

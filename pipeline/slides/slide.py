@@ -76,12 +76,16 @@ class Slide(ABC):
         Level 0 first.
     mpp : tuple of float or None
         µm per level-0 pixel, x and y, by the file's metadata.
+    refused_mpp : tuple of float or None
+        The same by resolution tags, where no slide has such a pixel size.
     objective : float or None
         Magnification of the objective.
     bounds : tuple of int or None
         Part of level 0 that was scanned: x, y, width, height.
     properties : dict
         The library's own metadata.
+    warnings : list of str
+        What whoever uses the slide should know.
     """
 
     backend: str
@@ -91,9 +95,11 @@ class Slide(ABC):
         self.vendor = "unknown"
         self.levels: tuple[Level, ...] = ()
         self.mpp: tuple[float, float] | None = None
+        self.refused_mpp: tuple[float, float] | None = None
         self.objective: float | None = None
         self.bounds: tuple[int, int, int, int] | None = None
         self.properties: dict[str, Any] = {}
+        self.warnings: list[str] = []
 
     @property
     def width(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections import OrderedDict
@@ -54,8 +55,6 @@ class _Page:
         self.arguments = {"jpegtables": page.jpegtables}
         if getattr(page, "jpegheader", None) is not None:
             self.arguments["jpegheader"] = page.jpegheader
-        extra = tuple(int(value) for value in page.extrasamples)
-        self.premultiplied = extra[:1] == (1,)
         self.inverted = int(page.photometric) == 0
         self.offsets, self.counts = page.dataoffsets, page.databytecounts
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -93,7 +92,7 @@ class _Page:
         if self.samples == 1:
             pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
         elif self.samples == 4:
-            pixels = premultiplied_over_white(pixels) if self.premultiplied else over_white(pixels)
+            pixels = _without_fourth(pixels, self.page)
         if self.tile[0] * self.tile[1] > _CACHED_SEGMENT_PIXELS:
             self._cache[index] = pixels
             if len(self._cache) > 2:
@@ -144,18 +143,23 @@ class TiffSlideReader(Slide):
         slide = self._slide
         properties = dict(slide.properties)
         self.properties = {key: value for key, value in properties.items() if value is not None}
-        width, height = (int(value) for value in slide.dimensions)
-        self.levels = tuple(level_of(int(w), int(h), width, height) for w, h in slide.level_dimensions)
         self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
-        tif = slide.ts_tifffile
-        declared = pair(properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y"))
-        from_tags = self.vendor == "generic-tiff" or (self.vendor == "aperio" and "aperio.MPP" not in properties)
-        self.mpp = None if from_tags and not plausible(declared) else declared
-        if tif.is_ome:
-            self.vendor = "ome-tiff"
-            self.mpp = _ome_mpp(tif.ome_metadata or "") or self.mpp
         self.objective = number(properties.get("tiffslide.objective-power"))
-        series = tif.series[int(properties.get("tiffslide.series-index") or 0)]
+        tif = slide.ts_tifffile
+        index = first = int(properties.get("tiffslide.series-index") or 0)
+        sizes = list(slide.level_dimensions)
+        if self.vendor == "generic-tiff":  # of these `examine` reads the pixel size
+            index = main_image(tif)[0]
+            sizes = [_size(level) for level in tif.series[index].levels]
+            if tif.is_ome:
+                self.vendor = "ome-tiff"
+        else:
+            declared = pair(properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y"))
+            from_tags = self.vendor == "aperio" and "aperio.MPP" not in properties
+            self.mpp = None if from_tags and not plausible(declared) else declared
+        self.levels = tuple(level_of(int(w), int(h), *sizes[0]) for w, h in sizes)
+        series = tif.series[index]
+        self.unlike_openslide = index != first or _fourth_is_nothing(series.keyframe)
         self._pages: list[_Page | None] = []
         for level in series.levels:
             page = level.pages[0]
@@ -168,6 +172,8 @@ class TiffSlideReader(Slide):
                 raise not_8_bit(series.dtype, series.keyframe.samplesperpixel)
             if int(series.keyframe.photometric) not in (0, 1, 2, 6):
                 raise ValueError("a palette or an unusual colour space, left to Pillow")
+            if index != first:
+                raise _not_the_slide(_size(tif.series[first]), series, self.backend)
 
     def tile_size(self, level: int) -> tuple[int, int]:
         page = self._pages[level]
@@ -195,59 +201,115 @@ class TiffSlideReader(Slide):
             os.close(self._file)
 
 
-def _ome_mpp(xml: str) -> tuple[float, float] | None:
-    """µm per pixel that OME-XML gives its first image."""
-    tag = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
-    if tag is None:
-        return None
-    unit_um = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "&#181;m": 1.0, "nm": 1e-3, "pm": 1e-6}
-    found = []
-    for side in ("X", "Y"):
-        size = re.search(rf"""\bPhysicalSize{side}\s*=\s*["']([^"']+)["']""", tag[0])
-        unit = re.search(rf"""\bPhysicalSize{side}Unit\s*=\s*["']([^"']+)["']""", tag[0])
-        factor = unit_um.get(unit[1]) if unit else 1.0
-        value = number(size[1]) if size else None
-        if value is None or factor is None:
-            return None
-        found.append(value * factor)
-    return found[0], found[1]
+_UNIT_UM = {
+    "m": 1e6, "cm": 1e4, "mm": 1e3, "nm": 1e-3, "pm": 1e-6, "µm": 1.0, "μm": 1.0, "um": 1.0, "&#181;m": 1.0,
+    "\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0,
+}  # fmt: skip
+"""µm of the units of OME-XML and ImageJ."""
+
+_TAG_UNIT_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}
+"""µm of the values of ResolutionUnit."""
+
+_BESIDE_THE_SLIDE = re.compile(r"(?<![a-z])(label|macro|overview|thumbnail|barcode)(?![a-z])", re.IGNORECASE)
 
 
-def mpp_beside(path: Path) -> tuple[float, float] | None:
-    """What the OME-XML of a TIFF states whose pixels another reader reads, as where colours lie in planes."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as tif:
-            return _ome_mpp(tif.ome_metadata or "") if tif.is_ome else None
-    except Exception as error:
-        _stumbled(path, error)
-        return None
+def _size(series: Any) -> tuple[int, int]:
+    return int(series.keyframe.imagewidth), int(series.keyframe.imagelength)
 
 
-def _stumbled(path: Path, error: Exception) -> None:
-    """Take note of what a broken file made tifffile stumble over; sizes may be broken, too, and ask for much memory."""
-    if not isinstance(error, MemoryError):
-        raise_for_machine(error, path)
-    log.debug("tifffile does not understand %s: %s", path, error)
+def _fourth_is_nothing(page: Any) -> bool:
+    """Whether the fourth sample is no transparency, nor the black of CMYK, but of a kind that its writer left open."""
+    extra = [int(value) for value in page.extrasamples[:1]]
+    return int(page.samplesperpixel) == 4 and int(page.photometric) != 5 and extra not in ([1], [2])
 
 
-def check_samples(path: Path, backend: str) -> None:
-    """Refuse a TIFF whose pixels a reader would not show as they are.
+def _without_fourth(pixels: np.ndarray, page: Any) -> np.ndarray:
+    """Four samples a pixel as RGB: over white where the page says that the fourth is its transparency."""
+    if _fourth_is_nothing(page):
+        return pixels[..., :3]
+    return premultiplied_over_white(pixels) if int(page.extrasamples[0]) == 1 else over_white(pixels)
+
+
+def main_image(tif: Any) -> tuple[int, int]:
+    """The largest image of a TIFF, open in tifffile, that is no label, macro or thumbnail.
+
+    Returns
+    -------
+    index : int
+        Where it is in ``tif.series``.
+    others : int
+        How many more there are that are neither such, nor smaller copies of it.
+    """
+    series = tif.series
+    own = [i for i, one in enumerate(series) if one.keyframe.parent is tif]  # OME-XML names other files' images, too
+    slides = [i for i in own if not (series[i].keyframe.is_reduced or _BESIDE_THE_SLIDE.search(series[i].name))] or own
+    index = max(slides, key=lambda i: math.prod(_size(series[i])))
+    size = _size(series[index])
+    others = len(series[index].pages) - 1
+    for i in slides:
+        one = series[i]
+        copy = len(one.levels) == 1 and _size(one) != size and level_of(*_size(one), *size).usable
+        slide_like = one.keyframe.is_tiled or 4 * math.prod(_size(one)) >= math.prod(size)
+        if i != index and slide_like and not copy:
+            others += len(one.pages)
+    return index, others
+
+
+def _not_the_slide(shown: tuple[int, int], main: Any, backend: str) -> SlideError:
+    width, height = _size(main)
+    return SlideError(
+        f"holds several images, of which {backend} shows one of {shown[0]} x {shown[1]} pixels, not the main one of "
+        f"{width} x {height}",
+        "`reader: auto` takes the main one where it can; else save that alone, as by: "
+        f"vips copy 'OLD.tif[page={main.keyframe.index}]' 'NEW.tif[tile,pyramid]'",
+    )
+
+
+def _ome_mpp(xml: str, width: int, height: int) -> tuple[float, float] | None:
+    """µm per pixel that OME-XML gives its first image of that size."""
+
+    def value(of: str, name: str) -> str | None:
+        found = re.search(rf"""\b{name}\s*=\s*["']([^"']+)["']""", of)
+        return found[1] if found else None
+
+    for tag in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", xml):
+        if (value(tag, "SizeX"), value(tag, "SizeY")) == (str(width), str(height)):
+            sides = (
+                (number(value(tag, f"PhysicalSize{side}")), _UNIT_UM.get(value(tag, f"PhysicalSize{side}Unit") or "µm"))
+                for side in ("X", "Y")
+            )
+            return pair(*(size * unit if size and unit else None for size, unit in sides))
+    return None
+
+
+def _tag_mpp(page: Any, unit: float | None) -> tuple[float, float] | None:
+    """µm per pixel by the resolution tags, in units of so many µm."""
+    x, y = page.resolution if "XResolution" in page.tags and "YResolution" in page.tags else (0, 0)
+    return pair(unit / x, unit / y) if unit and x and y else None
+
+
+def examine(path: Path, slide: Slide) -> None:
+    """Give a slide the pixel size that its TIFF states, or refuse it where the reader does not show it as it is.
 
     Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide and Pillow
     show the upper eight, which are nearly black where a camera fills twelve. Pixels that are stored turned or mirrored
-    OpenSlide mirrors tile by tile, each in its place.
+    OpenSlide mirrors tile by tile, each in its place, and a fourth sample of any kind it takes for transparency. Of
+    several images OpenSlide and Pillow show the first.
     """
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tif:
-            series = tif.series[0] if tif.is_ome or tif.is_imagej else None
-            channels = 1 if series is None or "C" not in series.axes else series.shape[series.axes.index("C")]
-            page = tif.pages.first
+            index, others = main_image(tif)
+            main = tif.series[index]
+            page = main.keyframe
+            channels = main.shape[main.axes.index("C")] if (tif.is_ome or tif.is_imagej) and "C" in main.axes else 1
             kind, samples = page.dtype, page.samplesperpixel
             turned = page.tags.valueof("Orientation", 1)
+            mpp = _ome_mpp(tif.ome_metadata or "", *_size(main)) if tif.is_ome else None
+            by_tags = _tag_mpp(page, _TAG_UNIT_UM.get(page.resolutionunit))
+            if tif.is_imagej and not plausible(by_tags):
+                by_tags = _tag_mpp(page, _UNIT_UM.get((tif.imagej_metadata or {}).get("unit", ""))) or by_tags
     except Exception as error:
         _stumbled(path, error)
         return
@@ -258,8 +320,31 @@ def check_samples(path: Path, backend: str) -> None:
         )
     if kind is not None and kind not in (np.uint8, np.bool_):
         raise not_8_bit(kind, samples)
-    if backend == "openslide" and turned != 1:
+    if slide.width * slide.height != math.prod(_size(main)):
+        raise _not_the_slide((slide.width, slide.height), main, slide.backend)
+    if slide.backend == "openslide" and turned != 1:
         raise SlideError(
             f"is stored turned or mirrored (its orientation tag is {turned}), which OpenSlide shows wrongly",
             "save it upright; `reader: tiffslide` shows it as it is stored",
         )
+    if slide.backend == "openslide" and _fourth_is_nothing(page):
+        raise SlideError(
+            "has a fourth sample that it does not call transparency, which OpenSlide takes for it",
+            "`reader: auto` leaves that out where it can; else save it as RGB, as by: "
+            "vips extract_band OLD.tif 'NEW.tif[tile,pyramid]' 0 --n 3",
+        )
+    if others:
+        slide.warnings.append(
+            f"the file holds {others} more image{'s' * (others > 1)} beside the one of {slide.width} x {slide.height} "
+            "pixels that is read: to have their nuclei, save each as a file of its own"
+        )
+    slide.mpp = mpp or by_tags
+    if mpp is None and not plausible(by_tags):
+        slide.mpp, slide.refused_mpp = None, by_tags
+
+
+def _stumbled(path: Path, error: Exception) -> None:
+    """Take note of what a broken file made tifffile stumble over; sizes may be broken, too, and ask for much memory."""
+    if not isinstance(error, MemoryError):
+        raise_for_machine(error, path)
+    log.debug("tifffile does not understand %s: %s", path, error)
