@@ -97,8 +97,14 @@ def _cpu() -> float:
 
 def best(work: Callable[[], Any], times: int) -> tuple[Any, Spent]:
     """The least that some work takes in several tries; on a shared machine the rest is the others'."""
-    tries = [spent(work) for _ in range(times)]
-    return tries[-1][0], Spent(min(t.cpu for _, t in tries), min(t.wall for _, t in tries))
+    [(result, least)] = best_in_turns([work], times)
+    return result, least
+
+
+def best_in_turns(works: Sequence[Callable[[], Any]], times: int) -> list[tuple[Any, Spent]]:
+    """The same for several that are compared: in turns, as a machine's speed changes from one minute to the next."""
+    tries = list(zip(*([spent(work) for work in works] for _ in range(times)), strict=True))
+    return [(one[-1][0], Spent(min(t.cpu for _, t in one), min(t.wall for _, t in one))) for one in tries]
 
 
 @dataclass(frozen=True)
