@@ -125,7 +125,7 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
     from pipeline.models.package import ModelPackage
     from pipeline.models.weights import load_network
     from pipeline.networks.encoders import read_state
-    from pipeline.training.fit import _read_checkpoint
+    from pipeline.training.fit import read_checkpoint
 
     mark = tmp_path / "mark"
     np.save(tmp_path / "a.npy", np.array(Payload(mark), dtype=object), allow_pickle=True)
@@ -141,8 +141,8 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
         lambda: load_npy(tmp_path / "a.npy"),
         lambda: read_state(tmp_path / "a.npz"),
         lambda: read_state(tmp_path / "a.ckpt"),
-        lambda: _read_checkpoint(tmp_path / "a.ckpt"),
-        lambda: _read_checkpoint(tmp_path / "b.ckpt"),
+        lambda: read_checkpoint(tmp_path / "a.ckpt"),
+        lambda: read_checkpoint(tmp_path / "b.ckpt"),
         lambda: load_network(ModelPackage.load(folder)),
         lambda: ModelPackage.load(folder, verify=True),
     ):
