@@ -180,7 +180,7 @@ def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
             packed(1)
     assert files() == first
 
-    rename = Path.replace
+    rename = Path.rename
 
     def killed(path: Path, target: Path) -> Any:
         if target.name == "model.json":
@@ -188,7 +188,7 @@ def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
         return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             packed(1)
     assert sorted(files()) == ["model.json", "weights.safetensors"]
