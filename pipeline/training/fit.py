@@ -230,12 +230,16 @@ class TrainingModule(Learner):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called by the trainer."""
         if self.adversary is not None:
-            checkpoint["adversary"] = self.adversary.state_dict()
+            state = checkpoint["adversary"] = self.adversary.state_dict()
+            if self.trainer.world_size > 1 and state["pool"] is not None:
+                pools = self.all_gather(state["pool"])
+                assert isinstance(pools, Tensor)
+                state["pool"] = pools.flatten(0, 1)  # device by device
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called by the trainer."""
         if self.adversary is not None:
-            self.adversary.load_state_dict(checkpoint["adversary"])
+            self.adversary.load_state_dict(checkpoint["adversary"], self.global_rank, self.trainer.world_size)
 
     def validation_step(self, batch: Tensor, index: int) -> None:
         """Scores of one validation field."""
