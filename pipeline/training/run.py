@@ -386,8 +386,11 @@ class Run:
         """How often each field is drawn."""
         share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
         often = np.ones(len(fields))
-        if rare := self.experiment.rare_classes:
-            often = repeats(classes_present(fields, self.targets.classes, self.experiment.class_names), rare)
+        known = np.array([field.types is not None for field in fields])
+        if (rare := self.experiment.rare_classes) and known.any():
+            with_classes = [field for field in fields if field.types is not None]
+            present = classes_present(with_classes, self.targets.classes, self.experiment.class_names)
+            often[known] = repeats(present, rare)
         total = {name: sum(often[[f.source == name for f in fields]]) for name in share}
         found = np.array([share[f.source] * one / total[f.source] for f, one in zip(fields, often, strict=True)])
         if not found.any():

@@ -473,6 +473,12 @@ def test_a_sources_share_stays_with_rare_classes(tmp_path: Path) -> None:
     assert sum(weights) == pytest.approx(4)
     rare = {f.name: w for w, f in zip(weights, fields, strict=True) if f.source == "one"}
     assert rare["one-one_0-0001"] == pytest.approx(2 * rare["one-one_1-0001"])
+    # Fields whose classes nobody knows, as synthetic ones, do not make a class rarer.
+    run.experiment = replace(run.experiment, rare_classes=0.5)
+    bare = [replace(f, types=None) if f.source == "two" else f for f in fields]
+    rare = {f.name: w for w, f in zip(run.weights(bare), bare, strict=True)}
+    assert rare["one-one_0-0001"] == pytest.approx(math.sqrt(2) * rare["one-one_1-0001"])
+    assert rare["two-two_0-0001"] == pytest.approx(rare["two-two_1-0001"])
 
 
 def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:
