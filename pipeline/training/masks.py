@@ -117,7 +117,7 @@ def convert(annotation: Path, out: Path, shape: tuple[int, int]) -> DrawingRepor
     for name, pixels in (("masks", (labels > 0).astype(np.uint8) * 255), ("labels", labels.astype(np.uint16))):
         target = out / name / f"{annotation.stem}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_files(target) as (staged,):
+        with whole_files(target, shared=True) as (staged,):
             Image.fromarray(pixels).save(staged)
     return report
 
