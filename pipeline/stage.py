@@ -188,9 +188,13 @@ def to_disk(path: Path) -> None:
 
 
 @contextmanager
-def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """Where to write files, which take their places together once all are written, in this order."""
-    remove_leftovers(paths)
+def whole_files(*paths: Path, shared: bool = False) -> Iterator[list[Path]]:
+    """Where to write files, which take their places together once all are written, in this order.
+
+    Those that several processes may write at once are `shared`: what is staged there may be another's.
+    """
+    if not shared:
+        remove_leftovers(paths)
     staged = [_staged(path) for path in paths]
     try:
         yield staged

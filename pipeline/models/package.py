@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.kernels.instances import InstanceRules
 from pipeline.settings import file_sha256
-from pipeline.stage import write_json
+from pipeline.stage import whole_files, write_json
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -185,15 +184,9 @@ class ModelPackage:
             Its weights, as safetensors.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        staged = {name: folder / f".part-{os.getpid()}-{name}" for name in (WEIGHTS, CARD)}
-        try:
-            staged[WEIGHTS].write_bytes(weights)
-            write_json(staged[CARD], self.to_json())
-            for name, path in staged.items():
-                path.replace(folder / name)
-        finally:
-            for path in staged.values():
-                path.unlink(missing_ok=True)
+        with whole_files(folder / WEIGHTS, folder / CARD) as (staged, card):
+            staged.write_bytes(weights)
+            write_json(card, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import pickle
 from collections.abc import Callable, Mapping
@@ -21,6 +23,9 @@ IMAGENET = "imagenet"
 CLASSIFIERS = ("fc.", "_fc.", "classifier.", "last_linear.", "head.", "conv10.")
 """Beginnings of the names of tensors that only an ImageNet classifier needs."""
 
+OF_FILES = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that no transport has, but the folder where what it fetches goes."""
+
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read named tensors from a file, without running code from it.
@@ -34,21 +39,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
     ------
     PipelineError
         When it is missing, damaged or holds anything else.
+    OSError
+        When it cannot be read, whatever it holds.
     """
     hint = "give a .safetensors, .npz, .pt or .pth file of weights, imagenet, or null"
     if not path.is_file():
         raise PipelineError(f"encoder_weights {path}: no such file", hint)
+    # At once, or the libraries would tell trouble of the machine as a damaged file.
+    stream = io.BytesIO(path.read_bytes())
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            return load_file(path)
+            return load(stream.getvalue())
         if path.suffix == ".npz":
             import numpy as np
 
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            with np.load(stream, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(stream, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise PipelineError(f"encoder_weights {path} cannot be read: {_first(error)}", hint) from None
     except Exception as error:
@@ -107,6 +116,8 @@ def load_encoder(
     ------
     PipelineError
         When the weights cannot be fetched or read, or are another network's.
+    OSError
+        When a disk or a file server fails.
     """
     if weights is None:
         return
@@ -116,6 +127,8 @@ def load_encoder(
         except PipelineError:
             raise
         except Exception as error:  # the libraries raise whatever their transport raises
+            if isinstance(error, OSError) and error.errno in OF_FILES:
+                raise
             log.debug("fetching the weights of %s", name, exc_info=True)
             raise PipelineError(
                 f"encoder_weights {weights}: the weights of {name} cannot be fetched: {_first(error)}",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.page import PALETTE, nice_ticks
+from pipeline.stage import whole_files
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values."""
@@ -195,4 +196,5 @@ def draw_charts(charts: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=130, format="png")
+    with whole_files(path) as (staged,):
+        figure.savefig(staged, dpi=130, format="png")

@@ -11,6 +11,7 @@ from pipeline.evaluation.errors import ERRORS
 from pipeline.progress import duration
 from pipeline.report.curves import Curve, compared_charts, draw_charts, read_curves, training_charts
 from pipeline.report.page import environment, nice_ticks, number, shrink_picture
+from pipeline.stage import whole_files
 
 PICTURE_BYTES = 900_000
 """Bytes of the picture of one experiment at most; a comparison's share this."""
@@ -282,6 +283,5 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".part-{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    with whole_files(path) as (staged,):
+        staged.write_text(text, encoding="utf-8")

@@ -194,12 +194,13 @@ class Adversary:
             "pool": torch.stack(self.pool.images) if self.pool.images else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up an earlier run's state."""
+    def load_state_dict(self, state: Mapping[str, Any], rank: int = 0, devices: int = 1) -> None:
+        """Take up an earlier run's state; of a pool of all devices, this device's part."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         device = next(self.network.parameters()).device
-        self.pool.images = [] if state["pool"] is None else list(state["pool"].to(device))
+        pool = [] if state["pool"] is None else state["pool"].tensor_split(devices)[rank]
+        self.pool.images = [image.to(device) for image in pool[: self.pool.size]]
 
 
 def true_maps(targets: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -16,7 +16,7 @@ def repeats(present: np.ndarray, share: float) -> np.ndarray:
     Parameters
     ----------
     present : numpy.ndarray
-        bool ``(fields, classes)``: which field has a nucleus of which class.
+        bool ``(fields, classes)``: which field has a nucleus of which class; fields whose classes are known.
     share : float
         A class that fewer than this share of the fields have is rare.
 

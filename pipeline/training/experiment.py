@@ -142,7 +142,7 @@ class Experiment:
     teacher_share : float
         Their share, the annotations having the rest.
     rare_classes : float
-        Fields with a class that fewer than this share of the fields have are drawn more often, see
+        Fields with a class that fewer than this share of the fields with known classes have are drawn more often, see
         `pipeline.training.balance.repeats`.
     half_weights : bool
         Round the weights to 16 bits, which halves the package.

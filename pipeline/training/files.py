@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.stage import write_json
+from pipeline.stage import whole_files, write_json
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write JSON beside its place, then rename it."""
-    staged = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try:
+    """Write JSON beside its place, then rename it; as all processes of a training on several GPUs may at once."""
+    with whole_files(path, shared=True) as (staged,):
         write_json(staged, value)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

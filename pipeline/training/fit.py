@@ -28,6 +28,7 @@ from pipeline.models.weights import load_weights
 from pipeline.networks.gan import PatchDiscriminator
 from pipeline.networks.outputs import FindsInstances, Outputs
 from pipeline.networks.precision import choose_precision
+from pipeline.stage import whole_files
 from pipeline.training.adversary import Adversary, true_maps
 from pipeline.training.data import Field
 from pipeline.training.experiment import AdversarialSettings
@@ -229,12 +230,16 @@ class TrainingModule(Learner):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called by the trainer."""
         if self.adversary is not None:
-            checkpoint["adversary"] = self.adversary.state_dict()
+            state = checkpoint["adversary"] = self.adversary.state_dict()
+            if self.trainer.world_size > 1 and state["pool"] is not None:
+                pools = self.all_gather(state["pool"])
+                assert isinstance(pools, Tensor)
+                state["pool"] = pools.flatten(0, 1)  # device by device
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called by the trainer."""
         if self.adversary is not None:
-            self.adversary.load_state_dict(checkpoint["adversary"])
+            self.adversary.load_state_dict(checkpoint["adversary"], self.global_rank, self.trainer.world_size)
 
     def validation_step(self, batch: Tensor, index: int) -> None:
         """Scores of one validation field."""
@@ -335,19 +340,16 @@ class WholeCheckpoints(TorchCheckpointIO):
             When it cannot be written.
         """
         path = Path(path)
-        staged = path.with_name(f".part-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, staged)
-            staged.replace(path)
+            with whole_files(path) as (staged,):
+                torch.save(checkpoint, staged)
         except (OSError, RuntimeError) as error:
             first = " ".join(str(error).split())[:120]
             raise PipelineError(
                 f"checkpoint {path} cannot be written: {first}",
                 "make room and run again: the training goes on from the checkpoint before",
             ) from None
-        finally:
-            staged.unlink(missing_ok=True)
 
 
 class Checkpoints(Callback):

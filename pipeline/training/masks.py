@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import PipelineError
+from pipeline.stage import whole_files
 from pipeline.training.annotations import DrawingReport, rasterise, read_imagescope_xml
 
 log = logging.getLogger(__name__)
@@ -117,12 +117,8 @@ def convert(annotation: Path, out: Path, shape: tuple[int, int]) -> DrawingRepor
     for name, pixels in (("masks", (labels > 0).astype(np.uint8) * 255), ("labels", labels.astype(np.uint16))):
         target = out / name / f"{annotation.stem}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".part-{os.getpid()}-{target.name}")
-        try:
+        with whole_files(target, shared=True) as (staged,):
             Image.fromarray(pixels).save(staged)
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
     return report
 
 

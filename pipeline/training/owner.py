@@ -6,11 +6,11 @@ Imported while Snakemake parses the workflow, so nothing heavy is imported here.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.settings import file_sha256
+from pipeline.stage import whole_files
 
 PACKED = "packed.txt"
 """File in a training's folder: SHA-256 of the weights of each package that it has made, one a line."""
@@ -35,12 +35,8 @@ def note_package(work: Path, sha256: str) -> None:
     """
     known = _packed(work)
     if sha256 not in known:
-        staged = work / f".part-{os.getpid()}-{PACKED}"
-        try:
+        with whole_files(work / PACKED) as (staged,):
             staged.write_text("".join(f"{one}\n" for one in (*known, sha256)), encoding="utf-8")
-            staged.replace(work / PACKED)
-        finally:
-            staged.unlink(missing_ok=True)
 
 
 def check_place(folder: Path, work: Path) -> None:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from pipeline.evaluation.metrics import Overlaps
+from pipeline.stage import whole_files
 from pipeline.training.field import Field
 
 SIDE = 420
@@ -113,6 +114,5 @@ def write_panel(
             axes.set_axis_off()
             text = {0: f"{caption}\n{what}", 2: f"{numbers}\n{what}"}.get(column, f"\n{what}")
             axes.set_title(text.replace("$", r"\$"), fontsize=8, loc="left")
-    staged = path.with_name(f".part-{path.name}")
-    figure.savefig(staged, dpi=110, format="png")
-    staged.replace(path)
+    with whole_files(path) as (staged,):
+        figure.savefig(staged, dpi=110, format="png")

@@ -61,7 +61,7 @@ def plan_synthesis(train: Mapping[str, Any], synthesis: Mapping[str, Any], field
     dict
         ``synthesis``, and of ``train`` what they depend on: whose fields, at which pixel size, in which stain.
     """
-    kept = ("mpp", "holdout", "split", "validation", "seed", "stain", "reference")
+    kept = ("mpp", "holdout", "split", "validation", "seed", "stain", "reference", "start_from")
     sources = [source for source in train["data"] if Path(source["path"]) != fields]
     data = [{key: value for key, value in source.items() if key != "weight"} for source in sources]
     return {"synthesis": dict(synthesis), "train": {"data": data, **{key: train[key] for key in kept if key in train}}}

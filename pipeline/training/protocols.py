@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval, patients_of, summarise
 from pipeline.report.training import write_protocol_report
+from pipeline.stage import whole_files
 from pipeline.training.files import read_json, save_json
 
 log = logging.getLogger(__name__)
@@ -50,15 +51,10 @@ def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as a table (tsv), beside its place first; columns in the order in which they come up."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    staged = path.with_name(f".part-{path.name}")
-    try:
-        with staged.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with whole_files(path) as (staged,), staged.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _scores(mean: Mapping[str, Any], interval: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -443,16 +442,13 @@ def _fit(draw: Any, text: str, font: Any) -> str:
 
 def write_selection(fields: Sequence[Field], selection: Selection, folder: Path) -> None:
     """Write ``reference.json`` and the contact sheet ``reference.png``."""
+    from pipeline.stage import whole_files
     from pipeline.training.files import save_json
 
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "reference.json", selection.to_json())
-    staged = folder / f".part-{os.getpid()}-reference.png"
-    try:
+    with whole_files(folder / "reference.png", shared=True) as (staged,):
         contact_sheet(fields, selection).save(staged)
-        staged.replace(folder / "reference.png")
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -216,6 +216,41 @@ def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> Non
         )
 
 
+def stain_reference(
+    experiment: Experiment, train: Sequence[Field], start: ModelPackage | None, work: Path | None = None
+) -> dict[str, Any]:
+    """The reference that fields are brought to: that of the package that is trained on, or of a training field.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Says how it is chosen.
+    train : sequence of Field
+        Its training fields.
+    start : ModelPackage, optional
+        The package of ``start_from``.
+    work : pathlib.Path, optional
+        The choice is explained in this folder.
+
+    Raises
+    ------
+    PipelineError
+        When the package has none of this kind; one line.
+    """
+    if start is None:
+        main = [f for f in train if f.source == experiment.holdout] or list(train)
+        chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
+        return {"name": chosen.name, **reference}
+    found: dict[str, Any] = start.stain["reference"]
+    there = [method for method in METHODS if method == "none" or method in found]
+    if experiment.stain not in there:
+        raise PipelineError(
+            f"train: start_from {start.folder} has no stain reference of {experiment.stain!r}",
+            f"set train.stain to {' or '.join(there)}",
+        )
+    return found
+
+
 def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
     """How an experiment's scores come about, in words.
 
@@ -292,18 +327,7 @@ class Run:
         train = self.data.part("train")
         self.area = area = sum(f.labels.size * (f.mpp / experiment.mpp) ** 2 for f in train)
         self.experiment = replace(experiment, schedule=experiment.schedule.resolved(area))
-        if self.start is not None:
-            self.reference = self.start.stain["reference"]
-            there = [method for method in METHODS if method == "none" or method in self.reference]
-            if experiment.stain not in there:
-                raise PipelineError(
-                    f"train: start_from {self.start.folder} has no stain reference of {experiment.stain!r}",
-                    f"set train.stain to {' or '.join(there)}",
-                )
-        else:
-            main = [f for f in train if f.source == experiment.holdout] or train
-            chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
-            self.reference = {"name": chosen.name, **reference}
+        self.reference = stain_reference(experiment, train, self.start, work)
         log.info("stain reference: %s", self.reference.get("name"))
         classes: tuple[str, ...] = ()
         if "type" in experiment.heads:
@@ -334,7 +358,9 @@ class Run:
         """The network with the weights that training starts from."""
         one = self.experiment
         lightning.seed_everything(one.schedule.seed, verbose=False)
-        network = build_network(one.network, len(self.outputs.names), one.network_args)
+        # A package has an encoder's weights, too.
+        pretrained = self.start is None
+        network = build_network(one.network, len(self.outputs.names), one.network_args, pretrained=pretrained)
         if (start := self.start) is not None:
             weights = weights_for(start, self.outputs.names)
             try:
@@ -386,8 +412,11 @@ class Run:
         """How often each field is drawn."""
         share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
         often = np.ones(len(fields))
-        if rare := self.experiment.rare_classes:
-            often = repeats(classes_present(fields, self.targets.classes, self.experiment.class_names), rare)
+        known = np.array([field.types is not None for field in fields])
+        if (rare := self.experiment.rare_classes) and known.any():
+            with_classes = [field for field in fields if field.types is not None]
+            present = classes_present(with_classes, self.targets.classes, self.experiment.class_names)
+            often[known] = repeats(present, rare)
         total = {name: sum(often[[f.source == name for f in fields]]) for name in share}
         found = np.array([share[f.source] * one / total[f.source] for f, one in zip(fields, often, strict=True)])
         if not found.any():
@@ -531,13 +560,16 @@ class Run:
                 f"heads {', '.join(start.heads)}",
                 "train with the same mpp, heads and classes, or hold patients out",
             )
-        share = self.experiment.start_share
+        share, final = self.experiment.start_share, self.experiment.final_steps
+        fields = str(len(self.data.split.train)) if self.data.split.validation else "all"
+        then = f", then {final} with all" if final else ""
         mixed = f", and their weights averaged with its ({share:g})" if share else ""
         return start.metrics | {
             "rules": asdict(start.thresholds),
             "scores_of": start.name,
             "protocol": f"{start.metrics.get('protocol', '')}; these are the scores of {start.name}, from which the "
-            f"packed weights were trained on for {self.experiment.schedule.steps} steps with all fields{mixed}",
+            f"packed weights were trained on for {self.experiment.schedule.steps} steps with {fields} fields{then}"
+            f"{mixed}",
         }
 
     def pack(self, network: nn.Module, evaluation: dict[str, Any], out: Path) -> ModelPackage:

@@ -23,6 +23,8 @@ import numpy as np
 import pipeline
 from pipeline.errors import PipelineError
 from pipeline.kernels.random_nuclei import nucleus_shapes, random_nuclei
+from pipeline.models.licences import strictest
+from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.command import SCHEMA
 from pipeline.training.data import Field, source_name
@@ -218,8 +220,8 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
         When data are missing, or no field is large enough.
     """
     from pipeline.training.experiment import Experiment
-    from pipeline.training.reference import choose_reference, normalise
-    from pipeline.training.run import digest_of, load_data
+    from pipeline.training.reference import normalise
+    from pipeline.training.run import digest_of, load_data, stain_reference
 
     kept = plan_synthesis({"data": (), **training}, {}, out)["train"]
     sources = [source for source in kept["data"] if not read_origin(Path(source["path"]).expanduser())]
@@ -232,10 +234,8 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
         raise PipelineError(
             f"synthesis: no training field has {size} pixels of {mpp:g} µm to a side", "set a smaller synthesis.size"
         )
-    reference: dict[str, Any] = {}
-    if experiment.stain != "none":
-        main = [one for one in train if one.source == experiment.holdout] or train
-        _, reference = choose_reference(main, experiment.reference, experiment.stain)
+    start = ModelPackage.load(Path(experiment.start_from)) if experiment.start_from else None
+    reference = stain_reference(experiment, data.part("train"), start) if experiment.stain != "none" else {}
     images, shapes = [], []
     for one in fields:
         normalised = normalise(one.image, experiment.stain, reference)
@@ -253,7 +253,9 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
         }
         for source in sources
     ]
-    whose = {"split": data.split.to_json(data.fields), "data": digest_of(fields)}
+    whose: dict[str, Any] = {"split": data.split.to_json(data.fields), "data": digest_of(fields)}
+    if start is not None:
+        whose["start_from"] = start.sha256
     return Models(fields, images, shapes, [one for one in learned_from if one["fields"]], mpp), whose
 
 
@@ -271,7 +273,7 @@ def own_synthesis(work: Path, settings: SynthesisSettings, training: dict[str, A
     file = work / "began.json"
     if (work / "cyclegan" / "last.ckpt").is_file() and file.is_file() and read_json(file) != own:
         before = read_json(file)
-        changed = next(key for key in own if before.get(key) != own[key])
+        changed = next(key for key in {**own, **before} if before.get(key) != own.get(key))
         raise PipelineError(
             f"the {changed} of the synthesis {settings.name!r} changed after its CycleGAN in {work} began",
             "give the new one another synthesis.name, or delete that folder",
@@ -409,7 +411,7 @@ def synthesize(
         "nuclei": int(sum(one.max() for one in nuclei)),
         "mpp": models.mpp,
         "seed": settings.seed,
-        "licence": ", ".join(dict.fromkeys(one["licence"] for one in models.learned_from)),
+        "licence": strictest([one["licence"] for one in models.learned_from]),
         "learned_from": models.learned_from,
         "settings": asdict(settings),
         "time": read_json(work / "cyclegan" / "time.json"),

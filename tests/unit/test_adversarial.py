@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +231,45 @@ def test_a_resumed_training_takes_up_the_discriminator(tmp_path: Path, monkeypat
     (first,) = begun
     torch.testing.assert_close(first, kept, rtol=0, atol=0)
     assert int(checkpoint(tmp_path)["adversary"]["optimizer"]["state"][0]["step"]) == 3
+
+
+def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    six = replace(SHORT, steps=6, validate_every=3, decay="constant", warmup=0)
+    train(tmp_path / "whole", six)
+    train(tmp_path / "parts", replace(six, steps=3))
+    train(tmp_path / "parts", six)
+    whole, parts = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("state_dict", "adversary", "optimizer_states", "current_model_state"):
+        torch.testing.assert_close(parts[part], whole[part], rtol=0, atol=0)
+
+
+SHARED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+import test_adversarial as one
+from pipeline.training.fit import fit
+
+long = replace(one.SHORT, steps=6, batch=2, validate_every=3, decay="constant", warmup=0, devices=2)
+for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
+    schedule, folder = replace(long, steps=steps), Path(sys.argv[1], name)
+    fit(one.job(), [one.PREPARED], np.ones(1), [], schedule=schedule, folder=folder, accelerator="cpu")
+"""
+
+
+def test_every_process_takes_up_its_own_pool(tmp_path: Path) -> None:
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, parts = (checkpoint(tmp_path / name)["adversary"] for name in ("whole", "parts"))
+    assert len(whole["pool"]) == 4
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
 def test_averages_are_of_the_network_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import urllib.error
@@ -482,6 +483,21 @@ def test_weights_that_cannot_be_fetched_are_one_line(name: str, monkeypatch: pyt
     args = {} if name == "hovernet-se" else SMALL[name]
     with pytest.raises(PipelineError, match=r"imagenet: the weights of .* cannot be fetched: .*no route to host"):
         build_network(name, 2, args | {"encoder_weights": "imagenet"})
+
+
+def test_a_failing_disk_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for suffix in ("safetensors", "npz", "pth"):
+        path = tmp_path / f"weights.{suffix}"
+        path.write_bytes(b"")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                read_state(path)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_encoder(TinyEncoder(), "imagenet", {"imagenet": fail}, "the tiny network")
 
 
 def test_fetched_weights_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,10 +42,12 @@ def test_synthetic_fields_depend_on_whose_fields_are_for_training() -> None:
         "seed": 3,
         "split": {},
         "patch": 9,
+        "start_from": "m",
     }
     planned = plan_synthesis(train, {"count": 2}, Path("made"))
     assert planned["synthesis"] == {"count": 2}
-    assert planned["train"] == {"data": [{"kind": "tnbc", "path": "x"}], "mpp": 0.5, "seed": 3, "split": {}}
+    kept = {"mpp": 0.5, "seed": 3, "split": {}, "start_from": "m"}
+    assert planned["train"] == {"data": [{"kind": "tnbc", "path": "x"}], **kept}
 
 
 def test_every_planned_training_is_an_experiment() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.stage import manifest_failure, read_manifest, run_stage
+from pipeline.stage import manifest_failure, read_manifest, run_stage, whole_files
 
 
 def run(folder: Path, body: Any, **options: Any) -> dict[str, Any]:
@@ -109,6 +109,14 @@ def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
     (tmp_path / ".part-1-other.txt").write_text("not ours")
     run(tmp_path, good)
     assert names(tmp_path) == [".part-1-other.txt", "data.txt", "tiles.json"]
+
+
+def test_what_another_process_stages_stays_where_files_are_shared(tmp_path: Path) -> None:
+    (tmp_path / ".part-1-data.txt").write_text("another's")
+    for shared in (True, False):
+        with whole_files(tmp_path / "data.txt", shared=shared) as (staged,):
+            staged.write_text("data")
+        assert names(tmp_path) == [".part-1-data.txt", "data.txt"][not shared :]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": "fine"}', "{"])

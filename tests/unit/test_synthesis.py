@@ -16,10 +16,12 @@ import pytest
 from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.kernels.random_nuclei import mask_picture
+from pipeline.models.package import ModelPackage
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import digest
 from pipeline.training.data import load_fields
 from pipeline.training.origin import read_origin
+from pipeline.training.reference import normalise
 from pipeline.training.splits import Split
 
 torch = pytest.importorskip("torch")
@@ -27,7 +29,13 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from pipeline.training.cyclegan import CycleGAN, as_input, paint  # noqa: E402
-from pipeline.training.synthesis import SynthesisSettings, nuclei_of, read_models, write_fields  # noqa: E402
+from pipeline.training.synthesis import (  # noqa: E402
+    SynthesisSettings,
+    nuclei_of,
+    own_synthesis,
+    read_models,
+    write_fields,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning"
@@ -160,6 +168,24 @@ def test_no_pixel_of_those_held_out_is_learned_from(data: Path, tmp_path: Path) 
         held_out = test_patients(data, seed)
         assert held_out.isdisjoint(one.patient for one in models.fields)
         assert len(models.images) == len(models.fields) == 4 - len(held_out)
+
+
+def test_fields_are_painted_in_the_stain_of_the_model_that_is_trained_on(data: Path, tmp_path: Path) -> None:
+    start = Path(__file__).parents[2] / "models" / "default"
+    reference = ModelPackage.load(start).stain["reference"]
+    train = training(data, stain="macenko", start_from=str(start))
+    models, whose = read_models(train, tmp_path / "fields", 64)
+    for field, image in zip(models.fields, models.images, strict=True):
+        expected = normalise(field.image, "macenko", reference)
+        assert expected is not None
+        np.testing.assert_array_equal(image, expected)
+    other, others = read_models({**train, "start_from": None}, tmp_path / "fields", 64)
+    assert not np.array_equal(models.images[0], other.images[0])
+    own_synthesis(tmp_path / "work", SynthesisSettings(), train, whose)
+    (tmp_path / "work" / "cyclegan").mkdir()
+    (tmp_path / "work" / "cyclegan" / "last.ckpt").touch()
+    with pytest.raises(PipelineError, match="the start_from of the synthesis 'synthetic' changed"):
+        own_synthesis(tmp_path / "work", SynthesisSettings(), train, others)
 
 
 def test_a_killed_synthesis_ends_as_an_unbroken_one(

@@ -180,7 +180,7 @@ def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
             packed(1)
     assert files() == first
 
-    rename = Path.replace
+    rename = Path.rename
 
     def killed(path: Path, target: Path) -> Any:
         if target.name == "model.json":
@@ -188,7 +188,7 @@ def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
         return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             packed(1)
     assert sorted(files()) == ["model.json", "weights.safetensors"]
@@ -355,6 +355,17 @@ def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Pa
         Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
 
 
+def test_a_start_has_the_encoders_weights(data: Path, tmp_path: Path) -> None:
+    args = {"widths": [4, 6, 8, 8, 8]}
+    package = write_package(tmp_path / "model", "squeeze-unet", args)
+    gone = {"network": "squeeze-unet", "network_args": {**args, "encoder_weights": "gone.npz"}, "stain": "none"}
+    with pytest.raises(PipelineError, match=r"gone\.npz: no such file"):
+        Run(Experiment.from_json(section(data, **gone)), tmp_path / "new", "cpu").build()
+    on = section(data, **gone, start_from=str(package.folder))
+    found = Run(Experiment.from_json(on), tmp_path / "on", "cpu").build().state_dict()
+    torch.testing.assert_close(found, load_network(package).state_dict())
+
+
 def test_a_start_without_the_stain_reference(data: Path, tmp_path: Path) -> None:
     write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]})
     for stain in ("macenko", "vahadane"):
@@ -473,6 +484,12 @@ def test_a_sources_share_stays_with_rare_classes(tmp_path: Path) -> None:
     assert sum(weights) == pytest.approx(4)
     rare = {f.name: w for w, f in zip(weights, fields, strict=True) if f.source == "one"}
     assert rare["one-one_0-0001"] == pytest.approx(2 * rare["one-one_1-0001"])
+    # Fields whose classes nobody knows, as synthetic ones, do not make a class rarer.
+    run.experiment = replace(run.experiment, rare_classes=0.5)
+    bare = [replace(f, types=None) if f.source == "two" else f for f in fields]
+    rare = {f.name: w for w, f in zip(run.weights(bare), bare, strict=True)}
+    assert rare["one-one_0-0001"] == pytest.approx(math.sqrt(2) * rare["one-one_1-0001"])
+    assert rare["two-two_0-0001"] == pytest.approx(rare["two-two_1-0001"])
 
 
 def test_little_blur_and_no_weights(data: Path, tmp_path: Path) -> None:
@@ -576,6 +593,8 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
             f"for 4 steps with all fields{more}"
         )
         assert len(package.data[0]["patients"]) == 6
+    told = Run(Experiment.from_json({**on, "validation": 1, "final_steps": 3}), tmp_path / "told", "cpu")
+    assert told.scores_before()["protocol"].endswith("for 4 steps with 5 fields, then 3 with all")
     for name, value in load_network(start).state_dict().items():
         if value.is_floating_point():  # batch normalisation's averages, too
             assert not torch.equal(value, after[name])

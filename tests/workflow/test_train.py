@@ -82,6 +82,20 @@ def test_synthetic_fields_are_made_for_who_learns_from_them(tmp_path: Path, data
     assert run(tmp_path, late, "-n", "train").counts == {"train_settings": 1, "train_model": 1, "train": 1, "total": 3}
 
 
+def test_synthetic_fields_of_a_comparison_are_those_of_its_experiments(tmp_path: Path, data: Path) -> None:
+    own = {"kind": "labels", "path": "results/synthesis/made/fields", "name": "made"}
+    real = section(data)["data"]
+    for name, sources in (("plain", real), ("learner", [*real, own])):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"train": section(data) | {"name": name, "data": sources}}))
+    config = {"synthesis": {"name": "made"}, "compare": {"experiments": ["plain.yaml", "learner.yaml"]}}
+    done = run(tmp_path, config, "-n", "compare")
+    assert done.counts["synthetic_fields"] == 1
+    done = run(tmp_path, config, "results/synthesis/made/settings.json")
+    assert done.code == 0, done.output
+    settings = json.loads((tmp_path / "results/synthesis/made/settings.json").read_text())
+    assert [one["path"] for one in settings["train"]["data"]] == [str(data)]
+
+
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [

@@ -10,10 +10,6 @@ NAME = config["train"]["name"]
 os.environ.update(TRAIN_MAX_MINUTES=str(config["train"]["schedule"].pop("max_minutes") or 0))
 os.environ.update(SYNTHESIS_MAX_MINUTES=str(config["synthesis"].pop("max_minutes") or 0))
 
-# Synthetic fields, and what they depend on: which fields are for training, at which pixel size, in which stain.
-SYNTHETIC = RUN.synthesis(config["synthesis"]["name"]) / "fields"
-SYNTHESIS = plan_synthesis(config["train"], config["synthesis"], SYNTHETIC)
-
 try:
     FOLDS = plan_crossval(config["train"], config["crossval"])
     FINAL = FOLDS.pop("final", None)
@@ -39,6 +35,19 @@ if FINAL is not None:
     SECTIONS[f"{NAME}/final"] = FINAL.settings
 for section in SECTIONS.values():
     section["schedule"].pop("max_minutes", None)
+
+# Synthetic fields, and what they depend on: which fields are for training, at which pixel size, in which stain.
+SYNTHETIC = RUN.synthesis(config["synthesis"]["name"]) / "fields"
+
+
+def learns_from_synthetic(section):
+    """Whether a training learns from the synthetic fields."""
+    return any(Path(one["path"]) == SYNTHETIC for one in section["data"])
+
+
+SYNTHESIS = plan_synthesis(
+    next(filter(learns_from_synthetic, SECTIONS.values()), config["train"]), config["synthesis"], SYNTHETIC
+)
 
 
 wildcard_constraints:
@@ -74,8 +83,7 @@ def start_option(wildcards, input):
 
 def synthetic_source(wildcards):
     """The synthetic fields, where a training learns from them."""
-    sources = SECTIONS[getattr(wildcards, "training", NAME)]["data"]
-    return [str(SYNTHETIC)] if any(Path(one["path"]) == SYNTHETIC for one in sources) else []
+    return [str(SYNTHETIC)] if learns_from_synthetic(SECTIONS[getattr(wildcards, "training", NAME)]) else []
 
 
 def run_options(group, names):
