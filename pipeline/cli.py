@@ -57,7 +57,7 @@ TOOLS = {
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
     "synthesize": Command("pipeline.training.synthesis", "paint fields of H&E around random nuclei, to train on"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
-    "ensemble": Command("pipeline.models.ensemble", "join trained models as one: the mean of their maps"),
+    "ensemble": Command("pipeline.training.ensemble", "join trained models as one: the mean of their maps"),
     "networks": Command("pipeline.networks.command", "list the networks: size, cost, heads, source"),
     "training-summary": Command(
         "pipeline.training.command",
