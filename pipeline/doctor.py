@@ -118,13 +118,15 @@ def check_torch() -> Finding:
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             cards.append(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)")
-        return Finding("torch", "ok", f"{torch.__version__}, GPU: {', '.join(cards)}")
+        return Finding(
+            "torch", "ok", f"{torch.__version__}, GPU: {', '.join(cards)}; model=models/accurate is for GPUs"
+        )
     from pipeline.networks.precision import has_amx
 
     threads = (
         f"{torch.__version__}, no CUDA GPU: {torch.get_num_threads()} CPU threads{' with AMX' if has_amx() else ''}"
     )
-    return Finding("torch", "ok", threads, "a slide takes minutes to hours without a GPU")
+    return Finding("torch", "ok", threads)
 
 
 def check_stain() -> Finding:

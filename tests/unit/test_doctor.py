@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,16 @@ def test_a_check_that_breaks_does_not_stop_the_others(model: Path, monkeypatch: 
     (torch,) = [finding for finding in findings if finding.name == "torch"]
     assert (torch.state, torch.detail) == ("missing", "RuntimeError: driver is gone")
     assert len(findings) == 10
+
+
+def test_a_gpu_is_told_with_the_model_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H0", total_memory=2**34))
+    found = doctor.check_torch()
+    assert found.state == "ok"
+    assert found.detail.endswith("GPU: H0 (16 GiB); model=models/accurate is for GPUs")
 
 
 def test_a_reader_that_opens_wrongly_is_found() -> None:
