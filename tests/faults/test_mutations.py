@@ -228,11 +228,14 @@ def test_wrong_results_would_be_counted() -> None:
 def test_a_sample_goes_through_the_whole_run(tmp_path: Path, model: Path) -> None:
     rng = random.Random(7)
     (tmp_path / "in").mkdir()
+    rows = ["slide\tpath"]  # in a folder, the two of a DICOM series would be one slide
     for number in range(8):
         kind = list(WRITERS)[number % len(WRITERS)]
         _, content = mutated(write_whole(tmp_path, kind).read_bytes(), rng)
         (tmp_path / "in" / f"{number}.{kind}").write_bytes(content)
-    done = run(tmp_path, {"slides": "in", "results": "out", "model": str(model), "mpp": MPP})
+        rows.append(f"{number}\tin/{number}.{kind}")
+    (tmp_path / "slides.tsv").write_text("\n".join(rows))
+    done = run(tmp_path, {"slides": "slides.tsv", "results": "out", "model": str(model), "mpp": MPP})
     assert done.code == 0, done.output
     failed = {row["slide"] for row in read_tsv(tmp_path / "out" / "failed.tsv")}
     good = {row["slide"] for row in read_tsv(tmp_path / "out" / "cohort.tsv")}
