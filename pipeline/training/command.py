@@ -59,8 +59,8 @@ def read_section(path: Path) -> dict[str, Any]:
     return checked_section(section, path, hint)
 
 
-def checked_section(section: Any, path: Path, hint: str) -> dict[str, Any]:
-    """The train section that a file holds, checked as Snakemake does.
+def checked_section(section: Any, path: Path, hint: str, schema: Path = SCHEMA) -> dict[str, Any]:
+    """The train section that a file holds, or the one of another schema, checked as Snakemake does.
 
     Raises
     ------
@@ -69,26 +69,33 @@ def checked_section(section: Any, path: Path, hint: str) -> dict[str, Any]:
     """
     if not isinstance(section, dict):
         raise PipelineError(f"{path} holds no settings, but {str(section)[:40]!r}", hint)
-    if not SCHEMA.is_file():  # a package installed without its checkout
+    if not schema.is_file():  # a package installed without its checkout
         return section
     try:
-        return check_settings(section, load_schema(SCHEMA))
+        return check_settings(section, load_schema(schema))
     except PipelineError as error:
         raise PipelineError(f"{path}: {Exception.__str__(error)}", error.hint) from None
 
 
-def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
+def prepare_process(threads: int) -> None:
+    """Ready this process for a training: memory kept, Lightning quiet, so many CPU threads (0: all)."""
     keep_freed_memory()
+    import lightning.pytorch  # noqa: F401  (which sets the levels of its loggers)
     import torch
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
+    torch.set_num_threads(threads or available_cores())
+
+
+def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
+    prepare_process(args.threads)
 
     from pipeline.training.experiment import Experiment
     from pipeline.training.run import run_experiment
     from pipeline.training.schedule import DEVICES, Deadline
 
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
-    torch.set_num_threads(args.threads or available_cores())
     if args.start_from is not None:
         section["start_from"] = str(args.start_from)
     experiment = Experiment.from_json(section)

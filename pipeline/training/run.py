@@ -200,7 +200,7 @@ def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> Non
     test : sequence of Field
         The fields that are held out.
     role : str
-        The setting that names the package.
+        What names the package, as the error is to say it.
 
     Raises
     ------
@@ -210,7 +210,7 @@ def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> Non
     leaked = known_patients(package.data, test)
     if leaked:
         raise PipelineError(
-            f"train: {role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
+            f"{role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
             f"{leaked[0][1]} of {leaked[0][0]}",
             "hold out patients of a source that it has not seen (train.holdout), or take a model without these",
         )
@@ -346,7 +346,7 @@ class Run:
         if folder is None:
             return None
         package = ModelPackage.load(Path(folder), verify=True)
-        check_unseen(package, self.data.part("test"), role)
+        check_unseen(package, self.data.part("test"), f"train: {role}")
         if package.licence != experiment.licence:
             log.warning(
                 "the licence of %s, %s, holds for what is trained from it, too; this training states %s",

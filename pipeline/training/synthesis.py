@@ -25,8 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.random_nuclei import nucleus_shapes, random_nuclei
 from pipeline.models.licences import strictest
 from pipeline.models.package import ModelPackage
-from pipeline.settings import check_settings, load_schema
-from pipeline.training.command import SCHEMA
+from pipeline.training.command import SCHEMA, checked_section, prepare_process
 from pipeline.training.data import Field, source_name
 from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
@@ -456,35 +455,20 @@ def read_sections(path: Path) -> tuple[SynthesisSettings, dict[str, Any]]:
         synthesis, training = dict(sections.get("synthesis", {})), dict(sections["train"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(f"{path} cannot be read: {error!r}", hint) from None
-    if SCHEMA.is_file():  # a package installed without its checkout has none
-        try:
-            synthesis = check_settings(synthesis, load_schema(SCHEMA.with_name("synthesis.schema.yaml")))
-            training = check_settings(training, load_schema(SCHEMA))
-        except PipelineError as error:
-            raise PipelineError(f"{path}: {Exception.__str__(error)}", error.hint) from None
-    ranges = {name: tuple(synthesis[name]) for name in ("nuclei", "radius") if name in synthesis}
+    synthesis = checked_section(synthesis, path, hint, SCHEMA.with_name("synthesis.schema.yaml"))
+    training = checked_section(training, path, hint)
+    ranges: dict[str, Any] = {name: tuple(synthesis[name]) for name in ("nuclei", "radius") if name in synthesis}
     return SynthesisSettings(**{**synthesis, **ranges}), training
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    import warnings
-
-    from pipeline.allocator import keep_freed_memory
-    from pipeline.cores import available_cores
     from pipeline.gpus import borrow
 
     settings, training = read_sections(args.config_json)
     device = args.device or settings.device
     with borrow(device, 1):
-        keep_freed_memory()
-        import lightning.pytorch  # noqa: F401  (which sets the levels of its loggers)
-        import torch
-
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
-        torch.set_num_threads(args.threads or available_cores())
+        prepare_process(args.threads)
         deadline = Deadline(args.max_minutes or settings.max_minutes)
         record = synthesize(settings, training, args.work, args.out, DEVICES[device], deadline)
     log.info("%s: %d fields with %d nuclei; look at sheet.png", args.out, record["fields"], record["nuclei"])
