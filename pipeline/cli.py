@@ -47,6 +47,7 @@ STAGES = {
     "export": Command("pipeline.export", "write the nuclei as GeoJSON for QuPath"),
     "summary": Command("pipeline.summary", "metrics and overview picture of a slide"),
     "labels": Command("pipeline.label_export", "write the nuclei as a label map, where export.labels is set"),
+    "classify": Command("pipeline.classify", "tell classes of nuclei apart, where a classifier is set"),
     "cohort": Command("pipeline.cohort", "tables and report of all slides, and what failed"),
 }
 TOOLS = {
@@ -58,6 +59,7 @@ TOOLS = {
     "synthesize": Command("pipeline.training.synthesis", "paint fields of H&E around random nuclei, to train on"),
     "train": Command("pipeline.training.command", "train a network and pack it as a model"),
     "ensemble": Command("pipeline.training.ensemble", "join trained models as one: the mean of their maps"),
+    "classifier": Command("pipeline.training.classifier", "learn to tell classes of nuclei from some named in QuPath"),
     "networks": Command("pipeline.networks.command", "list the networks: size, cost, heads, source"),
     "training-summary": Command(
         "pipeline.training.command",

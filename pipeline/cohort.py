@@ -59,7 +59,7 @@ class Cohort:
     hashes: dict[str, str | None] = field(default_factory=dict)
 
 
-def gather(results: Path, slides: Path) -> Cohort:
+def gather(results: Path, slides: Path, classified: bool = False) -> Cohort:
     """Read the last manifest of every slide of a run.
 
     Parameters
@@ -68,6 +68,8 @@ def gather(results: Path, slides: Path) -> Cohort:
         The results folder.
     slides : pathlib.Path
         The run's slide table.
+    classified : bool
+        Whether the classes are those of the stage ``classify``; a slide that it has not come to is not finished.
 
     Raises
     ------
@@ -86,11 +88,14 @@ def gather(results: Path, slides: Path) -> Cohort:
         if failure is not None:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
             cohort.failed.append({"slide": entry.name} | record)
-        elif not paths.metrics.exists():
+        elif not paths.metrics.exists() or (classified and not paths.classify.exists()):
             cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
             more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            if classified:
+                kinds = read_manifest(paths.classify)
+                more |= {name: kinds[name] for name in ("composition", "classifier")}
             twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
             if twin != entry.name:
                 warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
@@ -211,7 +216,9 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: Path | None) -> dict[str, Any]:
+def run_manifest(
+    cohort: Cohort, results: Path, *, settings: dict[str, Any] | None, model: Path | None
+) -> dict[str, Any]:
     """Provenance of a run: versions, settings, model card, slides with their hashes.
 
     Parameters
@@ -220,8 +227,8 @@ def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: P
         The run.
     results : pathlib.Path
         The results folder.
-    config : pathlib.Path or None
-        The settings as JSON.
+    settings : dict or None
+        The settings.
     model : pathlib.Path or None
         Folder of the model package; without it, the model is told by name and hash as the slides know it.
     """
@@ -243,8 +250,9 @@ def run_manifest(cohort: Cohort, results: Path, *, config: Path | None, model: P
         "results": os.path.abspath(results),
         "versions": provenance.versions(),
         "git": provenance.git_state(),
-        "config": None if config is None else _read_json(config, "settings"),
+        "config": settings,
         "model": card,
+        "classifier": next((row["classifier"] for row in cohort.good if "classifier" in row), None),
         "slides": [
             {
                 "slide": entry.name,
@@ -284,7 +292,9 @@ def run_cohort(
         The run's slide table.
     tsv, parquet, failed, report, manifest : pathlib.Path
         ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
-    config, model : pathlib.Path or None
+    config : pathlib.Path or None
+        The settings as JSON.
+    model : pathlib.Path or None
         See `run_manifest`.
 
     Returns
@@ -296,9 +306,11 @@ def run_cohort(
 
     from pipeline.report import write_report
 
-    cohort = gather(results, slides)
+    settings = None if config is None else _read_json(config, "settings")
+    classifier = (settings or {}).get("classifier")
+    cohort = gather(results, slides, classifier is not None)
     table = cohort_table(cohort)
-    record = run_manifest(cohort, results, config=config, model=model)
+    record = run_manifest(cohort, results, settings=settings, model=model)
     finals = [tsv, parquet, failed, report, manifest]
     layout = RunLayout(results)
     for path in finals:

@@ -52,6 +52,9 @@ MEASUREMENTS = {
 }
 """Columns of the table and what they are called in QuPath, in this order."""
 
+SHOWN = MEASUREMENTS | {"class_probability": "Class probability"}
+"""The same with those that only some tables have."""
+
 BATCH_ROWS = 8192
 """Nuclei made into text at once, some 6 MB."""
 
@@ -144,7 +147,7 @@ def features(
     coordinates = np.round(points - origin, DIGITS)
     rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts.tolist())]
 
-    columns = {key: name for key, name in MEASUREMENTS.items() if key in batch.schema.names}
+    columns = {key: name for key, name in SHOWN.items() if key in batch.schema.names}
     names = list(columns.values())
     values = np.empty((batch.num_rows, len(names)))
     for index, key in enumerate(columns):
@@ -274,7 +277,7 @@ def write_geojson(source: Path, target: Path, slide: str, *, origin: tuple[int, 
     with open_nuclei(source) as file:
         schema = file.schema_arrow
     known = classifications(about_nuclei(schema).get("classes") or [])
-    columns = [name for name in ("id", "geometry", "class", *MEASUREMENTS) if name in schema.names]
+    columns = [name for name in ("id", "geometry", "class", *SHOWN) if name in schema.names]
     count = 0
     with target.open("wb") as stream, GzipWriter(stream, workers=workers) as out:
         about = b'"%s":[%d,%d],' % (ORIGIN.encode(), *origin) if any(origin) else b""

@@ -11,7 +11,7 @@ from pathlib import Path
 STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
 """Per-slide stages in the order in which they run."""
 
-OPTIONAL_STAGES = ("labels",)
+OPTIONAL_STAGES = ("labels", "classify")
 """Further ones, which run where the settings ask for them. Nothing waits for them."""
 
 
@@ -66,6 +66,10 @@ class SlideLayout:
     nuclei_geojson = _File("nuclei.geojson.gz")
     labels = _File("labels.json")
     labels_zarr = _File("nuclei.ome.zarr")
+    classify = _File("classify.json")
+    classified = _File("classified.parquet")
+    classified_geojson = _File("classified.geojson.gz")
+    classified_png = _File("classified.png")
     metrics = _File("metrics.json")
     overview = _File("overview.png")
 

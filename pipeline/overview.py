@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,12 +24,19 @@ from pipeline.slides.regions import shrink
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from shapely.geometry.base import BaseGeometry
 
 THUMBNAIL_SIDE = 1300
 """Most pixels of the thumbnail's longest side; half of them are as many as it has on the picture."""
 
 CROP_UM = 128.0
 """Side of a crop in µm."""
+
+CLASSES_SHOWN = 14
+"""Classes that have a bar on the picture of classes."""
+
+DOT_UM = 8.0
+"""Least side of a square on the map of classes in µm."""
 
 MARGIN, MAP_WIDTH, CROP_WIDTH = 0.45, 5.85, (13 - 2 * 0.45 - 2 * 0.4) / 3
 """Inches, on a figure 13 inches wide."""
@@ -353,6 +361,15 @@ def draw(
     legend : sequence of tuple
         Names and colours of the classes; shown when there are several.
     """
+    # As high as the slide's shape asks for: a wide slide leaves no gap below it.
+    tall = min(5.2, max(1.8, MAP_WIDTH * tiles.grid.height / tiles.grid.width))
+    with _picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
+        _draw(figure, tall, slide, facts, tiles, rings, centroids, regions, contours, legend)
+
+
+@contextmanager
+def _picture(path: Path, high: float) -> Iterator[Figure]:
+    """A figure to draw on, 13 inches wide, which is written as a PNG afterwards."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -360,13 +377,130 @@ def draw(
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that are not there are no news
     with rc_context({"font.family": FONTS, "axes.unicode_minus": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names come in all scripts
-        # As high as the slide's shape asks for: a wide slide leaves no gap below it.
-        tall = min(5.2, max(1.8, MAP_WIDTH * tiles.grid.height / tiles.grid.width))
-        figure = Figure(figsize=(13, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5), dpi=110, facecolor="white")
+        figure = Figure(figsize=(13, high), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, tall, slide, facts, tiles, rings, centroids, regions, contours, legend)
+        yield figure
         compression = {"compress_level": PNG_LEVEL}
         figure.savefig(path, format="png", metadata={"Software": None}, pil_kwargs=compression)
+
+
+def class_map(
+    centroids: npt.NDArray[np.float64],
+    kinds: npt.NDArray[np.int64],
+    colours: Sequence[Sequence[int]],
+    grid: Grid,
+    side: int = THUMBNAIL_SIDE,
+) -> tuple[npt.NDArray[np.uint8], float]:
+    """Classes of nuclei as a picture: each pixel has the colour of the class that most nuclei in it are of.
+
+    Parameters
+    ----------
+    centroids : numpy.ndarray of float64, shape (n, 2)
+        Centroids in grid pixels, x first.
+    kinds : numpy.ndarray of int64, shape (n,)
+        Class of each.
+    colours : sequence of (int, int, int)
+        RGB of each class.
+    grid : Grid
+        The slide's grid.
+    side : int
+        Most pixels of the picture's longest side.
+
+    Returns
+    -------
+    image : numpy.ndarray of uint8, shape (rows, columns, 3)
+        White where there is no nucleus; of two classes that are as common, the first.
+    bin_pixels : float
+        Grid pixels a pixel: at least `DOT_UM`, as large as a nucleus.
+    """
+    size = max(DOT_UM / grid.mpp, max(grid.width, grid.height) / side)
+    rows, cols = math.ceil(grid.height / size), math.ceil(grid.width / size)
+    place = np.minimum((centroids / size).astype(np.int64), (cols - 1, rows - 1))
+    flat = place[:, 1] * cols + place[:, 0]
+    most, image = np.zeros(rows * cols, np.int64), np.full((rows * cols, 3), 255, np.uint8)
+    for kind, colour in enumerate(colours):
+        count = np.bincount(flat[kinds == kind], minlength=rows * cols)
+        image[count > most] = colour
+        most = np.maximum(most, count)
+    return image.reshape(rows, cols, 3), size
+
+
+def draw_classes(
+    path: Path,
+    *,
+    slide: str,
+    grid: Grid,
+    tissue: Sequence[BaseGeometry],
+    centroids: npt.NDArray[np.float64],
+    kinds: npt.NDArray[np.int64],
+    composition: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Draw where the classes of nuclei are, and how many there are of each.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        PNG to write.
+    slide : str
+        Name of the slide, shown as it is.
+    grid : Grid
+        The slide's grid.
+    tissue : sequence of shapely.Polygon
+        The tissue, level-0 pixels.
+    centroids, kinds
+        See `class_map`.
+    composition : mapping
+        ``count``, ``share``, ``per_mm2`` and ``color`` of each class by its name, in the order of `kinds`.
+    """
+    import shapely
+    from matplotlib.collections import LineCollection
+
+    rings = [shapely.get_coordinates(ring) / (grid.scale_x, grid.scale_y) for ring in shapely.get_rings(tissue)]
+    image, size = class_map(centroids, kinds, [item["color"] for item in composition.values()], grid)
+    tall = min(7.0, max(1.8, 8.3 * grid.height / grid.width))
+    wide = min(8.3, max(3.2, tall * grid.width / grid.height))  # the bars stand beside the map, however narrow it is
+    with _picture(path, 1.3 + max(tall, 0.42 * min(len(composition), CLASSES_SHOWN)) + 0.4) as figure:
+        _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
+        count = sum(item["count"] for item in composition.values())
+        note = f"{count:,} nuclei by class"
+        _text(figure, MARGIN, 0.72, note, fontsize=10.5, color=MUTED, va="center")
+        axes = _panel(figure, (MARGIN, 1.3, wide, tall), "Where they are", f"squares of {size * grid.mpp:.0f} µm")
+        extent = (0, image.shape[1] * size, image.shape[0] * size, 0)
+        axes.imshow(image, extent=extent, interpolation="nearest")
+        axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
+        axes.set_xlim(0, grid.width)
+        axes.set_ylim(grid.height, 0)
+        _scale_bar(axes, grid.mpp)
+        _draw_composition(figure, (MARGIN + wide + 0.45, 1.3), composition)
+
+
+def _draw_composition(
+    figure: Figure, corner: tuple[float, float], composition: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A bar for each class, the commonest first."""
+    from matplotlib.patches import Rectangle
+
+    left, top = corner
+    wide, high = figure.get_size_inches()
+    length = 3.35
+    ordered = sorted(composition.items(), key=lambda item: -item[1]["count"])
+    most = max((item["count"] for _, item in ordered), default=0)
+    _text(figure, left, top - 0.08, "How many", fontsize=10.5, fontweight="bold", color=INK, va="bottom")
+    _text(figure, left + length, top - 0.08, "share, nuclei/mm²", fontsize=9, color=MUTED, va="bottom", ha="right")
+    for number, (name, item) in enumerate(ordered[:CLASSES_SHOWN]):
+        y = top + 0.42 * number + 0.1
+        shown = [f"{item['count']:,}"]
+        shown += [f"{100 * item['share']:.1f} %"] if item["share"] is not None else []
+        shown += [f"{item['per_mm2']:,.0f}"] if item["per_mm2"] is not None else []
+        _text(figure, left, y, shorten(name, 28), fontsize=9, color=INK, va="center")
+        _text(figure, left + length, y, "   ".join(shown), fontsize=9, color=MUTED, va="center", ha="right")
+        bar = length * item["count"] / max(most, 1)
+        place = (left / wide, 1 - (y + 0.22) / high)
+        colour = _hex(item["color"])
+        figure.add_artist(Rectangle(place, bar / wide, 0.1 / high, fc=colour, ec="none", transform=figure.transFigure))
+    if len(ordered) > CLASSES_SHOWN:
+        note = f"and {len(ordered) - CLASSES_SHOWN} more classes"
+        _text(figure, left, top + 0.42 * CLASSES_SHOWN + 0.1, note, fontsize=9, color=MUTED, va="center")
 
 
 def _draw(

@@ -263,3 +263,52 @@ def check_licence(card: dict[str, Any], folder: Path, accepted: Sequence[str]) -
             f"model {str(folder)!r}: its licence is {licence}, the setting licences accepts {', '.join(accepted)}",
             "choose another model, or add its licence if you may use it",
         )
+
+
+CLASSIFIER = "nucleus classifier"
+"""What a classifier's file says it is."""
+
+
+def read_classifier(path: Path) -> dict[str, Any]:
+    """A classifier's file as it is written; see `pipeline.classifier`.
+
+    Raises
+    ------
+    PipelineError
+        When it is missing or no such file; one line.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"classifier {str(path)!r} is missing", "make one: python -m pipeline classifier") from None
+    except OSError as error:
+        raise PipelineError(f"classifier {str(path)!r}: cannot read it: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != CLASSIFIER:
+        raise PipelineError(f"{str(path)!r} is no classifier", "make one: python -m pipeline classifier")
+    return found
+
+
+def check_classifier(path: Path, card: dict[str, Any]) -> None:
+    """Refuse a classifier that knows another model's nuclei.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The classifier.
+    card : dict
+        The model's card.
+
+    Raises
+    ------
+    PipelineError
+        When it is missing, none, or of another model; one line.
+    """
+    model = read_classifier(path).get("model")
+    if not isinstance(model, dict) or model.get("sha256") != card["sha256"]:
+        name = model.get("name") if isinstance(model, dict) else None
+        raise PipelineError(
+            f"classifier {str(path)!r} was made with nuclei of another model ({name!r}) than {card.get('name')!r} is",
+            "run the slides that were annotated with this model, and make it anew: python -m pipeline classifier",
+        )

@@ -43,6 +43,7 @@ rule cohort:
         settings=rules.settings.output.settings,
         model=MODEL_CARD,
         metrics=each_slide("metrics", "overview"),
+        classes=each_slide("classify") if config["classifier"] is not None else [],
     output:
         tsv=whole(RUN.cohort_tsv),
         parquet=whole(RUN.cohort_parquet),

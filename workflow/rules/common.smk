@@ -20,6 +20,7 @@ from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
 from pipeline.settings import (
+    check_classifier,
     check_folder,
     check_licence,
     check_model,
@@ -82,6 +83,8 @@ try:
         CARD = check_model(MODEL)
         check_licence(CARD, MODEL, config["licences"])
         check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
+        if config["classifier"] is not None:
+            check_classifier(Path(config["classifier"]), CARD)
 except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
         stop(error)

@@ -278,6 +278,12 @@ def card_digest():
     return file_sha256(Path(MODEL_CARD))
 
 
+def classifier_digest():
+    """SHA-256 of the classifier, None where none is set: a copy often keeps its date."""
+    path = config["classifier"]
+    return file_sha256(Path(path)) if path is not None and Path(path).is_file() else None
+
+
 def as_json(value):
     """Settings as one line of JSON."""
     return json.dumps(value, sort_keys=True)

@@ -295,6 +295,45 @@ rule labels:
         "> {log:q} 2>&1"
 
 
+# Only with a classifier.
+rule classify:
+    input:
+        inspect=rules.inspect.output.manifest,
+        tissue=rules.tissue.output.manifest,
+        geojson=rules.tissue.output.geojson,
+        measure=rules.measure.output.manifest,
+        nuclei=rules.measure.output.nuclei,
+        classifier=config["classifier"] or [],
+    output:
+        manifest=whole(ONE.classify),
+        parquet=whole(ONE.classified),
+        geojson=whole(ONE.classified_geojson),
+        png=report(
+            whole(ONE.classified_png), caption="../report/classified.rst", category="Classes", labels={"slide": "{slide}"}
+        ),
+    log:
+        str(RUN.log("classify", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("classify", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: threads_of(2)
+    resources:
+        mem_mb=megabytes(2000, 400),
+        runtime=minutes(20, 20),
+    params:
+        slide=slide_name,
+        origin=config["export"]["origin"],
+        digest=classifier_digest(),
+    shell:
+        "python -m pipeline classify --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--workers={threads} --inspect={input.inspect:q} --tissue={input.tissue:q} --tissue-geojson={input.geojson:q} "
+        "--measure={input.measure:q} --nuclei={input.nuclei:q} --classifier={input.classifier:q} "
+        "--origin={params.origin} "
+        "--out={output.manifest:q} --parquet={output.parquet:q} --geojson={output.geojson:q} --png={output.png:q} "
+        "> {log:q} 2>&1"
+
+
 rule summary:
     input:
         inspect=rules.inspect.output.manifest,

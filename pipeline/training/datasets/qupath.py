@@ -61,7 +61,7 @@ class _Objects:
     dropped: int = 0
 
 
-def _polygon(geometry: Any) -> Any:
+def polygon(geometry: Any) -> Any:
     """A geometry as its valid polygons; None when it encloses nothing."""
     import shapely
 
@@ -90,7 +90,7 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
                 continue
             name = next(iter(class_names(feature)), "")
             outline = nucleus_geometry(feature)
-            shape = None if outline is None else _polygon(outline)
+            shape = None if outline is None else polygon(outline)
             if kind == "region":
                 if shape is None:
                     title = (feature.get("properties") or {}).get("name") or name
@@ -111,7 +111,7 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
     return found
 
 
-def _exports(root: Path) -> dict[str, Path]:
+def exports(root: Path) -> dict[str, Path]:
     folder = next((f for f in (root / "annotations", root / "geojson") if f.is_dir()), root)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -150,8 +150,8 @@ def qupath(source: Source) -> list[Lazy]:
     slides = _slides(source)
     by_name = {name: entry for entry in slides for name in (entry.name, entry.path.name)}
     objects: dict[str, tuple[SlideEntry, _Objects]] = {}
-    exports: dict[str, Path] = {}
-    for name, path in _exports(source.path).items():
+    used: dict[str, Path] = {}
+    for name, path in exports(source.path).items():
         if name not in by_name:
             more = ", ..." if len(slides.entries) > 3 else ""
             raise PipelineError(
@@ -159,7 +159,7 @@ def qupath(source: Source) -> list[Lazy]:
                 "name the export as the slide, capitals included",
             )
         entry = by_name[name]
-        if (first := exports.setdefault(entry.name, path)) != path:
+        if (first := used.setdefault(entry.name, path)) != path:
             raise PipelineError(f"{first} and {path} are of one slide, {entry.name}", "keep one of them")
         objects[entry.name] = (entry, _read(path, starts))
     classes = _classes(source, [name for _, one in objects.values() for name in one.names])

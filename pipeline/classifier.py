@@ -1,0 +1,154 @@
+"""Classifiers: a file of numbers that tells classes of nuclei apart by what was measured of them.
+
+A network's classes come with the network. A classifier is learned from nuclei that somebody named on a few slides,
+after the network has found them (`pipeline.training.classifier`), and the stage ``classify`` applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.kernels import classify as kernel
+from pipeline.models.package import NucleusClass
+from pipeline.settings import CLASSIFIER, file_sha256, read_classifier
+from pipeline.stage import whole_files, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """What tells classes of nuclei apart.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    classes : tuple of NucleusClass
+        Names and colours.
+    model : dict
+        ``name`` and ``sha256`` of the model whose nuclei it knows.
+    mean, spread : numpy.ndarray
+        Of the features, float64 ``(f,)``.
+    weights : numpy.ndarray
+        float64 ``(t, classes)``; see `pipeline.kernels.classify.design`.
+    data : tuple of dict
+        What it was learned from: ``slide`` and ``nuclei``, how many of each class.
+    scores : dict
+        How well it does on nuclei that were left out, and how they were.
+    sha256 : str
+        Hash of its file, empty as long as there is none.
+    """
+
+    name: str
+    classes: tuple[NucleusClass, ...]
+    model: dict[str, str]
+    mean: np.ndarray
+    spread: np.ndarray
+    weights: np.ndarray
+    data: tuple[dict[str, Any], ...] = ()
+    scores: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        features = len(kernel.FEATURES)
+        if not 2 <= len(self.classes) <= 255:
+            raise ValueError(f"a classifier has 2 to 255 classes, got {len(self.classes)}")
+        if len({one.name for one in self.classes}) < len(self.classes):
+            raise ValueError("two classes have the same name")
+        terms = 1 + features + features * (features + 1) // 2
+        for name, shape in (("mean", (features,)), ("spread", (features,)), ("weights", (terms, len(self.classes)))):
+            values = getattr(self, name)
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ValueError(f"{name} must be {shape} numbers, got {values.shape}")
+        if not (self.spread > 0).all():
+            raise ValueError("spread must be above 0")
+
+    @classmethod
+    def load(cls, path: Path) -> Classifier:
+        """Read a file.
+
+        Raises
+        ------
+        PipelineError
+            When it is missing, damaged, or of features that are others now.
+        """
+        found = read_classifier(path)
+        try:
+            if tuple(found["features"]) != kernel.FEATURES:
+                raise PipelineError(
+                    f"classifier {str(path)!r} is of another version of the pipeline, whose features were others",
+                    "make it anew: python -m pipeline classifier",
+                )
+            return cls(
+                name=str(found["name"]),
+                classes=tuple(NucleusClass(str(one["name"]), tuple(one["color"])) for one in found["classes"]),
+                model=dict(found["model"]),
+                mean=np.array(found["mean"], np.float64),
+                spread=np.array(found["spread"], np.float64),
+                weights=np.array(found["weights"], np.float64),
+                data=tuple(found["data"]),
+                scores=dict(found["scores"]),
+                sha256=file_sha256(path),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PipelineError(
+                f"classifier {str(path)!r} is damaged: {error}", "make it anew: python -m pipeline classifier"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Write a file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_files(path) as (staged,):
+            write_json(staged, {
+                "kind": CLASSIFIER,
+                "name": self.name,
+                "classes": [{"name": one.name, "color": list(one.color)} for one in self.classes],
+                "model": self.model,
+                "scores": self.scores,
+                "data": list(self.data),
+                "features": list(kernel.FEATURES),
+                "mean": self.mean.tolist(),
+                "spread": self.spread.tolist(),
+                "weights": self.weights.tolist(),
+            })  # fmt: skip
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Probability of each class, float64 ``(n, classes)``, from `pipeline.kernels.classify.features`."""
+        return kernel.probabilities(kernel.design(features, self.mean, self.spread), self.weights)
+
+
+class Measured:
+    """What was measured of a slide's nuclei, and where each lies.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        ``centroid_x``, ``centroid_y`` and `pipeline.kernels.classify.COLUMNS` of ``nuclei.parquet``.
+    """
+
+    COLUMNS = ("centroid_x", "centroid_y", *kernel.COLUMNS)
+
+    def __init__(self, table: pa.Table) -> None:
+        from scipy.spatial import cKDTree
+
+        from pipeline.nuclei import grid_of
+
+        grid = grid_of(table)
+        um = np.array([grid.mpp / grid.scale_x, grid.mpp / grid.scale_y])
+        self.columns = {name: table[name].to_numpy() for name in kernel.COLUMNS}
+        self.points = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"]) * um
+        self.tree = cKDTree(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def features(self, rows: np.ndarray) -> np.ndarray:
+        """Features of some nuclei, float64 ``(m, f)``."""
+        return kernel.features(self.columns, rows, *kernel.nearest(self.points, rows, self.tree))

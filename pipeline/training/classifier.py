@@ -1,0 +1,466 @@
+"""``python -m pipeline classifier``: classes of nuclei, learned from some that were named on finished slides.
+
+Named in QuPath: a detection or a point is one nucleus, an area is all nuclei in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.classifier import Classifier, Measured
+from pipeline.errors import PipelineError
+from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
+from pipeline.kernels import classify as kernel
+from pipeline.layout import RunLayout
+from pipeline.models.package import NucleusClass
+from pipeline.training.annotations import MAX_COORDINATE
+from pipeline.training.datasets.qupath import UNTYPED, exports, polygon
+
+log = logging.getLogger(__name__)
+
+LEAST = 10
+"""Nuclei that each class needs."""
+
+FOLDS = 5
+SQUARE_UM = 250.0
+"""Side of the squares that are left out together, in µm: nuclei that lie side by side are alike."""
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+NEAR_UM = 3.0
+"""How far beside a nucleus a point may lie."""
+
+PALETTE = (
+    (200, 30, 60), (46, 110, 190), (60, 160, 70), (235, 150, 30), (140, 80, 170), (30, 160, 170), (230, 90, 160),
+    (130, 130, 40),
+)  # fmt: skip
+"""Colours of classes that QuPath gave none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """Nuclei of a slide that somebody named.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    names : tuple of str
+        Class of each.
+    features : numpy.ndarray
+        Theirs, float64 ``(n, f)``; see `pipeline.kernels.classify.features`.
+    points : numpy.ndarray
+        Their centroids in µm, float64 ``(n, 2)``.
+    """
+
+    slide: str
+    names: tuple[str, ...]
+    features: np.ndarray
+    points: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """Geometries of an export, level-0 pixels, and their classes: areas or outlines, and points."""
+
+    shapes: tuple[Any, ...]
+    shape_names: tuple[str, ...]
+    points: np.ndarray
+    point_names: tuple[str, ...]
+
+
+def read_objects(path: Path, colours: dict[str, tuple[int, int, int]]) -> _Objects:
+    """Read the objects of an export that have a class.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        GeoJSON of QuPath.
+    colours : dict
+        Gets the colour of each class.
+
+    Raises
+    ------
+    PipelineError
+        When it is no such file.
+    """
+    value = read_geojson(path)
+    shapes, shape_names, points, point_names = [], [], [], []
+    try:
+        origin = np.array(stated_origin(value))
+        for feature in iter_features(value):
+            names = class_names(feature)
+            if role(feature) != "nucleus" or not names or names[0] == UNTYPED:
+                continue
+            geometry = nucleus_geometry(feature)
+            if geometry is None:
+                continue
+            if geometry["type"] in ("Point", "MultiPoint"):
+                found = np.atleast_2d(np.array(geometry["coordinates"], np.float64))[:, :2] + origin
+                if not (np.abs(found) < MAX_COORDINATE).all():
+                    raise ValueError("a point lies nowhere")
+                points.append(found)
+                point_names += [names[0]] * len(found)
+            elif (shape := polygon(geometry)) is not None:
+                shapes.append(_moved(shape, origin))
+                shape_names.append(names[0])
+            else:
+                continue
+            kind = (feature.get("properties") or {})["classification"]
+            colour = kind.get("color") if isinstance(kind, dict) else None
+            if colour is not None and len(names) == 1:
+                red, green, blue = (int(part) for part in colour)
+                colours.setdefault(names[0], (red, green, blue))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PipelineError(
+            f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
+            "export objects as GeoJSON (File, Export objects)",
+        ) from None
+    where = np.concatenate([np.empty((0, 2)), *points])
+    return _Objects(tuple(shapes), tuple(shape_names), where, tuple(point_names))
+
+
+def _moved(shape: Any, by: np.ndarray) -> Any:
+    import shapely
+
+    return shapely.transform(shape, lambda points: points + by) if by.any() else shape
+
+
+def named_rows(nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: float) -> tuple[dict[int, str], list[int]]:
+    """Which nuclei the objects name.
+
+    Parameters
+    ----------
+    nuclei : pathlib.Path
+        ``nuclei.parquet``.
+    centroids : numpy.ndarray
+        Theirs, level-0 pixels, float64 ``(n, 2)``.
+    objects : _Objects
+        The objects.
+    mpp : float
+        µm per level-0 pixel.
+
+    Returns
+    -------
+    names : dict of int to str
+        Class by row. An area names the nuclei whose centroid it holds; a smaller object comes before a larger one, and
+        a point before all: it names the nucleus that it lies in, or one within `NEAR_UM`.
+    lost : list of int
+        How many shapes, and how many points, name no nucleus.
+    """
+    import shapely
+
+    names: dict[int, str] = {}
+    marks = [shapely.Point(point) for point in objects.points]
+    mark_names = list(objects.point_names)
+    lost_shapes = 0
+    if objects.shapes:
+        shapes = np.array(objects.shapes, object)
+        tree = shapely.STRtree(shapely.points(centroids))
+        which, rows = tree.query(shapes, predicate="contains")
+        held = np.split(rows, np.searchsorted(which, np.arange(1, len(shapes))))
+        for number in np.argsort(-shapely.area(shapes), kind="stable").tolist():
+            if len(held[number]):
+                names |= dict.fromkeys(held[number].tolist(), objects.shape_names[number])
+            else:  # an outline with its centroid outside, or of another run: the nucleus in its middle
+                marks.append(shapely.point_on_surface(shapes[number]))
+                mark_names.append(objects.shape_names[number])
+    found = _at(nuclei, centroids, np.array(marks, object), mpp) if marks else np.empty(0, np.int64)
+    points = len(objects.points)
+    lost_shapes = int((found[points:] < 0).sum())
+    for row, name in zip(found[points:].tolist(), mark_names[points:], strict=True):
+        if row >= 0:
+            names.setdefault(row, name)
+    for row, name in zip(found[:points].tolist(), mark_names[:points], strict=True):
+        if row >= 0:
+            names[row] = name
+    return names, [lost_shapes, int((found[:points] < 0).sum())]
+
+
+def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> np.ndarray:
+    """Row of the nucleus nearest to each point, -1 where none is within `NEAR_UM`."""
+    import pyarrow as pa
+    import shapely
+
+    from pipeline.nuclei import open_nuclei
+
+    if not len(centroids):
+        return np.full(len(marks), -1)
+    reach = 30 / mpp  # no nucleus reaches farther from its centroid
+    near = shapely.STRtree(shapely.points(centroids)).query(shapely.buffer(marks, reach), predicate="contains")
+    rows = np.unique(near[1])
+    outlines: list[Any] = []
+    start = 0
+    with open_nuclei(nuclei) as file:
+        for batch in file.iter_batches(columns=["geometry"]):
+            here = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
+            outlines += batch.column("geometry").take(pa.array(here)).to_pylist()
+            start += batch.num_rows
+    if not outlines:
+        return np.full(len(marks), -1)
+    tree = shapely.STRtree(shapely.from_wkb(outlines))
+    result = np.full(len(marks), -1)
+    found, nearest = tree.query_nearest(marks, max_distance=NEAR_UM / mpp, all_matches=False)
+    result[found] = rows[nearest]
+    return result
+
+
+def gather(results: Path, annotations: Path) -> tuple[list[Named], dict[str, str], dict[str, tuple[int, int, int]]]:
+    """Read all nuclei that were named.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        Results folder of a run that holds the slides.
+    annotations : pathlib.Path
+        Folder with an export for each slide that was worked on, named as the slide.
+
+    Returns
+    -------
+    named : list of Named
+        A slide each.
+    model : dict
+        ``name`` and ``sha256`` of the model that found the nuclei.
+    colours : dict
+        By class, where QuPath gave one.
+
+    Raises
+    ------
+    PipelineError
+        When a slide has no results, or two slides are of different models.
+    """
+    from pipeline.nuclei import about_nuclei, grid_of, open_nuclei
+
+    layout = RunLayout(results)
+    colours: dict[str, tuple[int, int, int]] = {}
+    named: list[Named] = []
+    model: dict[str, str] = {}
+    for slide, path in exports(annotations).items():
+        nuclei = layout.slide(slide).nuclei
+        if not nuclei.is_file():
+            raise PipelineError(
+                f"{path.name}: {results} has no nuclei of a slide {slide!r}",
+                "name the export as the slide in the run, capitals included, and run the slide first",
+            )
+        objects = read_objects(path, colours)
+        with open_nuclei(nuclei) as file:
+            table = file.read(columns=list(Measured.COLUMNS))
+        here = about_nuclei(table.schema)["model"]
+        if model and here["sha256"] != model["sha256"]:
+            raise PipelineError(f"slide {slide!r} was run with another model than those before it", "run all with one")
+        model = {"name": str(here["name"]), "sha256": str(here["sha256"])}
+        measured, grid = Measured(table), grid_of(table)
+        mpp = grid.mpp / np.sqrt(grid.scale_x * grid.scale_y)
+        centroids = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"])
+        names, (shapes, points) = named_rows(nuclei, centroids, objects, float(mpp))
+        for lost, what in ((shapes, "outlines"), (points, "points")):
+            if lost:
+                log.warning("%s: %d %s lie on no nucleus that was found, and are left out", slide, lost, what)
+        rows = np.array(sorted(names), np.int64)
+        if not len(rows):
+            log.warning("%s: the export names no nucleus", slide)
+            continue
+        kinds = tuple(names[row] for row in rows.tolist())
+        named.append(Named(slide, kinds, measured.features(rows), measured.points[rows]))
+        told = ", ".join(f"{name} {count}" for name, count in sorted(Counter(kinds).items()))
+        log.info("%s: %s", slide, told)
+    return named, model, colours
+
+
+def _groups(named: Sequence[Named]) -> tuple[np.ndarray, str]:
+    """A group of each nucleus, int64 ``(n,)``, that is left out as one, and what the groups are."""
+    if len(named) >= 3:
+        return np.repeat(np.arange(len(named)), [len(one.names) for one in named]), "slides"
+    squares = np.concatenate(
+        [
+            np.column_stack([np.full(len(one.points), number), np.floor(one.points / SQUARE_UM)])
+            for number, one in enumerate(named)
+        ]
+    )
+    return np.unique(squares, axis=0, return_inverse=True)[1].ravel(), f"squares of {SQUARE_UM:.0f} µm"
+
+
+def folds_of(groups: np.ndarray, kinds: np.ndarray) -> np.ndarray | None:
+    """Spread groups over folds.
+
+    Parameters
+    ----------
+    groups, kinds : numpy.ndarray
+        Group and class of each nucleus, int64 ``(n,)``.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        Fold of each nucleus, the largest group first, each to the fold with the fewest nuclei. None where a fold would
+        leave a class without a nucleus to learn from.
+    """
+    count = np.bincount(groups)
+    folds = min(FOLDS, len(count))
+    filled, fold_of = np.zeros(folds, np.int64), np.empty(len(count), np.int64)
+    for group in np.argsort(-count, kind="stable").tolist():
+        fold_of[group] = filled.argmin()
+        filled[fold_of[group]] += count[group]
+    fold = fold_of[groups]
+    classes = len(np.unique(kinds))
+    enough = folds > 1 and all(len(np.unique(kinds[fold != one])) == classes for one in range(folds))
+    return fold if enough else None
+
+
+def learn(matrix: np.ndarray, kinds: np.ndarray, classes: int, fold: np.ndarray) -> tuple[float, np.ndarray]:
+    """Choose the penalty by what it is worth on folds that were left out.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray
+        Features, float64 ``(n, f)``.
+    kinds, fold : numpy.ndarray
+        Class and fold of each nucleus, int64 ``(n,)``.
+    classes : int
+        How many classes there are.
+
+    Returns
+    -------
+    penalty : float
+        That with the least log-loss, all classes counting alike.
+    found : numpy.ndarray
+        Probabilities of the classes of each nucleus by the model that did not know its fold, ``(n, classes)``.
+    """
+    share = 1 / np.bincount(kinds)[kinds]
+    best: tuple[float, float, np.ndarray] | None = None
+    for penalty in PENALTIES:
+        found = np.empty((len(kinds), classes))
+        for one in np.unique(fold):
+            known = fold != one
+            scale = kernel.scale_of(matrix[known])
+            weights = kernel.fit_weights(kernel.design(matrix[known], *scale), kinds[known], classes, penalty)
+            found[~known] = kernel.probabilities(kernel.design(matrix[~known], *scale), weights)
+        loss = float(-(share * np.log(np.maximum(found[np.arange(len(kinds)), kinds], 1e-12))).sum())
+        if best is None or loss < best[0]:
+            best = (loss, penalty, found)
+    assert best is not None
+    return best[1], best[2]
+
+
+def scores_of(kinds: np.ndarray, found: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of predictions: ``balanced_accuracy``, ``accuracy``, ``confusion`` (a row a known class), and by class."""
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (kinds, found), 1)
+    right, known, told = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    recall, precision = right / np.maximum(known, 1), right / np.maximum(told, 1)
+    return {
+        "balanced_accuracy": round(float(recall.mean()), 4),
+        "accuracy": round(float(right.sum() / max(known.sum(), 1)), 4),
+        "classes": {
+            name: {"nuclei": int(known[i]), "recall": round(recall[i], 4), "precision": round(precision[i], 4)}
+            for i, name in enumerate(names)
+        },
+        "confusion": confusion.tolist(),
+    }
+
+
+def make_classifier(
+    name: str, named: Sequence[Named], model: Mapping[str, str], colours: Mapping[str, tuple[int, int, int]]
+) -> Classifier:
+    """Learn a classifier, and how good it is.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    named : sequence of Named
+        The nuclei.
+    model : mapping
+        The model that found them.
+    colours : mapping
+        Colours of the classes; the others are given some.
+
+    Raises
+    ------
+    PipelineError
+        When there are fewer than two classes, or too few nuclei of one.
+    """
+    every = [one for slide in named for one in slide.names]
+    count = Counter(every)
+    names = sorted(count)
+    if len(names) < 2:
+        told = f"only {names[0]!r}" if names else "none"
+        raise PipelineError(f"nuclei of two classes are needed, there are {told}", "set classes of nuclei in QuPath")
+    for one in names:
+        if count[one] < LEAST:
+            raise PipelineError(
+                f"class {one!r} has {count[one]} nuclei, at least {LEAST} are needed, some dozens are good",
+                "name more of them, or take the class out",
+            )
+    kinds = np.array([names.index(one) for one in every])
+    matrix = np.concatenate([one.features for one in named])
+    groups, what = _groups(named)
+    fold = folds_of(groups, kinds)
+    if fold is None:
+        what = "nuclei one by one (a class is on one slide, or in one place, alone), which flatters"
+        fold = _one_by_one(kinds)
+    penalty, left_out = learn(matrix, kinds, len(names), fold)
+    scores = scores_of(kinds, left_out.argmax(axis=1), names)
+    scores = {"protocol": f"{len(np.unique(fold))} folds, leaving out {what}", "penalty": penalty} | scores
+    mean, spread = kernel.scale_of(matrix)
+    free = iter([colour for colour in PALETTE if colour not in colours.values()] * len(names))
+    return Classifier(
+        name=name,
+        classes=tuple(NucleusClass(one, colours.get(one) or next(free)) for one in names),
+        model=dict(model),
+        mean=mean,
+        spread=spread,
+        weights=kernel.fit_weights(kernel.design(matrix, mean, spread), kinds, len(names), penalty),
+        data=tuple({"slide": one.slide, "nuclei": dict(sorted(Counter(one.names).items()))} for one in named),
+        scores=scores,
+    )
+
+
+def _one_by_one(kinds: np.ndarray) -> np.ndarray:
+    """Folds with as many of each class."""
+    fold = np.empty(len(kinds), np.int64)
+    for kind in np.unique(kinds):
+        rows = np.flatnonzero(kinds == kind)
+        fold[rows] = np.arange(len(rows)) % FOLDS
+    return fold
+
+
+def table(scores: Mapping[str, Any]) -> Iterator[str]:
+    """The scores as lines of text."""
+    names = list(scores["classes"])
+    width = max(len(name) for name in (*names, "known as"))
+    columns = [max(len(name), 7) for name in names]
+    yield f"left out ({scores['protocol']}): balanced accuracy {scores['balanced_accuracy']:.3f}"
+    head = "  ".join(name.rjust(size) for name, size in zip(names, columns, strict=True))
+    yield f"{'known as'.ljust(width)}  {head}  recall  precision"
+    for (name, one), row in zip(scores["classes"].items(), scores["confusion"], strict=True):
+        cells = "  ".join(str(value).rjust(size) for value, size in zip(row, columns, strict=True))
+        yield f"{name.ljust(width)}  {cells}  {one['recall']:6.3f}  {one['precision']:9.3f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline classifier``."""
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="results folder of a finished run")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, metavar="DIR",
+        help="QuPath's exports of slides on which nuclei were given classes: SLIDE.geojson",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="classifier to write (.json)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline classifier``."""
+    if not args.annotations.is_dir():
+        raise PipelineError(f"--annotations {str(args.annotations)!r} is no folder", "give the folder of the exports")
+    made = make_classifier(args.out.stem, *gather(args.results, args.annotations))
+    made.save(args.out)
+    print("\n".join(table(made.scores)))
+    print(f"written: {args.out}; use it: snakemake --cores 8 --config slides=... results=... classifier={args.out}")
+    return 0
