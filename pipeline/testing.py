@@ -21,6 +21,7 @@ from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass
 from pipeline.settings import file_sha256
 from pipeline.stage import write_json
 
+MODEL = {"name": "default", "sha256": "ab" * 32}
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]
 
 
@@ -73,7 +74,7 @@ def nuclei_table(count: int, width: float, height: float, mpp: float = 0.25, see
 
 def write_nuclei(path: Path, table: pa.Table, grid: Grid, slide: str) -> None:
     """Write `table` as ``nuclei.parquet``."""
-    about = json.dumps({"grid": grid.to_json(), "slide": slide, "classes": CLASSES}).encode()
+    about = json.dumps({"grid": grid.to_json(), "slide": slide, "classes": CLASSES, "model": MODEL}).encode()
     pq.write_table(table.replace_schema_metadata({b"nuclei": about}), path)
 
 
@@ -131,7 +132,7 @@ def write_slide(
         paths.tissue: {"area_mm2": area, "fraction": 0.8, "parts": 1, "method": "otsu"},
         paths.tiles: {"grid": grid.to_json(), "tile": 256, "tiles": 12, "unreadable": [], "unreadable_share": 0.0},
         paths.stain: {"method": "macenko"},
-        paths.maps: {"model": {"name": "default", "sha256": "ab" * 32}, "device": "cpu"},
+        paths.maps: {"model": MODEL, "device": "cpu"},
         paths.instances: {"nuclei": count},
         paths.measure: {"nuclei": count},
         paths.export: {"nuclei": count, "bytes": 1},

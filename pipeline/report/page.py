@@ -226,8 +226,11 @@ def slides_note(failed: int, waiting: int) -> str:
     return ", ".join([*notes, f"{waiting} not finished yet"] if waiting else notes)
 
 
-def _links(root: Path, page: Path) -> list[dict[str, str]]:
-    names = ("overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json")
+def _links(root: Path, page: Path, classified: bool) -> list[dict[str, str]]:
+    names = (
+        "overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json",
+        *(("classified.png", "classified.geojson.gz", "classified.parquet") if classified else ()),
+    )  # fmt: skip
     folder = "/".join(quote(part, safe="") for part in Path(os.path.relpath(root, page)).parts)
     return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
 
@@ -280,13 +283,15 @@ def render(
         One page without references to anything outside but links to the results beside it.
     """
     classes = class_list(rows)
-    limit = min(IMAGE_BYTES_EACH, IMAGE_BYTES // max(1, len(rows)))
+    pictures = len(rows) + sum("classifier" in row for row in rows)
+    limit = min(IMAGE_BYTES_EACH, IMAGE_BYTES // max(1, pictures))
     cards = [
         {
             "row": row,
             "anchor": f"slide-{index}",
             "picture": shrink_picture(folders[row["slide"]] / "overview.png", limit),
-            "links": _links(folders[row["slide"]], page),
+            "classes": shrink_picture(folders[row["slide"]] / "classified.png", limit) if "classifier" in row else None,
+            "links": _links(folders[row["slide"]], page, "classifier" in row),
         }
         for index, row in enumerate(rows)
     ]

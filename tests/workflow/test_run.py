@@ -259,7 +259,7 @@ NO_SLIDE = {
 }
 """Settings that rerun no slide when they are changed."""
 
-OTHERS = {"export.labels"}
+OTHERS = {"export.labels", "classifier"}
 """Settings with a test of their own."""
 
 TRAINING = ("train", "synthesis", "crossval", "compare", "transfer")
