@@ -17,10 +17,13 @@ import numpy as np
 
 from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
-from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
+from pipeline.export import origin_of
+from pipeline.geojson import ORIGIN, class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
 from pipeline.kernels import classify as kernel
 from pipeline.layout import RunLayout
 from pipeline.models.package import NucleusClass
+from pipeline.slide_table import from_table
+from pipeline.stage import stub_text
 from pipeline.training.annotations import MAX_COORDINATE
 from pipeline.training.datasets.qupath import UNTYPED, exports, polygon
 
@@ -77,7 +80,7 @@ class _Objects:
     point_names: tuple[str, ...]
 
 
-def read_objects(path: Path, colours: dict[str, tuple[int, int, int]]) -> _Objects:
+def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: tuple[int, int] = (0, 0)) -> _Objects:
     """Read the objects of an export that have a class.
 
     Parameters
@@ -86,6 +89,8 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]]) -> _Objec
         GeoJSON of QuPath.
     colours : dict
         Gets the colour of each class.
+    origin : tuple of int
+        Level-0 pixel from which it counts, where it does not say so itself.
 
     Raises
     ------
@@ -95,7 +100,9 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]]) -> _Objec
     value = read_geojson(path)
     shapes, shape_names, points, point_names = [], [], [], []
     try:
-        origin = np.array(stated_origin(value))
+        by = np.array(origin, np.float64)
+        if isinstance(value, dict) and ORIGIN in value:
+            by = np.array(stated_origin(value))
         for feature in iter_features(value):
             names = class_names(feature)
             if role(feature) != "nucleus" or not names or names[0] == UNTYPED:
@@ -104,13 +111,13 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]]) -> _Objec
             if geometry is None:
                 continue
             if geometry["type"] in ("Point", "MultiPoint"):
-                found = np.atleast_2d(np.array(geometry["coordinates"], np.float64))[:, :2] + origin
+                found = np.atleast_2d(np.array(geometry["coordinates"], np.float64))[:, :2] + by
                 if not (np.abs(found) < MAX_COORDINATE).all():
                     raise ValueError("a point lies nowhere")
                 points.append(found)
                 point_names += [names[0]] * len(found)
             elif (shape := polygon(geometry)) is not None:
-                shapes.append(_moved(shape, origin))
+                shapes.append(_moved(shape, by))
                 shape_names.append(names[0])
             else:
                 continue
@@ -213,7 +220,9 @@ def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> n
     return result
 
 
-def gather(results: Path, annotations: Path) -> tuple[list[Named], dict[str, str], dict[str, tuple[int, int, int]]]:
+def gather(
+    results: Path, annotations: Path, origin: str = "slide"
+) -> tuple[list[Named], dict[str, str], dict[str, tuple[int, int, int]]]:
     """Read all nuclei that were named.
 
     Parameters
@@ -221,7 +230,9 @@ def gather(results: Path, annotations: Path) -> tuple[list[Named], dict[str, str
     results : pathlib.Path
         Results folder of a run that holds the slides.
     annotations : pathlib.Path
-        Folder with an export for each slide that was worked on, named as the slide.
+        Folder with an export for each slide that was worked on, named as the slide or its file.
+    origin : {"slide", "bounds"}
+        From where the exports count; see `pipeline.export.origin_of`.
 
     Returns
     -------
@@ -243,14 +254,23 @@ def gather(results: Path, annotations: Path) -> tuple[list[Named], dict[str, str
     colours: dict[str, tuple[int, int, int]] = {}
     named: list[Named] = []
     model: dict[str, str] = {}
-    for slide, path in exports(annotations).items():
+    if not layout.slide_table.is_file():
+        raise PipelineError(f"{results} has no {layout.slide_table.name}", "give the results folder of a run")
+    known = {name: entry.name for entry in from_table(layout.slide_table) for name in (entry.path.name, entry.name)}
+    used: dict[str, Path] = {}
+    for name, path in exports(annotations).items():
+        slide = known.get(name, name)
         nuclei = layout.slide(slide).nuclei
         if not nuclei.is_file():
             raise PipelineError(
                 f"{path.name}: {results} has no nuclei of a slide {slide!r}",
                 "name the export as the slide in the run, capitals included, and run the slide first",
             )
-        objects = read_objects(path, colours)
+        if (first := used.setdefault(slide, path)) != path:
+            raise PipelineError(f"{first} and {path} are of one slide, {slide}", "keep one of them")
+        objects = read_objects(path, colours, origin_of(layout.slide(slide).inspect, origin))
+        if text := stub_text(nuclei):
+            raise PipelineError(f"{path.name}: {text}", "mend the slide, or take the export away")
         with open_nuclei(nuclei) as file:
             table = file.read(columns=list(Measured.COLUMNS))
         here = about_nuclei(table.schema)["model"]
@@ -453,13 +473,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="QuPath's exports of slides on which nuclei were given classes: SLIDE.geojson",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="classifier to write (.json)")
+    parser.add_argument(
+        "--origin", choices=("slide", "bounds"), default="slide",
+        help="corner from which the exports count: bounds for those of QuPath on MIRAX and Leica SCN (default: slide)",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline classifier``."""
     if not args.annotations.is_dir():
         raise PipelineError(f"--annotations {str(args.annotations)!r} is no folder", "give the folder of the exports")
-    made = make_classifier(args.out.stem, *gather(args.results, args.annotations))
+    made = make_classifier(args.out.stem, *gather(args.results, args.annotations, args.origin))
     made.save(args.out)
     print("\n".join(table(made.scores)))
     print(f"written: {args.out}; use it: snakemake --cores 8 --config slides=... results=... classifier={args.out}")

@@ -147,6 +147,9 @@ def write_run(results: Path, slide: str, seed: int, count: int = 400) -> tuple[n
     size = np.exp(rng.normal(np.where(large, 4.2, 3.2), 0.25)).astype(np.float32)
     table = table.set_column(table.column_names.index("area_um2"), "area_um2", pa.array(size))
     testing.write_nuclei(paths.nuclei, table, Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5), slide)
+    rows = results / "slides.tsv"
+    lines = rows.read_text(encoding="utf-8") if rows.exists() else "slide\tpath\n"
+    rows.write_text(f"{lines}{slide}\t/data/{slide}.svs\n", encoding="utf-8")
     return large, table
 
 
@@ -233,6 +236,27 @@ def test_a_slide_without_results_and_two_models(tmp_path: Path, capsys: pytest.C
     assert "slide 'b' was run with another model" in capsys.readouterr().err
     assert main([*words[:2], f"--annotations={tmp_path / 'nowhere'}", words[3]]) == 2
     assert "is no folder" in capsys.readouterr().err
+    assert main(["classifier", f"--results={tmp_path / 'ann'}", *words[2:]]) == 2
+    assert "has no slides.tsv" in capsys.readouterr().err
+    path.write_text("slide 'b' failed at tissue: too white")
+    assert main(words) == 2
+    assert "b.geojson: slide 'b' failed at tissue: too white" in capsys.readouterr().err
+    write_export(tmp_path / "ann", "a.svs", [feature(box(0, 0, 900, 900), "A")])
+    assert main(words) == 2
+    assert "are of one slide, a" in capsys.readouterr().err
+
+
+def test_an_export_may_be_named_as_the_file_and_count_from_the_scan(tmp_path: Path) -> None:
+    _, table = write_run(tmp_path / "run", "a", 0)
+    inspect = tmp_path / "run" / "slides" / "a" / "slide.json"
+    inspect.write_text(json.dumps(json.loads(inspect.read_text()) | {"bounds": [300, 200, 2000, 1500]}))
+    x, y = (table[f"centroid_{axis}"].to_numpy() for axis in "xy")
+    write_export(tmp_path / "ann", "a.svs", [feature(box(0, 0, 1000, 1000), "A")])
+    expected = int(((x > 300) & (x < 1300) & (y > 200) & (y < 1200)).sum())
+    (named,), _, _ = learning.gather(tmp_path / "run", tmp_path / "ann", "bounds")
+    assert len(named.names) == expected
+    (named,), _, _ = learning.gather(tmp_path / "run", tmp_path / "ann")
+    assert len(named.names) == int(((x < 1000) & (y < 1000)).sum())
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=60))
