@@ -118,8 +118,10 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     pyarrow.Table
         Columns: ``slide``; those of the slide table as text; ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``; count,
         density and share of each class (``nuclei:NAME`` …); the median of each measurement (``area_um2_median`` …);
-        the scores where a slide has a truth; ``mpp``, ``unreadable_share``, ``seconds``, ``peak_rss_mb``. A column of
-        the slide table that bears the name of another one gets ``table:`` before its name.
+        the scores where a slide has a truth; ``mpp``; ``blur_um``, ``blurred_share``, ``unreadable_share``,
+        ``doubtful_cells``, ``ink_fraction`` and ``warnings`` (their number), of which slides that an older version has
+        finished lack some; ``seconds``, ``peak_rss_mb``. A column of the slide table that bears the name of another one
+        gets ``table:`` before its name.
     """
     import pyarrow as pa
 
@@ -141,6 +143,9 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     def score(name: str) -> Callable[[dict[str, Any]], Any]:
         return lambda row: (row.get("evaluation") or {}).get(name)
 
+    def focus(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: (row.get("focus") or {}).get(name)
+
     def further(name: str) -> Callable[[dict[str, Any]], Any]:
         return lambda row: row["extra"].get(name)
 
@@ -159,7 +164,12 @@ def cohort_table(cohort: Cohort) -> pa.Table:
         own |= {name: each(score(name), real) for name in SCORES}
     own |= {
         "mpp": each(lambda row: (row.get("mpp") or [None])[0], real),
+        "blur_um": each(focus("blur_um"), real),
+        "blurred_share": each(focus("blurred_share"), real),
         "unreadable_share": each(lambda row: row.get("unreadable_share"), real),
+        "doubtful_cells": each(lambda row: row.get("doubtful_cells"), pa.int64()),
+        "ink_fraction": each(lambda row: row.get("ink_fraction"), real),
+        "warnings": each(lambda row: len(row["warnings"]), pa.int64()),
         "seconds": each(lambda row: row["total_seconds"], real),
         "peak_rss_mb": each(
             lambda row: max([row["peak_rss_mb"], *(s["peak_rss_mb"] for s in row["stages"].values())]), real

@@ -2,14 +2,15 @@
 
 The transform is fitted on tissue pixels of cells that lie spread over the slide; which cells depends on the tissue
 alone, so neither the tile size nor the number of workers has a say. A slide whose colours do not determine its stains
-is left as it is, with a warning in the manifest.
+is left as it is, with a warning in the manifest. The same cells tell how sharp the slide is.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
+from pipeline.kernels.focus import BLURRED_UM, edge_blur
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
 from pipeline.overview import PNG_LEVEL
@@ -39,6 +41,12 @@ SAMPLE_PIXELS = 200_000
 
 SAMPLE_CELLS = 4096
 """Most cells looked at for them."""
+
+LEAST_JUDGED = 20
+"""Cells with edges below which nothing is said of a slide's focus."""
+
+MOST_BLURRED = 1 / 3
+"""Share of them out of focus above which the slide gets a warning."""
 
 _CELLS_AT_ONCE = 256
 _BLOCK_CELLS = 1024 // CELL
@@ -81,40 +89,55 @@ def _cell_window(grid: Grid, cell: np.ndarray, size: int = CELL) -> tuple[int, i
     return x, y, width, height
 
 
-def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> tuple[np.ndarray, int, np.ndarray]:
-    """Tissue pixels spread over a slide.
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What cells spread over a slide show.
+
+    Parameters
+    ----------
+    rgb : numpy.ndarray
+        Tissue pixels, uint8, shape ``(n, 3)``.
+    cells : int
+        Lattice cells looked at.
+    white : numpy.ndarray
+        OD of the glass in them, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
+    blur : list of float
+        Width of the edges, µm, in each cell that is tissue for the greater part and has edges, see
+        `pipeline.kernels.focus.edge_blur`.
+    """
+
+    rgb: np.ndarray
+    cells: int
+    white: np.ndarray
+    blur: list[float]
+
+
+def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> Sample:
+    """Look at cells spread over a slide.
 
     Parameters
     ----------
     tiles : Tiles
         The slide's tiles.
     pixels : int
-        How many are wanted; there are fewer where the slide has fewer.
-
-    Returns
-    -------
-    rgb : numpy.ndarray
-        uint8, shape ``(n, 3)``, ``n <= pixels``.
-    cells : int
-        Lattice cells looked at.
-    white : numpy.ndarray
-        OD of the glass in them, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
+        How many tissue pixels are wanted; there are fewer where the slide has fewer.
     """
     cells = np.argwhere(tiles.active)
     order = spread_order(len(cells))[:SAMPLE_CELLS]
     found: list[np.ndarray] = []
     values = _Values()
+    blur: list[float] = []
     seen = 0
     for start in range(0, len(order), _CELLS_AT_ONCE):
         some = cells[np.sort(order[start : start + _CELLS_AT_ONCE])]
-        found += _cell_pixels(tiles, some, values)
+        found += _cell_pixels(tiles, some, values, blur)
         seen += len(some)
         if sum(map(len, found)) >= pixels:
             break
     rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
     if len(rgb) > pixels:
         rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
-    return rgb, seen, kernel.white_of_counts(values.counts, values.white_pixels)
+    return Sample(rgb, seen, kernel.white_of_counts(values.counts, values.white_pixels), blur)
 
 
 class _Values:
@@ -131,10 +154,10 @@ class _Values:
         self.white_pixels += white_pixels
 
 
-def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values) -> list[np.ndarray]:
+def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values, blur: list[float]) -> list[np.ndarray]:
     """The tissue pixels of cells, in their order; those that lie together are read together.
 
-    Values of all their pixels are added to `values`.
+    Values of all their pixels are added to `values`, widths of edges to `blur`.
     """
     found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
     block = cells // _BLOCK_CELLS
@@ -149,7 +172,39 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values) -> list[np.nd
             cell = rgb[y : y + CELL, x : x + CELL]
             found[index] = kernel.tissue_pixels(cell)
             values.add(cell)
+            mostly_tissue = 2 * len(found[index]) > cell.shape[0] * cell.shape[1]
+            if mostly_tissue and (width_um := edge_blur(cell, tiles.grid.mpp)) is not None:
+                blur.append(width_um)
     return found
+
+
+def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
+    """How sharp a slide is.
+
+    Parameters
+    ----------
+    blur : sequence of float
+        `Sample.blur`.
+
+    Returns
+    -------
+    focus : dict
+        JSON values: ``cells`` (how many were judged), ``blur_um`` (the median width of their edges) and
+        ``blurred_share`` (the share of them whose edges are wider than `pipeline.kernels.focus.BLURRED_UM`); None below
+        `LEAST_JUDGED` cells.
+    warnings : list of str
+        One line when more than `MOST_BLURRED` of the cells are out of focus.
+    """
+    if len(blur) < LEAST_JUDGED:
+        return {"cells": len(blur), "blur_um": None, "blurred_share": None}, []
+    median, share = float(np.median(blur)), float(np.mean(np.array(blur) > BLURRED_UM))
+    warnings = []
+    if share > MOST_BLURRED:
+        warnings.append(
+            f"out of focus: edges are wider than {BLURRED_UM:g} µm in {100 * share:.0f} % of {len(blur)} places "
+            f"(median {median:.2f} µm), and nuclei are missed there: see the crops of stain.png, scan the slide again"
+        )
+    return {"cells": len(blur), "blur_um": round(median, 4), "blurred_share": round(share, 4)}, warnings
 
 
 def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
@@ -310,7 +365,8 @@ def run_stain(
     Returns
     -------
     dict
-        The manifest, with what `fit_slide` tells and ``samples`` (``pixels``, ``cells``).
+        The manifest, with what `fit_slide` tells, ``focus`` (see `judge_focus`) and ``samples`` (``pixels``,
+        ``cells``).
     """
     package = ModelPackage.load(model)
 
@@ -318,12 +374,15 @@ def run_stain(
         from pipeline.tile_store import TileStore
 
         store = TileStore.open(zarr)
-        rgb, cells, white = sample_tissue(store)
-        transform, payload = fit_slide(rgb, method, package, strength, white)
-        for warning in payload["warnings"]:
-            log.warning("slide %r: %s", slide, warning)
+        sample = sample_tissue(store)
+        transform, payload = fit_slide(sample.rgb, method, package, strength, sample.white)
         draw_preview(store, transform, payload, package).save(staged["png"], compress_level=PNG_LEVEL)
-        return payload | {"samples": {"pixels": len(rgb), "cells": cells}}
+        focus, warnings = judge_focus(sample.blur)
+        warnings = payload["warnings"] + warnings
+        for warning in warnings:
+            log.warning("slide %r: %s", slide, warning)
+        samples = {"pixels": len(sample.rgb), "cells": sample.cells}
+        return payload | {"warnings": warnings, "focus": focus, "samples": samples}
 
     return run_stage(
         "stain",

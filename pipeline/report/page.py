@@ -213,6 +213,9 @@ def _columns(
     if any(row.get("evaluation") for row in rows):
         for key, title in SCORES:
             columns.append(numeric(title, "against truth", [(row.get("evaluation") or {}).get(key) for row in rows], 3))
+    blurred = [(row.get("focus") or {}).get("blurred_share") for row in rows]
+    if any(share is not None for share in blurred):
+        columns.append(numeric("Blurred", "%", [None if s is None else 100 * s for s in blurred], 0))
     if any(row.get("unreadable_share") for row in rows):
         shares = [row.get("unreadable_share") for row in rows]
         columns.append(numeric("Unreadable", "%", [None if s is None else 100 * s for s in shares], 2))

@@ -156,6 +156,31 @@ def test_a_slide_that_is_there_twice_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text().count("holds the same data as slide &#39;a&#39;") == 2
 
 
+def test_quality_of_slides_of_this_version_and_an_older_one(tmp_path: Path) -> None:
+    write_slides(tmp_path, ("new", "old", "pale"))
+    focus = {"cells": 99, "blur_um": 0.9, "blurred_share": 0.625}
+    unknown = {"cells": 3, "blur_um": None, "blurred_share": None}
+    for seed, (name, found) in enumerate((("new", focus), ("old", None), ("pale", unknown))):
+        summarise(tmp_path, name, seed=seed)
+        path = RunLayout(tmp_path).slide(name).metrics
+        metrics = json.loads(path.read_text())
+        if found is None:
+            for key in ("focus", "doubtful_cells", "ink_fraction"):
+                del metrics[key]
+        else:
+            warnings = ["stain: out of focus"] if found is focus else []
+            metrics |= {"focus": found, "doubtful_cells": 2, "ink_fraction": 0.25, "warnings": warnings}
+        path.write_text(json.dumps(metrics))
+    run(tmp_path)
+    columns = ("blur_um", "blurred_share", "unreadable_share", "doubtful_cells", "ink_fraction", "warnings")
+    table = pq.read_table(RunLayout(tmp_path).cohort_parquet, columns=list(columns)).to_pydict()
+    assert [table[name] for name in columns] == [
+        [0.9, None, None], [0.625, None, None], [0, 0, 0], [2, None, 2], [0.25, None, 0.25], [1, 0, 0]
+    ]  # fmt: skip
+    assert [row["blurred_share"] for row in read_tsv(tmp_path / "cohort.tsv")] == ["0.625", "", ""]
+    assert "stain: out of focus" in (tmp_path / "report.html").read_text()
+
+
 def test_no_good_slide(tmp_path: Path) -> None:
     write_slides(tmp_path, ("bad",))
     testing.write_failed_slide(tmp_path, "bad", "inspect", "empty", "")

@@ -124,6 +124,15 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert "no nuclei" in text
 
 
+def test_blurred_share_is_a_column_where_it_is_known(tmp_path: Path) -> None:
+    old, unknown = row("a"), row("b", focus={"cells": 2, "blur_um": None, "blurred_share": None})
+    blurred = row("c", focus={"cells": 99, "blur_um": 0.9, "blurred_share": 0.625})
+    assert "Blurred" not in render(tmp_path, [old, unknown])
+    html = render(tmp_path, [old, unknown, blurred])
+    assert ">Blurred<" in html
+    assert 'data-value="62.5">62<' in html
+
+
 def test_bounds_are_told(tmp_path: Path) -> None:
     told = "begins at (800, 600) of level 0, where QuPath begins to count; nuclei.geojson.gz counts from (0, 0)"
     plain, bounded = row("a"), row("a", bounds=[800, 600, 9, 9], geojson_origin=[0, 0])

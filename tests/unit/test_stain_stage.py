@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -13,8 +14,11 @@ from pipeline import stain, staintools_backend
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
+from pipeline.kernels.focus import BLURRED_UM
 from pipeline.kernels.measure import StainSums
+from pipeline.slides.synthetic import make_field
 from pipeline.stage import write_json
+from pipeline.testing import write_inputs
 from pipeline.tile_store import TileStore
 
 
@@ -67,27 +71,64 @@ def test_sampling_is_bounded_deterministic_and_looks_at_active_cells_only() -> N
     elsewhere = np.array([120, 40, 130], np.uint8)  # looks like tissue
     rgb[~np.kron(active, np.ones((64, 64), bool))[:1000, :1500]] = elsewhere
     tiles = ArrayTiles(rgb, active)
-    pixels, cells, white = stain.sample_tissue(tiles, 5000)
-    assert pixels.shape == (5000, 3)
-    assert cells == active.sum()
+    sample = stain.sample_tissue(tiles, 5000)
+    assert sample.rgb.shape == (5000, 3)
+    assert sample.cells == active.sum()
     assert np.array_equal(
-        white,
+        sample.white,
         kernel.white_level(
             np.concatenate([rgb[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(active)])
         ),
     )
     assert len(tiles.reads) == 2  # blocks of 1024 pixels
-    everything = stain.sample_tissue(tiles, 10**6)[0]
+    everything = stain.sample_tissue(tiles, 10**6).rgb
     assert not (everything == elsewhere).all(axis=1).any()
     one_by_one = [rgb[64 * y : 64 * y + 64, 64 * x : 64 * x + 64] for y, x in np.argwhere(active)]
     assert np.array_equal(everything, np.concatenate([kernel.tissue_pixels(cell) for cell in one_by_one]))
-    assert np.array_equal(pixels, stain.sample_tissue(ArrayTiles(rgb, active), 5000)[0])
-    assert len(stain.sample_tissue(ArrayTiles(rgb, np.zeros_like(active)))[0]) == 0
+    assert len(sample.blur) == active.sum()
+    again = stain.sample_tissue(ArrayTiles(rgb, active), 5000)
+    assert np.array_equal(sample.rgb, again.rgb)
+    assert sample.blur == again.blur
+    nothing = stain.sample_tissue(ArrayTiles(rgb, np.zeros_like(active)))
+    assert (len(nothing.rgb), nothing.blur) == (0, [])
+
+
+def test_focus_is_judged_in_cells_of_tissue_and_few_of_them() -> None:
+    half = tissue(640, 640)
+    half[:, :320] = 250
+    half[:, 300:352] = 250  # cells that are glass for the greater part
+    assert len(stain.sample_tissue(ArrayTiles(half)).blur) == 10 * 4
+    assert stain.sample_tissue(ArrayTiles(np.full((640, 640, 3), 200, np.uint8))).blur == []  # tissue without edges
+    edge = stain.sample_tissue(ArrayTiles(tissue(65, 64 + 31)))  # rests of cells at the slide's edge
+    assert (edge.cells, len(edge.blur)) == (4, 1)
+    large = stain.sample_tissue(ArrayTiles(tissue(64 * 40, 64 * 40)))
+    assert large.cells == len(large.blur) == 256
+
+
+def test_tiles_of_any_size_show_the_same(tmp_path: Path) -> None:
+    rgb, _ = make_field(900, 700, 0.5, 1)
+    stores = (write_inputs(tmp_path / str(tile), rgb, tile)["zarr"] for tile in (1024, 64))
+    few, many = (stain.sample_tissue(TileStore.open(store)) for store in stores)
+    assert few.blur == many.blur
+    assert len(few.blur) > stain.LEAST_JUDGED
+    assert np.array_equal(few.rgb, many.rgb)
+
+
+def test_focus_of_a_slide() -> None:
+    unknown = {"cells": 19, "blur_um": None, "blurred_share": None}
+    assert stain.judge_focus([2.0] * 19) == (unknown, [])
+    assert stain.judge_focus([])[0]["cells"] == 0
+    assert stain.judge_focus([0.4] * 20 + [1.0] * 10) == ({"cells": 30, "blur_um": 0.4, "blurred_share": 0.3333}, [])
+    assert stain.judge_focus([BLURRED_UM] * 30)[0]["blurred_share"] == 0
+    focus, (warning,) = stain.judge_focus([0.4] * 19 + [1.0] * 11)
+    assert focus["blurred_share"] == 0.3667
+    assert warning.startswith("out of focus: edges are wider than 0.75 µm in 37 % of 30 places (median 0.40 µm)")
+    assert "scan the slide again" in warning
 
 
 @pytest.mark.parametrize("method", ["model", "none", "macenko", "reinhard", "histogram"])
 def test_methods(method: str) -> None:
-    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    pixels = stain.sample_tissue(ArrayTiles(tissue(500, 500))).rgb
     transform, payload = stain.fit_slide(pixels, method, model())
     expected = "macenko" if method == "model" else method
     assert (payload["requested"], payload["method"], payload["warnings"]) == (method, expected, [])
@@ -104,8 +145,8 @@ def test_what_is_measured_depends_on_neither_method_nor_glass(method: str) -> No
     means = []
     for rgb, way in ((clear, "macenko"), (tinted, method)):
         tiles = ArrayTiles(rgb)
-        pixels, _, white = stain.sample_tissue(tiles)
-        matrix, white, _ = stain.stain_matrix(stain.fit_slide(pixels, way, model(), white=white)[1])
+        sample = stain.sample_tissue(tiles)
+        matrix, white, _ = stain.stain_matrix(stain.fit_slide(sample.rgb, way, model(), white=sample.white)[1])
         sums = StainSums(1, matrix, white)
         sums.add(rgb, np.zeros(500, int), np.arange(500), np.zeros(500, int), np.full(500, 500))
         means.append([values[0] for values in sums.columns().values()])
@@ -113,7 +154,7 @@ def test_what_is_measured_depends_on_neither_method_nor_glass(method: str) -> No
 
 
 def test_strength_is_the_models_unless_stated() -> None:
-    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    pixels = stain.sample_tissue(ArrayTiles(tissue(500, 500))).rgb
     whole = model()
     half = SimpleNamespace(name="toy", stain={**whole.stain, "strength": 0.5})
     found = {
@@ -129,7 +170,7 @@ def test_strength_is_the_models_unless_stated() -> None:
 
 
 def test_strength_nought_leaves_colours_and_still_finds_the_stains() -> None:
-    pixels, *_ = stain.sample_tissue(ArrayTiles(tissue(500, 500)))
+    pixels = stain.sample_tissue(ArrayTiles(tissue(500, 500))).rgb
     package = model()
     package.stain["strength"] = 0
     transform, payload = stain.fit_slide(pixels, "model", package)
@@ -141,7 +182,7 @@ def test_strength_nought_leaves_colours_and_still_finds_the_stains() -> None:
 @pytest.mark.parametrize("method", ["macenko", "reinhard", "histogram", "none"])
 def test_white_slide_is_left_as_it_is(method: str) -> None:
     tiles = ArrayTiles(np.full((200, 300, 3), 245, np.uint8))
-    pixels, *_ = stain.sample_tissue(tiles)
+    pixels = stain.sample_tissue(tiles).rgb
     transform, payload = stain.fit_slide(pixels, method, model())
     assert transform == kernel.StainTransform()
     assert payload["method"] == "none"
@@ -206,7 +247,7 @@ def test_preview(shape: tuple[int, int]) -> None:
     package = model()
     for rgb in (tissue(*shape), np.full((*shape, 3), 255, np.uint8)):
         tiles = ArrayTiles(rgb)
-        transform, payload = stain.fit_slide(stain.sample_tissue(tiles)[0], "model", package)
+        transform, payload = stain.fit_slide(stain.sample_tissue(tiles).rgb, "model", package)
         image = np.asarray(stain.draw_preview(tiles, transform, payload, package))
         assert image.ndim == 3
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > (100 if rgb.min() < 255 else 3)
@@ -249,3 +290,20 @@ def test_stage_warns_of_a_white_slide(run: Callable[..., dict[str, Any]], caplog
     assert manifest["status"] == "ok"
     assert manifest["transform"] == {"method": "none"}
     assert "left as it is" in caplog.text
+
+
+def test_stage_warns_of_a_blurred_slide_and_not_of_a_sharp_one(
+    run: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    sharp, _ = make_field(640, 640, 0.5, 3, background=False)
+    manifest = run(sharp)
+    assert manifest["warnings"] == []
+    assert manifest["focus"]["blur_um"] < 0.6
+    blurred = sharp.copy()
+    blurred[:, :320] = cv2.GaussianBlur(sharp, (0, 0), 1.5 / 0.5)[:, :320]
+    manifest = run(blurred)
+    assert manifest["focus"]["cells"] >= stain.LEAST_JUDGED
+    assert 0.4 < manifest["focus"]["blurred_share"] < 0.8
+    (warning,) = manifest["warnings"]
+    assert "out of focus" in warning
+    assert warning in caplog.text

@@ -115,6 +115,20 @@ def test_warnings_name_their_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_what_tells_of_quality_is_brought_together(tmp_path: Path) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=3)
+    metrics = run(paths, "s")
+    assert (metrics["focus"], metrics["doubtful_cells"], metrics["ink_fraction"]) == (None, None, None)  # of old stages
+    focus = {"cells": 99, "blur_um": 0.5, "blurred_share": 0.1}
+    for path, keys in (
+        (paths.stain, {"focus": focus}), (paths.tiles, {"doubtful_cells": 2}), (paths.tissue, {"ink_fraction": 0.2})
+    ):  # fmt: skip
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    metrics = run(paths, "s")
+    assert (metrics["focus"], metrics["doubtful_cells"], metrics["ink_fraction"]) == (focus, 2, 0.2)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_bounds_are_told(tmp_path: Path) -> None:
     paths = testing.write_slide(tmp_path, "s", count=3)
     assert run(paths, "s")["bounds"] is None

@@ -381,3 +381,21 @@ def test_snakemake_report(finished: tuple[Path, Run], config: dict[str, Any]) ->
     done = run(folder, config, "--report", "snakemake-report.html")
     assert done.code == 0, done.output
     assert (folder / "snakemake-report.html").stat().st_size > 100_000
+
+
+def test_a_slide_out_of_focus_is_told_and_a_sharp_one_not(tmp_path: Path, model: Path) -> None:
+    import cv2
+
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "sharp.png", seed=5)
+    image = cv2.imread(str(tmp_path / "in" / "sharp.png"))
+    cv2.imwrite(str(tmp_path / "in" / "blurred.png"), cv2.GaussianBlur(image, (0, 0), 1.5 / MPP))
+    done = run(tmp_path, {"slides": "in", "results": "out", "model": str(model), "mpp": str(MPP)})
+    assert done.code == 0, done.output
+    rows = {row["slide"]: row for row in read_tsv(tmp_path / "out" / "cohort.tsv")}
+    assert float(rows["sharp"]["blurred_share"]) < 1 / 3 < float(rows["blurred"]["blurred_share"])
+    assert float(rows["sharp"]["blur_um"]) < 0.6 < 1 < float(rows["blurred"]["blur_um"])
+    told = {name: read_json(tmp_path / "out" / "slides" / name / "metrics.json")["warnings"] for name in rows}
+    assert told["sharp"] == []
+    assert [text.startswith("stain: out of focus: ") for text in told["blurred"]] == [True]
+    assert (tmp_path / "out" / "report.html").read_text().count("out of focus: edges are wider") == 2
