@@ -84,6 +84,14 @@ def class_names(feature: dict[str, Any]) -> list[str]:
     return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
 
 
+def object_type(feature: dict[str, Any]) -> str:
+    """Type that QuPath gives an object, in lower case (``annotation``, ``detection``, ``cell``); empty where none."""
+    # Before 0.4, QuPath told the type by the feature's id; others' ids may be any text.
+    old = str(feature.get("id") or "")
+    told = (feature.get("properties") or {}).get("objectType")
+    return str(told or (old if old.endswith("Object") else "")).casefold()
+
+
 def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
     """What an object of QuPath is there for.
 
@@ -100,9 +108,7 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
         ``other`` are QuPath's own frames (root, tiles, TMA cores) and objects of classes to be ignored.
     """
     properties = feature.get("properties") or {}
-    # Before 0.4, QuPath told the type by the feature's id; others' ids may be any text.
-    old = str(feature.get("id") or "")
-    kind = str(properties.get("objectType") or (old if old.endswith("Object") else "")).casefold()
+    kind = object_type(feature)
     if "root" in kind or "tile" in kind or "tma" in kind:
         return "other"
     name, title = next(iter(class_names(feature)), "").casefold(), str(properties.get("name") or "").casefold()

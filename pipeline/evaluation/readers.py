@@ -13,7 +13,15 @@ import numpy as np
 
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_overlaps
-from pipeline.geojson import class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
+from pipeline.geojson import (
+    class_names,
+    iter_features,
+    nucleus_geometry,
+    object_type,
+    read_geojson,
+    role,
+    stated_origin,
+)
 from pipeline.kernels.raster import paint_runs, polygon_runs
 from pipeline.label_maps import SUFFIXES as LABEL_MAPS
 from pipeline.label_maps import instances_of, load_npy, read_instances
@@ -28,6 +36,9 @@ BAND_PIXELS = 1 << 24
 
 MAX_COORDINATE = 1e7
 """Pixels beyond which a coordinate is taken for damage."""
+
+FRAME = 50
+"""An annotation of more than so many times the median area of a file's outlines is no nucleus."""
 
 _POLYGONS_AT_ONCE = 50_000
 
@@ -298,16 +309,35 @@ def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
 def _geojson(path: Path) -> Outlines:
     value = read_geojson(path)
     names: list[str] = []
+    drawn: list[bool] = []
     try:
-        return replace(_join(list(_polygon_batches(value, names))), classes=Classes.of(names))
+        outlines = _join(list(_polygon_batches(value, names, drawn)))
+        return replace(_without_frames(outlines, np.array(drawn, bool), path), classes=Classes.of(names))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PipelineError(
             f"{path} is no GeoJSON of polygons: {type(error).__name__} {error}", "features hold Polygon or MultiPolygon"
         ) from None
 
 
-def _polygon_batches(value: Any, names: list[str]) -> Iterator[tuple[int, Outlines]]:
-    """Polygons of a GeoJSON file, and how many; the class of each is added to `names`."""
+def _without_frames(outlines: Outlines, drawn: np.ndarray, path: Path) -> Outlines:
+    """Outlines but for those annotations of QuPath (`drawn`, bool, one for each) that frame others."""
+    pixels = np.bincount(outlines.labels, np.diff(outlines.runs[:, 1:])[:, 0], len(drawn) + 1)[1:]
+    if not pixels.any():
+        return outlines
+    frames = drawn & (pixels > FRAME * np.percentile(pixels[pixels > 0], 50, method="lower"))
+    if not frames.any():
+        return outlines
+    log.warning(
+        "%s: %d annotations are left out, being more than %d times as large as most outlines, the largest of %d pixels "
+        "(classify what outlines a region as Region*)", path, frames.sum(), FRAME, pixels[frames].max(),
+    )  # fmt: skip
+    kept = ~frames[outlines.labels - 1]
+    return replace(outlines, runs=outlines.runs[kept], labels=outlines.labels[kept])
+
+
+def _polygon_batches(value: Any, names: list[str], drawn: list[bool]) -> Iterator[tuple[int, Outlines]]:
+    """Polygons of a GeoJSON file, and how many; the class of each is added to `names`, to `drawn` whether it is an
+    annotation of QuPath."""
     points: list[np.ndarray] = []
     polygons: list[int] = []
     others: list[str] = []
@@ -328,6 +358,7 @@ def _polygon_batches(value: Any, names: list[str]) -> Iterator[tuple[int, Outlin
         parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
         polygons.append(len(points))
         names.append(_base_class(feature))
+        drawn.append("annotation" in object_type(feature))
         for ring in (ring for part in parts for ring in part):
             corners = np.array(ring, np.float64)
             if corners.ndim != 2 or corners.shape[1] < 2:

@@ -92,7 +92,7 @@ def line_chart(
     lines : sequence of (str, Curve)
         What each line is called, and its points.
     per_epoch : float, optional
-        Steps in an epoch, for a second axis.
+        Steps in an epoch, told below the axis.
     smooth : bool
         Draw the first line as a running mean over its points, with these behind it.
 
@@ -146,6 +146,7 @@ def line_chart(
         "top": top,
         "last": last,
         "per_epoch": per_epoch,
+        "below": f"step ({per_epoch:.3g} an epoch)" if per_epoch else "step",
         "x": [{"at": round(x_of(t), 1), "label": f"{t:,.0f}".replace(",", "\u202f")} for t in ticks_x if t == int(t)],
         "y": [{"at": round(y_of(t), 1), "label": f"{t:g}"} for t in ticks_y],
         "lines": drawn,
@@ -191,7 +192,7 @@ def draw_charts(charts: Sequence[Mapping[str, Any]], path: Path) -> None:
                       marker="o" if len(data["steps"]) == 1 else None)  # fmt: skip
         axes.set_title(chart["title"], fontsize=10)
         axes.set_ylim(0, float(chart["y"][-1]["label"]))
-        axes.set_xlabel("step", fontsize=8)
+        axes.set_xlabel(chart["below"], fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

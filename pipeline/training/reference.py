@@ -50,6 +50,10 @@ QUANTILE = 0.25
 THUMBNAIL = 176
 
 
+class NoReferenceError(PipelineError):
+    """The stain of the fields cannot be fitted."""
+
+
 @dataclass(frozen=True)
 class Look:
     """What the choice of a reference looks at.
@@ -256,7 +260,7 @@ def select_references(fields: Sequence[Field], k: int = 1) -> Selection:
     fitted = [i for i, look in enumerate(looks) if look is not None]
     known = [look for look in looks if look is not None]
     if not known:
-        raise PipelineError("no training field's stain can be fitted", "use stain: none")
+        raise NoReferenceError("no training field's stain can be fitted", "use stain: none")
     limits = {
         "tissue": MIN_TISSUE,
         "focus": float(np.quantile([look.focus for look in known], QUANTILE)),
@@ -314,7 +318,7 @@ def stain_reference(one: Field, method: str = "macenko") -> dict[str, Any]:
     try:
         return fit_reference(one.image, _extractors(method))
     except StainFitError as error:
-        raise PipelineError(f"{one.name} is no stain reference: {error}", "choose another field") from None
+        raise NoReferenceError(f"{one.name} is no stain reference: {error}", "choose another field") from None
 
 
 def choose_reference(

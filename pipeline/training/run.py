@@ -41,7 +41,7 @@ from pipeline.training.origin import check_origins, known_patients, origins_of
 from pipeline.training.owner import check_place
 from pipeline.training.pack import pack, round_weights
 from pipeline.training.panel import write_panel
-from pipeline.training.reference import choose_reference, normalise
+from pipeline.training.reference import NoReferenceError, choose_reference, normalise
 from pipeline.training.samples import PreparedField, prepare_field
 from pipeline.training.schedule import Deadline, Schedule
 from pipeline.training.splits import PARTS, Split, make_split
@@ -221,6 +221,8 @@ def stain_reference(
 ) -> dict[str, Any]:
     """The reference that fields are brought to: that of the package that is trained on, or of a training field.
 
+    Empty where no stain can be fitted and none is asked for.
+
     Parameters
     ----------
     experiment : Experiment
@@ -235,11 +237,17 @@ def stain_reference(
     Raises
     ------
     PipelineError
-        When the package has none of this kind; one line.
+        When the package has none of this kind, or no field can be one; one line.
     """
     if start is None:
         main = [f for f in train if f.source == experiment.holdout] or list(train)
-        chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
+        try:
+            chosen, reference = choose_reference(main, experiment.reference, experiment.stain, work)
+        except NoReferenceError as error:
+            if experiment.stain != "none":
+                raise
+            log.warning("%s will carry no stain reference: %s", experiment.name, Exception.__str__(error))
+            return {}
         return {"name": chosen.name, **reference}
     found: dict[str, Any] = start.stain["reference"]
     there = [method for method in METHODS if method == "none" or method in found]

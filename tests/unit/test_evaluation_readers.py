@@ -434,6 +434,29 @@ def test_what_qupath_ignores_is_no_nucleus(tmp_path: Path) -> None:
     assert result["n_pred"] == 2
 
 
+@pytest.mark.parametrize("frame_first", [True, False])
+def test_an_annotation_around_nuclei_is_no_nucleus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, frame_first: bool
+) -> None:
+    """All objects of QuPath, as they are exported: the frame in which cells were detected, and these, one redrawn."""
+    nuclei = [feature(box(20 * i, 30, 20 * i + 10, 40)) for i in range(5)]
+    (tmp_path / "known.geojson").write_bytes(collection(*nuclei))
+    for one in nuclei:
+        one["properties"] = {"objectType": "detection"}
+    nuclei[2]["properties"] = {"objectType": "annotation"}
+    frame = feature(box(0, 0, 100, 80))
+    for told in ({"properties": {"objectType": "annotation"}}, {"id": "PathAnnotationObject"}):
+        around = frame | told
+        objects = [around, *nuclei] if frame_first else [*nuclei, around]
+        (tmp_path / "all.geojson").write_bytes(collection(*objects))
+        row = command.evaluate(tmp_path / "all.geojson", tmp_path / "known.geojson")["images"]["known"]
+        assert (row["aji"], row["n_pred"]) == (1, 5)
+    assert "all.geojson: 1 annotations are left out" in caplog.text
+    # What no person has drawn stays, however large.
+    (tmp_path / "all.geojson").write_bytes(collection(frame, *nuclei))
+    assert command.evaluate(tmp_path / "all.geojson", tmp_path / "known.geojson")["images"]["known"]["n_pred"] == 1
+
+
 def classified(labels: np.ndarray, classes: dict[int, Any]) -> bytes:
     """Boxes of a label map with QuPath's classes, some without."""
     found = boxes_of(labels)

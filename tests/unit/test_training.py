@@ -21,6 +21,7 @@ from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
 from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
+from pipeline.stain import resolve_method
 from pipeline.testing import stained, write_package
 from pipeline.training.field import Field
 
@@ -152,6 +153,27 @@ def test_experiment_packs_a_model_and_resumes(data: Path, tmp_path: Path) -> Non
         ).build()  # fmt: skip
     next_one = section(data, start_from=str(tmp_path / "longer"), heads=["nucleus", "contour", "distance"])
     Run(Experiment.from_json(next_one), tmp_path / "next", "cpu").build()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fields_without_a_stain_can_be_trained_on(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As they are; the package carries no reference, and cannot be run with a method that needs one."""
+    grey = tmp_path / "grey"
+    shutil.copytree(data, grey)
+    for path in (grey / "images").iterdir():
+        pixels = cv2.imread(str(path))
+        assert pixels is not None
+        cv2.imwrite(str(path), cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))
+    with pytest.raises(PipelineError, match=r"no training field's stain can be fitted \(use stain: none\)"):
+        Run(Experiment.from_json(section(grey)), tmp_path / "macenko", "cpu")
+    plain = Experiment.from_json(section(grey, stain="none", final_steps=0))
+    run_experiment(plain, tmp_path / "work", tmp_path / "model", "cpu")
+    assert "tiny will carry no stain reference" in caplog.text
+    package = ModelPackage.load(tmp_path / "model", verify=True)
+    assert package.stain == {"method": "none", "strength": 1.0, "reference": {}}
+    assert resolve_method("model", package, None)[0] == "none"
+    with pytest.raises(PipelineError, match="carries no stain reference for macenko"):
+        resolve_method("macenko", package, None)
 
 
 def test_a_package_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def curves() -> dict[str, Any]:
 def test_every_wanted_chart_is_there(tmp_path: Path) -> None:
     charts = training_charts(curves(), per_epoch=25)
     assert [c["name"] for c in charts] == ["loss", "accuracy", "dice", "iou", "aji"]
+    assert {c["below"] for c in charts} == {"step (25 an epoch)"}
     draw_charts(charts, tmp_path / "a.png")
     assert size_of(tmp_path / "a.png")[0] > 1000
     both = compared_charts({"a": curves(), "b": curves()})
