@@ -81,4 +81,5 @@ def _slopes(values: np.ndarray, sigma: float) -> np.ndarray:
         cv2.Sobel(smooth, cv2.CV_32F, *axis, ksize=1, scale=0.5, borderType=cv2.BORDER_REFLECT)
         for axis in ((1, 0), (0, 1))
     )
-    return cv2.magnitude(across, down)
+    # Not cv2.magnitude, whose last bits depend on where in memory the image lies.
+    return np.asarray(np.sqrt(across * across + down * down))

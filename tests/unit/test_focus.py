@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.kernels import focus
 from pipeline.kernels.focus import edge_blur
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
+from pipeline.slides.synthetic import make_field
 
 
 def discs(mpp: float, blur_um: float, strength: float = 1.0, side_um: float = 32) -> np.ndarray:
@@ -89,3 +90,18 @@ def test_real_fields_as_they_are_and_blurred(shared_data: Path) -> None:
             assert len(known) > 0.9 * len(found)
             assert low < float(np.median(known)) < high
             assert (np.mean(np.array(known) > focus.BLURRED_UM) > 1 / 3) == (blur_um > 0)
+
+
+def test_width_does_not_depend_on_where_the_image_lies_in_memory() -> None:
+    rgb, _ = make_field(256, 256, 0.5, 1)
+    for y, x in ((0, 0), (64, 128), (128, 64)):
+        cell = rgb[y : y + 64, x : x + 64]
+        widths = set()
+        for offset in range(32):
+            room = np.empty(cell.size + 64, np.uint8)
+            moved = room[offset : offset + cell.size].reshape(cell.shape)
+            moved[...] = cell
+            kept = [np.empty(1000 + 77 * offset, np.uint8)]  # so that what comes next lies elsewhere
+            widths.add(edge_blur(moved, 0.5))
+            assert kept
+        assert len(widths) == 1
