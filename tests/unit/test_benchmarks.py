@@ -91,7 +91,7 @@ def test_slides_and_stores_of_the_benchmarks_are_sparse(tmp_path: Path) -> None:
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b.json"
-    assert main(["--quick", "export", "infer-host", "seams", f"--out={out}", f"--folder={tmp_path}"]) == 0
+    assert main(["--quick", "tiles", "export", "infer-host", "seams", f"--out={out}", f"--folder={tmp_path}"]) == 0
     found = json.loads(out.read_text())
     figures = {figure["what"]: figure for figure in found["figures"]}
     ours = [figures[f"the pipeline: {what}"]["value"] for what in ("lost", "doubled", "changed", "invented")]
@@ -99,6 +99,10 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert figures["tiles side by side: changed"]["value"] > 5
     assert figures["different files for different blocks"]["met"]
     assert figures["nuclei to GeoJSON"]["ratio"] > 0.2
+    exact, usual = figures["slide to tiles"], figures["slide at 0.2525 µm/px to tiles"]
+    assert "4096 x 4096 px JPEG at 0.25 µm/px" in exact["note"]
+    assert "4096 x 4096 px JPEG at 0.2525 µm/px" in usual["note"]
+    assert 0.1 < usual["ratio"] < 1
     assert 0.1 < figures["tiles to maps but the network"]["ratio"] < 1
     assert figures["by what Python does"]["value"] > figures["tiles to maps but the network"]["value"]
     assert found["environment"]["cores"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.grid import Grid
 from pipeline.slides.regions import best_level, read_region
 from pipeline.slides.slide import Level
+from pipeline.slides.synthetic import make_field
 
 
 class ArraySlide:
@@ -69,6 +72,51 @@ def test_any_window_is_a_crop(ratio_x: float, same: bool, other: float, seed: in
     x, y = data.draw(st.integers(-20, grid.width + 20)), data.draw(st.integers(-20, grid.height + 20))
     w, h = data.draw(st.integers(1, grid.width + 39 - x)), data.draw(st.integers(1, grid.height + 39 - y))
     np.testing.assert_array_equal(read_region(slide, grid, x, y, w, h), whole[y + 20 : y + 20 + h, x + 20 : x + 20 + w])
+
+
+@settings(max_examples=40, deadline=None)
+@given(ratio=st.floats(0.2, 12), long=st.booleans(), data=st.data())
+def test_any_window_is_a_crop_at_any_ratio(ratio: float, long: bool, data: st.DataObject) -> None:
+    # Long enough for several of the blocks that are resampled together, one way or the other.
+    width, height = int(2600 * min(ratio, 1)) if long else 31, 31 if long else int(700 * min(ratio, 1))
+    slide = ArraySlide(noise(width, height))
+    grid = Grid(max(1, int(width / ratio)), max(1, int(height / ratio)), 1.0, ratio, ratio)
+    whole = read_region(slide, grid, 0, 0, grid.width, grid.height)
+    x, y = data.draw(st.integers(0, grid.width - 1)), data.draw(st.integers(0, grid.height - 1))
+    w, h = data.draw(st.integers(1, grid.width - x)), data.draw(st.integers(1, grid.height - y))
+    np.testing.assert_array_equal(read_region(slide, grid, x, y, w, h), whole[y : y + h, x : x + w])
+
+
+def shares(ratio: float, n: int, size: int) -> np.ndarray:
+    """Share of each level pixel in each grid pixel along one axis, float64 (n, size), by the definition."""
+    j = np.arange(n)[:, None]
+    if ratio >= 1:
+        covered = np.diff(np.clip(np.arange(size + 1), j * ratio, (j + 1) * ratio), axis=1)
+        return np.asarray(covered / covered.sum(axis=1, keepdims=True))
+    centre = np.clip((j + 0.5) * ratio - 0.5, 0, size - 1)
+    return np.asarray(np.maximum(0, 1 - np.abs(np.arange(size) - centre)))
+
+
+@pytest.mark.parametrize("ratio", [0.47, 0.9901, 1.37, 1.9786, 2.0619, 2.2275, 3.957, 4.117, 7.7, 41.3])
+def test_tissue_is_the_mean_in_float64(ratio: float) -> None:
+    pixels = make_field(640, 560, 0.25, 5, density=5000.0, background=False)[0]
+    height, width = int(560 / max(ratio, 1)), int(640 / max(ratio, 1))
+    got = read_region(ArraySlide(pixels), Grid(width, height, 1.0, ratio, ratio), 0, 0, width, height)
+    down, across = shares(ratio, height, 560), shares(ratio, width, 640)
+    off = got - np.einsum("iy,yjc->ijc", down, np.einsum("jx,yxc->yjc", across, pixels.astype(float)))
+    assert np.abs(off).max() < 0.65
+    assert abs(off.mean()) < 0.02 + 0.5 / off.size**0.5  # rounding leaves some in a few pixels
+
+
+def test_little_memory_besides_the_window() -> None:
+    slide = ArraySlide(noise(3000, 2000))
+    for ratio, most in ((1.9786, 16), (31.7, 32)):
+        grid = Grid(int(3000 / ratio), int(2000 / ratio), 1.0, ratio, ratio)
+        tracemalloc.start()
+        got = read_region(slide, grid, 0, 0, grid.width, grid.height)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < got.nbytes + 3000 * 2000 * 3 + most * 1e6
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
