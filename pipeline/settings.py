@@ -18,6 +18,9 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
+SHIPPED = Path(__file__).parents[1] / "models"
+"""Folder of the model packages that ship."""
+
 
 def load_schema(path: Path) -> dict[str, Any]:
     """Read a JSON schema in YAML; a ``$ref`` to another file stands for what that one holds.
@@ -190,8 +193,10 @@ def check_model(folder: Path) -> dict[str, Any]:
     card_path, weights = folder / "model.json", folder / "weights.safetensors"
     for path in (card_path, weights):
         if not path.is_file():
+            known = ", ".join(sorted(f"models/{card.parent.name}" for card in SHIPPED.glob("*/model.json")))
             raise PipelineError(
-                f"model {str(folder)!r}: {path.name} is missing", "give a model package: --config model=FOLDER"
+                f"model {str(folder)!r}: {path.name} is missing",
+                "give the folder of a model package: --config model=FOLDER" + (f", as {known}" if known else ""),
             )
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))

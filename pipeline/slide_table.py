@@ -290,7 +290,8 @@ def from_folder(folder: Path) -> SlideTable:
         _add(found, SlideEntry(slide, folder / name), f"slides folder {str(folder)!r}")
     if not found:
         raise PipelineError(
-            f"slides: no slide in folder {str(folder)!r}", f"slides end in {' '.join(sorted(set(SUFFIXES)))}"
+            f"slides: no slide in folder {str(folder)!r}",
+            f"slides end in {' '.join(sorted(set(SUFFIXES)))}; sub-folders are not searched",
         )
     return _table(found)
 

@@ -20,6 +20,9 @@ from pipeline.stage import manifest_failure, read_manifest
 RATE_SLIDES = 100
 """The rate is that of so many slides finished last."""
 
+FAILURES_TOLD = 10
+"""How many failed slides a run names at its end."""
+
 SO_FAR = "so-far"
 """Folder, in the results folder, for the tables and the report of an unfinished run."""
 
@@ -133,8 +136,8 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
     )
 
 
-def describe(status: Status) -> str:
-    """The status as lines for a terminal."""
+def describe(status: Status, most: int | None = None) -> str:
+    """The status as lines for a terminal, with `most` of the failures at most."""
     left = status.slides - status.finished - status.failed
     total = "1 slide" if status.slides == 1 else f"{status.slides} slides"
     lines = [f"{total}: {status.finished} finished, {status.failed} failed, {left} to go"]
@@ -147,7 +150,38 @@ def describe(status: Status) -> str:
         lines.append(f"rate: {status.per_hour:.3g} slides/h, about {duration(status.eta_seconds)} left")
     if left and status.idle_seconds is not None:
         lines.append(f"last change: {duration(status.idle_seconds)} ago")
-    lines += [f"failed: {item['slide']} at {item['stage']}: {item['reason']}" for item in status.failures]
+    for item in status.failures[:most]:
+        hint = f" ({item['hint']})" if item["hint"] else ""
+        lines.append(f"failed: {item['slide']} at {item['stage']}: {item['reason']}{hint}")
+    more = len(status.failures[most:]) if most is not None else 0
+    return "\n".join([*lines, f"failed: {more} more"] if more else lines)
+
+
+def closing_words(results: Path) -> str:
+    """What a run says last: how far it has come, what to do about it, and where to look.
+
+    Parameters
+    ----------
+    results : pathlib.Path
+        The results folder.
+
+    Raises
+    ------
+    PipelineError
+        When the folder is no results folder, or a manifest is damaged.
+    """
+    layout, now = RunLayout(results), time.time()
+    status = run_status(results, now=now)
+    lines = [describe(status, most=FAILURES_TOLD)]
+    reported = layout.report.is_file() and now - layout.report.stat().st_mtime <= (status.idle_seconds or 0)
+    if status.stages or not reported:
+        lines.append("not finished: the same command goes on with what is left")
+        lines.append(f"messages of its jobs: {os.path.abspath(results / 'logs')}")
+    else:
+        if status.failed:
+            lines.append("mend what failed and start the same command again: it works on these slides alone")
+            lines.append(f"all that failed: {os.path.abspath(layout.failed)}")
+        lines.append(f"report: {os.path.abspath(layout.report)}")
     return "\n".join(lines)
 
 

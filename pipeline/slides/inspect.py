@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 MAGNIFIED_UM = (3.0, 16.0)
 """µm per pixel times magnification, the size of a pixel on the sensor: 10 for most scanners."""
 
+MPP_TOLERANCE = 0.1
+"""Share by which a pixel size that is given may differ from the file's without a warning."""
+
 _PROBES = 9
 _PROBE_SIDE = 256
 _LOOK_PIXELS = 16_000_000
@@ -108,14 +111,22 @@ def probe(slide: Slide, mpp: float) -> dict[str, int]:
     return {"tried": len(places), "failed": len(failed)}
 
 
-def mpp_doubts(mpp: float, source: str, objective: float | None) -> list[str]:
-    """Warnings of a pixel size, µm per level-0 pixel by `source`, that does not go with a magnification."""
-    if objective is None or MAGNIFIED_UM[0] <= mpp * objective <= MAGNIFIED_UM[1]:
-        return []
-    return [
-        f"{mpp:g} µm/px of the {source} are unusual for the {objective:g}x objective that the file names, which gives "
-        f"some {10 / objective:.2g}: is the pixel size right?"
-    ]
+def mpp_doubts(
+    mpp: float, source: str, objective: float | None, metadata: tuple[float, float] | None = None
+) -> list[str]:
+    """Warnings of a pixel size, µm per level-0 pixel by `source`, that does not go with what the file says."""
+    doubts = []
+    if objective is not None and not MAGNIFIED_UM[0] <= mpp * objective <= MAGNIFIED_UM[1]:
+        doubts.append(
+            f"{mpp:g} µm/px of the {source} are unusual for the {objective:g}x objective that the file names, which "
+            f"gives some {10 / objective:.2g}: is the pixel size right?"
+        )
+    if metadata is not None and abs(mpp / max(metadata) - 1) > MPP_TOLERANCE:
+        doubts.append(
+            f"{mpp:g} µm/px of the {source} are taken instead of the {max(metadata):.4g} that the file states: is that "
+            "right?"
+        )
+    return doubts
 
 
 def reopen(info: Mapping[str, Any]) -> Slide:
@@ -175,7 +186,7 @@ def run_inspect(
         with open_slide(path, reader, before=could_be_read(slide)) as handle:
             (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
             tiles = probe(handle, (mpp_x + mpp_y) / 2)
-            warnings = [*handle.warnings, *mpp_doubts(max(mpp_x, mpp_y), source, handle.objective)]
+            warnings = [*handle.warnings, *mpp_doubts(max(mpp_x, mpp_y), source, handle.objective, handle.mpp)]
             for warning in warnings:
                 log.warning("slide %r: %s", slide, warning)
             return {

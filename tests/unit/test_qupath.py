@@ -253,7 +253,12 @@ def test_bad_exports_are_one_line(tmp_path: Path, source: Write) -> None:
         ([], {}, "s: the export holds no nucleus"),
         ([feature(None)], {}, "holds no nucleus"),
         ([region], {}, "hold no nucleus"),
-        ([feature(box(9000, 9000, 9010, 9010))], {}, "1 nuclei lie outside the slide of 700 x 520"),
+        ([feature(box(9000, 9000, 9010, 9010))], {}, "1 of 1 nuclei lie outside the slide of 700 x 520"),
+        (
+            [feature(box(x, 20, x + 10, 30)) for x in (20, 800, 900)],
+            {},
+            "2 of 3 nuclei lie outside the slide of 700 x 520",
+        ),
         ([feature(box(0, 0, 400, 400)), *nuclei()], {}, r"the object at \(0, 0\) of 10000 µm² is no nucleus"),
         ([feature({"type": "LineString", "coordinates": [[0, 0], [5, 5]]}, name="Region*")], {}, "encloses nothing"),
         ([{"type": "Feature", "properties": {}}], {}, "no GeoJSON of QuPath: KeyError 'geometry'"),

@@ -83,8 +83,9 @@ def test_names_that_share_a_results_folder_are_two_of_one_name(tmp_path: Path) -
 
 
 def test_no_slide_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no slide in folder"):
-        resolve_slides(touch(tmp_path / "s", "readme.txt"))
+    (tmp_path / "s" / "batch 1").mkdir(parents=True)
+    with pytest.raises(PipelineError, match=r"no slide in folder .*sub-folders are not searched"):
+        resolve_slides(touch(tmp_path / "s", "readme.txt", "batch 1/a.svs"))
     with pytest.raises(PipelineError, match="does not exist"):
         resolve_slides(tmp_path / "nix")
 

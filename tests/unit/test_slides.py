@@ -443,8 +443,16 @@ def test_mpp_policy(tmp_path: Path) -> None:
 def test_a_pixel_size_that_does_not_go_with_the_objective(tmp_path: Path) -> None:
     path = slide_file(tmp_path)
     assert run_inspect("s", path, tmp_path / "a.json")["warnings"] == []
-    (warning,) = run_inspect("s", path, tmp_path / "b.json", mpp=0.5)["warnings"]
-    assert warning.startswith("0.5 µm/px of the table are unusual for the 40x objective")
+    unusual, other = run_inspect("s", path, tmp_path / "b.json", mpp=0.5)["warnings"]
+    assert unusual.startswith("0.5 µm/px of the table are unusual for the 40x objective")
+    assert other.startswith("0.5 µm/px of the table are taken instead of the 0.25 that the file states")
+
+
+def test_a_pixel_size_that_is_given_instead_of_the_files_own(tmp_path: Path) -> None:
+    path = slide_file(tmp_path)
+    assert run_inspect("s", path, tmp_path / "a.json", mpp=0.26, mpp_source="config")["warnings"] == []
+    (warning,) = run_inspect("s", path, tmp_path / "b.json", mpp=0.3, mpp_source="config")["warnings"]
+    assert warning.startswith("0.3 µm/px of the config are taken instead of the 0.25")
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 6])

@@ -58,7 +58,7 @@ def test_text_and_json(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "6 slides: 2 finished, 1 failed, 3 to go" in text
     assert "under way: 1 waiting, 1 after inspect, 1 after stain" in text
-    assert "failed: bad at inspect: file is empty" in text
+    assert "failed: bad at inspect: file is empty (copy it again)" in text
     assert cli.main(["status", str(results), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["finished"] == 2
 
@@ -77,6 +77,44 @@ def test_nothing_is_left_of_a_finished_run(tmp_path: Path) -> None:
     finish(tmp_path, "a", len(STAGES), START)
     text = status.describe(status.run_status(tmp_path, now=START + 600))
     assert text == "1 slide: 1 finished, 0 failed, 0 to go"
+
+
+def write_report(results: Path, when: float) -> str:
+    report = RunLayout(results).report
+    report.write_text("report")
+    os.utime(report, (when,) * 2)
+    return f"report: {report}"
+
+
+def test_a_run_ends_with_what_there_is_to_do(results: Path) -> None:
+    told = write_report(results, START + 9000)
+    text = status.closing_words(results)
+    assert text.startswith("6 slides: 2 finished, 1 failed, 3 to go\n")
+    assert "the same command goes on" in text
+    assert told not in text  # it is of an earlier run
+
+
+def test_a_finished_run_ends_with_its_failures_and_its_report(tmp_path: Path) -> None:
+    names = [f"bad {number}" for number in range(status.FAILURES_TOLD + 2)]
+    rows = [f"{name}\t/data/{name}.svs" for name in ("good", *names)]
+    (tmp_path / "slides.tsv").write_text("\n".join(["slide\tpath", *rows]) + "\n", encoding="utf-8")
+    finish(tmp_path, "good", len(STAGES), START)
+    for name in names:
+        testing.write_failed_slide(tmp_path, name, "inspect", "file is empty", "copy it again")
+    told = write_report(tmp_path, 2e9)
+    lines = status.closing_words(tmp_path).splitlines()
+    assert lines[0] == "13 slides: 1 finished, 12 failed, 0 to go"
+    assert lines[1 + status.FAILURES_TOLD] == "failed: 2 more"
+    assert lines[-2:] == [f"all that failed: {tmp_path / 'failed.tsv'}", told]
+
+
+def test_a_report_older_than_a_slide_is_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "slides.tsv").write_text("slide\tpath\na\t/data/a.svs\n", encoding="utf-8")
+    finish(tmp_path, "a", len(STAGES), START)
+    told = write_report(tmp_path, START + 60)
+    assert told not in status.closing_words(tmp_path)
+    write_report(tmp_path, START + 600)
+    assert status.closing_words(tmp_path) == f"1 slide: 1 finished, 0 failed, 0 to go\n{told}"
 
 
 def test_report_of_what_is_finished(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings, load_schema
+from pipeline.training.data import IMPORTERS
 from pipeline.training.experiment import Experiment
 from pipeline.training.synthesis import SynthesisSettings
 
@@ -43,6 +44,10 @@ def compare(kind: Any, schema: dict[str, Any], where: str) -> None:
 
 def test_schema_agrees_with_the_classes() -> None:
     compare(Experiment, SCHEMA, "train")
+
+
+def test_schema_knows_the_kinds_of_data() -> None:
+    assert SCHEMA["properties"]["data"]["items"]["properties"]["kind"]["enum"] == list(IMPORTERS)
 
 
 def test_schema_of_synthetic_fields_agrees_with_its_class() -> None:

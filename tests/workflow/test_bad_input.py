@@ -104,6 +104,28 @@ def test_run_ends_well(finished: tuple[Path, Run, dict[str, Any]]) -> None:
     assert done.code == 0, done.output
 
 
+def test_run_ends_with_what_failed_and_where_to_look(
+    finished: tuple[Path, Run, dict[str, Any]], without_root_rights: list[str]
+) -> None:
+    folder, done, config = finished
+    again = run(folder, config, before=without_root_rights)
+    assert again.nothing, again.output
+    count = len(BAD) + 1
+    for output in (done.output, again.output):
+        words = output[output.index(f"\n{count} slides: ") :].splitlines()[1:]
+        assert words[0] == f"{count} slides: 1 finished, {len(BAD)} failed, 0 to go"
+        assert words[1].startswith("failed: ")
+        assert words[-2:] == [
+            f"all that failed: {folder / 'out' / 'failed.tsv'}",
+            f"report: {folder / 'out' / 'report.html'}",
+        ]
+
+
+def test_slide_table_is_there_from_the_start(finished: tuple[Path, Run, dict[str, Any]]) -> None:
+    _, done, _ = finished
+    assert done.output.index("localrule slide_table:") < done.output.index("Finished jobid")
+
+
 def test_every_bad_slide_is_listed_once_with_stage_and_reason(finished: tuple[Path, Run, dict[str, Any]]) -> None:
     folder, _, _ = finished
     rows = read_tsv(folder / "out" / "failed.tsv")

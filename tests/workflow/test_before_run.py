@@ -152,7 +152,8 @@ def test_no_model(tmp_path: Path) -> None:
 
 
 def test_training_needs_no_slides(tmp_path: Path) -> None:
-    done = run(tmp_path, {"results": "r", "train": {"name": "mine"}}, "train", "-n")
+    data = [{"kind": "labels", "path": "nowhere"}]
+    done = run(tmp_path, {"results": "r", "train": {"name": "mine", "data": data}}, "train", "-n")
     assert done.code == 0, done.output
     assert done.counts == {"train": 1, "train_model": 1, "train_settings": 1, "total": 3}
     done = run(tmp_path, {"results": "r", "train": {"name": "mine"}}, "r/training/mine.json")

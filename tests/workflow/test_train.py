@@ -104,12 +104,17 @@ def test_synthetic_fields_of_a_comparison_are_those_of_its_experiments(tmp_path:
         ("compare", {"compare": {"experiments": ["unheard-of"]}}, "no experiment 'unheard-of'"),
         ("train", {"train": {"schedule": {"step": 1}}}, "unknown setting 'train.schedule.step'"),
         ("crossval", {"crossval": {"folds": 1}}, "'crossval.folds'"),
+        ("train", {"train": {"network": "resnet"}}, "unknown network 'resnet' (choose from"),
+        ("crossval", {"train": {"patch": 301}}, "patch 301 does not suit resunet (use a multiple of"),
+        ("train", {"train": {"data": []}}, "train: no data"),
+        ("compare", {"compare": {"experiments": ["default"], "common": {"patch": 300}}}, "patch 300 does not suit"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(
     tmp_path: Path, data: Path, target: str, change: dict[str, Any], message: str
 ) -> None:
-    done = run(tmp_path, {"train": section(data), **change}, "-n", target)
+    config = {**change, "train": section(data) | change.get("train", {})}
+    done = run(tmp_path, config, "-n", target)
     assert done.code != 0
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -156,6 +161,8 @@ def test_a_package_stays_until_the_next_is_there(tmp_path: Path, data: Path) -> 
 
     done = run(tmp_path, config, "train")
     assert done.code == 0, done.output
+    assert "model: models/tiny, in runs --config model=models/tiny" in done.output
+    assert f"look at: {tmp_path / 'results/training/tiny/report.html'}" in done.output
     first = files()
     assert run(tmp_path, config, "-n", "train").nothing
     # A run with this model on slides, whose settings say nothing of the training, leaves the training alone.

@@ -6,6 +6,7 @@ rule slide_table:
         table=whole(RUN.slide_table),
     log:
         str(RUN.log("cohort", "slides")),
+    priority: 1  # first: `python -m pipeline status` reads it
     conda:
         "../../envs/pipeline.yaml"
     threads: 1

@@ -31,6 +31,7 @@ from pipeline.settings import (
 )
 from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
 from pipeline.stage import clear_remains
+from pipeline.status import closing_words
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
@@ -162,6 +163,20 @@ onerror:
             f"{', '.join(map(str, damaged))} had been damaged: the same command starts once more, to make it anew",
             file=sys.stderr,
         )
+
+
+def tell():
+    """How far the run has come and what to do, when it has ended."""
+    if RUN.slide_table.is_file():  # else it has not begun
+        try:
+            print(f"\n{closing_words(RUN.results)}", file=sys.stderr)
+        except PipelineError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+
+# Also where nothing was to be done. A command that starts once more tells at its second end.
+if RESTART is not None and SLIDES is not None:
+    atexit.register(tell)
 
 
 wildcard_constraints:

@@ -101,6 +101,30 @@ PACKAGES = {"train": (Path("models") / NAME, RUN.training(NAME))}
 if FINAL is not None:
     PACKAGES["crossval"] = (Path("models") / f"{NAME}-cv", RUN.training(f"{NAME}/final"))
 
+# What to look at, by target.
+PAGES = {
+    "train": RUN.training(NAME) / "report.html",
+    "crossval": RUN.training(NAME) / "crossval.html",
+    "transfer": RUN.training(NAME) / "transfer.html",
+    "compare": RUN.training(config["compare"]["name"]) / "compare.html",
+    "synthesize": SYNTHETIC / "sheet.png",
+}
+
+
+onsuccess:
+    for target, page in PAGES.items():
+        if target in sys.argv[1:]:
+            if target in PACKAGES:
+                print(
+                    f"\nmodel: {PACKAGES[target][0]}, in runs --config model={PACKAGES[target][0]}", file=sys.stderr
+                )
+            print(f"look at: {os.path.abspath(page)}", file=sys.stderr)
+
+
+# What the schema cannot tell before anything runs, as whether a network knows its heads.
+CHECKED = {target: [config["train"]] for target in ("train", "crossval", "transfer")}
+CHECKED["compare"] = [run.settings for run in COMPARED.values()]
+
 NOTHING = {
     "compare": None if COMPARED else "compare: no experiments (list them in the setting compare.experiments)",
     "transfer": NO_ARMS,
@@ -109,9 +133,13 @@ if workflow.is_main_process:
     for target, reason in NOTHING.items():
         if reason and target in sys.argv[1:]:
             stop(reason)
-    for target, (folder, work) in PACKAGES.items():
-        if target in sys.argv[1:]:
-            try:
+    try:
+        for target, (folder, work) in PACKAGES.items():
+            if target in sys.argv[1:]:
                 check_place(folder, work)
-            except PipelineError as error:
-                stop(error)
+        for section in [section for target in CHECKED if target in sys.argv[1:] for section in CHECKED[target]]:
+            from pipeline.training.experiment import Experiment
+
+            Experiment.from_json(section)
+    except PipelineError as error:
+        stop(error)

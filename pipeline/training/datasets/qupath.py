@@ -231,13 +231,14 @@ def _fields_of(
             "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
         )
     inside = shapely.intersects(np.array(objects.nuclei, object), shapely.box(0, 0, width, height))
-    if objects.nuclei and not inside.any():
+    outside = int((~inside).sum())
+    if 2 * outside > len(inside):
         raise PipelineError(
-            f"{entry.name}: all {len(inside)} nuclei lie outside the slide of {width} x {height} pixels",
+            f"{entry.name}: {outside} of {len(inside)} nuclei lie outside the slide of {width} x {height} pixels",
             "export in pixels, from the image that this slide is",
         )
-    if not inside.all():
-        log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, int((~inside).sum()))
+    if outside:
+        log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, outside)
     whole = shapely.union_all(objects.regions) if objects.regions else None
     if whole is None:
         if not objects.nuclei:
