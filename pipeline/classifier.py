@@ -6,6 +6,8 @@ after the network has found them (`pipeline.training.classifier`), and the stage
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,17 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.kernels import classify as kernel
 from pipeline.models.package import NucleusClass
-from pipeline.settings import CLASSIFIER, file_sha256, read_classifier
+from pipeline.settings import file_sha256
 from pipeline.stage import whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+KIND = "nucleus classifier"
+"""What the file says it is."""
+
+ANEW = "make it anew: python -m pipeline classifier"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +70,9 @@ class Classifier:
             raise ValueError(f"a classifier has 2 to 255 classes, got {len(self.classes)}")
         if len({one.name for one in self.classes}) < len(self.classes):
             raise ValueError("two classes have the same name")
+        for one in self.classes:
+            if len(one.color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in one.color):
+                raise ValueError(f"the colour of {one.name!r} must be three numbers of 0 to 255, got {one.color}")
         terms = 1 + features + features * (features + 1) // 2
         for name, shape in (("mean", (features,)), ("spread", (features,)), ("weights", (terms, len(self.classes)))):
             values = getattr(self, name)
@@ -79,12 +90,22 @@ class Classifier:
         PipelineError
             When it is missing, damaged, or of features that are others now.
         """
-        found = read_classifier(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PipelineError(
+                f"classifier {str(path)!r} is missing", "make one: python -m pipeline classifier"
+            ) from None
+        except OSError as error:
+            raise PipelineError(f"classifier {str(path)!r}: cannot read it: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise PipelineError(f"{str(path)!r} is no classifier", "make one: python -m pipeline classifier")
         try:
             if tuple(found["features"]) != kernel.FEATURES:
                 raise PipelineError(
-                    f"classifier {str(path)!r} is of another version of the pipeline, whose features were others",
-                    "make it anew: python -m pipeline classifier",
+                    f"classifier {str(path)!r} is of another version of the pipeline, whose features were others", ANEW
                 )
             return cls(
                 name=str(found["name"]),
@@ -97,17 +118,15 @@ class Classifier:
                 scores=dict(found["scores"]),
                 sha256=file_sha256(path),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PipelineError(
-                f"classifier {str(path)!r} is damaged: {error}", "make it anew: python -m pipeline classifier"
-            ) from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PipelineError(f"classifier {str(path)!r} is damaged: {error}", ANEW) from None
 
     def save(self, path: Path) -> None:
         """Write a file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_files(path) as (staged,):
             write_json(staged, {
-                "kind": CLASSIFIER,
+                "kind": KIND,
                 "name": self.name,
                 "classes": [{"name": one.name, "color": list(one.color)} for one in self.classes],
                 "model": self.model,
@@ -122,6 +141,30 @@ class Classifier:
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Probability of each class, float64 ``(n, classes)``, from `pipeline.kernels.classify.features`."""
         return kernel.probabilities(kernel.design(features, self.mean, self.spread), self.weights)
+
+
+def check_classifier(path: Path, card: Mapping[str, Any]) -> None:
+    """Refuse a classifier that cannot be read, or knows another model's nuclei, before anything runs.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The classifier.
+    card : mapping
+        The model's card.
+
+    Raises
+    ------
+    PipelineError
+        One line.
+    """
+    model = Classifier.load(path).model
+    if model.get("sha256") != card["sha256"]:
+        raise PipelineError(
+            f"classifier {str(path)!r} was made with nuclei of another model ({model.get('name')!r}) than "
+            f"{card.get('name')!r} is",
+            f"run the slides that were annotated with this model, and {ANEW}",
+        )
 
 
 class Measured:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.export import MEASUREMENTS
-from pipeline.layout import RunLayout
+from pipeline.layout import RunLayout, SlideLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
@@ -59,7 +59,7 @@ class Cohort:
     hashes: dict[str, str | None] = field(default_factory=dict)
 
 
-def gather(results: Path, slides: Path, classified: bool = False) -> Cohort:
+def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort:
     """Read the last manifest of every slide of a run.
 
     Parameters
@@ -68,8 +68,9 @@ def gather(results: Path, slides: Path, classified: bool = False) -> Cohort:
         The results folder.
     slides : pathlib.Path
         The run's slide table.
-    classified : bool
-        Whether the classes are those of the stage ``classify``; a slide that it has not come to is not finished.
+    classifier : str, optional
+        The file by which the stage ``classify`` tells classes, where it does: a slide that it has not come to is not
+        finished.
 
     Raises
     ------
@@ -78,6 +79,7 @@ def gather(results: Path, slides: Path, classified: bool = False) -> Cohort:
     """
     layout = RunLayout(results)
     cohort = Cohort(from_table(slides))
+    by = file_sha256(Path(classifier)) if classifier is not None and Path(classifier).is_file() else None
     first_of: dict[str, str] = {}
     for entry in cohort.table:
         paths = layout.slide(entry.name)
@@ -85,24 +87,30 @@ def gather(results: Path, slides: Path, classified: bool = False) -> Cohort:
         cohort.hashes[entry.name] = first.get("quick_hash")
         last = read_manifest(paths.metrics) if paths.metrics.exists() else first
         failure = manifest_failure(last) if last else None
+        kinds = {} if classifier is None else _classes(paths, by)
         if failure is not None:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
             cohort.failed.append({"slide": entry.name} | record)
-        elif not paths.metrics.exists() or (classified and not paths.classify.exists()):
+        elif not paths.metrics.exists() or kinds is None:
             cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
             more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
-            if classified:
-                kinds = read_manifest(paths.classify)
-                more |= {name: kinds[name] for name in ("composition", "classifier")}
             twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
             if twin != entry.name:
                 warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
                 log.warning("slide %r: %s", entry.name, warning)
                 more["warnings"] = [*last["warnings"], warning]
-            cohort.good.append(last | more)
+            cohort.good.append(last | more | kinds)
     return cohort
+
+
+def _classes(paths: SlideLayout, by: str | None) -> dict[str, Any] | None:
+    """Composition by a classifier, and which it is; None where there is none by the one of this hash."""
+    made: dict[str, Any] = read_manifest(paths.classify) if paths.classify.exists() else {"status": "failed"}
+    if made["status"] != "ok" or (by is not None and made["classifier"]["sha256"] != by):
+        return None
+    return {name: made[name] for name in ("composition", "classifier")}
 
 
 def cohort_table(cohort: Cohort) -> pa.Table:
@@ -317,8 +325,7 @@ def run_cohort(
     from pipeline.report import write_report
 
     settings = None if config is None else _read_json(config, "settings")
-    classifier = (settings or {}).get("classifier")
-    cohort = gather(results, slides, classifier is not None)
+    cohort = gather(results, slides, (settings or {}).get("classifier"))
     table = cohort_table(cohort)
     record = run_manifest(cohort, results, settings=settings, model=model)
     finals = [tsv, parquet, failed, report, manifest]

@@ -80,7 +80,8 @@ def stated_origin(value: Any) -> tuple[float, float]:
 def class_names(feature: dict[str, Any]) -> list[str]:
     """Classes of a QuPath object, the base class first: ``[Tumor, Positive]``; empty where it has none."""
     value = (feature.get("properties") or {}).get("classification") or {}
-    names = [value] if isinstance(value, str) else value.get("names") or [value.get("name") or ""]
+    names = value if isinstance(value, str) else value.get("names") or value.get("name") or ""
+    names = [names] if isinstance(names, str) else names
     return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
 
 

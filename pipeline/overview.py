@@ -486,13 +486,13 @@ def _draw_composition(
     ordered = sorted(composition.items(), key=lambda item: -item[1]["count"])
     most = max((item["count"] for _, item in ordered), default=0)
     _text(figure, left, top - 0.08, "How many", fontsize=10.5, fontweight="bold", color=INK, va="bottom")
-    _text(figure, left + length, top - 0.08, "share, nuclei/mm²", fontsize=9, color=MUTED, va="bottom", ha="right")
+    _text(figure, left + length, top - 0.08, "number, share, per mm²", fontsize=9, color=MUTED, va="bottom", ha="right")
     for number, (name, item) in enumerate(ordered[:CLASSES_SHOWN]):
         y = top + 0.42 * number + 0.1
         shown = [f"{item['count']:,}"]
         shown += [f"{100 * item['share']:.1f} %"] if item["share"] is not None else []
         shown += [f"{item['per_mm2']:,.0f}"] if item["per_mm2"] is not None else []
-        _text(figure, left, y, shorten(name, 28), fontsize=9, color=INK, va="center")
+        _text(figure, left, y, shorten(" ".join(name.split()), 18), fontsize=9, color=INK, va="center")
         _text(figure, left + length, y, "   ".join(shown), fontsize=9, color=MUTED, va="center", ha="right")
         bar = length * item["count"] / max(most, 1)
         place = (left / wide, 1 - (y + 0.22) / high)

@@ -104,6 +104,7 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         )
     table = resolve_slides(layout.slide_table if slides is None else slides)
     now = time.time() if now is None else now
+    classified = layout.settings.is_file() and bool(_read_json(layout.settings).get("classifier"))
     stages: Counter[str] = Counter()
     failures, ends, latest = [], [], None
     for entry in table:
@@ -114,7 +115,9 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         failure = manifest_failure(read_manifest(stage_manifests(paths)[done - 1])) if done else None
         if failure is not None:
             failures.append({"slide": entry.name, **asdict(failure)})
-        if done == len(STAGES):
+        if done == len(STAGES) and classified and failure is None and not paths.classify.exists():
+            stages[STAGES[-1]] += 1
+        elif done == len(STAGES):
             ends.append(ended or now)
         elif failure is None:
             stages[STAGES[done - 1] if done else "waiting"] += 1
@@ -157,13 +160,25 @@ def describe(status: Status, most: int | None = None) -> str:
     return "\n".join([*lines, f"failed: {more} more"] if more else lines)
 
 
-def closing_words(results: Path) -> str:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise PipelineError(f"{path} is damaged", "delete it and run again")
+    return value
+
+
+def closing_words(results: Path, failed: bool) -> str:
     """What a run says last: how far it has come, what to do about it, and where to look.
 
     Parameters
     ----------
     results : pathlib.Path
         The results folder.
+    failed : bool
+        Whether a job failed, or the run was interrupted.
 
     Raises
     ------
@@ -173,14 +188,15 @@ def closing_words(results: Path) -> str:
     layout, now = RunLayout(results), time.time()
     status = run_status(results, now=now)
     lines = [describe(status, most=FAILURES_TOLD)]
-    reported = layout.report.is_file() and now - layout.report.stat().st_mtime <= (status.idle_seconds or 0)
-    if status.stages or not reported:
+    if failed:
         lines.append("not finished: the same command goes on with what is left")
         lines.append(f"messages of its jobs: {os.path.abspath(results / 'logs')}")
-    else:
-        if status.failed:
-            lines.append("mend what failed and start the same command again: it works on these slides alone")
-            lines.append(f"all that failed: {os.path.abspath(layout.failed)}")
+        return "\n".join(lines)
+    if status.failed:
+        lines.append("mend what failed and start the same command again: it works on these slides alone")
+        lines.append(f"all that failed: {os.path.abspath(layout.failed)}")
+    # Not one of an earlier run, where this one was to make something else.
+    if layout.report.is_file() and now - layout.report.stat().st_mtime <= (status.idle_seconds or 0):
         lines.append(f"report: {os.path.abspath(layout.report)}")
     return "\n".join(lines)
 

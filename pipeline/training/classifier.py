@@ -6,31 +6,47 @@ Named in QuPath: a detection or a point is one nucleus, an area is all nuclei in
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
 from pipeline.export import origin_of
-from pipeline.geojson import ORIGIN, class_names, iter_features, nucleus_geometry, read_geojson, role, stated_origin
+from pipeline.geojson import (
+    ORIGIN,
+    class_names,
+    iter_features,
+    nucleus_geometry,
+    object_type,
+    read_geojson,
+    role,
+    stated_origin,
+)
 from pipeline.kernels import classify as kernel
-from pipeline.layout import RunLayout
+from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import NucleusClass
 from pipeline.slide_table import from_table
 from pipeline.stage import stub_text
 from pipeline.training.annotations import MAX_COORDINATE
 from pipeline.training.datasets.qupath import UNTYPED, exports, polygon
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 log = logging.getLogger(__name__)
 
 LEAST = 10
 """Nuclei that each class needs."""
+
+MOST = 2000
+"""Nuclei of a class that are learned from, spread over those that were named: more make it slow, and hardly better."""
 
 FOLDS = 5
 SQUARE_UM = 250.0
@@ -72,10 +88,14 @@ class Named:
 
 @dataclass(frozen=True)
 class _Objects:
-    """Geometries of an export, level-0 pixels, and their classes: areas or outlines, and points."""
+    """Geometries of an export, level-0 pixels, and their classes: areas or outlines, and points.
+
+    `detected` are those of the shapes that are detections: all that came from here have a class, changed or not.
+    """
 
     shapes: tuple[Any, ...]
     shape_names: tuple[str, ...]
+    detected: tuple[bool, ...]
     points: np.ndarray
     point_names: tuple[str, ...]
 
@@ -98,7 +118,7 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
         When it is no such file.
     """
     value = read_geojson(path)
-    shapes, shape_names, points, point_names = [], [], [], []
+    shapes, shape_names, detected, points, point_names = [], [], [], [], []
     try:
         by = np.array(origin, np.float64)
         if isinstance(value, dict) and ORIGIN in value:
@@ -119,20 +139,32 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
             elif (shape := polygon(geometry)) is not None:
                 shapes.append(_moved(shape, by))
                 shape_names.append(names[0])
+                detected.append("annotation" not in object_type(feature))
             else:
                 continue
-            kind = (feature.get("properties") or {})["classification"]
-            colour = kind.get("color") if isinstance(kind, dict) else None
+            colour = _colour(feature["properties"]["classification"])
             if colour is not None and len(names) == 1:
-                red, green, blue = (int(part) for part in colour)
-                colours.setdefault(names[0], (red, green, blue))
+                colours.setdefault(names[0], colour)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PipelineError(
             f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
             "export objects as GeoJSON (File, Export objects)",
         ) from None
     where = np.concatenate([np.empty((0, 2)), *points])
-    return _Objects(tuple(shapes), tuple(shape_names), where, tuple(point_names))
+    return _Objects(tuple(shapes), tuple(shape_names), tuple(detected), where, tuple(point_names))
+
+
+def _colour(classification: Any) -> tuple[int, int, int] | None:
+    """RGB of a class, by the key of now or the one of QuPath before 0.4; None where there is none."""
+    if not isinstance(classification, dict):
+        return None
+    found = classification.get("color")
+    if isinstance(packed := classification.get("colorRGB", found), int):
+        found = [packed >> 16 & 255, packed >> 8 & 255, packed & 255]
+    if not isinstance(found, list) or len(found) != 3:
+        return None
+    red, green, blue = (int(part) & 255 for part in found)
+    return red, green, blue
 
 
 def _moved(shape: Any, by: np.ndarray) -> Any:
@@ -141,7 +173,9 @@ def _moved(shape: Any, by: np.ndarray) -> Any:
     return shapely.transform(shape, lambda points: points + by) if by.any() else shape
 
 
-def named_rows(nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: float) -> tuple[dict[int, str], list[int]]:
+def named_rows(
+    nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: float, told: Sequence[pa.ChunkedArray] = ()
+) -> tuple[dict[int, str], list[int]]:
     """Which nuclei the objects name.
 
     Parameters
@@ -154,6 +188,8 @@ def named_rows(nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: floa
         The objects.
     mpp : float
         µm per level-0 pixel.
+    told : sequence of pyarrow.ChunkedArray
+        Classes that the nuclei have been exported with: a detection that has one of them was not named by anybody.
 
     Returns
     -------
@@ -165,31 +201,27 @@ def named_rows(nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: floa
     """
     import shapely
 
-    names: dict[int, str] = {}
-    marks = [shapely.Point(point) for point in objects.points]
-    mark_names = list(objects.point_names)
-    lost_shapes = 0
-    if objects.shapes:
-        shapes = np.array(objects.shapes, object)
+    shapes = np.array(objects.shapes, object)
+    held: list[np.ndarray] = []
+    if len(shapes):
         tree = shapely.STRtree(shapely.points(centroids))
         which, rows = tree.query(shapes, predicate="contains")
         held = np.split(rows, np.searchsorted(which, np.arange(1, len(shapes))))
-        for number in np.argsort(-shapely.area(shapes), kind="stable").tolist():
-            if len(held[number]):
-                names |= dict.fromkeys(held[number].tolist(), objects.shape_names[number])
-            else:  # an outline with its centroid outside, or of another run: the nucleus in its middle
-                marks.append(shapely.point_on_surface(shapes[number]))
-                mark_names.append(objects.shape_names[number])
+    # An outline with its centroid outside, or of another run: the nucleus in its middle.
+    empty = [number for number, rows in enumerate(held) if not len(rows)]
+    marks = [*shapely.point_on_surface(shapes[empty]), *shapely.points(objects.points)]
     found = _at(nuclei, centroids, np.array(marks, object), mpp) if marks else np.empty(0, np.int64)
-    points = len(objects.points)
-    lost_shapes = int((found[points:] < 0).sum())
-    for row, name in zip(found[points:].tolist(), mark_names[points:], strict=True):
+    lost = [int((part < 0).sum()) for part in (found[: len(empty)], found[len(empty) :])]
+    for number, row in zip(empty, found.tolist(), strict=False):
+        held[number] = np.array([row] if row >= 0 else [], np.int64)
+    named: dict[int, tuple[str, bool]] = {}
+    for number in np.argsort(-shapely.area(shapes), kind="stable").tolist():
+        named |= dict.fromkeys(held[number].tolist(), (objects.shape_names[number], objects.detected[number]))
+    for row, name in zip(found[len(empty) :].tolist(), objects.point_names, strict=True):
         if row >= 0:
-            names.setdefault(row, name)
-    for row, name in zip(found[:points].tolist(), mark_names[:points], strict=True):
-        if row >= 0:
-            names[row] = name
-    return names, [lost_shapes, int((found[:points] < 0).sum())]
+            named[row] = name, False
+    as_told = {row for row, (name, shown) in named.items() if shown and any(one[row].as_py() == name for one in told)}
+    return {row: name for row, (name, _) in named.items() if row not in as_told}, lost
 
 
 def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> np.ndarray:
@@ -280,7 +312,8 @@ def gather(
         measured, grid = Measured(table), grid_of(table)
         mpp = grid.mpp / np.sqrt(grid.scale_x * grid.scale_y)
         centroids = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"])
-        names, (shapes, points) = named_rows(nuclei, centroids, objects, float(mpp))
+        told = _classes_told(layout.slide(slide))
+        names, (shapes, points) = named_rows(nuclei, centroids, objects, float(mpp), told)
         for lost, what in ((shapes, "outlines"), (points, "points")):
             if lost:
                 log.warning("%s: %d %s lie on no nucleus that was found, and are left out", slide, lost, what)
@@ -290,22 +323,42 @@ def gather(
             continue
         kinds = tuple(names[row] for row in rows.tolist())
         named.append(Named(slide, kinds, measured.features(rows), measured.points[rows]))
-        told = ", ".join(f"{name} {count}" for name, count in sorted(Counter(kinds).items()))
-        log.info("%s: %s", slide, told)
+        count = ", ".join(f"{name} {number}" for name, number in sorted(Counter(kinds).items()))
+        log.info("%s: %s", slide, count)
     return named, model, colours
 
 
-def _groups(named: Sequence[Named]) -> tuple[np.ndarray, str]:
-    """A group of each nucleus, int64 ``(n,)``, that is left out as one, and what the groups are."""
+def _classes_told(paths: SlideLayout) -> list[pa.ChunkedArray]:
+    """Classes with which the nuclei of a slide were exported: the model's, and those of a classifier before."""
+    import pyarrow.parquet as pq
+
+    told = [pq.read_table(paths.nuclei, columns=["class"])["class"]]
+    if paths.classified.is_file() and stub_text(paths.classified) is None:
+        more = pq.read_table(paths.classified, columns=["class"])["class"]
+        told += [more] if len(more) == len(told[0]) else []
+    return told
+
+
+def _divisions(named: Sequence[Named]) -> Iterator[tuple[np.ndarray, str]]:
+    """Groups of nuclei, int64 ``(n,)``, each of which is left out as one, and what they are; the strictest first."""
+    sizes = [len(one.names) for one in named]
     if len(named) >= 3:
-        return np.repeat(np.arange(len(named)), [len(one.names) for one in named]), "slides"
-    squares = np.concatenate(
-        [
-            np.column_stack([np.full(len(one.points), number), np.floor(one.points / SQUARE_UM)])
-            for number, one in enumerate(named)
-        ]
-    )
-    return np.unique(squares, axis=0, return_inverse=True)[1].ravel(), f"squares of {SQUARE_UM:.0f} µm"
+        yield np.repeat(np.arange(len(named)), sizes), "slides"
+    places = np.floor(np.concatenate([one.points for one in named]) / SQUARE_UM)
+    squares = np.column_stack([np.repeat(np.arange(len(named)), sizes), places])
+    yield np.unique(squares, axis=0, return_inverse=True)[1].ravel(), f"squares of {SQUARE_UM:.0f} µm"
+
+
+def _folds(named: Sequence[Named], kinds: np.ndarray) -> tuple[np.ndarray, str]:
+    """Fold of each nucleus, int64 ``(n,)``, and what is left out."""
+    for groups, what in _divisions(named):
+        if (fold := folds_of(groups, kinds)) is not None:
+            return fold, what
+    scattered = np.empty(len(kinds), np.int64)
+    for kind in np.unique(kinds):
+        rows = np.flatnonzero(kinds == kind)
+        scattered[rows] = np.arange(len(rows)) % FOLDS
+    return scattered, "scattered nuclei (one class lies in one place), which flatters"
 
 
 def folds_of(groups: np.ndarray, kinds: np.ndarray) -> np.ndarray | None:
@@ -407,6 +460,7 @@ def make_classifier(
     PipelineError
         When there are fewer than two classes, or too few nuclei of one.
     """
+    named = _fewer(named)
     every = [one for slide in named for one in slide.names]
     count = Counter(every)
     names = sorted(count)
@@ -421,11 +475,7 @@ def make_classifier(
             )
     kinds = np.array([names.index(one) for one in every])
     matrix = np.concatenate([one.features for one in named])
-    groups, what = _groups(named)
-    fold = folds_of(groups, kinds)
-    if fold is None:
-        what = "nuclei one by one (a class is on one slide, or in one place, alone), which flatters"
-        fold = _one_by_one(kinds)
+    fold, what = _folds(named, kinds)
     penalty, left_out = learn(matrix, kinds, len(names), fold)
     scores = scores_of(kinds, left_out.argmax(axis=1), names)
     scores = {"protocol": f"{len(np.unique(fold))} folds, leaving out {what}", "penalty": penalty} | scores
@@ -433,7 +483,7 @@ def make_classifier(
     free = iter([colour for colour in PALETTE if colour not in colours.values()] * len(names))
     return Classifier(
         name=name,
-        classes=tuple(NucleusClass(one, colours.get(one) or next(free)) for one in names),
+        classes=tuple(NucleusClass(one, colours.get(one) or next(free, PALETTE[0])) for one in names),
         model=dict(model),
         mean=mean,
         spread=spread,
@@ -443,13 +493,21 @@ def make_classifier(
     )
 
 
-def _one_by_one(kinds: np.ndarray) -> np.ndarray:
-    """Folds with as many of each class."""
-    fold = np.empty(len(kinds), np.int64)
-    for kind in np.unique(kinds):
-        rows = np.flatnonzero(kinds == kind)
-        fold[rows] = np.arange(len(rows)) % FOLDS
-    return fold
+def _fewer(named: Sequence[Named]) -> list[Named]:
+    """At most `MOST` nuclei of each class, evenly spread over those that there are."""
+    every = np.array([one for slide in named for one in slide.names])
+    kept = np.ones(len(every), bool)
+    for name, count in sorted(Counter(every.tolist()).items()):
+        if count > MOST:
+            rows = np.flatnonzero(every == name)
+            kept[rows] = False
+            kept[rows[np.linspace(0, count - 1, MOST).astype(np.int64)]] = True
+            log.info("%d of %d nuclei of class %r are learned from", MOST, count, name)
+    parts = np.split(kept, np.cumsum([len(one.names) for one in named])[:-1]) if named else []
+    return [
+        Named(one.slide, tuple(itertools.compress(one.names, some)), one.features[some], one.points[some])
+        for one, some in zip(named, parts, strict=True)
+    ]
 
 
 def table(scores: Mapping[str, Any]) -> Iterator[str]:

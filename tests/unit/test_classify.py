@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from pipeline import classify, overview, testing
-from pipeline.classifier import Classifier, Measured
+from pipeline.classifier import Classifier, Measured, check_classifier
 from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.grid import Grid
@@ -24,7 +24,6 @@ from pipeline.kernels import classify as kernel
 from pipeline.layout import SlideLayout
 from pipeline.models.package import NucleusClass
 from pipeline.nuclei import about_nuclei
-from pipeline.settings import check_classifier
 from pipeline.testing import MODEL
 
 
@@ -175,6 +174,12 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"classes": [{"name": "a", "color": [1, 2, 3]}] * 2}, "same name"),
         ({"classes": [{"name": "a", "color": [1, 2, 3]}]}, "2 to 255 classes"),
         ({"classes": None}, "damaged"),
+        (
+            {"classes": [{"name": "a", "color": [300, 0, 0]}, {"name": "b", "color": [0, 0, 0]}]},
+            "three numbers of 0 to 255",
+        ),
+        ({"classes": [{"name": "a", "color": [1, 2]}, {"name": "b", "color": [0, 0, 0]}]}, "three numbers of 0 to 255"),
+        ({"mean": [10**400] * len(kernel.FEATURES)}, "damaged"),
     ],
 )
 def test_damage_is_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -187,7 +192,7 @@ def test_damage_is_one_line(tmp_path: Path, change: dict[str, Any], message: str
     assert "python -m pipeline classifier" in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[]"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[]", b"[" * 100_000])
 def test_what_is_no_classifier_is_one_line(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "c.json"
     if content is not None:

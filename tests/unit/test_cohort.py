@@ -260,3 +260,21 @@ def test_provenance() -> None:
     git = provenance.git_state()
     assert git is None or len(git["commit"]) == 40
     assert provenance.now().endswith("+00:00")
+
+
+def test_classes_by_a_classifier(results: Path, tmp_path: Path) -> None:
+    layout = RunLayout(results)
+    made = tmp_path / "types.json"
+    made.write_text("one")
+    composition = {"A": {"count": 3, "share": 1.0, "per_mm2": 2.0, "color": [1, 2, 3]}}
+    for name, sha, good in ((NAMES[0], file_sha256(made), "ok"), (NAMES[1], "0" * 64, "ok"), (NAMES[2], "", "failed")):
+        content = {"status": good, "composition": composition, "classifier": {"name": "types", "sha256": sha}}
+        layout.slide(name).classify.write_text(
+            json.dumps(content if good == "ok" else {"status": good, "failure": None})
+        )
+    found = cohort.gather(results, layout.slide_table, str(made))
+    # The others have classes by another one, or none yet.
+    assert [row["slide"] for row in found.good] == [NAMES[0]]
+    assert found.good[0]["composition"] == composition
+    assert {NAMES[1], NAMES[2]} <= {*found.waiting}
+    assert {"A"} & {*cohort.gather(results, layout.slide_table).good[0]["composition"]} == set()

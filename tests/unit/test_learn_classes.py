@@ -69,7 +69,8 @@ def named(tmp_path: Path, features: list[dict[str, Any]], places: list[tuple[flo
     testing.write_nuclei(tmp_path / "n.parquet", squares(places), grid, "a")
     centroids = np.array(places) + 5
     objects = learning.read_objects(tmp_path / "ann" / "a.geojson", {})
-    names, lost = learning.named_rows(tmp_path / "n.parquet", centroids, objects, 0.5)
+    told = [pa.chunked_array([["Nucleus", "T", "T", "T"]]), pa.chunked_array([["A", "B", "T", "T"]])]
+    names, lost = learning.named_rows(tmp_path / "n.parquet", centroids, objects, 0.5, told)
     return [names.get(row, "") for row in range(len(places))] + [f"lost {lost[0]} {lost[1]}"]
 
 
@@ -87,7 +88,22 @@ PLACES = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 100.0)]
         ([feature(dots((101, 101), (409, 115), (205, 118)), "A")], ["A", "", "", "A", "lost 0 1"]),
         ([feature({"type": "Point", "coordinates": [205, 105, 0]}, "A")], ["", "A", "", "", "lost 0 0"]),
         # Detections; one whose outline has moved off the nucleus' middle; one beside all.
-        ([feature(box(100, 100, 110, 110), "A", "detection")], ["A", "", "", "", "lost 0 0"]),
+        ([feature(box(100, 100, 110, 110), "C", "detection")], ["C", "", "", "", "lost 0 0"]),
+        # Those that have the class with which they were exported were not named, whichever is around them.
+        ([feature(box(100, 100, 110, 110), "A", "detection")], ["", "", "", "", "lost 0 0"]),
+        (
+            [feature(box(300, 100, 310, 110), "T", "detection"), feature(box(190, 90, 500, 120), "D")],
+            ["", "D", "", "D", "lost 0 0"],
+        ),
+        ([feature(box(100, 100, 110, 110), "A")], ["A", "", "", "", "lost 0 0"]),
+        # An outline around the nucleus' middle counts by its size like any other.
+        (
+            [
+                feature(area((199, 99), (211, 99), (211, 101), (201, 101), (201, 111), (199, 111)), "C"),
+                feature(box(90, 90, 500, 120), "D"),
+            ],
+            ["D", "C", "D", "D", "lost 0 0"],
+        ),
         ([feature(box(208, 100, 216, 110), "A", "detection")], ["", "A", "", "", "lost 0 0"]),
         ([feature(box(600, 600, 610, 610), "A", "detection")], ["", "", "", "", "lost 1 0"]),
         # The nucleus of a cell; the base class of a derived one.
@@ -279,10 +295,76 @@ def test_a_class_in_one_place_is_told() -> None:
     points = np.concatenate([rng.uniform(0, 5000, (30, 2)), np.full((12, 2), 10.0)])
     features = rng.normal(size=(42, len(kernel.FEATURES)))
     made = learning.make_classifier("n", [learning.Named("a", names, features, points)], testing.MODEL, {})
-    assert made.scores["protocol"].endswith("alone), which flatters")
+    assert (
+        made.scores["protocol"] == "5 folds, leaving out scattered nuclei (one class lies in one place), which flatters"
+    )
     points[30:] = rng.uniform(0, 5000, (12, 2))
     made = learning.make_classifier("n", [learning.Named("a", names, features, points)], testing.MODEL, {})
     assert made.scores["protocol"] == "5 folds, leaving out squares of 250 µm"
+
+
+def test_folds_are_the_strictest_that_serve() -> None:
+    rng = np.random.default_rng(0)
+
+    def slide(name: str, kinds: str) -> learning.Named:
+        count = len(kinds)
+        return learning.Named(name, tuple(kinds), np.zeros((count, 1)), rng.uniform(0, 5000, (count, 2)))
+
+    def folds(*kinds: str) -> str:
+        named = [slide(str(number), of) for number, of in enumerate(kinds)]
+        every = np.array([*"".join(kinds)])
+        return learning._folds(named, (every == "b").astype(int))[1]
+
+    assert folds("ab" * 9, "ab" * 9, "ab" * 9) == "slides"
+    assert folds("a" * 9 + "b" * 30, "a" * 9, "a" * 9, "a" * 9) == "squares of 250 µm"
+    assert folds("ab" * 9, "ab" * 9) == "squares of 250 µm"
+
+
+def test_of_very_many_nuclei_some_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "MOST", 20)
+    rng = np.random.default_rng(0)
+    slides = [
+        learning.Named(
+            name,
+            ("a",) * 100 + ("b",) * 10,
+            rng.normal(size=(110, len(kernel.FEATURES))),
+            rng.uniform(0, 5000, (110, 2)),
+        )
+        for name in "xyz"
+    ]
+    made = learning.make_classifier("n", slides, testing.MODEL, {})
+    assert {name: one["nuclei"] for name, one in made.scores["classes"].items()} == {"a": 20, "b": 20}
+    assert all(count in (6, 7) for one in made.data for count in one["nuclei"].values())
+
+
+@pytest.mark.parametrize(
+    ("classification", "colour"),
+    [
+        ({"name": "A", "color": [1, 2, 3]}, (1, 2, 3)),
+        ({"name": "A", "colorRGB": -65536}, (255, 0, 0)),
+        ({"name": "A", "color": -16711936}, (0, 255, 0)),
+        ({"name": "A", "color": "red"}, None),
+        ({"name": "A"}, None),
+        ({"names": "A", "color": [1, 2, 3]}, (1, 2, 3)),
+        ("A", None),
+    ],
+)
+def test_colours_of_classes(tmp_path: Path, classification: Any, colour: tuple[int, int, int] | None) -> None:
+    one = feature(dots((105, 105)), None, classification=classification)
+    write_export(tmp_path, "a", [one])
+    colours: dict[str, tuple[int, int, int]] = {}
+    objects = learning.read_objects(tmp_path / "a.geojson", colours)
+    assert objects.point_names == ("A",)
+    assert colours == ({} if colour is None else {"A": colour})
+
+
+def test_more_classes_without_a_colour_than_there_are() -> None:
+    rng = np.random.default_rng(0)
+    names = [f"c{i}" for i in range(len(learning.PALETTE) + 1) for _ in range(10)]
+    slide = learning.Named("a", tuple(names), rng.normal(size=(len(names), 17)), rng.uniform(0, 5000, (len(names), 2)))
+    taken = {f"c{i}": colour for i, colour in enumerate(learning.PALETTE)}
+    made = learning.make_classifier("n", [slide], testing.MODEL, taken)
+    assert made.classes[-1].color == learning.PALETTE[0]
 
 
 def test_classes_without_a_colour_get_different_ones() -> None:

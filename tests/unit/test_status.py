@@ -79,6 +79,19 @@ def test_nothing_is_left_of_a_finished_run(tmp_path: Path) -> None:
     assert text == "1 slide: 1 finished, 0 failed, 0 to go"
 
 
+def test_a_slide_that_waits_for_its_classes_is_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "slides.tsv").write_text("slide\tpath\na\t/data/a.svs\n", encoding="utf-8")
+    (tmp_path / "settings.json").write_text('{"classifier": "types.json"}')
+    finish(tmp_path, "a", len(STAGES), START)
+    found = status.run_status(tmp_path, now=START + 600)
+    assert (found.finished, found.stages) == (0, {"summary": 1})
+    RunLayout(tmp_path).slide("a").classify.write_text("{}")
+    assert status.run_status(tmp_path, now=START + 600).finished == 1
+    (tmp_path / "settings.json").write_text("[")
+    with pytest.raises(PipelineError, match="is damaged"):
+        status.run_status(tmp_path)
+
+
 def write_report(results: Path, when: float) -> str:
     report = RunLayout(results).report
     report.write_text("report")
@@ -88,10 +101,14 @@ def write_report(results: Path, when: float) -> str:
 
 def test_a_run_ends_with_what_there_is_to_do(results: Path) -> None:
     told = write_report(results, START + 9000)
-    text = status.closing_words(results)
+    text = status.closing_words(results, failed=True)
     assert text.startswith("6 slides: 2 finished, 1 failed, 3 to go\n")
     assert "the same command goes on" in text
-    assert told not in text  # it is of an earlier run
+    assert told not in text
+    # Some targets alone were asked for, or all is there but a manifest that nothing needs.
+    text = status.closing_words(results, failed=False)
+    assert text.startswith("6 slides: 2 finished, 1 failed, 3 to go\n")
+    assert "not finished" not in text
 
 
 def test_a_finished_run_ends_with_its_failures_and_its_report(tmp_path: Path) -> None:
@@ -102,7 +119,7 @@ def test_a_finished_run_ends_with_its_failures_and_its_report(tmp_path: Path) ->
     for name in names:
         testing.write_failed_slide(tmp_path, name, "inspect", "file is empty", "copy it again")
     told = write_report(tmp_path, 2e9)
-    lines = status.closing_words(tmp_path).splitlines()
+    lines = status.closing_words(tmp_path, failed=False).splitlines()
     assert lines[0] == "13 slides: 1 finished, 12 failed, 0 to go"
     assert lines[1 + status.FAILURES_TOLD] == "failed: 2 more"
     assert lines[-2:] == [f"all that failed: {tmp_path / 'failed.tsv'}", told]
@@ -112,9 +129,9 @@ def test_a_report_older_than_a_slide_is_of_an_earlier_run(tmp_path: Path) -> Non
     (tmp_path / "slides.tsv").write_text("slide\tpath\na\t/data/a.svs\n", encoding="utf-8")
     finish(tmp_path, "a", len(STAGES), START)
     told = write_report(tmp_path, START + 60)
-    assert told not in status.closing_words(tmp_path)
+    assert told not in status.closing_words(tmp_path, failed=False)
     write_report(tmp_path, START + 600)
-    assert status.closing_words(tmp_path) == f"1 slide: 1 finished, 0 failed, 0 to go\n{told}"
+    assert status.closing_words(tmp_path, failed=False) == f"1 slide: 1 finished, 0 failed, 0 to go\n{told}"
 
 
 def test_report_of_what_is_finished(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
 from pipeline.settings import (
-    check_classifier,
     check_folder,
     check_licence,
     check_model,
@@ -85,6 +84,8 @@ try:
         check_licence(CARD, MODEL, config["licences"])
         check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
         if config["classifier"] is not None:
+            from pipeline.classifier import check_classifier  # it needs NumPy
+
             check_classifier(Path(config["classifier"]), CARD)
 except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
@@ -156,7 +157,11 @@ onstart:
             atexit.register(server.stop)
 
 
+ERRORS = []
+
+
 onerror:
+    ERRORS.append(True)
     damaged = [] if RESTART is None else RESTART.end()
     if damaged:
         print(
@@ -169,7 +174,7 @@ def tell():
     """How far the run has come and what to do, when it has ended."""
     if RUN.slide_table.is_file():  # else it has not begun
         try:
-            print(f"\n{closing_words(RUN.results)}", file=sys.stderr)
+            print(f"\n{closing_words(RUN.results, bool(ERRORS))}", file=sys.stderr)
         except PipelineError as error:
             print(f"warning: {error}", file=sys.stderr)
 
