@@ -189,7 +189,7 @@ def named_rows(
     mpp : float
         µm per level-0 pixel.
     told : sequence of pyarrow.ChunkedArray
-        Classes that the nuclei have been exported with: a detection that has one of them was not named by anybody.
+        Classes that the nuclei have been exported with: a detection that has one of them names nothing.
 
     Returns
     -------
@@ -214,14 +214,16 @@ def named_rows(
     lost = [int((part < 0).sum()) for part in (found[: len(empty)], found[len(empty) :])]
     for number, row in zip(empty, found.tolist(), strict=False):
         held[number] = np.array([row] if row >= 0 else [], np.int64)
-    named: dict[int, tuple[str, bool]] = {}
+    names: dict[int, str] = {}
     for number in np.argsort(-shapely.area(shapes), kind="stable").tolist():
-        named |= dict.fromkeys(held[number].tolist(), (objects.shape_names[number], objects.detected[number]))
-    for row, name in zip(found[len(empty) :].tolist(), objects.point_names, strict=True):
-        if row >= 0:
-            named[row] = name, False
-    as_told = {row for row, (name, shown) in named.items() if shown and any(one[row].as_py() == name for one in told)}
-    return {row: name for row, (name, _) in named.items() if row not in as_told}, lost
+        name = objects.shape_names[number]
+        for row in held[number].tolist():
+            if not (objects.detected[number] and any(one[row].as_py() == name for one in told)):
+                names[row] = name
+    names |= {
+        row: name for row, name in zip(found[len(empty) :].tolist(), objects.point_names, strict=True) if row >= 0
+    }
+    return names, lost
 
 
 def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> np.ndarray:

@@ -89,11 +89,11 @@ PLACES = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 100.0)]
         ([feature({"type": "Point", "coordinates": [205, 105, 0]}, "A")], ["", "A", "", "", "lost 0 0"]),
         # Detections; one whose outline has moved off the nucleus' middle; one beside all.
         ([feature(box(100, 100, 110, 110), "C", "detection")], ["C", "", "", "", "lost 0 0"]),
-        # Those that have the class with which they were exported were not named, whichever is around them.
+        # Those that have the class with which they were exported name nothing; what is around them does.
         ([feature(box(100, 100, 110, 110), "A", "detection")], ["", "", "", "", "lost 0 0"]),
         (
             [feature(box(300, 100, 310, 110), "T", "detection"), feature(box(190, 90, 500, 120), "D")],
-            ["", "D", "", "D", "lost 0 0"],
+            ["", "D", "D", "D", "lost 0 0"],
         ),
         ([feature(box(100, 100, 110, 110), "A")], ["A", "", "", "", "lost 0 0"]),
         # An outline around the nucleus' middle counts by its size like any other.
