@@ -309,7 +309,10 @@ rule classify:
         parquet=whole(ONE.classified),
         geojson=whole(ONE.classified_geojson),
         png=report(
-            whole(ONE.classified_png), caption="../report/classified.rst", category="Classes", labels={"slide": "{slide}"}
+            whole(ONE.classified_png),
+            caption="../report/classified.rst",
+            category="Classes",
+            labels={"slide": "{slide}"},
         ),
     log:
         str(RUN.log("classify", "{slide}")),
