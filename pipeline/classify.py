@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
 from pipeline.export import origin_of, write_geojson
@@ -53,7 +54,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
 
     from pipeline.nuclei import COMPRESSION, META_KEY, about_nuclei, open_nuclei
 
-    names = [one.name for one in classifier.classes]
+    names = pa.array([one.name for one in classifier.classes])
     with open_nuclei(nuclei) as source:
         about = about_nuclei(source.schema_arrow)
         if about["model"]["sha256"] != classifier.model["sha256"]:
@@ -78,7 +79,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
                 found = classifier.probabilities(measured.features(rows))
                 kinds = found.argmax(axis=1)
                 own = {
-                    "class": pa.array([names[kind] for kind in kinds.tolist()]),
+                    "class": names.take(pa.array(kinds)),
                     "class_id": pa.array(kinds.astype(np.uint8)),
                     "class_probability": pa.array(found.max(axis=1).astype(np.float32)),
                 }
@@ -197,5 +198,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline classify``."""
+    keep_freed_memory()
     run_classify(**keywords(args))
     return 0
