@@ -131,7 +131,7 @@ class Run:
     own: float
 
 
-def run_command(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Run:
+def run_command(command: Sequence[str | Path]) -> Run:
     """Run a command and watch it.
 
     Raises
@@ -142,7 +142,7 @@ def run_command(command: Sequence[str | Path], environment: dict[str, str] | Non
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     watched = _Watched()
     watcher = threading.Thread(target=watched.watch, args=(process.pid,), daemon=True)

@@ -200,9 +200,8 @@ class GzipWriter:
         Threads; twice as many blocks are in memory at most.
     """
 
-    def __init__(self, stream: BinaryIO, level: int = GZIP_LEVEL, workers: int = 1) -> None:
+    def __init__(self, stream: BinaryIO, workers: int = 1) -> None:
         self._stream = stream
-        self._level = level
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="gzip")
         self._pending: deque[Future[bytes]] = deque()
         self._limit = 2 * workers
@@ -227,7 +226,7 @@ class GzipWriter:
             self._pool.shutdown(cancel_futures=True)
 
     def _compress(self, block: bytes) -> bytes:
-        machine = zlib.compressobj(self._level, zlib.DEFLATED, -zlib.MAX_WBITS)
+        machine = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
         return machine.compress(block) + machine.flush(zlib.Z_FULL_FLUSH)
 
     def write(self, block: bytes) -> None:

@@ -81,7 +81,7 @@ def spread_order(count: int) -> np.ndarray:
     return np.argsort((np.arange(count) * ratio) % 1.0, kind="stable").argsort(kind="stable").astype(np.int64)
 
 
-def _cell_window(grid: Grid, cell: np.ndarray, size: int = CELL) -> tuple[int, int, int, int]:
+def _cell_window(grid: Grid, cell: np.ndarray, size: int) -> tuple[int, int, int, int]:
     """Window ``x, y, width, height`` of side `size` (less on a small grid) about a cell, within the grid."""
     width, height = min(size, grid.width), min(size, grid.height)
     x = min(max(0, int(cell[1]) * CELL + CELL // 2 - width // 2), grid.width - width)

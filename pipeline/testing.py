@@ -41,8 +41,9 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def nuclei_table(count: int, width: float, height: float, mpp: float = 0.25, seed: int = 0) -> pa.Table:
-    """Nuclei in rows over a slide of ``width x height`` level-0 pixels."""
+def nuclei_table(count: int, width: float, height: float, seed: int = 0) -> pa.Table:
+    """Nuclei in rows over a slide of ``width x height`` level-0 pixels of 0.25 µm."""
+    mpp = 0.25
     rng = np.random.default_rng(seed)
     x = rng.uniform(40, width - 40, count)
     y = np.sort(rng.uniform(40, height - 40, count))

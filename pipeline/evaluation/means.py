@@ -15,10 +15,11 @@ SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
 PIXEL_SCORES = ("pixel_accuracy", "pixel_dice", "pixel_iou")
 """Scores of the thresholded nucleus map, before nuclei are made of it."""
 
+ROUNDS = 2000
+"""How often fields are drawn for an interval."""
 
-def bootstrap_interval(
-    values: np.ndarray, groups: Sequence[Hashable] | None = None, seed: int = 0, rounds: int = 2000
-) -> tuple[float, float]:
+
+def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """95 % bootstrap interval of the mean (percentile method).
 
     Parameters
@@ -28,8 +29,6 @@ def bootstrap_interval(
     groups : sequence, optional
         The patient of each field. Fields of one patient are alike: whole patients are drawn, not fields, unless there
         is but one, whose interval tells nothing of others.
-    seed, rounds : int
-        Of the drawing, and how often.
 
     References
     ----------
@@ -39,7 +38,7 @@ def bootstrap_interval(
     order = {name: index for index, name in enumerate(dict.fromkeys(names))}
     owner = np.array([order[name] for name in names])
     sums, counts = np.bincount(owner, values), np.bincount(owner)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(rounds, len(sums)))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(ROUNDS, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

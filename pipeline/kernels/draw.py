@@ -10,6 +10,9 @@ import numpy as np
 LEVELS = range(32, 256, 16)
 """Values of the distance map above which a drawn nucleus is one connected part."""
 
+SLACK = 2
+"""Pixels beyond its core to which a window draws."""
+
 
 @dataclass(frozen=True, eq=False)
 class Detections:
@@ -110,14 +113,12 @@ def depth_map(mask: np.ndarray) -> np.ndarray:
     return values
 
 
-def draw_instances(
-    found: Detections, shape: tuple[int, int], margin: int = 0, slack: int = 2, threshold: float = 0.5
-) -> np.ndarray:
+def draw_instances(found: Detections, shape: tuple[int, int], margin: int = 0, threshold: float = 0.5) -> np.ndarray:
     """Draw the nuclei that belong to a window.
 
     Nuclei take their pixels in the order of their scores; one that finds most of its own taken is another view of the
     same nucleus and is left out. A nucleus belongs to the window when the middle of its bounding box lies in the
-    window's core. Neighbouring windows' cores adjoin; each also draws nuclei up to `slack` pixels beyond, so that none
+    window's core. Neighbouring windows' cores adjoin; each also draws nuclei up to `SLACK` pixels beyond, so that none
     is lost when two windows see its middle a little differently. Drawn by both, it covers itself: the maps of
     neighbouring windows are joined by taking the larger value, which does not depend on order.
 
@@ -129,8 +130,6 @@ def draw_instances(
         Height and width of the window.
     margin : int
         The core begins this many pixels inside the window; 0 takes all nuclei.
-    slack : int
-        How far beyond its core a window draws.
     threshold : float
         Where a mask is inside.
 
@@ -141,7 +140,7 @@ def draw_instances(
     """
     maps = np.zeros((2, *shape), np.uint8)
     taken = np.zeros(shape, bool)
-    low = margin - slack if margin else 0
+    low = margin - SLACK if margin else 0
     high = (shape[0] - low, shape[1] - low)
     for index in np.argsort(-found.scores, kind="stable"):
         inside, top, left = paste_mask(found.masks[index], found.boxes[index], shape, threshold)

@@ -17,6 +17,12 @@ TRIES = 30
 MIN_PIXELS = 12
 """Of a nucleus within the map."""
 
+OVERLAP = 0.1
+"""Largest share of a nucleus that others may have taken, see `paint_nucleus`."""
+
+LEAST_PIXELS = 30
+"""Of a nucleus whose shape is used again."""
+
 
 def drawn_nucleus(radius: float, rng: np.random.Generator) -> np.ndarray:
     """An ellipse whose outline is moved by 10 to 20 % at 8 to 12 places and smoothed between them.
@@ -118,7 +124,6 @@ def random_nuclei(
     radius: tuple[float, float],
     known: Sequence[np.ndarray] = (),
     share: float = 0.0,
-    overlap: float = 0.1,
 ) -> np.ndarray:
     """A label map of nuclei at random places, no two centres near each other (Poisson disc).
 
@@ -136,8 +141,6 @@ def random_nuclei(
         Shapes of real nuclei, bool, see `nucleus_shapes`.
     share : float
         Share of nuclei that take one of them.
-    overlap : float
-        See `paint_nucleus`.
 
     Returns
     -------
@@ -161,21 +164,19 @@ def random_nuclei(
         for _ in range(TRIES):
             row, column = int(rng.integers(shape[0])), int(rng.integers(shape[1]))
             apart = np.hypot(centres[:, 0] - row, centres[:, 1] - column)
-            if (apart >= SPACING * (centres[:, 2] + own)).all() and paint_nucleus(labels, mask, (row, column), overlap):
+            if (apart >= SPACING * (centres[:, 2] + own)).all() and paint_nucleus(labels, mask, (row, column), OVERLAP):
                 centres = np.vstack([centres, (row, column, own)])
                 break
     return labels
 
 
-def nucleus_shapes(labels: np.ndarray, least: int = 30) -> list[np.ndarray]:
-    """Shapes of a label map's nuclei, those at its edge and those below `least` pixels left out.
+def nucleus_shapes(labels: np.ndarray) -> list[np.ndarray]:
+    """Shapes of a label map's nuclei, those at its edge and those below `LEAST_PIXELS` left out.
 
     Parameters
     ----------
     labels : numpy.ndarray
         int32 label map ``(H, W)``.
-    least : int
-        Pixels.
 
     Returns
     -------
@@ -190,7 +191,7 @@ def nucleus_shapes(labels: np.ndarray, least: int = 30) -> list[np.ndarray]:
         if box is None or min(box[0].start, box[1].start) == 0 or box[0].stop == height or box[1].stop == width:
             continue
         crop = labels[box] == label
-        if crop.sum() >= least:
+        if crop.sum() >= LEAST_PIXELS:
             shapes.append(crop)
     return shapes
 

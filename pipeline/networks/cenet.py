@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.blocks import ImageNetNormalise
 from pipeline.networks.encoders import ResNet34Encoder
+
+POOLS = (2, 3, 5, 6)
+"""Sides and strides of the pools; a map that is smaller is pooled as a whole."""
 
 
 class DenseAtrousConvolution(nn.Module):
@@ -48,21 +49,18 @@ class ResidualMultiPooling(nn.Module):
     Parameters
     ----------
     channels : int
-        Channels in; one more for each kernel comes out.
-    kernels : sequence of int
-        Sides and strides of the pools; a map that is smaller is pooled as a whole.
+        Channels in; one more for each pool comes out.
     """
 
-    def __init__(self, channels: int, kernels: Sequence[int] = (2, 3, 5, 6)) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.kernels = tuple(kernels)
         self.project = nn.Conv2d(channels, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         parts = [x]
-        for kernel in self.kernels:
-            pooled = functional.max_pool2d(x, (min(kernel, height), min(kernel, width)))
+        for side in POOLS:
+            pooled = functional.max_pool2d(x, (min(side, height), min(side, width)))
             parts.append(
                 functional.interpolate(self.project(pooled), size=(height, width), mode="bilinear", align_corners=False)
             )
@@ -108,7 +106,7 @@ class CENet(nn.Module):
         self.encoder = ResNet34Encoder(encoder_weights)
         self.atrous = DenseAtrousConvolution(512)
         self.pooling = ResidualMultiPooling(512)
-        self.decode4 = decoder_block(512 + len(self.pooling.kernels), 256)
+        self.decode4 = decoder_block(512 + len(POOLS), 256)
         self.decode3 = decoder_block(256, 128)
         self.decode2 = decoder_block(128, 64)
         self.decode1 = decoder_block(64, 64)

@@ -51,15 +51,13 @@ def count_multiply_adds(network: nn.Module, image: Tensor) -> int:
     return total
 
 
-def describe(name: str, image: int = IMAGE) -> dict[str, Any]:
+def describe(name: str) -> dict[str, Any]:
     """A network's size and cost, without its weights.
 
     Parameters
     ----------
     name : str
         Its name in the registry.
-    image : int
-        Side of the image that operations are counted on, in pixels.
 
     Returns
     -------
@@ -77,13 +75,13 @@ def describe(name: str, image: int = IMAGE) -> dict[str, Any]:
     channels = head_channels(family.heads)
     with torch.device("meta"):
         network = build_network(name, channels, pretrained=False).eval()
-        pixels = torch.empty(1, 3, image, image)
+        pixels = torch.empty(1, 3, IMAGE, IMAGE)
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "heads": list(family.heads),
         "channels": channels,
-        "multiply_adds_per_pixel": round(count_multiply_adds(network, pixels) / image**2),
-        "image": image,
+        "multiply_adds_per_pixel": round(count_multiply_adds(network, pixels) / IMAGE**2),
+        "image": IMAGE,
         "stride": family.stride,
         "pretrained": family.pretrained,
         "args": family.args,

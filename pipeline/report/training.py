@@ -40,9 +40,9 @@ IN_FIELDS = ("aji", "aji_plus", "pq", "f1", "dice", "iou", "pixel_accuracy", "lo
 MAIN = ("aji", "pq", "dice", "pixel_accuracy")
 
 
-def _cell(value: Any, low: Any = None, high: Any = None, digits: int = 3) -> dict[str, Any]:
+def _cell(value: Any, low: Any, high: Any) -> dict[str, Any]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = number(value, 0 if isinstance(value, int) else digits)
+        text = number(value, 0 if isinstance(value, int) else 3)
         return {"value": value, "text": text, "small": f"{low:.3f}–{high:.3f}" if low is not None else ""}
     return {"value": None, "text": "–" if value is None else str(value), "small": ""}
 
@@ -70,12 +70,11 @@ def types_table(types: Mapping[str, Any]) -> dict[str, Any]:
     return table("Classes", [{"class": name, **row} for name, row in types["classes"].items()], text)
 
 
-def interval_chart(
-    rows: Sequence[Mapping[str, Any]], label: str, scores: Sequence[str] = ("aji", "pq", "dice")
-) -> dict[str, Any] | None:
+def interval_chart(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any] | None:
     """Geometry of the means with their intervals, a line a row; None for fewer than two rows."""
     if len(rows) < 2:
         return None
+    scores = ("aji", "pq", "dice")
     left, width, line, head = 190.0, 1080.0, 24.0, 34.0
     gap = 40.0
     panel = (width - left - 24 - gap * (len(scores) - 1)) / len(scores)

@@ -132,15 +132,13 @@ def type_scores(
     }
 
 
-def batchwise_scores(
-    maps: Sequence[np.ndarray], fields: Sequence[Field], side: int = 1024, patch: int = 256, batch: int = 8
-) -> dict[str, float]:
+def batchwise_scores(maps: Sequence[np.ndarray], fields: Sequence[Field]) -> dict[str, float]:
     """Pixel scores over batches of patches, not over images.
 
-    Field by field, the probability map and the mask are stretched to a square by bilinear interpolation and cut into
-    patches; what is summed up in each batch of consecutive patches gives loss, Dice, accuracy and IoU, whose means over
-    the batches are returned. The mask's edges are fractions by then, and accuracy wants equality with them. Such
-    numbers cannot be compared with means over images.
+    Field by field, the probability map and the mask are stretched to a square of 1024 pixels by bilinear interpolation
+    and cut into patches of 256; what is summed up in each batch of eight consecutive patches gives loss, Dice, accuracy
+    and IoU, whose means over the batches are returned. The mask's edges are fractions by then, and accuracy wants
+    equality with them. Such numbers cannot be compared with means over images.
 
     Parameters
     ----------
@@ -148,14 +146,13 @@ def batchwise_scores(
         uint8 nucleus maps ``(h, w)``, in the order of `fields`.
     fields : sequence of Field
         The fields.
-    side, patch, batch : int
-        Side of the square, side of a patch, patches in a batch.
 
     Returns
     -------
     dict
         ``loss`` (BCE + focal + Dice), ``dice``, ``accuracy``, ``iou``, ``batches``.
     """
+    side, patch, batch = 1024, 256, 8
     probabilities: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     for one, field in zip(maps, fields, strict=True):
