@@ -135,7 +135,7 @@ def run_classify(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.overview import draw_classes
+        from pipeline.class_map import draw_classes
         from pipeline.summary import Nuclei
         from pipeline.tissue import read_tissue
 

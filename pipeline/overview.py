@@ -1,15 +1,9 @@
-"""Drawing of ``overview.png``: where the tissue is, how dense the nuclei are, and what they look like up close.
-
-Figures are made with Matplotlib's objects and its Agg canvas; no global state is touched.
-"""
+"""Drawing of ``overview.png``: where the tissue is, how dense the nuclei are, and what they look like up close."""
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,40 +12,34 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.figure import (
+    INK,
+    MARGIN,
+    MUTED,
+    THUMBNAIL_SIDE,
+    TISSUE_LINE,
+    Box,
+    heading,
+    hex_code,
+    panel,
+    picture,
+    scale_bar,
+    shorten,
+    write,
+)
 from pipeline.grid import Grid
 from pipeline.slides.regions import shrink
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from shapely.geometry.base import BaseGeometry
-
-THUMBNAIL_SIDE = 1300
-"""Most pixels of the thumbnail's longest side; half of them are as many as it has on the picture."""
 
 CROP_UM = 128.0
 """Side of a crop in µm."""
 
-CLASSES_SHOWN = 14
-"""Classes that have a bar on the picture of classes."""
-
-DOT_UM = 8.0
-"""Least side of a square on the map of classes in µm."""
-
-MARGIN, MAP_WIDTH, CROP_WIDTH = 0.45, 5.85, (13 - 2 * 0.45 - 2 * 0.4) / 3
+MAP_WIDTH, CROP_WIDTH = 5.85, (13 - 2 * MARGIN - 2 * 0.4) / 3
 """Inches, on a figure 13 inches wide."""
 
-INK, MUTED, RULE = "#1b1f24", "#667085", "#d0d5dd"
-TISSUE_LINE = "#0b7285"
 COLOUR_MAP = "magma"
-PNG_LEVEL = 4
-"""Compression of pictures: a twentieth larger at most than with Pillow's 6, in half the time."""
-
-FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
-
-
-Box = tuple[float, float, float, float]
-"""Left, top, width and height in inches."""
 
 Contour = tuple[npt.NDArray[np.float64], Sequence[int]]
 """An outline in grid pixels and its colour."""
@@ -209,9 +197,8 @@ def choose_regions(
     centroids: npt.NDArray[np.float64],
     grid: Grid,
     rings: Sequence[npt.NDArray[np.float64]] = (),
-    side: int | None = None,
 ) -> list[Region]:
-    """Choose up to three squares that do not overlap: the densest, a typical one and a sparse one with nuclei.
+    """Choose up to three squares of `CROP_UM` that do not overlap: the densest, a typical and a sparse one with nuclei.
 
     Parameters
     ----------
@@ -221,15 +208,13 @@ def choose_regions(
         The slide's grid.
     rings : sequence of numpy.ndarray, shape (k, 2)
         Exteriors and holes of the tissue in grid pixels; squares that are mostly tissue are preferred.
-    side : int or None
-        Side of a square in grid pixels; None takes `CROP_UM`.
 
     Returns
     -------
     list of Region
         Without nuclei, one region where there is most tissue.
     """
-    side = min(side or max(16, round(CROP_UM / grid.mpp)), grid.width, grid.height)
+    side = min(max(16, round(CROP_UM / grid.mpp)), grid.width, grid.height)
     half = max(1, side // 2)
     cols, rows = math.ceil(grid.width / half), math.ceil(grid.height / half)
 
@@ -268,64 +253,6 @@ def choose_regions(
     return chosen
 
 
-def round_length(limit: float) -> float:
-    """The longest of 1, 2, 5, 10 … times a power of ten that is not longer than `limit`."""
-    power: float = 10.0 ** math.floor(math.log10(limit))
-    return max(step * power for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9))
-
-
-def length_label(um: float) -> str:
-    """A length with its unit."""
-    return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
-
-
-def _scale_bar(axes: Axes, um_per_pixel: float, share: float = 0.25) -> None:
-    from matplotlib import patheffects
-
-    left, right = sorted(axes.get_xlim())
-    bottom, top = axes.get_ylim()
-    um = round_length((right - left) * um_per_pixel * share)
-    length, height = um / um_per_pixel, abs(bottom - top)
-    x, y = left + 0.04 * (right - left), bottom - 0.045 * height * np.sign(bottom - top)
-    halo = [patheffects.withStroke(linewidth=4.5, foreground="white")]
-    axes.plot([x, x + length], [y, y], color=INK, lw=2.2, solid_capstyle="butt", path_effects=halo)
-    text = axes.text(x, y - 0.02 * height * np.sign(bottom - top), length_label(um), color=INK, fontsize=8.5)
-    text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
-
-
-def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    # Names are shown as they are: nothing in them is a formula.
-    wide, high = figure.get_size_inches()
-    figure.text(x / wide, 1 - y / high, text, parse_math=False, **style)
-
-
-def _panel(figure: Figure, box: Box, title: str, note: str = "") -> Axes:
-    """Axes within `box`, titled at its corners whatever the picture's shape."""
-    left, top, width, height = box
-    wide, high = figure.get_size_inches()
-    axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), anchor="NW")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color(RULE)
-        spine.set_linewidth(0.8)
-    _text(figure, left, top - 0.08, title, fontsize=10.5, fontweight="bold", color=INK, va="bottom")
-    _text(figure, left + width, top - 0.08, note, fontsize=9, color=MUTED, va="bottom", ha="right")
-    return axes
-
-
-def _hex(colour: Sequence[int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in colour))
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """`text` with its middle left out where it is longer than `length`."""
-    if len(text) <= length:
-        return text
-    head = (length - 1) * 2 // 3
-    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
-
-
 def draw(
     path: Path,
     *,
@@ -361,180 +288,28 @@ def draw(
     legend : sequence of tuple
         Names and colours of the classes; shown when there are several.
     """
-    # As high as the slide's shape asks for: a wide slide leaves no gap below it.
-    tall = min(5.2, max(1.8, MAP_WIDTH * tiles.grid.height / tiles.grid.width))
-    with _picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
-        _draw(figure, tall, slide, facts, tiles, rings, centroids, regions, contours, legend)
-
-
-@contextmanager
-def _picture(path: Path, high: float) -> Iterator[Figure]:
-    """A figure to draw on, 13 inches wide, which is written as a PNG afterwards."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that are not there are no news
-    with rc_context({"font.family": FONTS, "axes.unicode_minus": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names come in all scripts
-        figure = Figure(figsize=(13, high), dpi=110, facecolor="white")
-        FigureCanvasAgg(figure)
-        yield figure
-        compression = {"compress_level": PNG_LEVEL}
-        figure.savefig(path, format="png", metadata={"Software": None}, pil_kwargs=compression)
-
-
-def class_map(
-    centroids: npt.NDArray[np.float64],
-    kinds: npt.NDArray[np.int64],
-    colours: Sequence[Sequence[int]],
-    grid: Grid,
-    side: int = THUMBNAIL_SIDE,
-) -> tuple[npt.NDArray[np.uint8], float]:
-    """Classes of nuclei as a picture: each pixel has the colour of the class that most nuclei in it are of.
-
-    Parameters
-    ----------
-    centroids : numpy.ndarray of float64, shape (n, 2)
-        Centroids in grid pixels, x first.
-    kinds : numpy.ndarray of int64, shape (n,)
-        Class of each.
-    colours : sequence of (int, int, int)
-        RGB of each class.
-    grid : Grid
-        The slide's grid.
-    side : int
-        Most pixels of the picture's longest side.
-
-    Returns
-    -------
-    image : numpy.ndarray of uint8, shape (rows, columns, 3)
-        White where there is no nucleus; of two classes that are as common, the first.
-    bin_pixels : float
-        Grid pixels a pixel: at least `DOT_UM`, as large as a nucleus.
-    """
-    size = max(DOT_UM / grid.mpp, max(grid.width, grid.height) / side)
-    rows, cols = math.ceil(grid.height / size), math.ceil(grid.width / size)
-    place = np.minimum((centroids / size).astype(np.int64), (cols - 1, rows - 1))
-    flat = place[:, 1] * cols + place[:, 0]
-    most, image = np.zeros(rows * cols, np.int64), np.full((rows * cols, 3), 255, np.uint8)
-    for kind, colour in enumerate(colours):
-        count = np.bincount(flat[kinds == kind], minlength=rows * cols)
-        image[count > most] = colour
-        most = np.maximum(most, count)
-    return image.reshape(rows, cols, 3), size
-
-
-def draw_classes(
-    path: Path,
-    *,
-    slide: str,
-    grid: Grid,
-    tissue: Sequence[BaseGeometry],
-    centroids: npt.NDArray[np.float64],
-    kinds: npt.NDArray[np.int64],
-    composition: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Draw where the classes of nuclei are, and how many there are of each.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        PNG to write.
-    slide : str
-        Name of the slide, shown as it is.
-    grid : Grid
-        The slide's grid.
-    tissue : sequence of shapely.Polygon
-        The tissue, level-0 pixels.
-    centroids, kinds
-        See `class_map`.
-    composition : mapping
-        ``count``, ``share``, ``per_mm2`` and ``color`` of each class by its name, in the order of `kinds`.
-    """
-    import shapely
-    from matplotlib.collections import LineCollection
-
-    rings = [shapely.get_coordinates(ring) / (grid.scale_x, grid.scale_y) for ring in shapely.get_rings(tissue)]
-    image, size = class_map(centroids, kinds, [item["color"] for item in composition.values()], grid)
-    tall = min(7.0, max(1.8, 8.3 * grid.height / grid.width))
-    wide = min(8.3, max(3.2, tall * grid.width / grid.height))  # the bars stand beside the map, however narrow it is
-    with _picture(path, 1.3 + max(tall, 0.42 * min(len(composition), CLASSES_SHOWN)) + 0.4) as figure:
-        _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
-        count = sum(item["count"] for item in composition.values())
-        note = f"{count:,} nuclei by class"
-        _text(figure, MARGIN, 0.72, note, fontsize=10.5, color=MUTED, va="center")
-        axes = _panel(figure, (MARGIN, 1.3, wide, tall), "Where they are", f"squares of {size * grid.mpp:.0f} µm")
-        extent = (0, image.shape[1] * size, image.shape[0] * size, 0)
-        axes.imshow(image, extent=extent, interpolation="nearest")
-        axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
-        axes.set_xlim(0, grid.width)
-        axes.set_ylim(grid.height, 0)
-        _scale_bar(axes, grid.mpp)
-        _draw_composition(figure, (MARGIN + wide + 0.45, 1.3), composition)
-
-
-def _draw_composition(
-    figure: Figure, corner: tuple[float, float], composition: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """A bar for each class, the commonest first."""
-    from matplotlib.patches import Rectangle
-
-    left, top = corner
-    wide, high = figure.get_size_inches()
-    length = 3.35
-    ordered = sorted(composition.items(), key=lambda item: -item[1]["count"])
-    most = max((item["count"] for _, item in ordered), default=0)
-    _text(figure, left, top - 0.08, "How many", fontsize=10.5, fontweight="bold", color=INK, va="bottom")
-    _text(figure, left + length, top - 0.08, "number, share, per mm²", fontsize=9, color=MUTED, va="bottom", ha="right")
-    for number, (name, item) in enumerate(ordered[:CLASSES_SHOWN]):
-        y = top + 0.42 * number + 0.1
-        shown = [f"{item['count']:,}"]
-        shown += [f"{100 * item['share']:.1f} %"] if item["share"] is not None else []
-        shown += [f"{item['per_mm2']:,.0f}"] if item["per_mm2"] is not None else []
-        _text(figure, left, y, shorten(" ".join(name.split()), 18), fontsize=9, color=INK, va="center")
-        _text(figure, left + length, y, "   ".join(shown), fontsize=9, color=MUTED, va="center", ha="right")
-        bar = length * item["count"] / max(most, 1)
-        place = (left / wide, 1 - (y + 0.22) / high)
-        colour = _hex(item["color"])
-        figure.add_artist(Rectangle(place, bar / wide, 0.1 / high, fc=colour, ec="none", transform=figure.transFigure))
-    if len(ordered) > CLASSES_SHOWN:
-        note = f"and {len(ordered) - CLASSES_SHOWN} more classes"
-        _text(figure, left, top + 0.42 * CLASSES_SHOWN + 0.1, note, fontsize=9, color=MUTED, va="center")
-
-
-def _draw(
-    figure: Figure,
-    tall: float,
-    slide: str,
-    facts: Sequence[str],
-    tiles: Tiles,
-    rings: Sequence[npt.NDArray[np.float64]],
-    centroids: npt.NDArray[np.float64],
-    regions: Sequence[Region],
-    contours: Sequence[Sequence[Contour]],
-    legend: Sequence[tuple[str, Sequence[int]]],
-) -> None:
     grid = tiles.grid
-    _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
-    _text(figure, MARGIN, 0.72, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
-    _draw_tissue(figure, (MARGIN, 1.3, MAP_WIDTH, tall), tiles, rings, regions)
-    density = density_map(
-        np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
-        [np.asarray(ring) * grid.mpp for ring in rings],
-        (grid.width * grid.mpp, grid.height * grid.mpp),
-    )
-    _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
-    boxes = [(MARGIN + i * (CROP_WIDTH + 0.4), 1.3 + tall + 0.55, CROP_WIDTH, CROP_WIDTH) for i in range(3)]
-    for number, (box, region) in enumerate(zip(boxes, regions, strict=False)):
-        outlines = contours[number] if number < len(contours) else []
-        _draw_crop(figure, box, f"{number + 1}   {region.name}", tiles, region, outlines)
-    if len(regions) < len(boxes):
-        left, top, width, height = boxes[len(regions)]
-        note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
-        _text(figure, left + width / 2, top + height / 2, note, ha="center", color=MUTED, fontsize=10)
-    if len(legend) > 1:
-        _draw_legend(figure, legend)
+    # As high as the slide's shape asks for: a wide slide leaves no gap below it.
+    tall = min(5.2, max(1.8, MAP_WIDTH * grid.height / grid.width))
+    with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
+        heading(figure, slide, "   ·   ".join(facts))
+        _draw_tissue(figure, (MARGIN, 1.3, MAP_WIDTH, tall), tiles, rings, regions)
+        density = density_map(
+            np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
+            [np.asarray(ring) * grid.mpp for ring in rings],
+            (grid.width * grid.mpp, grid.height * grid.mpp),
+        )
+        _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
+        boxes = [(MARGIN + i * (CROP_WIDTH + 0.4), 1.3 + tall + 0.55, CROP_WIDTH, CROP_WIDTH) for i in range(3)]
+        for number, (box, region) in enumerate(zip(boxes, regions, strict=False)):
+            outlines = contours[number] if number < len(contours) else []
+            _draw_crop(figure, box, f"{number + 1}   {region.name}", tiles, region, outlines)
+        if len(regions) < len(boxes):
+            left, top, width, height = boxes[len(regions)]
+            note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
+            write(figure, left + width / 2, top + height / 2, note, ha="center", color=MUTED, fontsize=10)
+        if len(legend) > 1:
+            _draw_legend(figure, legend)
 
 
 def _draw_tissue(
@@ -550,7 +325,7 @@ def _draw_tissue(
     grid = tiles.grid
     image, factor = thumbnail(tiles)
     extent = (0, image.shape[1] * factor, image.shape[0] * factor, 0)
-    axes = _panel(figure, box, "Tissue", "as analysed, with its outline")
+    axes = panel(figure, box, "Tissue", "as analysed, with its outline")
     axes.imshow(image, extent=extent, interpolation="antialiased")
     axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=1.1))
     for number, region in enumerate(regions, start=1):
@@ -572,7 +347,7 @@ def _draw_tissue(
         )
     axes.set_xlim(0, grid.width)
     axes.set_ylim(grid.height, 0)
-    _scale_bar(axes, grid.mpp)
+    scale_bar(axes, grid.mpp)
 
 
 def _draw_crop(figure: Figure, box: Box, title: str, tiles: Tiles, region: Region, outlines: Sequence[Contour]) -> None:
@@ -581,22 +356,22 @@ def _draw_crop(figure: Figure, box: Box, title: str, tiles: Tiles, region: Regio
     mpp = tiles.grid.mpp
     plural = "nucleus" if region.count == 1 else "nuclei"
     note = f"{region.count} {plural}, {region.count / (region.side * mpp / 1000) ** 2:,.0f}/mm²"
-    axes = _panel(figure, box, title, note if region.count else "")
+    axes = panel(figure, box, title, note if region.count else "")
     axes.imshow(tiles.read(region.x, region.y, region.side, region.side), interpolation="lanczos")
     lines = [outline - (region.x + 0.5, region.y + 0.5) for outline, _ in outlines]
-    colours = [_hex(colour) for _, colour in outlines]
+    colours = [hex_code(colour) for _, colour in outlines]
     axes.add_collection(LineCollection(lines, colors="white", linewidths=2.2, alpha=0.55))
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.3))
     axes.set_xlim(-0.5, region.side - 0.5)
     axes.set_ylim(region.side - 0.5, -0.5)
-    _scale_bar(axes, mpp)
+    scale_bar(axes, mpp)
 
 
 def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Sequence[int]]]) -> None:
     from matplotlib.patches import Rectangle
 
     shown = figure.legend(
-        [Rectangle((0, 0), 1, 1, fc=_hex(colour), ec="none") for _, colour in legend],
+        [Rectangle((0, 0), 1, 1, fc=hex_code(colour), ec="none") for _, colour in legend],
         [shorten(name, 30) for name, _ in legend],
         loc="lower left",
         bbox_to_anchor=(MARGIN / 13 - 0.003, 0.003),
@@ -621,7 +396,7 @@ def _draw_density(
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes = _panel(figure, box, "Nuclei per mm² of tissue", f"bins of {density.bin_um:.0f} µm, smoothed")
+    axes = panel(figure, box, "Nuclei per mm² of tissue", f"bins of {density.bin_um:.0f} µm, smoothed")
     finite = density.values[np.isfinite(density.values)]
     top = float(np.quantile(finite, 0.995)) if finite.size else 0.0
     axes.add_collection(LineCollection(list(rings), colors=TISSUE_LINE, linewidths=0.9))
@@ -647,7 +422,7 @@ def _draw_density(
     )
     axes.set_xlim(0, grid.width)
     axes.set_ylim(grid.height, 0)
-    _scale_bar(axes, grid.mpp)
+    scale_bar(axes, grid.mpp)
     place = axes.get_position()
     bar = figure.colorbar(shown, cax=figure.add_axes((place.x1 + 0.012, place.y0, 0.013, place.height)))
     bar.set_alpha(1)

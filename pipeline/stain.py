@@ -20,12 +20,12 @@ import numpy as np
 from pipeline import staintools_backend
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError
+from pipeline.figure import PNG_LEVEL
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.kernels.focus import BLURRED_UM, edge_blur
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
-from pipeline.overview import PNG_LEVEL
 from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 if TYPE_CHECKING:

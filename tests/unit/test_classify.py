@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from pipeline import classify, overview, testing
+from pipeline import classify, testing
+from pipeline.class_map import class_map
 from pipeline.classifier import Classifier, Measured, check_classifier
 from pipeline.cli import main
 from pipeline.errors import PipelineError
+from pipeline.figure import THUMBNAIL_SIDE
 from pipeline.grid import Grid
 from pipeline.kernels import classify as kernel
 from pipeline.layout import SlideLayout
@@ -273,12 +275,12 @@ def test_map_of_classes() -> None:
     grid = Grid(100, 50, 2.0, 1.0, 1.0)  # 2 µm: squares of 4 pixels
     points = np.array([[0.0, 0.0], [1.0, 1.0], [3.9, 3.9], [4.0, 0.0], [99.9, 49.9], [40.0, 20.0], [41.0, 20.0]])
     kinds = np.array([0, 1, 1, 0, 1, 1, 0])
-    image, size = overview.class_map(points, kinds, [(255, 0, 0), (0, 0, 255)], grid)
+    image, size = class_map(points, kinds, [(255, 0, 0), (0, 0, 255)], grid)
     assert (size, image.shape) == (4.0, (13, 25, 3))
     assert image[0, 0].tolist() == [0, 0, 255]  # two of three
     assert image[0, 1].tolist() == [255, 0, 0]
     assert image[12, 24].tolist() == [0, 0, 255]
     assert image[5, 10].tolist() == [255, 0, 0]  # as common: the first
     assert (image == 255).all(axis=2).sum() == 13 * 25 - 4
-    _, size = overview.class_map(points[:0], kinds[:0], [(255, 0, 0)], Grid(52_000, 1000, 0.5, 1.0, 1.0))
-    assert size == 52_000 / overview.THUMBNAIL_SIDE
+    _, size = class_map(points[:0], kinds[:0], [(255, 0, 0)], Grid(52_000, 1000, 0.5, 1.0, 1.0))
+    assert size == 52_000 / THUMBNAIL_SIDE

@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import overview, summary, testing
+from pipeline import figure, overview, summary, testing
 from pipeline.errors import SlideError
 from pipeline.evaluation import readers
 from pipeline.grid import Grid
@@ -375,11 +375,11 @@ def test_thumbnail_averages_blocks_and_skips_white(side: int) -> None:
 
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, 1), (7.3, 5), (49.9, 20), (5000, 5000), (0.3, 0.2)])
 def test_scale_bars_have_round_lengths(limit: float, expected: float) -> None:
-    assert overview.round_length(limit) == pytest.approx(expected)
+    assert figure.round_length(limit) == pytest.approx(expected)
 
 
 def test_labels() -> None:
-    assert overview.length_label(2000) == "2 mm"
-    assert overview.length_label(50) == "50 µm"
-    assert overview.shorten("x" * 200, 20) == "x" * 12 + "…" + "x" * 7
-    assert overview.shorten("short") == "short"
+    assert figure.length_label(2000) == "2 mm"
+    assert figure.length_label(50) == "50 µm"
+    assert figure.shorten("x" * 200, 20) == "x" * 12 + "…" + "x" * 7
+    assert figure.shorten("short") == "short"
