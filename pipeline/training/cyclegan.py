@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.kernels.random_nuclei import mask_picture
 from pipeline.networks.gan import PatchDiscriminator, ResNetGenerator
 from pipeline.training.adversary import Adversary
-from pipeline.training.fit import Checkpoints, Learner, read_checkpoint, run_trainer, steps_done
 from pipeline.training.schedule import Deadline, Schedule
 from pipeline.training.stream import SampleOrder
 from pipeline.training.synthesis import SynthesisSettings, nuclei_of
+from pipeline.training.trainer import Checkpoints, Learner, read_checkpoint, run_trainer, steps_done
 
 log = logging.getLogger(__name__)
 

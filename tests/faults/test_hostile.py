@@ -125,7 +125,7 @@ def test_pickles_are_not_run(tmp_path: Path) -> None:
     from pipeline.models.package import ModelPackage
     from pipeline.models.weights import load_network
     from pipeline.networks.encoders import read_state
-    from pipeline.training.fit import read_checkpoint
+    from pipeline.training.trainer import read_checkpoint
 
     mark = tmp_path / "mark"
     np.save(tmp_path / "a.npy", np.array(Payload(mark), dtype=object), allow_pickle=True)

@@ -39,14 +39,13 @@ from pipeline.networks.registry import build_network  # noqa: E402
 from pipeline.training.fit import (  # noqa: E402
     Examined,
     Job,
-    Plateau,
     TrainingModule,
-    WholeCheckpoints,
     fit,
     move_averages,
 )
 from pipeline.training.losses import CombinedLoss  # noqa: E402
 from pipeline.training.stream import SampleOrder, SampleStream  # noqa: E402
+from pipeline.training.trainer import Plateau, WholeCheckpoints  # noqa: E402
 
 HEADS = ("nucleus", "distance")
 FIELDS = [Field(f"f{i}", "s", f"p{i}", "", 0.5, *make_field(96, 96, 0.5, seed=i)) for i in range(2)]

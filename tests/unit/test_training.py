@@ -35,7 +35,6 @@ from pipeline.training.balance import classes_present, repeats  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment  # noqa: E402
 from pipeline.training.files import read_json  # noqa: E402
-from pipeline.training.fit import read_checkpoint  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
@@ -51,6 +50,7 @@ from pipeline.training.samples import (  # noqa: E402
     prepare_field,
 )
 from pipeline.training.splits import Split  # noqa: E402
+from pipeline.training.trainer import read_checkpoint  # noqa: E402
 
 
 def test_unknown_names() -> None:
