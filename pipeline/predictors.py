@@ -1,4 +1,4 @@
-"""What makes maps of windows: a network on CPU threads, a network on a GPU, or a method without a network."""
+"""What makes maps of windows: a network on CPU threads or on a GPU, or a method without a network."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
+from pipeline.kernels.blend import Blender, PatchGrid
 from pipeline.kernels.stain import StainTransform
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances, Folding, Outputs, map_names
@@ -21,7 +21,7 @@ from pipeline.networks.registry import build_method, needs_torch
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -236,291 +236,6 @@ def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype)
     return maps
 
 
-class DeviceBlender:
-    """What `pipeline.kernels.blend.Blender` does, on a GPU and batch by batch.
-
-    Calls of its own for each window's edges would take longer than the network. Sums of integers, so the results are
-    the same.
-
-    Parameters
-    ----------
-    grid : PatchGrid
-        Where the windows lie.
-    largest : bool
-        As for `Blender`.
-    device : torch.device
-        Where the maps are.
-    """
-
-    def __init__(self, grid: PatchGrid, largest: bool, device: torch.device) -> None:
-        import torch
-
-        self.grid = grid
-        self._largest = largest
-        self._weights = torch.from_numpy(blend_weights(grid.patch, grid.overlap)).to(device)
-        self._sum = weight_sum(grid.overlap)
-        # By column: the lower edge of its last window, and that window's row.
-        self._edges: Tensor | None = None
-        self._rows = np.full(grid.columns, -2)
-        self._left: Tensor | None = None
-        self._last = (-2, -2)
-
-    def add(self, places: Places, maps: Tensor) -> Tensor:
-        """Add windows.
-
-        Parameters
-        ----------
-        places : sequence of (int, int)
-            Their rows and columns; windows come in raster order.
-        maps : torch.Tensor
-            uint8 ``(N, C, patch, patch)``.
-
-        Returns
-        -------
-        torch.Tensor
-            uint8 ``(N, C, stride, stride)``: the pixels of each that no later window reaches.
-        """
-        stride, overlap = self.grid.stride, self.grid.overlap
-        total = maps.int() if self._largest else maps * self._weights
-        right = total[..., stride:].clone()
-        if self._edges is None:
-            self._edges = total.new_zeros((self.grid.columns, maps.shape[1], overlap, stride))
-        start = 0
-        for row, first, count in runs(places):
-            end, columns = start + count, slice(first, first + count)
-            run = total[start:end]
-            if self._left is not None and self._last == (row, first - 1):
-                self._join(run[0, ..., :overlap], self._left)
-            self._join(run[1:, ..., :overlap], right[start : end - 1])
-            # Those below windows that were there; told here, for asking the device would wait for the network.
-            for _, begin, below in runs([(0, int(i)) for i in np.flatnonzero(self._rows[columns] == row - 1)]):
-                edges = self._edges[first + begin : first + begin + below]
-                self._join(run[begin : begin + below, ..., :overlap, :stride], edges)
-            self._edges[columns] = run[..., stride:, :stride]
-            self._rows[columns] = row
-            self._left, self._last = right[end - 1], (row, first + count - 1)
-            start = end
-        done = total[..., :stride, :stride]
-        return (done if self._largest else (done + self._sum // 2) // self._sum).byte()
-
-    def _join(self, edge: Tensor, other: Tensor) -> None:
-        import torch
-
-        if self._largest:
-            torch.maximum(edge, other, out=edge)
-        else:
-            edge += other
-
-
-class BatchPredictor:
-    """Batches of one size on a GPU, which blends them as well.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Gives logits ``(N, C, H, W)`` for images in [0, 1].
-    device : str
-        ``cuda``, or ``cpu`` for comparison.
-    batch : int
-        Windows a forward pass; halves itself when the device runs out of memory.
-    outputs : Outputs
-        What its logits mean.
-    precision : torch.dtype
-        What it computes with.
-    threads : int
-        CPU threads that make a slide's table of colours.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        device: str,
-        batch: int,
-        outputs: Outputs,
-        precision: torch.dtype,
-        threads: int = 1,
-    ) -> None:
-        import torch
-
-        self.device = torch.device(device)
-        self.batch = batch
-        self.outputs = outputs
-        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
-        self.precision = precision
-        self.threads = threads
-        self.on_gpu = self.device.type == "cuda"
-        self._busy = 0.0
-
-    @property
-    def per_pass(self) -> int:
-        """Windows in a forward pass."""
-        return self.batch
-
-    @property
-    def busy(self) -> float | None:
-        """Seconds in which a GPU was at a batch."""
-        return self._busy if self.on_gpu else None
-
-    def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
-        """See `Predictor`."""
-        return _BatchSlide(self, grid, transform)
-
-    def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps of windows, see `Predictor`."""
-        return np.asarray(self.maps(self.load(patches)).cpu())
-
-    def load(self, patches: np.ndarray) -> Tensor:
-        """Windows on the device, uint8 ``(N, H, W, 3)``."""
-        import torch
-
-        return torch.from_numpy(patches).to(self.device)
-
-    def maps(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Maps uint8 ``(N, C, H, W)`` of windows on the device, in as many passes as its memory needs."""
-        import torch
-
-        done: list[Tensor] = []
-        start = 0
-        while start < len(x):
-            part = x[start : start + self.batch]
-            try:
-                found = self.forward(part, colours)
-            except (torch.OutOfMemoryError, MemoryError):
-                found = None  # and on, for only then are the layers of this pass given up
-            if found is not None:
-                done.append(found)
-                start += len(part)
-                continue
-            if self.batch == 1:
-                raise PipelineError(
-                    f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
-                )
-            self.batch //= 2
-            log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
-            if self.on_gpu:
-                torch.cuda.empty_cache()
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    def forward(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Maps of at most `batch` windows, their colours changed first; one shape always, so that the same kernels run.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            uint8 ``(N, H, W, 3)``.
-        colours : torch.Tensor, optional
-            For every colour another one, see `pipeline.kernels.stain.StainTransform.table`; four bytes are an int32.
-        """
-        import torch
-
-        if colours is not None:
-            red, green, blue = x.int().unbind(-1)
-            found = colours.index_select(0, ((red << 16) + (green << 8) + blue).flatten())
-            x = found.view(torch.uint8).view(*x.shape[:-1], 4)[..., :3].contiguous()
-        count = len(x)
-        if count < self.batch:
-            x = torch.cat([x, x.new_zeros((self.batch - count, *x.shape[1:]))])
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, self.precision != torch.float32):
-            maps = self.outputs.predict(self.network, x.permute(0, 3, 1, 2).float().div(255))
-            return maps.mul(255).round().to(torch.uint8)[:count]
-
-    def computed(self, seconds: float) -> None:
-        """Note for how long a batch kept the GPU."""
-        self._busy += seconds
-
-
-class _BatchSlide:
-    """See `SlideMaps`; for `BatchPredictor`.
-
-    Strips go to the device as they are; their colours are transformed and windows cut out of them there.
-    """
-
-    def __init__(self, predictor: BatchPredictor, grid: PatchGrid, transform: StainTransform) -> None:
-        import torch
-
-        self._predictor = predictor
-        self._grid = grid
-        self._blender = DeviceBlender(grid, isinstance(predictor.network, FindsInstances), predictor.device)
-        self._colours: Tensor | None = None
-        if transform.method != "none":
-            # By table, for a device's own logarithms and powers would round in another way.
-            with ThreadPoolExecutor(predictor.threads) as pool:
-                table = transform.table(pool.map)
-            self._colours = torch.from_numpy(table.view(np.int32).reshape(-1)).to(predictor.device)
-        # Strips are copied while the batch before is computed.
-        self._copies = torch.cuda.Stream(predictor.device) if predictor.on_gpu else None
-
-    def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
-        """See `SlideMaps`."""
-        import torch
-
-        if self._predictor.on_gpu:
-            # Memory that the GPU copies by itself; the same size for all full batches, so that it is used again.
-            size = self._grid.patch**2 * 3 * sum(strip.count for strip in strips)
-            room = np.asarray(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-            moved, start = [], 0
-            for strip in strips:
-                pixels = room[start : start + strip.pixels.size].reshape(strip.pixels.shape)
-                pixels[:] = strip.pixels
-                moved.append(replace(strip, pixels=pixels))
-                start += pixels.size
-            strips = moved
-        return lambda: self._begin(strips)
-
-    def _begin(self, strips: Sequence[Strip]) -> Finish:
-        import torch
-
-        places = [place for strip in strips for place in strip.places]
-        try:
-            return self._begun(places, strips)
-        except (torch.OutOfMemoryError, MemoryError):  # not of a forward pass: that halves itself
-            raise PipelineError(
-                f"{self._predictor.device} is out of memory: {len(places)} windows at once do not fit",
-                f"set infer.batch to {max(1, len(places) // 4)} or less",
-            ) from None
-
-    def _begun(self, places: Places, strips: Sequence[Strip]) -> Finish:
-        import torch
-
-        with torch.inference_mode():
-            x = self._windows(strips)
-            started, ended = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if self._copies else (None, None)
-            if started is not None:
-                started.record()
-            blended = self._blender.add(places, self._predictor.maps(x, self._colours))
-            if started is None or ended is None:
-                return lambda: iter(np.asarray(blended))
-            done = torch.empty(blended.shape, dtype=torch.uint8, pin_memory=True)
-            done.copy_(blended, non_blocking=True)
-            ended.record()
-
-        def finish(_copied_from: Sequence[Strip] = strips) -> Iterator[np.ndarray]:  # which have to stay until then
-            ended.synchronize()
-            self._predictor.computed(started.elapsed_time(ended) / 1000)
-            return iter(np.asarray(done))
-
-        return finish
-
-    def _windows(self, strips: Sequence[Strip]) -> Tensor:
-        """Windows on the device, uint8 ``(N, H, W, 3)``."""
-        import torch
-
-        patch, stride, device = self._grid.patch, self._grid.stride, self._predictor.device
-        count = sum(strip.count for strip in strips)
-        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
-            x = torch.empty((count, patch, patch, 3), dtype=torch.uint8, device=device)
-            start = 0
-            for strip in strips:
-                pixels = torch.from_numpy(strip.pixels).to(device, non_blocking=True)
-                x[start : start + strip.count] = pixels.unfold(1, patch, stride).permute(1, 0, 3, 2)
-                start += strip.count
-        if self._copies is not None:
-            now = torch.cuda.current_stream(device)
-            now.wait_stream(self._copies)
-            x.record_stream(now)
-        return x
-
-
 @contextmanager
 def one_result() -> Iterator[None]:
     """Let torch choose kernels that give the same bits in every run on the same machine, on one thread of the CPU.
@@ -588,6 +303,8 @@ def choose_predictor(
     number = choose_precision(precision, kind, network)
     about = {"device": "cpu", "precision": str(number).removeprefix("torch.")}
     if kind == "cuda":
+        from pipeline.batch_predictor import BatchPredictor
+
         predictor = BatchPredictor(network, "cuda", _limited(batch, a_pass) or a_pass, outputs, number, threads)
         return predictor, about | {"device": torch.cuda.get_device_name()}
     return WindowPredictor(network_on_cpu(network, outputs, number), threads, on_cpu, network), about

@@ -22,9 +22,10 @@ from pipeline.testing import stained, write_inputs, write_package
 
 torch = pytest.importorskip("torch")
 
+from pipeline.batch_predictor import BatchPredictor  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Folding, Outputs  # noqa: E402
-from pipeline.predictors import BatchPredictor, channel_names  # noqa: E402
+from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.ensemble import join  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.teacher import Teacher  # noqa: E402

@@ -12,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pipeline import predictors  # noqa: E402
+from pipeline import batch_predictor  # noqa: E402
 from pipeline import testing as fabricated  # noqa: E402
+from pipeline.batch_predictor import BatchPredictor, DeviceBlender  # noqa: E402
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
@@ -22,7 +23,7 @@ from pipeline.maps import MapStore  # noqa: E402
 from pipeline.models.package import ModelPackage  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs  # noqa: E402
-from pipeline.predictors import BatchPredictor, DeviceBlender, Strip, WindowPredictor, channel_names  # noqa: E402
+from pipeline.predictors import Strip, WindowPredictor, channel_names  # noqa: E402
 from pipeline.testing import digest, stained, write_inputs  # noqa: E402
 from pipeline.tile_store import TileStore  # noqa: E402
 
@@ -120,7 +121,7 @@ def test_a_slides_colours_are_made_on_the_threads_that_are_given(
 
     package = fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}, patch=96, overlap=24)
     one = BatchPredictor(load_network(package), "cpu", 2, Outputs(channel_names(package)), torch.float32, threads=3)
-    monkeypatch.setattr(predictors, "ThreadPoolExecutor", Noted)
+    monkeypatch.setattr(batch_predictor, "ThreadPoolExecutor", Noted)
     one.slide(PatchGrid(96, 96, 96, 24), TRANSFORMS["lut"])
     assert used == [3]
 
