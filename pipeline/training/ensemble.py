@@ -196,11 +196,12 @@ def tune_and_score(
     """
     from pipeline.models.weights import load_network
     from pipeline.networks.outputs import Outputs
+    from pipeline.training.begin import check_licences, check_unseen, load_data
     from pipeline.training.data import source_name
     from pipeline.training.evaluate import Evaluator
+    from pipeline.training.experiment import protocol
     from pipeline.training.losses import CombinedLoss
     from pipeline.training.pack import METRICS, learned_from
-    from pipeline.training.run import check_licences, check_unseen, load_data, protocol
     from pipeline.training.targets import Targets
     from pipeline.training.tuning import tune_rules
 

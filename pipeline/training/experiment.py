@@ -14,7 +14,7 @@ from pipeline.networks.outputs import TTA, map_names
 from pipeline.networks.registry import NETWORKS, stride_of
 from pipeline.training.samples import Augmentation
 from pipeline.training.schedule import Schedule
-from pipeline.training.splits import SplitSettings
+from pipeline.training.splits import Split, SplitSettings
 
 
 @dataclass(frozen=True)
@@ -308,3 +308,38 @@ class Experiment:
 
 def _tuples(value: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
+    """How an experiment's scores come about, in words.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        The experiment.
+    split : Split
+        Who is for what.
+    tuned : int
+        Training fields that thresholds are chosen on.
+    start : str
+        Name of the model that it starts from.
+    """
+    others = [f"{len(split.validation)} fields of other patients"] if split.validation else []
+    own = [f"{tuned} training fields"] if tuned else []
+    chosen = bool(split.train and others) and experiment.schedule.keep != "last"
+    if not split.train:
+        checkpoint = f"{start} as it is"
+    else:
+        checkpoint = f"checkpoint chosen on {others[0]}" if chosen else "the last checkpoint"
+    if not (experiment.evaluation.tune and others + own):
+        thresholds = "; thresholds not tuned"
+    elif chosen:
+        thresholds = f", thresholds on {' and '.join(['these', *own])}"
+    else:
+        thresholds = f"; thresholds chosen on {' and '.join(others + own)}"
+    held_out = f"{experiment.split.describe(experiment.holdout)} (seed {experiment.seed}, {len(split.test)} fields)"
+    share = experiment.start_share if split.train else 0
+    mixed = f", its weights averaged with those of {start} ({share:g})" if share else ""
+    more = experiment.final_steps
+    final = f"; the packed weights were then trained {more} steps on all fields" if more else ""
+    return f"{held_out}; {checkpoint}{mixed}{thresholds}{final}"

@@ -218,9 +218,9 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     PipelineError
         When data are missing, or no field is large enough.
     """
+    from pipeline.training.begin import digest_of, load_data, stain_reference
     from pipeline.training.experiment import Experiment
     from pipeline.training.reference import normalise
-    from pipeline.training.run import digest_of, load_data, stain_reference
 
     kept = plan_synthesis({"data": (), **training}, {}, out)["train"]
     sources = [source for source in kept["data"] if not read_origin(Path(source["path"]).expanduser())]

@@ -32,14 +32,15 @@ from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.balance import classes_present, repeats  # noqa: E402
+from pipeline.training.begin import check_classes, check_licences  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
-from pipeline.training.experiment import Experiment  # noqa: E402
+from pipeline.training.experiment import Experiment, protocol  # noqa: E402
 from pipeline.training.files import read_json  # noqa: E402
 from pipeline.training.losses import nucleus_distance_loss  # noqa: E402
 from pipeline.training.owner import check_place  # noqa: E402
 from pipeline.training.pack import learned_from, pack, recorded_args  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
-from pipeline.training.run import Run, check_classes, check_licences, protocol, run_experiment  # noqa: E402
+from pipeline.training.run import Run, run_experiment  # noqa: E402
 from pipeline.training.samples import (  # noqa: E402
     BLURS,
     Augmentation,
