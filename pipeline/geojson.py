@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ REGIONS = ("region", "training")
 IGNORED = "ignore"
 """Beginning of the class of objects that are no nuclei."""
 
+MAX_COORDINATE = 1e7
+"""Pixels beyond which a coordinate is taken for damage."""
 
 ORIGIN = "level0_origin"
 """Member of a collection whose coordinates count from another pixel of level 0 than (0, 0): its x and y."""
@@ -42,6 +45,29 @@ def read_geojson(path: Path) -> Any:
         if of_the_machine(error):
             raise
         raise PipelineError(f"{path} is no GeoJSON: {error}", "is it damaged?") from None
+
+
+@contextmanager
+def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
+    """A file's content, whose features are walked inside: an error that their shape raises is told as the file's.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    what, hint : str
+        What it should be, and what to do where it is not.
+
+    Raises
+    ------
+    PipelineError
+        When it is missing, damaged or of another shape.
+    """
+    value = read_geojson(path)
+    try:
+        yield value
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PipelineError(f"{path} is no {what}: {type(error).__name__} {error}", hint) from None
 
 
 def iter_features(value: Any) -> Iterator[dict[str, Any]]:
@@ -85,6 +111,11 @@ def class_names(feature: dict[str, Any]) -> list[str]:
     return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
 
 
+def base_class(feature: dict[str, Any]) -> str:
+    """The base class of a QuPath object, empty where it has none."""
+    return next(iter(class_names(feature)), "")
+
+
 def object_type(feature: dict[str, Any]) -> str:
     """Type that QuPath gives an object, in lower case (``annotation``, ``detection``, ``cell``); empty where none."""
     # Before 0.4, QuPath told the type by the feature's id; others' ids may be any text.
@@ -112,7 +143,7 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
     kind = object_type(feature)
     if "root" in kind or "tile" in kind or "tma" in kind:
         return "other"
-    name, title = next(iter(class_names(feature)), "").casefold(), str(properties.get("name") or "").casefold()
+    name, title = base_class(feature).casefold(), str(properties.get("name") or "").casefold()
     if (name.startswith(regions) or title.startswith(regions)) and "detection" not in kind and "cell" not in kind:
         return "region"
     return "other" if name.startswith(IGNORED) or name.endswith("*") else "nucleus"

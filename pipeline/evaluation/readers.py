@@ -14,11 +14,12 @@ import numpy as np
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_overlaps
 from pipeline.geojson import (
-    class_names,
+    MAX_COORDINATE,
+    base_class,
     iter_features,
     nucleus_geometry,
     object_type,
-    read_geojson,
+    reading,
     role,
     stated_origin,
 )
@@ -33,9 +34,6 @@ SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", *LABEL_M
 
 BAND_PIXELS = 1 << 24
 """Pixels that are compared at once."""
-
-MAX_COORDINATE = 1e7
-"""Pixels beyond which a coordinate is taken for damage."""
 
 FRAME = 50
 """An annotation of more than so many times the median area of a file's outlines is no nucleus."""
@@ -279,7 +277,7 @@ def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
                 if not batch.num_rows:
                     continue
                 column, kinds = batch.column("geometry"), batch.column("class").dictionary_encode()
-                table = [_base_class({"properties": {"classification": name}}) for name in kinds.dictionary.to_pylist()]
+                table = [base_class({"properties": {"classification": name}}) for name in kinds.dictionary.to_pylist()]
                 names.extend(table[index] for index in kinds.indices.to_pylist())
                 polygons = shapely.from_wkb(column.to_numpy(zero_copy_only=False))
                 _, points, offsets = shapely.to_ragged_array(polygons, include_z=False)
@@ -290,10 +288,6 @@ def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
             first = " ".join(str(error).split())[:160]
             raise PipelineError(f"{path} is damaged or holds no polygons: {first}", "write it again") from None
     return replace(_join(parts), classes=Classes.of(names))
-
-
-def _base_class(feature: dict[str, Any]) -> str:
-    return next(iter(class_names(feature)), "")
 
 
 def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
@@ -307,16 +301,12 @@ def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
 
 
 def _geojson(path: Path) -> Outlines:
-    value = read_geojson(path)
     names: list[str] = []
     drawn: list[bool] = []
-    try:
+    with reading(path, "GeoJSON of polygons", "features hold Polygon or MultiPolygon") as value:
         outlines = _join(list(_polygon_batches(value, names, drawn)))
-        return replace(_without_frames(outlines, np.array(drawn, bool), path), classes=Classes.of(names))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise PipelineError(
-            f"{path} is no GeoJSON of polygons: {type(error).__name__} {error}", "features hold Polygon or MultiPolygon"
-        ) from None
+        outlines = _without_frames(outlines, np.array(drawn, bool), path)
+    return replace(outlines, classes=Classes.of(names))
 
 
 def _without_frames(outlines: Outlines, drawn: np.ndarray, path: Path) -> Outlines:
@@ -357,7 +347,7 @@ def _polygon_batches(value: Any, names: list[str], drawn: list[bool]) -> Iterato
         any_polygon = True
         parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
         polygons.append(len(points))
-        names.append(_base_class(feature))
+        names.append(base_class(feature))
         drawn.append("annotation" in object_type(feature))
         for ring in (ring for part in parts for ring in part):
             corners = np.array(ring, np.float64)

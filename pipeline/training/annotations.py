@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
+from pipeline.geojson import MAX_COORDINATE
 from pipeline.kernels.raster import paint_runs, polygon_runs
-
-MAX_COORDINATE = 1e7
-"""Pixels beyond which a coordinate is taken for damage."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,12 +20,13 @@ from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
 from pipeline.export import origin_of
 from pipeline.geojson import (
+    MAX_COORDINATE,
     ORIGIN,
     class_names,
     iter_features,
     nucleus_geometry,
     object_type,
-    read_geojson,
+    reading,
     role,
     stated_origin,
 )
@@ -34,8 +35,7 @@ from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import NucleusClass
 from pipeline.slide_table import from_table
 from pipeline.stage import stub_text
-from pipeline.training.annotations import MAX_COORDINATE
-from pipeline.training.datasets.qupath import UNTYPED, exports, polygon
+from pipeline.training.datasets.qupath import QUPATH, UNTYPED, exports, polygon
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,9 +117,8 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
     PipelineError
         When it is no such file.
     """
-    value = read_geojson(path)
     shapes, shape_names, detected, points, point_names = [], [], [], [], []
-    try:
+    with reading(path, *QUPATH) as value:
         by = np.array(origin, np.float64)
         if isinstance(value, dict) and ORIGIN in value:
             by = np.array(stated_origin(value))
@@ -145,11 +144,6 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
             colour = _colour(feature["properties"]["classification"])
             if colour is not None and len(names) == 1:
                 colours.setdefault(names[0], colour)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise PipelineError(
-            f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
-            "export objects as GeoJSON (File, Export objects)",
-        ) from None
     where = np.concatenate([np.empty((0, 2)), *points])
     return _Objects(tuple(shapes), tuple(shape_names), tuple(detected), where, tuple(point_names))
 

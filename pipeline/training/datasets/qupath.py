@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import REGIONS, class_names, iter_features, nucleus_geometry, read_geojson, role
+from pipeline.geojson import MAX_COORDINATE, REGIONS, base_class, iter_features, nucleus_geometry, reading, role
 from pipeline.grid import Grid
 from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
-from pipeline.training.annotations import MAX_COORDINATE, burn, polygonal, repair
+from pipeline.training.annotations import burn, polygonal, repair
 from pipeline.training.datasets.source import Lazy, Source
 from pipeline.training.field import Field
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
+
+QUPATH = ("GeoJSON of QuPath", "export objects as GeoJSON (File, Export objects)")
+"""What an export is, and what to do where a file is none."""
 
 OPTIONS = ("slides", "regions", "field_size", "table")
 """Keys of a source of this kind."""
@@ -82,13 +85,12 @@ def polygon(geometry: Any) -> Any:
 
 def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
     found = _Objects()
-    value = read_geojson(path)
-    try:
+    with reading(path, *QUPATH) as value:
         for feature in iter_features(value):
             kind = role(feature, regions)
             if kind == "other":
                 continue
-            name = next(iter(class_names(feature)), "")
+            name = base_class(feature)
             outline = nucleus_geometry(feature)
             shape = None if outline is None else polygon(outline)
             if kind == "region":
@@ -101,11 +103,6 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
             else:
                 found.nuclei.append(shape)
                 found.names.append("" if name == UNTYPED else name)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise PipelineError(
-            f"{path} is no GeoJSON of QuPath: {type(error).__name__} {error}",
-            "export objects as GeoJSON (File, Export objects)",
-        ) from None
     if found.dropped:
         log.warning("%s: %d objects enclose no area (points, lines, damage) and are left out", path.name, found.dropped)
     return found
