@@ -51,10 +51,6 @@ def stop(error):
 SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 try:
     config.update(check_settings(config, SCHEMA))
-except PipelineError as error:
-    stop(error)
-
-try:
     for place in filter(config.get, ("results", "scratch")):
         check_folder(place, Path(config[place]))
 except PipelineError as error:
@@ -70,7 +66,8 @@ if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
 # Asked for nothing that needs slides or a model, the run can do without them.
-WITHOUT_SLIDES = {"train", "synthesize", "crossval", "compare", "transfer", "--lint", "--unlock", "--list-rules", "-l"}
+TRAINS = {"train", "synthesize", "crossval", "compare", "transfer"}
+WITHOUT_SLIDES = TRAINS | {"--lint", "--unlock", "--list-rules", "-l"}
 NEEDS_SLIDES = not any(
     word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
     for word in sys.argv[1:]
@@ -103,7 +100,7 @@ os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 # Snakemake's own, which outlives a killed run, is off in the profiles.
 LOCK = RESTART = None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
-    TRAINING = {"train", "crossval", "transfer", "compare", "synthesize"}.intersection(sys.argv[1:])
+    TRAINING = TRAINS.intersection(sys.argv[1:])
     LOCKED = RUN.training(config["compare" if "compare" in TRAINING else "train"]["name"])
     if TRAINING == {"synthesize"}:
         LOCKED = RUN.synthesis(config["synthesis"]["name"])
