@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CROP_UM = 128.0
 """Side of a crop in µm."""
 
-MAP_WIDTH, CROP_WIDTH = 5.85, (13 - 2 * MARGIN - 2 * 0.4) / 3
+MAP_WIDTH, CROP_WIDTH = 5.475, (13 - 2 * MARGIN - 2 * 0.4) / 3
 """Inches, on a figure 13 inches wide."""
 
 COLOUR_MAP = "magma"
@@ -291,15 +291,17 @@ def draw(
     grid = tiles.grid
     # As high as the slide's shape asks for: a wide slide leaves no gap below it.
     tall = min(5.2, max(1.8, MAP_WIDTH * grid.height / grid.width))
+    # Both maps are of one size, the titles as wide as they need.
+    wide = min(MAP_WIDTH, max(4.2, tall * grid.width / grid.height))
     with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
         heading(figure, slide, "   ·   ".join(facts))
-        _draw_tissue(figure, (MARGIN, 1.3, MAP_WIDTH, tall), tiles, rings, regions)
+        _draw_tissue(figure, (MARGIN, 1.3, wide, tall), tiles, rings, regions)
         density = density_map(
             np.asarray(centroids, dtype=np.float64).reshape(-1, 2) * grid.mpp,
             [np.asarray(ring) * grid.mpp for ring in rings],
             (grid.width * grid.mpp, grid.height * grid.mpp),
         )
-        _draw_density(figure, (MARGIN + MAP_WIDTH + 0.4, 1.3, MAP_WIDTH - 0.45, tall), density, rings, grid)
+        _draw_density(figure, (MARGIN + wide + 0.4, 1.3, wide, tall), density, rings, grid)
         boxes = [(MARGIN + i * (CROP_WIDTH + 0.4), 1.3 + tall + 0.55, CROP_WIDTH, CROP_WIDTH) for i in range(3)]
         for number, (box, region) in enumerate(zip(boxes, regions, strict=False)):
             outlines = contours[number] if number < len(contours) else []
