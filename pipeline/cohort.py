@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import provenance
 from pipeline.errors import PipelineError
-from pipeline.export import MEASUREMENTS
+from pipeline.export import RANKED
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
@@ -125,11 +125,11 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     -------
     pyarrow.Table
         Columns: ``slide``; those of the slide table as text; ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``; count,
-        density and share of each class (``nuclei:NAME`` …); the median of each measurement (``area_um2_median`` …);
-        the scores where a slide has a truth; ``mpp``; ``blur_um``, ``blurred_share``, ``unreadable_share``,
-        ``doubtful_cells``, ``ink_fraction`` and ``warnings`` (their number), of which slides that an older version has
-        finished lack some; ``seconds``, ``peak_rss_mb``. A column of the slide table that bears the name of another one
-        gets ``table:`` before its name.
+        density and share of each class (``nuclei:NAME`` …); the median of each measurement but the orientation
+        (``area_um2_median`` …); the scores where a slide has a truth; ``mpp``; ``blur_um``, ``blurred_share``,
+        ``unreadable_share``, ``doubtful_cells``, ``ink_fraction`` and ``warnings`` (their number), of which slides that
+        an older version has finished lack some; ``seconds``, ``peak_rss_mb``. A column of the slide table that bears
+        the name of another one gets ``table:`` before its name.
     """
     import pyarrow as pa
 
@@ -167,7 +167,7 @@ def cohort_table(cohort: Cohort) -> pa.Table:
         own[f"nuclei:{name}"] = each(count(name), pa.int64())
         own[f"nuclei_per_mm2:{name}"] = each(part(name, "per_mm2"), real)
         own[f"share:{name}"] = each(part(name, "share"), real)
-    own |= {f"{name}_median": each(median(name), real) for name in MEASUREMENTS}
+    own |= {f"{name}_median": each(median(name), real) for name in RANKED}
     if any(row.get("evaluation") for row in good):
         own |= {name: each(score(name), real) for name in SCORES}
     own |= {

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline import provenance
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError, SlideError
-from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, MEASUREMENTS
+from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, RANKED
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
 from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
@@ -77,10 +77,10 @@ class Nuclei:
         return len(self.kinds)
 
     def quantiles(self) -> dict[str, dict[str, float | None]]:
-        """Percentiles of every measurement; None where no nucleus has a finite value. One column in memory at once."""
+        """Percentiles of `RANKED`; None where no nucleus has a finite value. One column in memory at once."""
         result: dict[str, dict[str, float | None]] = {}
         with open_nuclei(self.path) as file:
-            for name in (name for name in MEASUREMENTS if name in file.schema_arrow.names):
+            for name in (name for name in RANKED if name in file.schema_arrow.names):
                 values = file.read([name])[name].to_numpy().astype(np.float64)
                 values = values[np.isfinite(values)]
                 found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)

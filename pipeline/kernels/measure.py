@@ -21,6 +21,9 @@ SHAPE_COLUMNS = (
 )
 """Columns of `polygon_shapes` besides the centroid."""
 
+_NOISE = 1e-9
+"""Share of a variance that rounding may make of nothing, even far from the slide's corner."""
+
 STAIN_COLUMNS = ("hematoxylin_mean", "hematoxylin_std", "eosin_mean", "eosin_std")
 """Columns of `StainSums.columns`."""
 
@@ -44,8 +47,8 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
         float64 ``(n,)`` each: ``centroid_x``, ``centroid_y`` in µm; ``area_um2`` without holes; ``perimeter_um`` of the
         shell; ``major_axis_um``, ``minor_axis_um``, ``eccentricity`` and ``orientation`` of the ellipse with the same
         second moments (axes are whole lengths, four times the standard deviation; orientation is the major axis'
-        angle to the x axis, towards y, in (-pi/2, pi/2]); ``circularity`` 4 pi area / perimeter², at most 1. A polygon
-        without area has the centroid of its first corner and zeros.
+        angle to the x axis, towards y, in (-pi/2, pi/2], and 0 where both axes are alike); ``circularity`` 4 pi area /
+        perimeter², at most 1. A polygon without area has the centroid of its first corner and zeros.
 
     References
     ----------
@@ -88,7 +91,10 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     var_x = np.where(some, per_polygon(cross * (x0 * x0 + x1 * sx), 12) / safe - mean_x**2, 0)
     var_y = np.where(some, per_polygon(cross * (y0 * y0 + y1 * sy), 12) / safe - mean_y**2, 0)
     cov = np.where(some, per_polygon(cross * (sx * sy + x0 * y0 + x1 * y1), 24) / safe - mean_x * mean_y, 0)
-    middle, half = (var_x + var_y) / 2, np.hypot((var_x - var_y) / 2, cov)
+    middle, apart = (var_x + var_y) / 2, var_x - var_y
+    # Of what is symmetrical, rounding shall not choose the axis.
+    cov, apart = (np.where(np.abs(value) > _NOISE * middle, value, 0.0) for value in (cov, apart))
+    half = np.hypot(apart / 2, cov)
     large, small = middle + half, np.maximum(middle - half, 0)
     perimeter = per_ring(length)[polygon_starts]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -103,7 +109,7 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
         "minor_axis_um": 4 * np.sqrt(small),
         "eccentricity": eccentricity,
         "circularity": np.maximum(circularity, 0),
-        "orientation": np.arctan2(2 * cov, var_x - var_y) / 2,
+        "orientation": np.arctan2(2 * cov, apart) / 2,
     }
 
 

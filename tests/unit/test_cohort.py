@@ -98,6 +98,7 @@ def test_tables(results: Path) -> None:
     assert table["nuclei"].to_pylist() == [200, 0, 50]
     assert table["nuclei:tumour"][0].as_py() + table["nuclei:other <&>"][0].as_py() == 200
     assert table["area_um2_median"].to_pylist()[1] is None
+    assert "orientation_median" not in table.column_names
     assert table["aji"].to_pylist() == [None, None, 0.75]
     assert table["seconds"][0].as_py() > 32  # eight stages of 0.5 to 7.5 s, and the last
     rows = read_tsv(layout.cohort_tsv)

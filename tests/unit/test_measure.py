@@ -128,6 +128,18 @@ def test_agrees_with_regionprops(seed: int) -> None:
     assert np.abs(found["perimeter_um"] / table["perimeter"] - 1).max() < 0.08
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.3466, 2.0040080160320644])
+def test_rounding_turns_nothing_that_is_symmetrical(scale: float) -> None:
+    upright, level = np.ones((5, 1)), np.ones((1, 5))
+    same_in_both = [np.ones((1, 1)), np.ones((2, 2)), np.pad(np.zeros((1, 1)), 1, constant_values=1)]
+    grid = Grid(40_000, 40_000, 0.5, scale, scale)
+    for place in ((0, 0), (7, 13), (123, 4567), (31_001, 29_999)):
+        polygons = [polygon_of(mask, place[1], place[0], scale) for mask in (upright, level, *same_in_both)]
+        found = shapes(*polygons, grid=grid)
+        assert found["orientation"].tolist() == [np.pi / 2, 0, 0, 0, 0]
+        assert found["eccentricity"][2:].tolist() == [0, 0, 0]
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(1, 9), st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=5),

@@ -140,6 +140,11 @@ def test_bounds_are_told(tmp_path: Path) -> None:
     assert told in render(tmp_path, [bounded])
 
 
+def test_both_sides_of_pixels_that_are_not_square(tmp_path: Path) -> None:
+    assert "· 0.25 µm/px" in render(tmp_path, [row("a", mpp=[0.25, 0.2500001])])
+    assert "· 0.4 × 0.3 µm/px" in render(tmp_path, [row("a", mpp=[0.4, 0.3])])
+
+
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_any_number_of_slides(tmp_path: Path, count: int) -> None:
     checker = check(render(tmp_path, [row(f"slide {index}", 10 * index) for index in range(count)]))

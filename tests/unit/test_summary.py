@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline import figure, overview, summary, testing
 from pipeline.errors import SlideError
 from pipeline.evaluation import readers
+from pipeline.export import MEASUREMENTS
 from pipeline.grid import Grid
 from pipeline.layout import SlideLayout
 
@@ -73,6 +74,7 @@ def test_metrics_of_a_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     areas = table["area_um2"].to_numpy()
     assert metrics["quantiles"]["area_um2"]["50"] == pytest.approx(np.median(areas), abs=1e-3)
     assert list(metrics["quantiles"]["eosin_std"]) == ["5", "25", "50", "75", "95"]
+    assert set(MEASUREMENTS) - set(metrics["quantiles"]) == {"orientation"}  # an angle of axes has no middle
     assert metrics["stages"]["inspect"] == {"seconds": 0.5, "peak_rss_mb": 100.0}
     assert set(metrics["stages"]) == {
         "inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export"
