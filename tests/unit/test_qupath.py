@@ -21,6 +21,7 @@ from pipeline.evaluation.readers import compare, load
 from pipeline.export import write_geojson
 from pipeline.grid import Grid
 from pipeline.label_maps import read_label_map
+from pipeline.slides import open as opening
 from pipeline.slides.synthetic import make_field, outlines, write_svs
 from pipeline.testing import nuclei_table, write_nuclei
 from pipeline.training.data import Field, load_fields
@@ -129,6 +130,34 @@ def test_without_regions_it_is_the_box_around_the_nuclei(source: Write, caplog: 
     assert field.labels.shape == window.shape
     assert ((field.labels > 0) == (window > 0)).all()
     assert field.types is None
+
+
+def test_exports_that_count_from_the_scan(
+    tmp_path: Path, slide: Path, source: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    area = (120, 80, 520, 400)
+    (expected,) = of(source(feature(box(*area), name="Region*"), *nuclei()))
+    real = opening.open_slide
+
+    def bounded(path: Path) -> Any:
+        opened = real(path)
+        opened.bounds = (40, 30, WIDTH - 40, HEIGHT - 30)
+        return opened
+
+    monkeypatch.setattr(opening, "open_slide", bounded)
+    moved = [feature(box(*area), name="Region*"), *nuclei()]
+    for one in moved:
+        rings = one["geometry"]["coordinates"]
+        one["geometry"]["coordinates"] = [(np.asarray(ring) - (40, 30)).tolist() for ring in rings]
+    (found,) = of(source(*moved, origin="bounds"))
+    assert np.array_equal(found.labels, expected.labels) and np.array_equal(found.image, expected.image)
+    (shifted,) = of(source(*moved))
+    assert not np.array_equal(shifted.image, expected.image)
+    # What a file states counts more.
+    keys = source(*moved, origin="bounds")
+    path = tmp_path / "data" / "annotations" / "s.geojson"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"level0_origin": [0, 0]}))
+    assert np.array_equal(of(keys)[0].image, shifted.image)
 
 
 def relabel(labels: np.ndarray) -> np.ndarray:

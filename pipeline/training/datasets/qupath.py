@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import MAX_COORDINATE, REGIONS, base_class, iter_features, nucleus_geometry, reading, role
+from pipeline.geojson import (
+    MAX_COORDINATE,
+    ORIGIN,
+    REGIONS,
+    base_class,
+    iter_features,
+    nucleus_geometry,
+    reading,
+    role,
+    stated_origin,
+)
 from pipeline.grid import Grid
 from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
 from pipeline.training.annotations import burn, polygonal, repair
@@ -32,7 +42,7 @@ SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
 QUPATH = ("GeoJSON of QuPath", "export objects as GeoJSON (File, Export objects)")
 """What an export is, and what to do where a file is none."""
 
-OPTIONS = ("slides", "regions", "field_size", "table")
+OPTIONS = ("slides", "regions", "field_size", "table", "origin")
 """Keys of a source of this kind."""
 
 FIELD_SIZE = 1024
@@ -56,12 +66,13 @@ MIN_FIELD = 32
 
 @dataclass
 class _Objects:
-    """What an export holds, in level-0 pixels."""
+    """What an export holds, in pixels of level 0 from `origin` on; None where the file does not say."""
 
     nuclei: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     regions: list[Any] = field(default_factory=list)
     dropped: int = 0
+    origin: tuple[float, float] | None = None
 
 
 def polygon(geometry: Any) -> Any:
@@ -86,6 +97,7 @@ def polygon(geometry: Any) -> Any:
 def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
     found = _Objects()
     with reading(path, *QUPATH) as value:
+        found.origin = stated_origin(value) if isinstance(value, dict) and ORIGIN in value else None
         for feature in iter_features(value):
             kind = role(feature, regions)
             if kind == "other":
@@ -216,7 +228,9 @@ def _fields_of(
 
     slide, (mpp_x, mpp_y) = _open(source, entry)
     with slide:
-        width, height = slide.width, slide.height
+        width, height, bounds = slide.width, slide.height, slide.bounds
+    corner = bounds[:2] if bounds and source.options.get("origin") == "bounds" else (0, 0)
+    by = np.array(objects.origin or corner, np.float64)
     native = math.sqrt(mpp_x * mpp_y)
     mpp = source.stated_mpp(f"{source.name}-{entry.name}") or (native if native >= MIN_MPP else 0.25)
     grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)
@@ -227,7 +241,8 @@ def _fields_of(
             f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is no nucleus",
             "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
         )
-    inside = shapely.intersects(np.array(objects.nuclei, object), shapely.box(0, 0, width, height))
+    outlines = shapely.transform(np.array(objects.nuclei, object), lambda points: points + by)
+    inside = shapely.intersects(outlines, shapely.box(0, 0, width, height))
     outside = int((~inside).sum())
     if 2 * outside > len(inside):
         raise PipelineError(
@@ -236,11 +251,12 @@ def _fields_of(
         )
     if outside:
         log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, outside)
-    whole = shapely.union_all(objects.regions) if objects.regions else None
-    if whole is None:
+    if objects.regions:
+        whole = shapely.transform(shapely.union_all(objects.regions), lambda points: points + by)
+    else:
         if not objects.nuclei:
             raise PipelineError(f"{entry.name}: the export holds no nucleus", "export detections or annotations")
-        whole = shapely.box(*shapely.total_bounds(np.array(objects.nuclei, object)[inside]))
+        whole = shapely.box(*shapely.total_bounds(outlines[inside]))
         log.warning(
             "%s: no region tells what is annotated; the box around all outlines is taken to be complete (if it is not, "
             "outline what is as Region*)", entry.name,
@@ -249,7 +265,7 @@ def _fields_of(
     scale = np.array([1 / grid.scale_x, 1 / grid.scale_y])
     whole = shapely.transform(whole, lambda points: points * scale)
     whole = whole.intersection(shapely.box(0, 0, grid.width, grid.height))
-    nuclei = shapely.transform(np.array(objects.nuclei, object), lambda points: points * scale)
+    nuclei = shapely.transform(outlines, lambda points: points * scale)
     tree = shapely.STRtree(nuclei)
     codes = np.array([classes.index(name) + 1 if name else 0 for name in objects.names], np.uint8)
     for part in shapely.get_parts(polygonal(whole)):
