@@ -65,6 +65,8 @@ def run(results: Path, **more: Path) -> dict:
         failed=layout.failed,
         report=layout.report,
         manifest=layout.manifest,
+        regions_tsv=layout.regions_tsv,
+        regions_parquet=layout.regions_parquet,
         **more,
     )
     return dict(made)
