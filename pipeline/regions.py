@@ -124,12 +124,11 @@ def read_regions(path: Path, box: BaseGeometry) -> tuple[list[Region], list[str]
     if named and outside == sum(map(len, named.values())):
         raise no_areas(WHAT, path, "no annotation lies on the slide")
     told = {
-        "detections, cells, frames or to be ignored, and are left out": others,
-        "points, lines or the like, without an area, and are left out": without,
+        "left out, as detections, cells, frames or of class Ignore*": others,
+        "left out, as points, lines or without an area": without,
+        "outside of the slide (are they in level-0 pixels?)": outside,
     }
-    warnings = [f"{count} objects are {what}" for what, count in told.items() if count]
-    if outside:
-        warnings.append(f"{outside} annotations lie outside of the slide: are they in level-0 pixels?")
+    warnings = [f"objects {what}: {count}" for what, count in told.items() if count]
     if not named:
         warnings.append(f"{path.name} holds no annotation")
     return [Region(name, polygonal(shapely.union_all(shapes))) for name, shapes in named.items()], warnings

@@ -194,7 +194,7 @@ def test_names(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found["Tumour"].area == 150  # of both, once where they overlap
     assert found["Stroma"].equals(shapely.box(20, 0, 30, 10))
-    assert warnings == ["3 objects are detections, cells, frames or to be ignored, and are left out"]
+    assert warnings == ["objects left out, as detections, cells, frames or of class Ignore*: 3"]
 
 
 def test_shapes(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_shapes(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(area.is_valid for area in found.values())
     assert warnings == [
-        "3 objects are points, lines or the like, without an area, and are left out",
-        "1 annotations lie outside of the slide: are they in level-0 pixels?",
+        "objects left out, as points, lines or without an area: 3",
+        "objects outside of the slide (are they in level-0 pixels?): 1",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A run whose slide table has regions: they are counted in the nuclei that are there, and nothing else is done again."""
+"""A run with regions in its slide table: they are counted in the nuclei that are there, nothing else is done again."""
 
 from __future__ import annotations
 
