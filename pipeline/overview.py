@@ -722,7 +722,7 @@ def draw_regions(
         _text(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
         count = f"{len(regions)} region{'' if len(regions) == 1 else 's'}"
         _text(figure, MARGIN, 0.72, count, fontsize=10.5, color=MUTED, va="center")
-        axes = _panel(figure, (MARGIN, 1.3, wide, tall), "Regions", "")
+        axes = _panel(figure, (MARGIN, 1.3, wide, tall), "Where they are", "green: tissue")
         axes.imshow(Image.open(picture), extent=(0, wide_um, high_um, 0), interpolation="antialiased")
         for number, (name, area) in enumerate(regions):
             colour = REGION_COLOURS[number % len(REGION_COLOURS)]
@@ -740,15 +740,17 @@ def draw_regions(
         axes.set_ylim(high_um, 0)
         _scale_bar(axes, 1.0)
         left = MARGIN + wide + 0.45
-        _text(figure, 13 - MARGIN, 1.22, "nuclei, nuclei/mm²", fontsize=9, color=MUTED, va="bottom", ha="right")
+        columns = {left + 2.35: "nuclei", left + 3.35: "nuclei/mm²"}
+        for x, title in columns.items():
+            _text(figure, x, 1.22, title, fontsize=9, color=MUTED, va="bottom", ha="right")
         for number, one in enumerate(shown):
             drawn = number < len(regions)
             colour = REGION_COLOURS[number % len(REGION_COLOURS)] if drawn else MUTED
             y = 1.42 + 0.3 * number
             density = "–" if one["nuclei_per_mm2"] is None else f"{one['nuclei_per_mm2']:,.0f}"
-            _text(figure, left, y, shorten(one["region"], 28), fontsize=10, color=colour, va="center")
-            told = f"{one['nuclei']:,}, {density}"
-            _text(figure, 13 - MARGIN, y, told, fontsize=10, color=INK, va="center", ha="right")
+            _text(figure, left, y, shorten(one["region"], 20), fontsize=10, color=colour, va="center")
+            for x, told in zip(columns, (f"{one['nuclei']:,}", density), strict=True):
+                _text(figure, x, y, told, fontsize=10, color=INK, va="center", ha="right")
         if len(counts) > len(shown):
             more = f"and {len(counts) - len(shown)} more"
             _text(figure, left, 1.42 + 0.3 * len(shown), more, fontsize=9, color=MUTED, va="center")
