@@ -44,3 +44,4 @@ rule all:
         each_slide("overview"),
         each_slide("labels_zarr") if config["export"]["labels"] else [],
         each_slide("classified_geojson") if config["classifier"] is not None else [],
+        each_slide("regions", having="regions"),

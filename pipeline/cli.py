@@ -48,6 +48,7 @@ STAGES = {
     "summary": Command("pipeline.summary", "metrics and overview picture of a slide"),
     "labels": Command("pipeline.label_export", "write the nuclei as a label map, where export.labels is set"),
     "classify": Command("pipeline.classify", "tell classes of nuclei apart, where a classifier is set"),
+    "regions": Command("pipeline.regions", "count the nuclei of regions drawn on a slide, where the table has them"),
     "cohort": Command("pipeline.cohort", "tables and report of all slides, and what failed"),
 }
 TOOLS = {

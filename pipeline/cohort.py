@@ -42,8 +42,8 @@ class Cohort:
     table : SlideTable
         The slides in order.
     good : list of dict
-        ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table) and
-        ``total_seconds``.
+        ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table),
+        ``total_seconds``, and where it has regions ``regions``, what is in each.
     failed : list of dict
         ``slide``, ``stage``, ``reason`` and ``hint`` of each slide that cannot be processed.
     waiting : list of str
@@ -88,20 +88,24 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
         last = read_manifest(paths.metrics) if paths.metrics.exists() else first
         failure = manifest_failure(last) if last else None
         kinds = {} if classifier is None else _classes(paths, by)
+        drawn = {} if entry.regions is None else _regions(paths, entry.regions, (kinds or {}).get("classifier"))
+        if failure is None and drawn is not None:
+            failure = drawn.pop("failure", None)
         if failure is not None:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
             cohort.failed.append({"slide": entry.name} | record)
-        elif not paths.metrics.exists() or kinds is None:
+        elif not paths.metrics.exists() or kinds is None or drawn is None:
             cohort.waiting.append(entry.name)
         else:
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
             more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            last["warnings"] += drawn.pop("warnings", [])
             twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
             if twin != entry.name:
                 warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
                 log.warning("slide %r: %s", entry.name, warning)
                 more["warnings"] = [*last["warnings"], warning]
-            cohort.good.append(last | more | kinds)
+            cohort.good.append(last | more | kinds | drawn)
     return cohort
 
 
@@ -111,6 +115,18 @@ def _classes(paths: SlideLayout, by: str | None) -> dict[str, Any] | None:
     if made["status"] != "ok" or (by is not None and made["classifier"]["sha256"] != by):
         return None
     return {name: made[name] for name in ("composition", "classifier")}
+
+
+def _regions(paths: SlideLayout, path: Path, classifier: dict[str, str] | None) -> dict[str, Any] | None:
+    """What is in each region, and warnings, or the failure; None where not of this file, or of other classes."""
+    made: dict[str, Any] = read_manifest(paths.regions) if paths.regions.exists() else {"status": "missing"}
+    if made["status"] == "failed":
+        return {"failure": manifest_failure(made)}
+    if made["status"] == "missing" or made["classifier"] != classifier:
+        return None
+    if path.is_file() and file_sha256(path) != made["sha256"]:
+        return None
+    return {"regions": made["regions"], "warnings": [f"regions: {text}" for text in made["warnings"]]}
 
 
 def cohort_table(cohort: Cohort) -> pa.Table:
@@ -134,19 +150,9 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     import pyarrow as pa
 
     good = cohort.good
-    classes = list(dict.fromkeys(name for row in good for name in row["composition"]))
 
     def each(value: Callable[[dict[str, Any]], Any], kind: pa.DataType) -> pa.Array:
         return pa.array([value(row) for row in good], kind)
-
-    def part(name: str, key: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: row["composition"].get(name, {}).get(key)
-
-    def count(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: row["composition"].get(name, {}).get("count", 0)
-
-    def median(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: (row["quantiles"].get(name) or {}).get("50")
 
     def score(name: str) -> Callable[[dict[str, Any]], Any]:
         return lambda row: (row.get("evaluation") or {}).get(name)
@@ -154,20 +160,8 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     def focus(name: str) -> Callable[[dict[str, Any]], Any]:
         return lambda row: (row.get("focus") or {}).get(name)
 
-    def further(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: row["extra"].get(name)
-
-    real, text = pa.float64(), pa.string()
-    own: dict[str, pa.Array] = {
-        "tissue_mm2": each(lambda row: row["tissue_mm2"], real),
-        "nuclei": each(lambda row: row["nuclei"], pa.int64()),
-        "nuclei_per_mm2": each(lambda row: row["nuclei_per_mm2"], real),
-    }
-    for name in classes:
-        own[f"nuclei:{name}"] = each(count(name), pa.int64())
-        own[f"nuclei_per_mm2:{name}"] = each(part(name, "per_mm2"), real)
-        own[f"share:{name}"] = each(part(name, "share"), real)
-    own |= {f"{name}_median": each(median(name), real) for name in RANKED}
+    real = pa.float64()
+    own = _counts(good)
     if any(row.get("evaluation") for row in good):
         own |= {name: each(score(name), real) for name in SCORES}
     own |= {
@@ -183,10 +177,69 @@ def cohort_table(cohort: Cohort) -> pa.Table:
             lambda row: max([row["peak_rss_mb"], *(s["peak_rss_mb"] for s in row["stages"].values())]), real
         ),
     }
-    columns = {"slide": each(lambda row: row["slide"], text)}
+    return _with_slides(cohort, good, own)
+
+
+def region_table(cohort: Cohort) -> pa.Table:
+    """One row for each region of each finished slide that has any, and one for what lies in none of them.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns: ``slide``, those of the slide table, ``region``, ``area_mm2``, and those of `cohort_table` for tissue,
+        nuclei, classes and medians.
+    """
+    import pyarrow as pa
+
+    rows = [
+        {"slide": row["slide"], "extra": row["extra"]} | one for row in cohort.good for one in row.get("regions", ())
+    ]
+    own = {
+        "region": pa.array([row["region"] for row in rows], pa.string()),
+        "area_mm2": pa.array([row["area_mm2"] for row in rows], pa.float64()),
+    }
+    return _with_slides(cohort, rows, own | _counts(rows))
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
+    """Columns for tissue, nuclei, classes and medians of slides, or of regions."""
+    import pyarrow as pa
+
+    classes = list(dict.fromkeys(name for row in rows for name in row["composition"]))
+
+    def each(value: Callable[[Mapping[str, Any]], Any], kind: pa.DataType) -> pa.Array:
+        return pa.array([value(row) for row in rows], kind)
+
+    def part(name: str, key: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: row["composition"].get(name, {}).get(key)
+
+    def count(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: row["composition"].get(name, {}).get("count", 0)
+
+    def median(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: (row["quantiles"].get(name) or {}).get("50")
+
+    real = pa.float64()
+    own: dict[str, pa.Array] = {
+        "tissue_mm2": each(lambda row: row["tissue_mm2"], real),
+        "nuclei": each(lambda row: row["nuclei"], pa.int64()),
+        "nuclei_per_mm2": each(lambda row: row["nuclei_per_mm2"], real),
+    }
+    for name in classes:
+        own[f"nuclei:{name}"] = each(count(name), pa.int64())
+        own[f"nuclei_per_mm2:{name}"] = each(part(name, "per_mm2"), real)
+        own[f"share:{name}"] = each(part(name, "share"), real)
+    return own | {f"{name}_median": each(median(name), real) for name in RANKED}
+
+
+def _with_slides(cohort: Cohort, rows: Sequence[Mapping[str, Any]], own: dict[str, pa.Array]) -> pa.Table:
+    """A table whose rows begin with the slide's name and the further columns of the slide table."""
+    import pyarrow as pa
+
+    columns = {"slide": pa.array([row["slide"] for row in rows], pa.string())}
     for name in cohort.table.columns:
         shown = f"table:{name}" if name in own or name == "slide" else name
-        columns[shown] = each(further(name), text)
+        columns[shown] = pa.array([row["extra"].get(name) for row in rows], pa.string())
     return pa.table(columns | own)
 
 
@@ -297,6 +350,8 @@ def run_cohort(
     failed: Path,
     report: Path,
     manifest: Path,
+    regions_tsv: Path,
+    regions_parquet: Path,
     config: Path | None = None,
     model: Path | None = None,
 ) -> Mapping[str, Any]:
@@ -310,6 +365,8 @@ def run_cohort(
         The run's slide table.
     tsv, parquet, failed, report, manifest : pathlib.Path
         ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
+    regions_tsv, regions_parquet : pathlib.Path
+        ``regions.tsv`` and ``regions.parquet``, written where the slide table has regions, else removed.
     config : pathlib.Path or None
         The settings as JSON.
     model : pathlib.Path or None
@@ -328,7 +385,8 @@ def run_cohort(
     cohort = gather(results, slides, (settings or {}).get("classifier"))
     table = cohort_table(cohort)
     record = run_manifest(cohort, results, settings=settings, model=model)
-    finals = [tsv, parquet, failed, report, manifest]
+    of_regions = [regions_tsv, regions_parquet] if any(entry.regions for entry in cohort.table) else []
+    finals = [tsv, parquet, failed, *of_regions, report, manifest]
     layout = RunLayout(results)
     for path in finals:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,16 +394,23 @@ def run_cohort(
         write_tsv(parts[0], table.column_names, zip(*table.to_pydict().values(), strict=True))
         pq.write_table(table, parts[1], compression="zstd")
         write_tsv(parts[2], FAILED_COLUMNS, ([item[name] for name in FAILED_COLUMNS] for item in cohort.failed))
+        if of_regions:
+            regions = region_table(cohort)
+            write_tsv(parts[3], regions.column_names, zip(*regions.to_pydict().values(), strict=True))
+            pq.write_table(regions, parts[4], compression="zstd")
         write_report(
-            parts[3],
+            parts[-2],
             rows=cohort.good,
             failed=cohort.failed,
             extra=cohort.table.columns,
             manifest=record,
             folders={row["slide"]: layout.slide(row["slide"]).root for row in cohort.good},
         )
-        record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:3], parts[:3], strict=True)}
-        write_json(parts[4], record)
+        record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:-2], parts[:-2], strict=True)}
+        write_json(parts[-1], record)
+    if not of_regions:  # of a run with regions
+        regions_tsv.unlink(missing_ok=True)
+        regions_parquet.unlink(missing_ok=True)
     log.info(
         "%d slides finished, %d failed, %d not finished yet", len(cohort.good), len(cohort.failed), len(cohort.waiting)
     )
@@ -364,10 +429,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("failed", "failed.tsv"),
         ("report", "report.html"),
         ("manifest", "manifest.json"),
+        ("regions_tsv", "regions.tsv, where slides have regions,"),
+        ("regions_parquet", "regions.parquet, where slides have regions,"),
     ):
-        parser.add_argument(
-            f"--out-{name}", dest=name, type=Path, required=True, metavar="FILE", help=f"{what} to write"
-        )
+        flag = f"--out-{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, type=Path, required=True, metavar="FILE", help=f"{what} to write")
     parser.add_argument(
         "--config-json", dest="config", type=Path, metavar="FILE", help="the settings, for the provenance"
     )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PipelineError, of_the_machine
+import numpy as np
+
+from pipeline.errors import PipelineError, SlideError, of_the_machine
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
 
 REGIONS = ("region", "training")
 """Beginnings of names and classes of annotations that outline what is completely annotated."""
@@ -152,3 +158,75 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
 def nucleus_geometry(feature: dict[str, Any]) -> Any:
     """Geometry of a feature; of a QuPath cell, that of its nucleus."""
     return feature.get("nucleusGeometry") or feature["geometry"]
+
+
+def no_areas(what: str, path: Path, why: str) -> SlideError:
+    """That a file does not outline what it is there for."""
+    return SlideError(f"{what} {path}: {why}", "give GeoJSON polygons in level-0 pixels")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def read_areas(
+    path: Path, what: str, wanted: Callable[[dict[str, Any]], bool] = lambda feature: True
+) -> list[tuple[dict[str, Any], list[BaseGeometry]]]:
+    """Read areas that a user has drawn on a slide.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        GeoJSON, ``.gz`` too.
+    what : str
+        What it is, for messages.
+    wanted : callable
+        Whether a feature counts.
+
+    Returns
+    -------
+    list of (dict, list of shapely.Polygon)
+        The features that have a geometry, and the polygons of each in pixels of level 0, valid or not.
+
+    Raises
+    ------
+    SlideError
+        When it is missing or no GeoJSON.
+    OSError
+        When the disk or the file server failed.
+    """
+    import shapely
+    from shapely.geometry import shape
+
+    try:
+        data = path.read_bytes()
+        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
+    except OSError as error:
+        if of_the_machine(error):
+            raise
+        raise no_areas(what, path, error.strerror or str(error)) from None
+    except (ValueError, EOFError, RecursionError, zlib.error) as error:
+        raise no_areas(what, path, f"no JSON ({error})") from None
+    found = []
+    try:
+        origin = stated_origin(value)
+        for feature in iter_features(value):
+            if feature["geometry"] is not None and wanted(feature):
+                with np.errstate(invalid="ignore"):
+                    parts = shapely.get_parts(shapely.get_parts(shape(feature["geometry"])))  # of collections as well
+                polygons = [part for part in parts if part.geom_type == "Polygon"]
+                found.append((feature, [shapely.transform(one, lambda points: points + origin) for one in polygons]))
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        shapely.errors.ShapelyError,
+    ) as error:
+        raise no_areas(what, path, f"no GeoJSON ({type(error).__name__}: {error})") from None
+    if any(not np.isfinite(shapely.get_coordinates(polygons)).all() for _, polygons in found):
+        raise no_areas(what, path, "coordinates that are no numbers")
+    return found

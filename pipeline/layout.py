@@ -11,8 +11,8 @@ from pathlib import Path
 STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure", "export", "summary")
 """Per-slide stages in the order in which they run."""
 
-OPTIONAL_STAGES = ("labels", "classify")
-"""Further ones, which run where the settings ask for them. Nothing waits for them."""
+OPTIONAL_STAGES = ("labels", "classify", "regions")
+"""Further ones, which run where the settings or the slide table ask for them. No stage above waits for them."""
 
 
 def folder_name(slide: str) -> str:
@@ -70,6 +70,8 @@ class SlideLayout:
     classified = _File("classified.parquet")
     classified_geojson = _File("classified.geojson.gz")
     classified_png = _File("classified.png")
+    regions = _File("regions.json")
+    regions_png = _File("regions.png")
     metrics = _File("metrics.json")
     overview = _File("overview.png")
 
@@ -145,6 +147,14 @@ class RunLayout:
     @property
     def cohort_parquet(self) -> Path:
         return self.results / "cohort.parquet"
+
+    @property
+    def regions_tsv(self) -> Path:
+        return self.results / "regions.tsv"
+
+    @property
+    def regions_parquet(self) -> Path:
+        return self.results / "regions.parquet"
 
     @property
     def failed(self) -> Path:

@@ -43,7 +43,10 @@ SUFFIXES = (
 )
 """File name endings of slides in a folder, without regard to case. The longest match is taken off the name."""
 
-OWN_COLUMNS = ("slide", "path", "mpp", "tissue", "truth")
+FILE_COLUMNS = ("tissue", "truth", "regions")
+"""Columns that name a further file of a slide."""
+
+OWN_COLUMNS = ("slide", "path", "mpp", *FILE_COLUMNS)
 """Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
 
 MPP_RANGE = (0.05, 20.0)
@@ -79,8 +82,8 @@ class SlideEntry:
         Absolute path of the slide; it need not exist (a slide that is missing fails, the others go on).
     mpp : float or None
         Pixel size in µm that the table states.
-    tissue, truth : pathlib.Path or None
-        The user's own tissue mask (GeoJSON) and known nuclei (GeoJSON or label map).
+    tissue, truth, regions : pathlib.Path or None
+        The user's own tissue mask (GeoJSON), known nuclei (GeoJSON or label map) and annotated regions (GeoJSON).
     extra : dict of str to str
         The table's further columns.
 
@@ -95,6 +98,7 @@ class SlideEntry:
     mpp: float | None = None
     tissue: Path | None = None
     truth: Path | None = None
+    regions: Path | None = None
     extra: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,12 +113,12 @@ class SlideEntry:
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
+        files = {column: getattr(self, column) for column in FILE_COLUMNS}
         return {
             "slide": self.name,
             "path": str(self.path),
             "mpp": self.mpp,
-            "tissue": None if self.tissue is None else str(self.tissue),
-            "truth": None if self.truth is None else str(self.truth),
+            **{column: None if file is None else str(file) for column, file in files.items()},
             **self.extra,
         }
 
@@ -354,7 +358,7 @@ def from_table(table: Path) -> SlideTable:
             mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
         except ValueError:
             raise PipelineError(f"{at}: mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
-        paths = {column: place(row[column]) if row.get(column, "").strip() else None for column in ("tissue", "truth")}
+        paths = {column: place(row[column]) if row.get(column, "").strip() else None for column in FILE_COLUMNS}
         try:
             entry = SlideEntry(
                 row["slide"],

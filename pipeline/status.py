@@ -113,9 +113,12 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         if ended is not None:
             latest = max(latest or ended, ended)
         failure = manifest_failure(read_manifest(stage_manifests(paths)[done - 1])) if done else None
+        further = [paths.classify] * classified + [paths.regions] * (entry.regions is not None)
+        if failure is None and done == len(STAGES) and entry.regions is not None and paths.regions.exists():
+            failure = manifest_failure(read_manifest(paths.regions))
         if failure is not None:
             failures.append({"slide": entry.name, **asdict(failure)})
-        if done == len(STAGES) and classified and failure is None and not paths.classify.exists():
+        if done == len(STAGES) and failure is None and not all(path.exists() for path in further):
             stages[STAGES[-1]] += 1
         elif done == len(STAGES):
             ends.append(ended or now)
@@ -214,7 +217,8 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
     Returns
     -------
     pathlib.Path
-        The folder with ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
+        The folder with ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``, and
+        ``regions.tsv`` and ``regions.parquet`` where slides have regions.
     """
     from pipeline.cohort import run_cohort
     from pipeline.slide_table import write_table
@@ -231,6 +235,8 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
         table,
         tsv=out / layout.cohort_tsv.name,
         parquet=out / layout.cohort_parquet.name,
+        regions_tsv=out / layout.regions_tsv.name,
+        regions_parquet=out / layout.regions_parquet.name,
         failed=out / layout.failed.name,
         report=out / layout.report.name,
         manifest=out / layout.manifest.name,

@@ -81,10 +81,7 @@ class Nuclei:
         result: dict[str, dict[str, float | None]] = {}
         with open_nuclei(self.path) as file:
             for name in (name for name in RANKED if name in file.schema_arrow.names):
-                values = file.read([name])[name].to_numpy().astype(np.float64)
-                values = values[np.isfinite(values)]
-                found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)
-                result[name] = {str(q): rounded(value) for q, value in zip(QUANTILES, found, strict=True)}
+                result[name] = percentiles(file.read([name])[name].to_numpy().astype(np.float64))
         return result
 
     def composition(self, tissue_mm2: float) -> dict[str, dict[str, Any]]:
@@ -133,6 +130,13 @@ class Nuclei:
 def rounded(value: float, digits: int = 4) -> float | None:
     """`value` rounded, or None when it is not finite: JSON has no NaN."""
     return round(float(value), digits) if math.isfinite(value) else None
+
+
+def percentiles(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    """`QUANTILES` of a measurement by their text; None where no value is finite."""
+    values = values[np.isfinite(values)]
+    found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)
+    return {str(q): rounded(value) for q, value in zip(QUANTILES, found, strict=True)}
 
 
 def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

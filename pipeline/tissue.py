@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import logging
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from pipeline.errors import PipelineError, SlideError, of_the_machine
-from pipeline.geojson import iter_features, stated_origin
+from pipeline.errors import PipelineError, SlideError
+from pipeline.geojson import no_areas, read_areas
 from pipeline.grid import Grid
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
@@ -150,10 +148,6 @@ def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
     return sorted(polygons, key=lambda p: (p.bounds[1], p.bounds[0], p.bounds[3], p.bounds[2]))
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
-
-
 def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     """Read a user's tissue mask.
 
@@ -171,51 +165,13 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     OSError
         When the disk or the file server failed.
     """
-    import shapely
-    from shapely.geometry import shape
-
-    def bad(why: str) -> SlideError:
-        return SlideError(f"tissue mask {path}: {why}", "give GeoJSON polygons in level-0 pixels")
-
-    try:
-        data = path.read_bytes()
-        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
-    except OSError as error:
-        if of_the_machine(error):
-            raise
-        raise bad(error.strerror or str(error)) from None
-    except (ValueError, EOFError, RecursionError, zlib.error) as error:
-        raise bad(f"no JSON ({error})") from None
-    geometries = []
-    try:
-        origin = stated_origin(value)
-        for feature in iter_features(value):
-            if feature["geometry"] is not None:
-                with np.errstate(invalid="ignore"):
-                    geometries.append(shape(feature["geometry"]))
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        shapely.errors.ShapelyError,
-    ) as error:
-        raise bad(f"no GeoJSON ({type(error).__name__}: {error})") from None
-    parts = [part for geometry in geometries for part in shapely.get_parts(geometry)]
-    nested = [inner for part in parts for inner in shapely.get_parts(part)]
-    polygons = [
-        shapely.transform(part, lambda points: points + origin) for part in nested if part.geom_type == "Polygon"
-    ]
-    if any(not np.isfinite(shapely.get_coordinates(part)).all() for part in polygons):
-        raise bad("coordinates that are no numbers")
-    if geometries and not polygons:
-        raise bad(f"holds {geometries[0].geom_type} geometries, no polygons")
+    found = read_areas(path, "tissue mask")
+    polygons = [polygon for _, parts in found for polygon in parts]
+    if found and not polygons:
+        raise no_areas("tissue mask", path, f"holds {found[0][0]['geometry']['type']} geometries, no polygons")
     result = clean(polygons, box) if polygons else []
     if polygons and not result:
-        raise bad("no polygon lies on the slide")
+        raise no_areas("tissue mask", path, "no polygon lies on the slide")
     return result
 
 

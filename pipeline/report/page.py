@@ -229,10 +229,11 @@ def slides_note(failed: int, waiting: int) -> str:
     return ", ".join([*notes, f"{waiting} not finished yet"] if waiting else notes)
 
 
-def _links(root: Path, page: Path, classified: bool) -> list[dict[str, str]]:
+def _links(root: Path, page: Path, row: Mapping[str, Any]) -> list[dict[str, str]]:
     names = (
         "overview.png", "stain.png", "tissue.png", "nuclei.geojson.gz", "nuclei.parquet", "metrics.json",
-        *(("classified.png", "classified.geojson.gz", "classified.parquet") if classified else ()),
+        *(("classified.png", "classified.geojson.gz", "classified.parquet") if "classifier" in row else ()),
+        *(("regions.png", "regions.json") if "regions" in row else ()),
     )  # fmt: skip
     folder = "/".join(quote(part, safe="") for part in Path(os.path.relpath(root, page)).parts)
     return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
@@ -268,7 +269,8 @@ def render(
     Parameters
     ----------
     rows : sequence of mapping
-        ``metrics.json`` of each good slide, with ``extra`` (columns of the slide table) and ``total_seconds``.
+        ``metrics.json`` of each good slide, with ``extra`` (columns of the slide table), ``total_seconds``, and
+        ``regions`` where it has any.
     failed : sequence of mapping
         ``slide``, ``stage``, ``reason``, ``hint`` of each slide that failed.
     extra : sequence of str
@@ -286,7 +288,7 @@ def render(
         One page without references to anything outside but links to the results beside it.
     """
     classes = class_list(rows)
-    pictures = len(rows) + sum("classifier" in row for row in rows)
+    pictures = len(rows) + sum(("classifier" in row) + ("regions" in row) for row in rows)
     limit = min(IMAGE_BYTES_EACH, IMAGE_BYTES // max(1, pictures))
     cards = [
         {
@@ -294,7 +296,8 @@ def render(
             "anchor": f"slide-{index}",
             "picture": shrink_picture(folders[row["slide"]] / "overview.png", limit),
             "classes": shrink_picture(folders[row["slide"]] / "classified.png", limit) if "classifier" in row else None,
-            "links": _links(folders[row["slide"]], page, "classifier" in row),
+            "drawn": shrink_picture(folders[row["slide"]] / "regions.png", limit) if "regions" in row else None,
+            "links": _links(folders[row["slide"]], page, row),
         }
         for index, row in enumerate(rows)
     ]
@@ -314,6 +317,8 @@ def render(
         .get_template("report.html.j2")
         .render(
             cards=cards,
+            classes=classes if len(classes) > 1 else [],
+            with_regions=any("regions" in row for row in rows),
             columns=_columns(rows, extra, classes),
             chart=chart(rows, classes),
             failed=failed,

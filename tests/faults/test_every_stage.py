@@ -87,7 +87,8 @@ def test_bad_at_a_stage(
 
     table = layout.slide_table
     table.write_text(f"slide\tpath\ngood\t{path}\nbad at {stage}\t{path}\n", encoding="utf-8")
-    out = {name: tmp_path / f"{name}.out" for name in ("tsv", "parquet", "failed", "report", "manifest")}
+    names = ("tsv", "parquet", "failed", "report", "manifest", "regions_tsv", "regions_parquet")
+    out = {name: tmp_path / f"{name}.out" for name in names}
     record = run_cohort(layout.results, table, **out)
     assert (record["slides_ok"], record["slides_failed"], record["slides_waiting"]) == (1, 1, 0)
     with out["failed"].open(encoding="utf-8", newline="") as stream:

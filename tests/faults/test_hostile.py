@@ -181,7 +181,8 @@ def test_report_and_tables_hold_names_as_text(tmp_path: Path) -> None:
         writer.writerows([[name, f"/in/{number}.svs", "=cmd|' /C calc'!A0"] for number, name in enumerate(NAMES)])
     for name in NAMES:
         write_failed_slide(results, name, "inspect", f"=1+1 <b>{name}</b>", "@x")
-    out = {name: tmp_path / f"{name}.out" for name in ("tsv", "parquet", "failed", "report", "manifest")}
+    names = ("tsv", "parquet", "failed", "report", "manifest", "regions_tsv", "regions_parquet")
+    out = {name: tmp_path / f"{name}.out" for name in names}
     run_cohort(results, layout.slide_table, **out)
     page = out["report"].read_text(encoding="utf-8")
     assert "<img src=x" not in page

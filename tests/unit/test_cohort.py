@@ -65,6 +65,8 @@ def run(results: Path, **more: Path) -> dict:
         failed=layout.failed,
         report=layout.report,
         manifest=layout.manifest,
+        regions_tsv=layout.regions_tsv,
+        regions_parquet=layout.regions_parquet,
         **more,
     )
     return dict(made)
@@ -279,3 +281,60 @@ def test_classes_by_a_classifier(results: Path, tmp_path: Path) -> None:
     assert found.good[0]["composition"] == composition
     assert {NAMES[1], NAMES[2]} <= {*found.waiting}
     assert {"A"} & {*cohort.gather(results, layout.slide_table).good[0]["composition"]} == set()
+
+
+def write_regions(results: Path, slide: str, drawn: Path, **more: object) -> Path:
+    paths = RunLayout(results).slide(slide)
+    metrics = json.loads(paths.metrics.read_text())
+    names = ("tissue_mm2", "nuclei", "nuclei_per_mm2", "composition", "quantiles")
+    one = {"area_mm2": 2.5} | {name: metrics[name] for name in names}
+    found = [{"region": name} | one for name in ("=A <b>", "(elsewhere)")]
+    record = {"status": "ok", "regions": found, "sha256": file_sha256(drawn), "classifier": None, "warnings": ["odd"]}
+    paths.regions.write_text(json.dumps(record | more))
+    return paths.regions
+
+
+def test_tables_of_regions(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path)
+    drawn = tmp_path / "drawn.geojson"
+    drawn.write_text("one")
+    rows = ("a\t/data/a.svs\tdrawn.geojson\tx", "b\t/data/b.svs\t\ty")
+    layout.slide_table.write_text("\n".join(("slide\tpath\tregions\tregion", *rows)) + "\n", encoding="utf-8")
+    for seed, name in enumerate("ab"):
+        summarise(tmp_path, name, count=20, seed=seed, width=1200, height=1000)
+    # Not counted yet: the slide waits, and there is a table without rows.
+    assert run(tmp_path)["slides_waiting"] == 1
+    assert read_tsv(layout.regions_tsv) == []
+    manifest = write_regions(tmp_path, "a", drawn)
+    made = run(tmp_path)
+    assert (made["slides_ok"], made["outputs"]["regions.tsv"]) == (2, file_sha256(layout.regions_tsv))
+    table, whole = pq.read_table(layout.regions_parquet), pq.read_table(layout.cohort_parquet)
+    assert table.column_names[:7] == [
+        "slide", "table:region", "region", "area_mm2", "tissue_mm2", "nuclei", "nuclei_per_mm2"
+    ]  # fmt: skip
+    assert {*table.column_names[4:]} < {*whole.column_names}
+    first = table.slice(0, 1).to_pylist()[0]
+    assert (first["slide"], first["table:region"], first["region"], first["area_mm2"]) == ("a", "x", "=A <b>", 2.5)
+    assert {name: whole[name][0].as_py() for name in table.column_names[4:]} == dict(list(first.items())[4:])
+    assert [row["region"] for row in read_tsv(layout.regions_tsv)] == ["'=A <b>", "(elsewhere)"]
+    assert whole["warnings"].to_pylist() == [1, 0]
+    page = layout.report.read_text(encoding="utf-8")
+    assert "=A &lt;b&gt;" in page
+    assert "=A <b>" not in page
+    assert "regions: odd" in page
+    assert "regions.parquet" in page
+    # Of other annotations, or other classes.
+    drawn.write_text("other")
+    assert cohort.gather(tmp_path, layout.slide_table).waiting == ["a"]
+    drawn.write_text("one")
+    write_regions(tmp_path, "a", drawn, classifier={"name": "types", "sha256": "0"})
+    assert cohort.gather(tmp_path, layout.slide_table).waiting == ["a"]
+    failure = {"stage": "regions", "reason": "no JSON", "hint": "draw"}
+    manifest.write_text(json.dumps({"status": "failed", "failure": failure}))
+    assert cohort.gather(tmp_path, layout.slide_table).failed == [{"slide": "a"} | failure]
+    # No longer in the table.
+    layout.slide_table.write_text("slide\tpath\na\t/data/a.svs\nb\t/data/b.svs\n", encoding="utf-8")
+    assert run(tmp_path)["slides_ok"] == 2
+    assert not layout.regions_tsv.exists()
+    assert not layout.regions_parquet.exists()
+    assert "regions.parquet" not in layout.report.read_text(encoding="utf-8")

@@ -155,3 +155,18 @@ def test_report_of_what_is_finished(tmp_path: Path) -> None:
     assert "2 not finished yet" in (out / "report.html").read_text()
     assert json.loads((out / "manifest.json").read_text())["slides_waiting"] == 2
     assert not RunLayout(tmp_path).cohort_tsv.exists()
+
+
+def test_a_slide_that_waits_for_its_regions_or_whose_regions_are_bad(tmp_path: Path) -> None:
+    (tmp_path / "slides.tsv").write_text("slide\tpath\tregions\na\t/data/a.svs\t/data/a.geojson\n", encoding="utf-8")
+    finish(tmp_path, "a", len(STAGES), START)
+    found = status.run_status(tmp_path, now=START + 600)
+    assert (found.finished, found.stages) == (0, {"summary": 1})
+    manifest = RunLayout(tmp_path).slide("a").regions
+    manifest.write_text('{"status": "ok"}')
+    assert status.run_status(tmp_path, now=START + 600).finished == 1
+    failure = {"stage": "regions", "reason": "no JSON", "hint": ""}
+    manifest.write_text(json.dumps({"status": "failed", "failure": failure}))
+    found = status.run_status(tmp_path, now=START + 600)
+    assert (found.finished, found.failed, found.stages) == (0, 1, {})
+    assert found.failures == ({"slide": "a"} | failure,)

@@ -45,12 +45,14 @@ rule cohort:
         model=MODEL_CARD,
         metrics=each_slide("metrics", "overview"),
         classes=each_slide("classify") if config["classifier"] is not None else [],
+        regions=each_slide("regions", having="regions"),
     output:
         tsv=whole(RUN.cohort_tsv),
         parquet=whole(RUN.cohort_parquet),
         failed=whole(RUN.failed),
         report=report(whole(RUN.report), caption="../report/cohort.rst", category="Cohort"),
         manifest=whole(RUN.manifest),
+        regions=[whole(path) for path in region_tables()],
     log:
         str(RUN.log("cohort", "cohort")),
     benchmark:
@@ -64,11 +66,14 @@ rule cohort:
     params:
         results=lambda wildcards: config["results"],
         model=model_folder,
+        regions_tsv=str(RUN.regions_tsv),
+        regions_parquet=str(RUN.regions_parquet),
     shell:
         "python -m pipeline cohort --results={params.results:q} --slides={input.slides:q} "
         "--config-json={input.settings:q} --model={params.model:q} "
         "--out-tsv={output.tsv:q} --out-parquet={output.parquet:q} --out-failed={output.failed:q} "
-        "--out-report={output.report:q} --out-manifest={output.manifest:q} > {log:q} 2>&1"
+        "--out-report={output.report:q} --out-manifest={output.manifest:q} "
+        "--out-regions-tsv={params.regions_tsv:q} --out-regions-parquet={params.regions_parquet:q} > {log:q} 2>&1"
 
 
 # Tables and report of the slides that are finished, also while a run is under way.

@@ -186,4 +186,5 @@ wildcard_constraints:
 
 
 BY_FOLDER = {} if SLIDES is None else {folder_name(slide.name): slide for slide in SLIDES}
+WITH_REGIONS = any(slide.regions is not None for slide in BY_FOLDER.values())
 SLIDES_IN = Counter(slide.path.parent for slide in BY_FOLDER.values())

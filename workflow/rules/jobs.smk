@@ -110,20 +110,27 @@ def extra_option(column, flag):
     return named
 
 
-def each_slide(*kinds):
-    """Input function for these outputs of every slide."""
+def each_slide(*kinds, having="path"):
+    """Input function for these outputs of every slide that has this column of the slide table."""
 
     # Names may hold braces: paths from a function are taken as they are.
     @known
     def files(wildcards):
-        return [str(getattr(RUN.slide(slide.name), kind)) for slide in slides() for kind in kinds]
+        chosen = [slide for slide in slides() if getattr(slide, having) is not None]
+        return [str(getattr(RUN.slide(slide.name), kind)) for slide in chosen for kind in kinds]
 
     return files
 
 
 def cohort_files():
     """Outputs for the run as a whole."""
-    return [str(path) for path in (RUN.cohort_tsv, RUN.cohort_parquet, RUN.failed, RUN.report, RUN.manifest)]
+    own = [str(path) for path in (RUN.cohort_tsv, RUN.cohort_parquet, RUN.failed, RUN.report, RUN.manifest)]
+    return own + region_tables()
+
+
+def region_tables():
+    """Those of regions, where slides have any."""
+    return [str(path) for path in (RUN.regions_tsv, RUN.regions_parquet)] if WITH_REGIONS else []
 
 
 def store(path):

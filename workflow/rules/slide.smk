@@ -337,6 +337,43 @@ rule classify:
         "> {log:q} 2>&1"
 
 
+# Only where the slide table has regions.
+rule regions:
+    input:
+        inspect=rules.inspect.output.manifest,
+        tissue=rules.tissue.output.manifest,
+        geojson=rules.tissue.output.geojson,
+        picture=rules.tissue.output.png,
+        measure=(rules.measure if config["classifier"] is None else rules.classify).output.manifest,
+        nuclei=rules.measure.output.nuclei if config["classifier"] is None else rules.classify.output.parquet,
+        regions=extra_file("regions"),
+    output:
+        manifest=whole(ONE.regions),
+        png=report(
+            whole(ONE.regions_png), caption="../report/regions.rst", category="Regions", labels={"slide": "{slide}"}
+        ),
+    log:
+        str(RUN.log("regions", "{slide}")),
+    benchmark:
+        str(RUN.benchmark("regions", "{slide}"))
+    conda:
+        "../../envs/pipeline.yaml"
+    threads: 1
+    resources:
+        mem_mb=megabytes(2000, 200),
+        runtime=minutes(20, 20),
+    params:
+        slide=slide_name,
+        regions=extra_option("regions", "--regions"),
+        stamp=extra_stamp("regions"),
+    shell:
+        "python -m pipeline regions --slide={params.slide:q} --on-bad-slide=$ON_BAD_SLIDE "
+        "--inspect={input.inspect:q} --tissue={input.tissue:q} --tissue-geojson={input.geojson:q} "
+        "--tissue-png={input.picture:q} --measure={input.measure:q} --nuclei={input.nuclei:q} {params.regions:q} "
+        "--out={output.manifest:q} --png={output.png:q} "
+        "> {log:q} 2>&1"
+
+
 rule summary:
     input:
         inspect=rules.inspect.output.manifest,

@@ -1,0 +1,377 @@
+"""Stage ``regions``: what there is in the regions that somebody has drawn on a slide, where the slide table has them.
+
+It reads what was measured, so the nuclei of a run are there already: other regions run this stage alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import SlideError
+from pipeline.export import RANKED
+from pipeline.geojson import IGNORED, class_names, no_areas, read_areas, role
+from pipeline.nuclei import about_nuclei, open_nuclei
+from pipeline.settings import file_sha256
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.summary import Nuclei, percentiles, rounded
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
+
+log = logging.getLogger(__name__)
+
+WHAT = "regions"
+"""What messages call the file."""
+
+ELSEWHERE = "(elsewhere)"
+"""Name of the row for what lies in no region."""
+
+BATCH_ROWS = 65_536
+"""Nuclei looked up at once."""
+
+NUDGE = (1e-6, 3.1e-8)
+"""Level-0 pixels by which nuclei are moved before they are looked up, so that none lies on a border: one that does
+belongs to what is right of it, or below, and of regions side by side to one. The slope is none that anybody draws."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What was drawn under one name.
+
+    Parameters
+    ----------
+    name : str
+        The name.
+    area : shapely geometry
+        Polygons in level-0 pixels, valid, as far as they lie on the slide; may be empty.
+    """
+
+    name: str
+    area: BaseGeometry
+
+
+def is_annotation(feature: dict[str, Any]) -> bool:
+    """Whether an object of QuPath outlines a region: no detection, cell or frame, and not to be ignored."""
+    ignored = next(iter(class_names(feature)), "").casefold().startswith(IGNORED)
+    return role(feature, ("",)) == "region" and not ignored
+
+
+def region_name(feature: dict[str, Any], number: int) -> str:
+    """Name of an annotation: its own, else its class, else its number in the file."""
+    own = str((feature.get("properties") or {}).get("name") or "")
+    name = " ".join((own.strip() or ": ".join(class_names(feature)) or f"region {number}").split())
+    return name.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of characters
+
+
+def read_regions(path: Path, box: BaseGeometry) -> tuple[list[Region], list[str]]:
+    """Read the regions of a slide.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`.
+    box : shapely geometry
+        The slide; what lies outside is cut off.
+
+    Returns
+    -------
+    regions : list of Region
+        In the order of the file. Annotations of one name are one region.
+    warnings : list of str
+        What was left out.
+
+    Raises
+    ------
+    SlideError
+        When the file is missing or no GeoJSON, or none of its annotations has an area on the slide.
+    OSError
+        When the disk or the file server failed.
+    """
+    import shapely
+
+    others = 0
+
+    def wanted(feature: dict[str, Any]) -> bool:
+        nonlocal others
+        others += not (found := is_annotation(feature))
+        return found
+
+    found = read_areas(path, WHAT, wanted)
+    named: dict[str, list[BaseGeometry]] = {}
+    without = outside = 0
+    for number, (feature, polygons) in enumerate(found, 1):
+        # Where an outline winds around something twice, that is inside.
+        with np.errstate(over="ignore"):
+            drawn = shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))
+            shape = shapely.intersection(drawn, box)
+        if not drawn.area > 0:
+            without += 1
+            continue
+        outside += not shape.area > 0
+        named.setdefault(region_name(feature, number), []).append(shape)
+    if ELSEWHERE in named:
+        raise SlideError(f"{WHAT} {path}: one is called {ELSEWHERE}, as all outside of them is", "rename it")
+    if not named and (found or others):
+        raise no_areas(WHAT, path, "no annotation has an area")
+    if named and outside == sum(map(len, named.values())):
+        raise no_areas(WHAT, path, "no annotation lies on the slide")
+    told = {
+        "left out, as detections, cells, frames or of class Ignore*": others,
+        "left out, as points, lines or without an area": without,
+        "outside of the slide (are they in level-0 pixels?)": outside,
+    }
+    warnings = [f"objects {what}: {count}" for what, count in told.items() if count]
+    if not named:
+        warnings.append(f"{path.name} holds no annotation")
+    return [Region(name, polygonal(shapely.union_all(shapes))) for name, shapes in named.items()], warnings
+
+
+def polygonal(shape: BaseGeometry) -> BaseGeometry:
+    """The polygons of a valid geometry, without the points and lines that cutting leaves."""
+    import shapely
+
+    return shapely.MultiPolygon([part for part in shapely.get_parts(shape) if part.geom_type == "Polygon"])
+
+
+def inside(points: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> npt.NDArray[np.bool_]:
+    """Which points lie in which areas.
+
+    Parameters
+    ----------
+    points : numpy.ndarray of float64, shape (n, 2)
+        Level-0 pixels, x first.
+    areas : sequence of shapely geometries
+        Level-0 pixels; they may overlap.
+
+    Returns
+    -------
+    numpy.ndarray of bool, shape (n, areas)
+        See `NUDGE` for points on borders.
+    """
+    import shapely
+
+    x, y = (points + NUDGE).T
+    found = np.zeros((len(points), len(areas)), bool)
+    for column, area in enumerate(areas):
+        left, top, right, bottom = area.bounds  # NaN where empty
+        rows = np.flatnonzero((x >= left) & (x <= right) & (y >= top) & (y <= bottom))
+        shapely.prepare(area)
+        found[rows, column] = shapely.contains_xy(area, x[rows], y[rows])
+    return found
+
+
+def tissue_within(area: BaseGeometry, tissue: npt.NDArray[np.object_]) -> float:
+    """Area of tissue, polygons that do not overlap, within an area."""
+    import shapely
+
+    return float(shapely.area(shapely.intersection(tissue, area)).sum())
+
+
+def centroids(nuclei: Path) -> Iterator[npt.NDArray[np.float64]]:
+    """Centroids of a table of nuclei in level-0 pixels, some at once."""
+    with open_nuclei(nuclei) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=["centroid_x", "centroid_y"]):
+            yield np.column_stack([batch.column(f"centroid_{axis}").to_numpy() for axis in "xy"])
+
+
+def members(nuclei: Path, areas: Sequence[BaseGeometry]) -> list[npt.NDArray[np.int64]]:
+    """Rows of a table of nuclei whose centroid lies in each area, and last of those that lie in none."""
+    rows: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(len(areas) + 1)]
+    start = 0
+    for points in centroids(nuclei):
+        found = inside(points, areas)
+        found = np.column_stack([found, ~found.any(axis=1)])
+        for column, taken in enumerate(rows):
+            taken.append(start + np.flatnonzero(found[:, column]))
+        start += len(points)
+    return [np.concatenate([np.empty(0, np.int64), *taken]) for taken in rows]
+
+
+def quantiles(nuclei: Path, groups: Sequence[npt.NDArray[np.int64]]) -> list[dict[str, dict[str, float | None]]]:
+    """Percentiles of every measurement in groups of rows. One column in memory at once."""
+    result: list[dict[str, dict[str, float | None]]] = [{} for _ in groups]
+    with open_nuclei(nuclei) as file:
+        for name in (name for name in RANKED if name in file.schema_arrow.names):
+            values = file.read([name])[name].to_numpy().astype(np.float64)
+            for found, rows in zip(result, groups, strict=True):
+                found[name] = percentiles(values[rows])
+    return result
+
+
+def count_regions(
+    regions: Sequence[Region],
+    nuclei: Path,
+    tissue: Sequence[BaseGeometry],
+    box: BaseGeometry,
+    mpp: tuple[float, float],
+) -> list[dict[str, Any]]:
+    """What there is in each region of a slide.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        The regions.
+    nuclei : pathlib.Path
+        ``nuclei.parquet`` or ``classified.parquet``.
+    tissue : sequence of shapely.Polygon
+        The tissue, level-0 pixels.
+    box : shapely geometry
+        The slide.
+    mpp : tuple of float
+        µm per level-0 pixel, x and y.
+
+    Returns
+    -------
+    list of dict
+        Of each region, and last of what lies in none, `ELSEWHERE`: ``region``, ``area_mm2``, and as in ``metrics.json``
+        ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``, ``composition`` and ``quantiles``.
+    """
+    import shapely
+
+    areas = [region.area for region in regions]
+    parts = np.array(tissue, dtype=object)
+    every = shapely.union_all(areas)
+    pixels = [(area.area, tissue_within(area, parts)) for area in areas]
+    rest = (box.area - every.area, float(shapely.area(parts).sum()) - tissue_within(every, parts))
+    groups = members(nuclei, areas)
+    table = Nuclei.open(nuclei)
+    mm2 = mpp[0] * mpp[1] / 1e6
+    result = []
+    for name, (area, within), rows, measured in zip(
+        [*(region.name for region in regions), ELSEWHERE],
+        [*pixels, rest],
+        groups,
+        quantiles(nuclei, groups),
+        strict=True,
+    ):
+        seen = rounded(max(0.0, within) * mm2, 6) or 0.0
+        own = replace(table, kinds=table.kinds[rows], centroids=table.centroids[rows])
+        result.append(
+            {
+                "region": name,
+                "area_mm2": rounded(max(0.0, area) * mm2, 6),
+                "tissue_mm2": seen,
+                "nuclei": len(rows),
+                "nuclei_per_mm2": rounded(len(rows) / seen, 3) if seen else None,
+                "composition": own.composition(seen),
+                "quantiles": measured,
+            }
+        )
+    return result
+
+
+def scanned(slide: Mapping[str, Any]) -> BaseGeometry:
+    """The part of level 0 that was scanned, by ``slide.json``."""
+    import shapely
+
+    x, y, width, height = slide.get("bounds") or (0, 0, slide["width"], slide["height"])
+    return shapely.box(x, y, x + width, y + height)
+
+
+def run_regions(
+    slide: str,
+    inspect: Path,
+    tissue: Path,
+    tissue_geojson: Path,
+    tissue_png: Path,
+    measure: Path,
+    nuclei: Path,
+    regions: Path,
+    out: Path,
+    png: Path,
+    **how: Any,
+) -> dict[str, Any]:
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    inspect, tissue, tissue_geojson, tissue_png : pathlib.Path
+        ``slide.json``, ``tissue.json``, ``tissue.geojson`` and ``tissue.png``.
+    measure, nuclei : pathlib.Path
+        What the stage ``measure`` wrote, or ``classify``.
+    regions : pathlib.Path
+        The regions, see `read_regions`.
+    out, png : pathlib.Path
+        The manifest and ``regions.png`` to write.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest, with ``regions`` (see `count_regions`), ``sha256`` of their file, ``classifier`` (name and hash,
+        or None) and ``warnings``.
+    """
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        from pipeline.region_map import draw_regions
+        from pipeline.tissue import read_tissue
+
+        info = read_manifest(inspect)
+        box = scanned(info)
+        found, warnings = read_regions(regions, box)
+        counts = count_regions(found, nuclei, read_tissue(tissue_geojson), box, tuple(info["mpp"]))
+        draw_regions(
+            staged["png"],
+            slide=slide,
+            tissue=tissue_png,
+            size=(info["width"], info["height"]),
+            mpp=tuple(info["mpp"]),
+            regions=[(region.name, region.area) for region in found],
+            counts=counts,
+        )
+        for warning in warnings:
+            log.warning("slide %r: %s", slide, warning)
+        told = ", ".join(f"{one['region']} {one['nuclei']}" for one in counts)
+        log.info("slide %r: nuclei by region: %s", slide, told)
+        with open_nuclei(nuclei) as file:
+            classifier = about_nuclei(file.schema_arrow).get("classifier")
+        return {
+            "regions": counts,
+            "sha256": file_sha256(regions),
+            "classifier": classifier,
+            "warnings": warnings,
+        }
+
+    return run_stage(
+        "regions",
+        slide,
+        manifest=out,
+        outputs={"png": png},
+        upstream=[inspect, tissue, measure],
+        body=body,
+        **how,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``python -m pipeline regions``."""
+    add_stage_arguments(parser)
+    for name, what in (
+        ("inspect", "slide.json"),
+        ("tissue", "tissue.json"),
+        ("tissue-geojson", "tissue.geojson"),
+        ("tissue-png", "tissue.png"),
+        ("measure", "measure.json, or classify.json"),
+        ("nuclei", "nuclei.parquet, or classified.parquet"),
+        ("regions", "annotations: GeoJSON(.gz), level-0 pixels"),
+        ("out", "manifest to write"),
+        ("png", "picture to write"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=what)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``python -m pipeline regions``."""
+    run_regions(**keywords(args))
+    return 0
