@@ -16,9 +16,10 @@ import numpy as np
 from pipeline.allocator import keep_freed_memory
 from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
-from pipeline.export import origin_of, write_geojson
+from pipeline.export import write_geojson
+from pipeline.geojson import origin_of
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def run_classify(
     out, parquet, geojson, png : pathlib.Path
         The manifest, ``classified.parquet``, ``classified.geojson.gz`` and ``classified.png`` to write.
     origin : {"slide", "bounds"}
-        See `pipeline.export.origin_of`.
+        See `pipeline.geojson.origin_of`.
     workers : int
         Threads that compress.
     **how : Any
@@ -141,7 +142,7 @@ def run_classify(
 
         known = Classifier.load(classifier)
         count = write_classified(nuclei, known, staged["parquet"])
-        corner = origin_of(inspect, origin)
+        corner = origin_of(read_manifest(inspect), origin)
         write_geojson(staged["parquet"], staged["geojson"], slide, origin=corner, workers=max(1, workers))
         found = Nuclei.open(staged["parquet"])
         composition = found.composition(float(read_manifest(tissue)["area_mm2"]))
@@ -190,9 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("png", "picture to write"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=what)
-    parser.add_argument(
-        "--origin", choices=("slide", "bounds"), default="slide", help="corner from which coordinates count"
-    )
+    add_origin_argument(parser)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that compress (default: 1)")
 
 

@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import PipelineError
-from pipeline.geojson import ORIGIN
+from pipeline.geojson import ORIGIN, origin_of
 from pipeline.kernels.contours import wkb_rings
 from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -292,20 +292,6 @@ def write_geojson(source: Path, target: Path, slide: str, *, origin: tuple[int, 
     return count
 
 
-def origin_of(inspect: Path, origin: str) -> tuple[int, int]:
-    """Level-0 pixel from which exported coordinates count.
-
-    Parameters
-    ----------
-    inspect : pathlib.Path
-        ``slide.json``.
-    origin : {"slide", "bounds"}
-        The corner of level 0, or that of the bounds where the slide has them, from which on QuPath shows it.
-    """
-    bounds = read_manifest(inspect).get("bounds") if origin == "bounds" else None
-    return (int(bounds[0]), int(bounds[1])) if bounds else (0, 0)
-
-
 def run_export(
     slide: str,
     measure: Path,
@@ -331,7 +317,7 @@ def run_export(
     inspect : pathlib.Path, optional
         ``slide.json``, without which there are no bounds.
     origin : {"slide", "bounds"}
-        See `origin_of`.
+        See `pipeline.geojson.origin_of`.
     workers : int
         Threads that compress.
     **how : Any
@@ -351,7 +337,7 @@ def run_export(
         raise PipelineError(f"slide {slide!r}: origin 'bounds' without a slide.json", "give it with --inspect")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        corner = (0, 0) if inspect is None else origin_of(inspect, origin)
+        corner = (0, 0) if inspect is None else origin_of(read_manifest(inspect), origin)
         count = write_geojson(nuclei, staged["geojson"], slide, origin=corner, workers=max(1, workers))
         size = staged["geojson"].stat().st_size
         log.info("slide %r: %d nuclei exported, %.1f MB", slide, count, size / 1e6)
@@ -376,9 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--geojson", type=Path, required=True, metavar="FILE", help="GeoJSON to write (.geojson.gz)")
     parser.add_argument("--inspect", type=Path, metavar="FILE", help="slide.json, for its bounds")
-    parser.add_argument(
-        "--origin", choices=("slide", "bounds"), default="slide", help="corner from which coordinates count"
-    )
+    add_origin_argument(parser)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads that compress (default: 1)")
 
 

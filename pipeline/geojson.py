@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,10 +103,24 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
         yield {"type": "Feature", "geometry": value}
 
 
-def stated_origin(value: Any) -> tuple[float, float]:
-    """Level-0 pixel from which the coordinates of a file count."""
-    x, y = value.get(ORIGIN, (0, 0)) if isinstance(value, dict) else (0, 0)
+def stated_origin(value: Any, origin: tuple[float, float] = (0, 0)) -> tuple[float, float]:
+    """Level-0 pixel from which the coordinates of a file count: as it says itself, else `origin`."""
+    x, y = value.get(ORIGIN, origin) if isinstance(value, dict) else origin
     return float(x), float(y)
+
+
+def origin_of(info: Mapping[str, Any], origin: str) -> tuple[int, int]:
+    """Level-0 pixel from which coordinates count that go to QuPath or come from there.
+
+    Parameters
+    ----------
+    info : mapping
+        ``slide.json``.
+    origin : {"slide", "bounds"}
+        The corner of level 0, or that of the bounds where the slide has them, from which on QuPath shows it.
+    """
+    bounds = info.get("bounds") if origin == "bounds" else None
+    return (int(bounds[0]), int(bounds[1])) if bounds else (0, 0)
 
 
 def class_names(feature: dict[str, Any]) -> list[str]:
@@ -170,7 +184,10 @@ def _refuse(constant: str) -> None:
 
 
 def read_areas(
-    path: Path, what: str, wanted: Callable[[dict[str, Any]], bool] = lambda feature: True
+    path: Path,
+    what: str,
+    wanted: Callable[[dict[str, Any]], bool] = lambda feature: True,
+    origin: tuple[int, int] = (0, 0),
 ) -> list[tuple[dict[str, Any], list[BaseGeometry]]]:
     """Read areas that a user has drawn on a slide.
 
@@ -182,6 +199,8 @@ def read_areas(
         What it is, for messages.
     wanted : callable
         Whether a feature counts.
+    origin : tuple of int
+        Level-0 pixel from which the file counts, where it does not say so itself.
 
     Returns
     -------
@@ -210,13 +229,13 @@ def read_areas(
         raise no_areas(what, path, f"no JSON ({error})") from None
     found = []
     try:
-        origin = stated_origin(value)
+        by = stated_origin(value, origin)
         for feature in iter_features(value):
             if feature["geometry"] is not None and wanted(feature):
                 with np.errstate(invalid="ignore"):
                     parts = shapely.get_parts(shapely.get_parts(shape(feature["geometry"])))  # of collections as well
                 polygons = [part for part in parts if part.geom_type == "Polygon"]
-                found.append((feature, [shapely.transform(one, lambda points: points + origin) for one in polygons]))
+                found.append((feature, [shapely.transform(one, lambda points: points + by) for one in polygons]))
     except (
         KeyError,
         TypeError,

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from pipeline.errors import SlideError
 from pipeline.export import RANKED
-from pipeline.geojson import IGNORED, class_names, no_areas, read_areas, role
+from pipeline.geojson import IGNORED, class_names, no_areas, origin_of, read_areas, role
 from pipeline.nuclei import about_nuclei, open_nuclei
 from pipeline.settings import file_sha256
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.summary import Nuclei, percentiles, rounded
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def region_name(feature: dict[str, Any], number: int) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of characters
 
 
-def read_regions(path: Path, box: BaseGeometry) -> tuple[list[Region], list[str]]:
+def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -> tuple[list[Region], list[str]]:
     """Read the regions of a slide.
 
     Parameters
@@ -80,6 +80,8 @@ def read_regions(path: Path, box: BaseGeometry) -> tuple[list[Region], list[str]
         GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`.
     box : shapely geometry
         The slide; what lies outside is cut off.
+    origin : tuple of int
+        Level-0 pixel from which the file counts, where it does not say so itself.
 
     Returns
     -------
@@ -104,7 +106,7 @@ def read_regions(path: Path, box: BaseGeometry) -> tuple[list[Region], list[str]
         others += not (found := is_annotation(feature))
         return found
 
-    found = read_areas(path, WHAT, wanted)
+    found = read_areas(path, WHAT, wanted, origin)
     named: dict[str, list[BaseGeometry]] = {}
     without = outside = 0
     for number, (feature, polygons) in enumerate(found, 1):
@@ -287,6 +289,7 @@ def run_regions(
     regions: Path,
     out: Path,
     png: Path,
+    origin: str = "slide",
     **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
@@ -301,6 +304,8 @@ def run_regions(
         What the stage ``measure`` wrote, or ``classify``.
     regions : pathlib.Path
         The regions, see `read_regions`.
+    origin : {"slide", "bounds"}
+        From where they count where they do not say so; see `pipeline.geojson.origin_of`.
     out, png : pathlib.Path
         The manifest and ``regions.png`` to write.
     **how : Any
@@ -319,7 +324,7 @@ def run_regions(
 
         info = read_manifest(inspect)
         box = scanned(info)
-        found, warnings = read_regions(regions, box)
+        found, warnings = read_regions(regions, box, origin_of(info, origin))
         counts = count_regions(found, nuclei, read_tissue(tissue_geojson), box, tuple(info["mpp"]))
         draw_regions(
             staged["png"],
@@ -369,6 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("png", "picture to write"),
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=what)
+    add_origin_argument(parser)
 
 
 def main(args: argparse.Namespace) -> int:

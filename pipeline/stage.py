@@ -229,6 +229,14 @@ def add_stage_arguments(
         )  # fmt: skip
 
 
+def add_origin_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of stages whose GeoJSON goes to QuPath or comes from there, see `pipeline.geojson.origin_of`."""
+    parser.add_argument(
+        "--origin", choices=("slide", "bounds"), default="slide",
+        help="corner from which coordinates for QuPath, or from it, count: of level 0, or of the scan (default: slide)",
+    )  # fmt: skip
+
+
 def keywords(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a command as keywords of its function, whose parameters have the same names."""
     return {name: value for name, value in vars(args).items() if name != "verbose"}

@@ -17,9 +17,10 @@ from pipeline import provenance
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError, SlideError
 from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, RANKED
+from pipeline.geojson import origin_of
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -210,7 +211,9 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
     }
 
 
-def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[str, Any]:
+def evaluate_slide(
+    nuclei: Nuclei, truth: Path, size: tuple[int, int], origin: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
     """Compare a slide's nuclei with known ones.
 
     Parameters
@@ -221,6 +224,8 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
         Polygons in level-0 pixels, or a label map of level 0; see `pipeline.evaluation.readers.load`.
     size : tuple of int
         Width and height of level 0.
+    origin : tuple of int
+        Level-0 pixel from which polygons count, where their file does not say so itself.
 
     Returns
     -------
@@ -239,7 +244,7 @@ def evaluate_slide(nuclei: Nuclei, truth: Path, size: tuple[int, int]) -> dict[s
     from pipeline.evaluation.readers import LabelMap, compare, load, some_nuclei
 
     try:
-        known = load(truth)
+        known = load(truth, origin)
     except PipelineError as error:
         raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
     slide = (0, 0, *size)
@@ -316,6 +321,7 @@ def run_summary(
     out: Path,
     png: Path,
     truth: Path | None = None,
+    origin: str = "slide",
     **how: Any,
 ) -> dict[str, Any]:
     """Run the stage.
@@ -332,6 +338,8 @@ def run_summary(
         ``metrics.json`` and ``overview.png``.
     truth : pathlib.Path or None
         Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
+    origin : {"slide", "bounds"}
+        From where such a GeoJSON counts where it does not say so; see `pipeline.geojson.origin_of`.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
@@ -348,7 +356,7 @@ def run_summary(
         size = (before["inspect"]["width"], before["inspect"]["height"])
         numbers["evaluation"] = None
         if truth is not None:
-            numbers["evaluation"] = scores = evaluate_slide(table, truth, size)
+            numbers["evaluation"] = scores = evaluate_slide(table, truth, size, origin_of(before["inspect"], origin))
             if scores["n_outside"]:
                 from pipeline.evaluation.readers import told_outside
 
@@ -379,6 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tissue-geojson", type=Path, required=True, metavar="FILE", help="tissue.geojson")
     parser.add_argument("--tiles-zarr", type=Path, required=True, metavar="DIR", help="tiles.zarr")
     parser.add_argument("--truth", type=Path, metavar="FILE", help="known nuclei: GeoJSON(.gz), PNG, TIFF or npy")
+    add_origin_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics.json to write")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="overview.png to write")
 

@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import no_areas, read_areas
+from pipeline.geojson import no_areas, origin_of, read_areas
 from pipeline.grid import Grid
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -148,7 +148,7 @@ def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
     return sorted(polygons, key=lambda p: (p.bounds[1], p.bounds[0], p.bounds[3], p.bounds[2]))
 
 
-def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
+def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -> list[BaseGeometry]:
     """Read a user's tissue mask.
 
     Parameters
@@ -157,6 +157,8 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
         GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; polygons count.
     box : shapely geometry
         The slide; what lies outside is cut off.
+    origin : tuple of int
+        Level-0 pixel from which it counts, where it does not say so itself.
 
     Raises
     ------
@@ -165,7 +167,7 @@ def read_mask(path: Path, box: BaseGeometry) -> list[BaseGeometry]:
     OSError
         When the disk or the file server failed.
     """
-    found = read_areas(path, "tissue mask")
+    found = read_areas(path, "tissue mask", origin=origin)
     polygons = [polygon for _, parts in found for polygon in parts]
     if found and not polygons:
         raise no_areas("tissue mask", path, f"holds {found[0][0]['geometry']['type']} geometries, no polygons")
@@ -282,6 +284,7 @@ def run_tissue(
     png: Path,
     *,
     mask: Path | None = None,
+    origin: str = "slide",
     mpp: float = 8.0,
     min_area_um2: float = 10_000.0,
     min_hole_um2: float = 5_000.0,
@@ -299,6 +302,8 @@ def run_tissue(
         The outputs: manifest, polygons (level-0 pixels), picture.
     mask : pathlib.Path, optional
         GeoJSON that replaces the tissue found.
+    origin : {"slide", "bounds"}
+        From where it counts where it does not say so; see `pipeline.geojson.origin_of`.
     mpp : float
         µm per pixel to look at.
     min_area_um2, min_hole_um2 : float
@@ -340,7 +345,7 @@ def run_tissue(
             raise SlideError("no part of the slide decodes", "copy or export the slide again")
         found: TissueMask | None = None
         if mask is not None:
-            polygons = read_mask(mask, box)
+            polygons = read_mask(mask, box, origin_of(info, origin))
         else:
             found = find_within(rgb, bounds_view(bounds, grid), view_mpp, min_area_um2, min_hole_um2)
             pieces = polygons_of(found.mask, grid.scale_x, grid.scale_y, width, height)
@@ -394,6 +399,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")
+    add_origin_argument(parser)
     parser.add_argument("--mpp", type=float, default=8.0, help="µm per pixel to look at (default: 8)")
     parser.add_argument(
         "--min-area", dest="min_area_um2", type=float, default=10_000.0, metavar="UM2", help="smaller parts are dropped"

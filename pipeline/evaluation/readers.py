@@ -172,7 +172,7 @@ def stem(path: Path) -> str:
     return name[: len(name) - len(suffix)].removesuffix(".truth")
 
 
-def load(path: Path) -> Instances:
+def load(path: Path, origin: tuple[int, int] = (0, 0)) -> Instances:
     """Read the instances of one image or slide.
 
     Parameters
@@ -180,6 +180,8 @@ def load(path: Path) -> Instances:
     path : pathlib.Path
         A label map (``.png``, ``.tif``, ``.npy``, see `pipeline.label_maps.read_instances`), polygons in level-0 pixels
         (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon), or ``nuclei.parquet``.
+    origin : tuple of int
+        Level-0 pixel from which a GeoJSON counts that does not say so itself.
 
     Raises
     ------
@@ -192,7 +194,7 @@ def load(path: Path) -> Instances:
     if not path.is_file():
         raise PipelineError(f"{path} is missing", "give a file or a folder of them")
     if name.endswith((".geojson", ".json", ".gz")):
-        return _geojson(path)
+        return _geojson(path, origin)
     if name.endswith(".parquet"):
         return _parquet(path)
     if not name.endswith(".npy"):
@@ -300,11 +302,11 @@ def _join(parts: list[tuple[int, Outlines]]) -> Outlines:
     return Outlines(runs[order], np.concatenate([np.empty(0, np.int32), *labels])[order])
 
 
-def _geojson(path: Path) -> Outlines:
+def _geojson(path: Path, origin: tuple[int, int]) -> Outlines:
     names: list[str] = []
     drawn: list[bool] = []
     with reading(path, "GeoJSON of polygons", "features hold Polygon or MultiPolygon") as value:
-        outlines = _join(list(_polygon_batches(value, names, drawn)))
+        outlines = _join(list(_polygon_batches(value, stated_origin(value, origin), names, drawn)))
         outlines = _without_frames(outlines, np.array(drawn, bool), path)
     return replace(outlines, classes=Classes.of(names))
 
@@ -325,7 +327,9 @@ def _without_frames(outlines: Outlines, drawn: np.ndarray, path: Path) -> Outlin
     return replace(outlines, runs=outlines.runs[kept], labels=outlines.labels[kept])
 
 
-def _polygon_batches(value: Any, names: list[str], drawn: list[bool]) -> Iterator[tuple[int, Outlines]]:
+def _polygon_batches(
+    value: Any, origin: tuple[float, float], names: list[str], drawn: list[bool]
+) -> Iterator[tuple[int, Outlines]]:
     """Polygons of a GeoJSON file, and how many; the class of each is added to `names`, to `drawn` whether it is an
     annotation of QuPath."""
     points: list[np.ndarray] = []
@@ -333,7 +337,6 @@ def _polygon_batches(value: Any, names: list[str], drawn: list[bool]) -> Iterato
     others: list[str] = []
     any_polygon = False
     left_out = 0
-    origin = stated_origin(value)
     for feature in iter_features(value):
         geometry = nucleus_geometry(feature)
         if geometry is None:

@@ -18,14 +18,13 @@ import numpy as np
 
 from pipeline.classifier import Classifier, Measured
 from pipeline.errors import PipelineError
-from pipeline.export import origin_of
 from pipeline.geojson import (
     MAX_COORDINATE,
-    ORIGIN,
     class_names,
     iter_features,
     nucleus_geometry,
     object_type,
+    origin_of,
     reading,
     role,
     stated_origin,
@@ -34,7 +33,7 @@ from pipeline.kernels import classify as kernel
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import NucleusClass
 from pipeline.slide_table import from_table
-from pipeline.stage import stub_text
+from pipeline.stage import read_manifest, stub_text
 from pipeline.training.datasets.qupath import QUPATH, UNTYPED, exports, polygon
 
 if TYPE_CHECKING:
@@ -119,9 +118,7 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
     """
     shapes, shape_names, detected, points, point_names = [], [], [], [], []
     with reading(path, *QUPATH) as value:
-        by = np.array(origin, np.float64)
-        if isinstance(value, dict) and ORIGIN in value:
-            by = np.array(stated_origin(value))
+        by = np.array(stated_origin(value, origin))
         for feature in iter_features(value):
             names = class_names(feature)
             if role(feature) != "nucleus" or not names or names[0] == UNTYPED:
@@ -260,7 +257,7 @@ def gather(
     annotations : pathlib.Path
         Folder with an export for each slide that was worked on, named as the slide or its file.
     origin : {"slide", "bounds"}
-        From where the exports count; see `pipeline.export.origin_of`.
+        From where the exports count; see `pipeline.geojson.origin_of`.
 
     Returns
     -------
@@ -296,7 +293,7 @@ def gather(
             )
         if (first := used.setdefault(slide, path)) != path:
             raise PipelineError(f"{first} and {path} are of one slide, {slide}", "keep one of them")
-        objects = read_objects(path, colours, origin_of(layout.slide(slide).inspect, origin))
+        objects = read_objects(path, colours, origin_of(read_manifest(layout.slide(slide).inspect), origin))
         if text := stub_text(nuclei):
             raise PipelineError(f"{path.name}: {text}", "mend the slide, or take the export away")
         with open_nuclei(nuclei) as file:

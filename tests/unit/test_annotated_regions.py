@@ -255,12 +255,15 @@ def test_bad_files(tmp_path: Path, content: bytes, why: str) -> None:
         read_regions(tmp_path / "none.geojson", BOX)
 
 
-def stage(paths: SlideLayout, regions: Path, nuclei: Path | None = None) -> dict[str, Any]:
+BOUNDS = "--origin=bounds"
+
+
+def stage(paths: SlideLayout, regions: Path, nuclei: Path | None = None, *more: str) -> dict[str, Any]:
     words = [
         "regions", f"--slide={paths.root.name}", f"--inspect={paths.inspect}", f"--tissue={paths.tissue}",
         f"--tissue-geojson={paths.tissue_geojson}", f"--tissue-png={paths.tissue_png}", f"--measure={paths.measure}",
         f"--nuclei={nuclei or paths.nuclei}", f"--regions={regions}", f"--out={paths.regions}",
-        f"--png={paths.regions_png}",
+        f"--png={paths.regions_png}", *more,
     ]  # fmt: skip
     assert cli.main(words) == 0
     return read_manifest(paths.regions)
@@ -304,9 +307,13 @@ def test_stage_of_a_slide_that_was_scanned_in_part(slide: SlideLayout, tmp_path:
     slide.inspect.write_text(json.dumps(own | {"bounds": [100, 100, 1000, 1000]}))
     try:
         manifest = stage(slide, write(tmp_path / "r.geojson", feature([square(0, 0, 300)], name="a")))
+        qupath = stage(slide, write(tmp_path / "q.geojson", feature([square(-100, -100, 300)], name="a")), None, BOUNDS)
+        said = write(tmp_path / "o.geojson", feature([square(0, 0, 300)], name="a"), level0_origin=[0, 0])
+        own_origin = stage(slide, said, None, BOUNDS)
     finally:
         slide.inspect.write_text(json.dumps(own))
     assert [one["area_mm2"] for one in manifest["regions"]] == [0.0025, 0.06]
+    assert qupath["regions"] == own_origin["regions"] == manifest["regions"]
 
 
 def test_stage_with_a_bad_file_or_none(slide: SlideLayout, tmp_path: Path) -> None:

@@ -160,6 +160,9 @@ def test_truth_of_a_part_of_the_slide(tmp_path: Path) -> None:
         ]
     away.write_text(json.dumps(value))
     assert "lies outside of the slide" in run(paths, "s", truth=away)["failure"]["reason"]
+    about = json.loads(paths.inspect.read_text())
+    paths.inspect.write_text(json.dumps(about | {"bounds": [9000, 0, 500, 500]}))
+    assert run(paths, "s", truth=away, origin="bounds")["evaluation"]["aji"] == 1
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -400,6 +400,14 @@ def test_stage_keeps_to_the_bounds(slide: Path) -> None:
     assert max(p.bounds[2] for p in read_tissue(slide / "tissue.geojson")) <= 800
 
 
+def test_a_user_mask_that_counts_from_the_bounds(slide: Path) -> None:
+    write(slide / "slide.json", read_manifest(slide / "slide.json") | {"bounds": [300, 200, 800, 600]})
+    mask = write(slide / "mask.geojson", SQUARE)
+    assert "no polygon lies on the slide" in run(slide, mask=mask)["failure"]["reason"]
+    run(slide, mask=mask, origin="bounds")
+    assert read_tissue(slide / "tissue.geojson")[0].bounds == (310, 210, 410, 310)
+
+
 def test_bounds_reach_to_the_last_strip() -> None:
     grid = Grid(101, 51, 8.0, 10.0, 10.0)  # of 1004 x 503 pixels
     assert bounds_view([0, 0, 1004, 503], grid) == (slice(0, 51), slice(0, 101))

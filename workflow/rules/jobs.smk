@@ -101,11 +101,13 @@ def option(flag, value):
 
 
 def extra_option(column, flag):
-    """Parameter function for the option that names a further file of the slide table."""
+    """Parameter function for the option that names a further file of the slide table, and from where it counts."""
 
     @known
     def named(wildcards):
-        return option(flag, getattr(entry(wildcards), column))
+        given = option(flag, getattr(entry(wildcards), column))
+        # As in the files for QuPath; said only where it is not the usual.
+        return [*given, "--origin=bounds"] if given and config["export"]["origin"] == "bounds" else given
 
     return named
 
