@@ -20,6 +20,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
 from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
+from pipeline.kernels.borders import border_jumps
 from pipeline.lattice import CELL, active_cells
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
@@ -60,17 +61,30 @@ def model_mpp(model: Path) -> float:
 
 
 class _Tolerant:
-    """A slide whose native tiles that cannot be decoded are white and noted."""
+    """A slide whose native tiles that cannot be decoded are white and noted; so are jumps at borders if wanted."""
 
-    def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        slide: Slide,
+        unreadable: set[tuple[int, int, int]],
+        jumps: list[tuple[int, int, int, int, int]] | None = None,
+    ) -> None:
         self._slide = slide
         self._unreadable = unreadable
+        self._jumps = jumps
 
     @property
     def levels(self) -> tuple[Level, ...]:
         return self._slide.levels
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        pixels = self._read(level, x, y, w, h)
+        if self._jumps is not None:
+            across, down = self._slide.tile_size(level)
+            self._jumps += [(level, *place) for place in border_jumps(pixels, x, y, across, down)]
+        return pixels
+
+    def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         try:
             return self._slide.read(level, x, y, w, h)
         except SlideError:
@@ -125,6 +139,15 @@ def _cells_of(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
         rows = slice(max(0, y // CELL - 1), -(-(y + h) // CELL) + 1)
         cells[rows, max(0, x // CELL - 1) : -(-(x + w) // CELL) + 1] = True
     return cells
+
+
+def _touched(level: Level, grid: Grid, x: int, y: int, w: int, h: int) -> tuple[slice, slice]:
+    """Cells that a window of a level touches."""
+    across, down = level.scale_x / grid.scale_x / CELL, level.scale_y / grid.scale_y / CELL
+    return (
+        slice(int(y * down), int(np.ceil((y + h) * down))),
+        slice(int(x * across), int(np.ceil((x + w) * across))),
+    )
 
 
 def _places(cells: np.ndarray, grid: Grid) -> str:
@@ -248,7 +271,11 @@ class _Writer:
         x1 = min((left + int(columns[-1]) + 1) * CELL, self.grid.width)
         missed: set[tuple[int, int, int]] = set()
         slide = self.pool.get()
-        pixels = read_region(_Tolerant(slide, missed), self.grid, x0, y0, x1 - x0, y1 - y0)
+        jumps: list[tuple[int, int, int, int, int]] = []
+        tolerant = _Tolerant(slide, missed, jumps if self.other_level is None else None)
+        pixels = read_region(tolerant, self.grid, x0, y0, x1 - x0, y1 - y0)
+        for level, *place in jumps:
+            self.doubtful[_touched(slide.levels[level], self.grid, *place)] = True
         if self.other_level is not None:
             found = disagreement(slide, self.other_level, self.grid, pixels, x0, y0)
             top, left = y0 // CELL, x0 // CELL
@@ -374,6 +401,7 @@ def run_tiles(
                 return _store_part(done, part, grid, tile, staged["zarr"])
         with reopen(info) as handle:
             rects, share = _unreadable_rects(done.unreadable, handle, grid, active)
+            compared = comparable_level(handle, grid) is not None
         if share > max_unreadable:
             raise SlideError(
                 f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
@@ -382,9 +410,8 @@ def run_tiles(
             )
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
-        doubtful = np.zeros(active.shape, bool) if done.doubtful is None else done.doubtful
-        doubtful = doubtful & active & ~_cells_of(rects, active.shape)
-        warnings = _warnings(mpp, wanted, doubtful, active, grid)
+        doubtful = done.doubtful & active & ~_cells_of(rects, active.shape)
+        warnings = _warnings(mpp, wanted, doubtful, active, grid, compared)
         for warning in warnings:
             log.warning("slide %r: %s", slide, warning)
         total = _active_pixels(active, grid)
@@ -399,7 +426,7 @@ def run_tiles(
             "active_cells": int(active.sum()),
             "unreadable": rects,
             "unreadable_share": round(share, 6),
-            "doubtful_cells": None if done.doubtful is None else int(doubtful.sum()),
+            "doubtful_cells": int(doubtful.sum()),
             "warnings": warnings,
             "megapixels": round(total / 1e6, 6),
             "mp_per_s": round(rate, 3),
@@ -423,7 +450,7 @@ class _Read:
     """What came of reading a slide, or a part of it: see `_Writer`."""
 
     sums: np.ndarray
-    doubtful: np.ndarray | None
+    doubtful: np.ndarray
     unreadable: set[tuple[int, int, int]]
     tiles: int
     seconds: float
@@ -440,8 +467,7 @@ def _read(
         chosen = range(len(blocks)) if part is None else part.of(pixels)
         with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
             _run(writer, [blocks[i] for i in chosen], workers, done)
-            doubtful = None if writer.other_level is None else writer.doubtful
-            return _Read(writer.sums, doubtful, writer.unreadable, writer.tiles, done.seconds)
+            return _Read(writer.sums, writer.doubtful, writer.unreadable, writer.tiles, done.seconds)
 
 
 def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
@@ -450,8 +476,7 @@ def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> 
 
     group = zarr.open_group(store, mode="r+")
     group.create_array("sums", data=done.sums)
-    if done.doubtful is not None:
-        group.create_array("doubtful", data=done.doubtful)
+    group.create_array("doubtful", data=done.doubtful)
     return {
         "part": part.to_json(),
         "grid": grid.to_json(),
@@ -462,7 +487,9 @@ def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> 
     }
 
 
-def _warnings(mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid) -> list[str]:
+def _warnings(
+    mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid, compared: bool
+) -> list[str]:
     """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
     warnings = []
     if mpp / wanted > ENLARGED_WELL:
@@ -471,9 +498,14 @@ def _warnings(mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarra
             "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
         )
     if doubtful.any():
+        why = (
+            "differ between the levels of the slide, or one does not decode"
+            if compared
+            else "lie where the picture jumps at a border of the tiles that it is stored in"
+        )
         warnings.append(
-            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
-            f"slide, or one does not decode: is the file damaged? The first: {_places(doubtful, grid)}"
+            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels {why}: is the file damaged? "
+            f"The first: {_places(doubtful, grid)}"
         )
     return warnings
 
@@ -483,15 +515,14 @@ def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: n
     import zarr
 
     sums = np.zeros(active.shape, np.uint32)
-    doubtful: np.ndarray | None = None
+    doubtful = np.zeros(active.shape, bool)
     unreadable: set[tuple[int, int, int]] = set()
     manifests = read_parts(parts, grid=grid.to_json(), tile=tile)
     for path, manifest in zip(parts, manifests, strict=True):
         link_chunks(path, store, "rgb")
         group: Any = zarr.open_group(path, mode="r")
         sums += group["sums"][:]
-        if "doubtful" in group:
-            doubtful = group["doubtful"][:] if doubtful is None else doubtful | group["doubtful"][:]
+        doubtful |= group["doubtful"][:]
         unreadable |= {(level, column, row) for level, column, row in manifest["undecoded"]}
     seconds = sum(manifest["seconds_reading"] for manifest in manifests)
     return _Read(sums, doubtful, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
