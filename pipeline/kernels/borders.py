@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
+import cv2
 import numpy as np
 
-RUN = 32
-"""Pixels along a border that are looked at together."""
+RUN = 64
+"""Pixels along a border that are looked at together, from multiples of it."""
 
 _ASIDE = 8
 """Side of a JPEG block: the steps at a border are compared with those between blocks beside it."""
 
-_SMALLEST = 64
-"""Narrower tiles and lower strips have no borders to speak of."""
+_REACH = 2 * _ASIDE + 2
+"""Pixels on each side of a border that are looked at."""
 
-_GREY = 20.0
+_NEAR = _REACH + np.arange(-2, 3)[:, None] * _ASIDE + np.arange(-2, 2)
+"""Of these, two on each side of the border, and of the blocks' borders beside it."""
+
+_GREY = 12.0
 """Grey levels by which the step at a border must exceed..."""
 
 _TIMES = 2.0
 """... so many times the largest of those beside it."""
 
 
-def jumps(pixels: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """Where an image jumps at borders from top to bottom.
+def jumps(strip: np.ndarray) -> np.ndarray:
+    """Where an image jumps at a border from top to bottom.
 
     A decoder that has lost its place in the data of a tile goes on with wrong brightness, or with blocks that belong
     elsewhere. Inside a tile that may be a picture; at its border to a sound one it is a straight step, where tissue
@@ -30,39 +37,52 @@ def jumps(pixels: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
     Parameters
     ----------
-    pixels : numpy.ndarray
-        RGB, uint8, shape (h, w, 3).
-    borders : numpy.ndarray
-        First columns right of borders, int, shape (n,). Those within 18 pixels of an edge are left out.
+    strip : numpy.ndarray
+        RGB, uint8, shape (h, 36, 3): 18 columns on each side of the border.
 
     Returns
     -------
     numpy.ndarray
-        bool, shape (h // 32, n): 32 rows of a border that belong to a jump of 64 rows or more.
+        bool, shape (h // 64,): 64 rows that jump in both of their halves.
     """
-    runs, count = len(pixels) // RUN, len(borders)
-    torn = np.zeros((runs, count), bool)
-    inside = (borders >= 2 * _ASIDE + 2) & (borders + 2 * _ASIDE + 2 <= pixels.shape[1])
-    if not inside.any() or not runs:
-        return torn
-    columns = borders[inside, None, None] + np.arange(-2, 3)[:, None] * _ASIDE + np.arange(-2, 2)
-    near = pixels[: runs * RUN, columns.ravel()].reshape(runs, RUN, *columns.shape, 3)
-    before, left, right, after = np.moveaxis(near.mean(axis=1, dtype=np.float32), 3, 0)
+    runs = len(strip) // RUN
+    halves = np.ascontiguousarray(strip[: runs * RUN]).reshape(runs * 2, RUN // 2, 2 * _REACH, 3)
+    means = halves.sum(axis=1, dtype=np.uint16)[:, _NEAR].astype(np.float32) / (RUN // 2)
+    before, left, right, after = np.moveaxis(means, 2, 0)
     # The step from one pixel to the next beyond what the slope on both sides makes of it.
     step = np.abs((right - left) - (left - before + after - right) / 2).max(axis=-1)
-    beside = step[..., [0, 1, 3, 4]].max(axis=-1)
-    sides = near[..., :2, :, :], near[..., 3:, :, :]
-    plain = np.any([(side == side[:, :1, :, :1, :1]).all(axis=(1, 3, 4, 5)) for side in sides], axis=0)
-    found = (step[..., 2] > _GREY + _TIMES * beside) & ~plain
-    both = found[1:] & found[:-1]
-    long = np.zeros_like(found)
-    long[1:] |= both
-    long[:-1] |= both
-    torn[:, inside] = long
-    return torn
+    beside = step[:, [0, 1, 3, 4]].max(axis=-1)
+    found = step[:, 2] > _GREY + _TIMES * beside
+    for half in np.flatnonzero(found).tolist():
+        sides = halves[half, :, : _REACH - 2], halves[half, :, _REACH + 2 :]
+        found[half] = all((side != side[0, 0]).any() for side in sides)
+    return np.asarray(found.reshape(runs, 2).all(axis=1))
 
 
-def border_jumps(pixels: np.ndarray, x: int, y: int, across: int, down: int) -> list[tuple[int, int, int, int]]:
+def surroundings(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
+    """What must be known along one axis to judge the borders in a window.
+
+    Parameters
+    ----------
+    start, stop : int
+        The window.
+    side, size : int
+        Of a tile, and of the image.
+
+    Returns
+    -------
+    tuple of int
+        The window with whole runs, and with both sides of each border. No tile is met for the first time on the
+        right where the window ends at one's border.
+    """
+    first, last = -(-start // side) * side, (stop - 1) // side * side
+    start, stop = start // RUN * RUN, -(-stop // RUN) * RUN
+    if first <= last:
+        start, stop = min(start, first - _REACH), max(stop, last + _REACH)
+    return max(start, 0), min(stop, size)
+
+
+def border_jumps(pixels: np.ndarray, x: int, y: int, across: int, down: int) -> list[tuple[int, int, bool]]:
     """Jumps at the borders of tiles of ``across x down`` pixels in a window of an image.
 
     Parameters
@@ -76,17 +96,35 @@ def border_jumps(pixels: np.ndarray, x: int, y: int, across: int, down: int) -> 
 
     Returns
     -------
-    list of tuple of int
-        Pieces of borders that belong to jumps, in pixels of the image: x, y, width, height.
+    list of tuple of (int, int, bool)
+        The middle of each run of 64 pixels right of a border from top to bottom (true), or below one from left to
+        right: x and y in the image.
     """
     found = []
-    turned = np.swapaxes(pixels, 0, 1)
-    for image, at, start, side, upright in ((pixels, x, y, across, True), (turned, y, x, down, False)):
-        if side < _SMALLEST:
+    h, w = pixels.shape[:2]
+    for at, size, start, length, side, upright in ((x, w, y, h, across, True), (y, h, x, w, down, False)):
+        first = -(-start // RUN) * RUN
+        if first + RUN > start + length:
             continue
-        first = -(-start // RUN) * RUN  # the same pieces in every window
-        borders = np.arange(-(-(at + 1) // side) * side, at + image.shape[1], side)
-        for run, border in np.argwhere(jumps(image[first - start :], borders - at)).tolist():
-            place = (int(borders[border]) - 1, first + run * RUN, 2, RUN)
-            found.append(place if upright else (place[1], place[0], RUN, 2))
+        for border in range(-(-(at + _REACH) // side) * side, at + size - _REACH + 1, side):
+            near, runs = slice(border - at - _REACH, border - at + _REACH), slice(first - start, None)
+            strip = pixels[runs, near] if upright else cv2.transpose(pixels[near, runs])
+            middles = first + RUN // 2 + RUN * np.flatnonzero(jumps(strip))
+            found += [(border, m, True) if upright else (m, border, False) for m in middles.tolist()]
     return found
+
+
+def torn_tiles(sides: Iterable[tuple[int, int, bool]]) -> set[tuple[int, int]]:
+    """Tiles that jump to at least two of their neighbours: columns and rows.
+
+    At one side alone it may be the end of a fold or a seam of the scan; damage is seen from all around.
+
+    Parameters
+    ----------
+    sides : iterable of tuple of (int, int, bool)
+        Column and row of tiles, and whether they jump on the left (true) or at the top.
+    """
+    count: Counter[tuple[int, int]] = Counter()
+    for column, row, left in set(sides):
+        count.update([(column, row), (column - left, row - (not left))])
+    return {tile for tile, jumping in count.items() if jumping > 1}

@@ -105,6 +105,17 @@ def test_a_single_level_is_looked_at_where_its_tiles_meet(tmp_path: Path, grey: 
     if not doubtful:
         assert (record["doubtful_cells"], record["warnings"]) == (0, [])
         return
-    assert 2 <= record["doubtful_cells"] <= 20  # of the 110, those along the tile's sides
+    assert record["doubtful_cells"] == 16  # of 110, those of the tile
     (warning,) = record["warnings"]
-    assert "lie where the picture jumps at a border of the tiles that it is stored in: is the file damaged?" in warning
+    assert "16 of 110 cells of 64 pixels lie in tiles of the file that do not continue those beside them" in warning
+    assert "is the file damaged? The first: (256, 256), (320, 256), (384, 256)" in warning
+
+
+def test_strips_of_a_few_rows_have_nothing_to_compare_with(tmp_path: Path) -> None:
+    rgb, _ = make_field(400, 300, 0.5, 2)
+    tifffile.imwrite(
+        tmp_path / "s.tif", rgb, rowsperstrip=16, photometric="rgb", resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    record = store_tiles(tmp_path, tmp_path / "s.tif", (400, 300), 0.5)
+    assert (record["doubtful_cells"], record["warnings"]) == (None, [])
