@@ -129,7 +129,9 @@ def campaign(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]
         kind = list(WRITERS)[number % len(WRITERS)]
         data, whole = wholes[kind]
         damage, content = mutated(data, rng)
-        path, out = folder / f"{number}.{kind}", folder / f"out-{number}"
+        alone_in = folder / str(number)  # OpenSlide looks for more of a DICOM series beside a file
+        alone_in.mkdir()
+        path, out = alone_in / f"{number}.{kind}", folder / f"out-{number}"
         path.write_bytes(content)
         start = time.monotonic()
         record, pixels = stages(path, out, model)
