@@ -20,6 +20,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
 from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
+from pipeline.kernels.borders import RUN, border_jumps, surroundings, torn_tiles
 from pipeline.lattice import CELL, active_cells
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
@@ -59,18 +60,34 @@ def model_mpp(model: Path) -> float:
     return float(ModelPackage.load(model).mpp)
 
 
-class _Tolerant:
-    """A slide whose native tiles that cannot be decoded are white and noted."""
+Jump = tuple[int, int, bool]
+"""Where the picture jumps at a border of tiles: see `border_jumps`."""
 
-    def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]]) -> None:
+
+class _Tolerant:
+    """A slide whose native tiles that cannot be decoded are white and noted; so are jumps between them, if wanted."""
+
+    def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]], jumps: list[Jump] | None = None) -> None:
         self._slide = slide
         self._unreadable = unreadable
+        self._jumps = jumps
 
     @property
     def levels(self) -> tuple[Level, ...]:
         return self._slide.levels
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        if self._jumps is None:
+            return self._read(level, x, y, w, h)
+        # With what is around: whether a border of this window jumps must not depend on where the window ends.
+        (across, down), size = self._slide.tile_size(level), self._slide.levels[level]
+        x0, x1 = surroundings(x, x + w, across, size.width)
+        y0, y1 = surroundings(y, y + h, down, size.height)
+        pixels = self._read(level, x0, y0, x1 - x0, y1 - y0)
+        self._jumps += border_jumps(pixels, x0, y0, across, down)
+        return pixels[y - y0 : y - y0 + h, x - x0 : x - x0 + w]
+
+    def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         try:
             return self._slide.read(level, x, y, w, h)
         except SlideError:
@@ -124,6 +141,24 @@ def _cells_of(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
     for x, y, w, h in rects:
         rows = slice(max(0, y // CELL - 1), -(-(y + h) // CELL) + 1)
         cells[rows, max(0, x // CELL - 1) : -(-(x + w) // CELL) + 1] = True
+    return cells
+
+
+def _cell_at(level: Level, grid: Grid, x: int, y: int) -> tuple[int, int]:
+    """Row and column of the cell that holds the middle of a level's pixel."""
+    across, down = level.scale_x / grid.scale_x / CELL, level.scale_y / grid.scale_y / CELL
+    return int((y + 0.5) * down), int((x + 0.5) * across)
+
+
+def _torn_cells(sides: set[Jump], slide: Slide, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
+    """Cells of the native tiles that jump at their borders."""
+    index = best_level(slide.levels, grid)
+    level, (across, down) = slide.levels[index], slide.tile_size(index)
+    cells = np.zeros(shape, bool)
+    for column, row in torn_tiles(sides):
+        top, left = _cell_at(level, grid, max(column * across, 0), max(row * down, 0))
+        bottom, right = _cell_at(level, grid, (column + 1) * across - 1, (row + 1) * down - 1)
+        cells[top : bottom + 1, left : right + 1] = True
     return cells
 
 
@@ -232,8 +267,13 @@ class _Writer:
         self.pool, self.grid, self.active, self.tile, self.store = pool, grid, active, tile, store
         self.sums = np.zeros(active.shape, np.uint32)
         self.unreadable: set[tuple[int, int, int]] = set()
-        self.other_level = comparable_level(pool.get(), grid)
+        slide = pool.get()
+        self.level = best_level(slide.levels, grid)
+        self.native = slide.tile_size(self.level)
+        self.other_level = comparable_level(slide, grid)
         self.doubtful = np.zeros(active.shape, bool)
+        # Strips of a few rows have no borders to speak of.
+        self.jumps: set[Jump] | None = set() if self.other_level is None and min(self.native) >= RUN else None
         self.tiles = 0
         self._lock = threading.Lock()
 
@@ -248,7 +288,8 @@ class _Writer:
         x1 = min((left + int(columns[-1]) + 1) * CELL, self.grid.width)
         missed: set[tuple[int, int, int]] = set()
         slide = self.pool.get()
-        pixels = read_region(_Tolerant(slide, missed), self.grid, x0, y0, x1 - x0, y1 - y0)
+        jumps: list[Jump] | None = None if self.jumps is None else []
+        pixels = read_region(_Tolerant(slide, missed, jumps), self.grid, x0, y0, x1 - x0, y1 - y0)
         if self.other_level is not None:
             found = disagreement(slide, self.other_level, self.grid, pixels, x0, y0)
             top, left = y0 // CELL, x0 // CELL
@@ -261,7 +302,14 @@ class _Writer:
         with self._lock:
             self.tiles += written
             self.unreadable |= missed
+            if self.jumps is not None:
+                self.jumps |= self._sides(slide.levels[self.level], jumps or [])
         return _active_pixels(cells, self.grid) / 1e6
+
+    def _sides(self, level: Level, jumps: list[Jump]) -> set[Jump]:
+        """Tiles that jump on the left or at the top, of jumps at active cells: every cut of the slide knows these."""
+        across, down = self.native
+        return {(x // across, y // down, left) for x, y, left in jumps if self.active[_cell_at(level, self.grid, x, y)]}
 
     def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
         """White where no cell is active; sums of those that are."""
@@ -374,6 +422,9 @@ def run_tiles(
                 return _store_part(done, part, grid, tile, staged["zarr"])
         with reopen(info) as handle:
             rects, share = _unreadable_rects(done.unreadable, handle, grid, active)
+            found = done.doubtful
+            if found is None and done.jumps is not None:
+                found = _torn_cells(done.jumps, handle, grid, active.shape)
         if share > max_unreadable:
             raise SlideError(
                 f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
@@ -382,9 +433,8 @@ def run_tiles(
             )
         if rects:
             log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
-        doubtful = np.zeros(active.shape, bool) if done.doubtful is None else done.doubtful
-        doubtful = doubtful & active & ~_cells_of(rects, active.shape)
-        warnings = _warnings(mpp, wanted, doubtful, active, grid)
+        doubtful = (np.zeros(active.shape, bool) if found is None else found) & active & ~_cells_of(rects, active.shape)
+        warnings = _warnings(mpp, wanted, doubtful, active, grid, compared=done.doubtful is not None)
         for warning in warnings:
             log.warning("slide %r: %s", slide, warning)
         total = _active_pixels(active, grid)
@@ -399,7 +449,7 @@ def run_tiles(
             "active_cells": int(active.sum()),
             "unreadable": rects,
             "unreadable_share": round(share, 6),
-            "doubtful_cells": None if done.doubtful is None else int(doubtful.sum()),
+            "doubtful_cells": None if found is None else int(doubtful.sum()),
             "warnings": warnings,
             "megapixels": round(total / 1e6, 6),
             "mp_per_s": round(rate, 3),
@@ -424,6 +474,7 @@ class _Read:
 
     sums: np.ndarray
     doubtful: np.ndarray | None
+    jumps: set[Jump] | None
     unreadable: set[tuple[int, int, int]]
     tiles: int
     seconds: float
@@ -441,7 +492,7 @@ def _read(
         with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
             _run(writer, [blocks[i] for i in chosen], workers, done)
             doubtful = None if writer.other_level is None else writer.doubtful
-            return _Read(writer.sums, doubtful, writer.unreadable, writer.tiles, done.seconds)
+            return _Read(writer.sums, doubtful, writer.jumps, writer.unreadable, writer.tiles, done.seconds)
 
 
 def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
@@ -459,10 +510,13 @@ def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> 
         "tiles": done.tiles,
         "seconds_reading": round(done.seconds, 3),
         "undecoded": sorted(map(list, done.unreadable)),
+        "jumps": None if done.jumps is None else sorted(map(list, done.jumps)),
     }
 
 
-def _warnings(mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid) -> list[str]:
+def _warnings(
+    mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid, *, compared: bool
+) -> list[str]:
     """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
     warnings = []
     if mpp / wanted > ENLARGED_WELL:
@@ -471,9 +525,14 @@ def _warnings(mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarra
             "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
         )
     if doubtful.any():
+        why = (
+            "differ between the levels of the slide, or one does not decode"
+            if compared
+            else "lie in tiles of the file that do not continue those beside them"
+        )
         warnings.append(
-            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels differ between the levels of the "
-            f"slide, or one does not decode: is the file damaged? The first: {_places(doubtful, grid)}"
+            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels {why}: is the file damaged? "
+            f"The first: {_places(doubtful, grid)}"
         )
     return warnings
 
@@ -484,6 +543,7 @@ def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: n
 
     sums = np.zeros(active.shape, np.uint32)
     doubtful: np.ndarray | None = None
+    jumps: set[Jump] | None = None
     unreadable: set[tuple[int, int, int]] = set()
     manifests = read_parts(parts, grid=grid.to_json(), tile=tile)
     for path, manifest in zip(parts, manifests, strict=True):
@@ -493,8 +553,10 @@ def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: n
         if "doubtful" in group:
             doubtful = group["doubtful"][:] if doubtful is None else doubtful | group["doubtful"][:]
         unreadable |= {(level, column, row) for level, column, row in manifest["undecoded"]}
+        if manifest["jumps"] is not None:
+            jumps = (jumps or set()) | {(column, row, left) for column, row, left in manifest["jumps"]}
     seconds = sum(manifest["seconds_reading"] for manifest in manifests)
-    return _Read(sums, doubtful, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
+    return _Read(sums, doubtful, jumps, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
 
 
 def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress) -> None:

@@ -185,6 +185,11 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
     offsets = _values(file, layout, tags, _TILE_OFFSETS if tiled else _STRIP_OFFSETS, size)
     counts = _values(file, layout, tags, _TILE_BYTES if tiled else _STRIP_BYTES, size)
     n = min(len(offsets), len(counts))
+    if 0 < len(counts) < expected:
+        # Tiles without a size would be taken for ones that were never scanned.
+        raise SlideError(
+            f"claims {width} x {length} pixels but states the size of {len(counts)} of {expected} {kind}", _COPY_AGAIN
+        )
     # float64 holds these exactly up to 2^53 bytes and cannot overflow, as a sum of uint64 can.
     past = int(np.count_nonzero(offsets[:n].astype(np.float64) + counts[:n].astype(np.float64) > size))
     if past:

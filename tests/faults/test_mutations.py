@@ -41,7 +41,7 @@ FEW, FAINT = 0.001, 24.0
 """Share of a slide's pixels, and grey levels of the mean of any square of 16 pixels: what is wrong of a slide with a
 pyramid, and not warned of, exceeds one of them at most."""
 
-SHORT, SHORT_SILENT = 40, {"svs": 1, "tif": 1, "ome.tif": 1, "dcm": 3}
+SHORT, SHORT_SILENT = 40, {"svs": 1, "tif": 1, "ome.tif": 1, "dcm": 2}
 """The trials of `make test`, always the same ones, and how many wrong results among them pass for good ones."""
 
 STATED = "| format | failed, listed |"
@@ -51,7 +51,7 @@ STATED = "| format | failed, listed |"
 def most_silent(kind: str, count: int, seed: int) -> int:
     """How many of so many damaged slides of a format may be taken for good, as docs/reliability.md says.
 
-    For other trials than those that it tells of: its share, and two standard deviations.
+    For other trials than those that it tells of: twice its share, and two standard deviations.
     """
     text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").split(STATED)[1]
     name = {"svs": "SVS", "tif": "tiled TIFF", "ome.tif": "OME-TIFF", "dcm": "DICOM"}[kind]
@@ -60,7 +60,7 @@ def most_silent(kind: str, count: int, seed: int) -> int:
     silent, total = sum(numbers[-2:]), sum(numbers)
     if (count, seed) == (total, 0):
         return silent
-    share = silent / total
+    share = 2 * silent / total
     return math.floor(count * share + 2 * math.sqrt(count * share * (1 - share)))
 
 
@@ -129,7 +129,9 @@ def campaign(folder: Path, model: Path, count: int, seed: int) -> dict[str, Any]
         kind = list(WRITERS)[number % len(WRITERS)]
         data, whole = wholes[kind]
         damage, content = mutated(data, rng)
-        path, out = folder / f"{number}.{kind}", folder / f"out-{number}"
+        alone_in = folder / str(number)  # OpenSlide looks for more of a DICOM series beside a file
+        alone_in.mkdir()
+        path, out = alone_in / f"{number}.{kind}", folder / f"out-{number}"
         path.write_bytes(content)
         start = time.monotonic()
         record, pixels = stages(path, out, model)
@@ -218,8 +220,8 @@ def test_wrong_results_would_be_counted() -> None:
     check(found, 1, dict.fromkeys(WRITERS, 1))
     with pytest.raises(AssertionError, match="'svs': 1"):
         check(found, 1, dict.fromkeys(WRITERS, 0))
-    assert [most_silent(kind, 75, 0) for kind in WRITERS] == [4, 5, 3, 11]
-    assert [most_silent(kind, 75, 1) for kind in WRITERS] == [7, 9, 6, 17]
+    assert [most_silent(kind, 75, 0) for kind in WRITERS] == [4, 5, 3, 4]
+    assert [most_silent(kind, 75, 1) for kind in WRITERS] == [13, 15, 10, 13]
 
 
 @pytest.mark.workflow

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tifffile
 
@@ -41,7 +42,7 @@ def test_levels_of_a_whole_slide_agree(tmp_path: Path, kind: str, factor: float)
     record = store_tiles(tmp_path, tmp_path / f"s.{kind}", (1200, 900), 0.4 * factor)
     assert record["status"] == "ok"
     assert record["warnings"] == []
-    assert record["doubtful_cells"] == 0 or (factor == 2 and record["doubtful_cells"] is None)
+    assert record["doubtful_cells"] == 0
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -90,11 +91,31 @@ def test_a_level_that_does_not_decode_vouches_for_nothing(tmp_path: Path) -> Non
     ]
 
 
-def test_a_single_level_has_nothing_to_compare_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("grey", "doubtful"), [(0, False), (60, True)])
+def test_a_single_level_is_looked_at_where_its_tiles_meet(tmp_path: Path, grey: int, doubtful: bool) -> None:
+    rgb, _ = make_field(700, 600, 0.5, 2)
+    rgb[320:512, 256:512] -= np.minimum(rgb[320:512, 256:512], grey)  # as when a decoder loses its place
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(
+        path, rgb, tile=(256, 256), photometric="rgb", compression="jpeg", resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    record = store_tiles(tmp_path, path, (700, 600), 0.5)
+    assert record["status"] == "ok"
+    if not doubtful:
+        assert (record["doubtful_cells"], record["warnings"]) == (0, [])
+        return
+    assert record["doubtful_cells"] == 16  # of 110, those of the tile
+    (warning,) = record["warnings"]
+    assert "16 of 110 cells of 64 pixels lie in tiles of the file that do not continue those beside them" in warning
+    assert "is the file damaged? The first: (256, 256), (320, 256), (384, 256)" in warning
+
+
+def test_strips_of_a_few_rows_have_nothing_to_compare_with(tmp_path: Path) -> None:
     rgb, _ = make_field(400, 300, 0.5, 2)
     tifffile.imwrite(
-        tmp_path / "s.tif", rgb, tile=(256, 256), photometric="rgb", compression="jpeg",
-        resolution=(20000, 20000), resolutionunit="CENTIMETER",
+        tmp_path / "s.tif", rgb, rowsperstrip=16, photometric="rgb", resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
     )  # fmt: skip
     record = store_tiles(tmp_path, tmp_path / "s.tif", (400, 300), 0.5)
     assert (record["doubtful_cells"], record["warnings"]) == (None, [])

@@ -558,6 +558,19 @@ def test_claimed_size(tmp_path: Path, kind: str) -> None:
         open_slide(path)
 
 
+def test_sizes_of_some_tiles_alone(tmp_path: Path) -> None:
+    path = slide_file(tmp_path, "svs")
+    with tifffile.TiffFile(path) as tif:
+        tag = tif.pages[0].tags["TileByteCounts"]
+        count, order = tag.count, tif.byteorder
+    assert count > 2
+    with path.open("r+b") as file:
+        file.seek(tag.offset + 4)
+        file.write((2).to_bytes(4, "little" if order == "<" else "big"))
+    with pytest.raises(SlideError, match=rf"claims \d+ x \d+ pixels but states the size of 2 of {count} tiles"):
+        open_slide(path)
+
+
 def test_claimed_tile_size(tmp_path: Path) -> None:
     # OpenSlide would abort the whole process when it cannot have the memory for one.
     path = slide_file(tmp_path, "tiff")
