@@ -77,6 +77,22 @@ def test_classes_of_nuclei_that_are_there(tmp_path: Path, model: Path) -> None:
     # Without one, all is as it was.
     del config["classifier"]
     assert run(tmp_path, config, "-n").counts == {"settings": 1, "cohort": 1, "all": 1, "total": 3}
+    # Regions are counted by the classes that there are.
+    config |= {"classifier": "types.json", "slides": "slides.tsv"}
+    (tmp_path / "slides.tsv").write_text("slide\tpath\tregions\na\tin/a.svs\tdrawn.geojson\n", encoding="utf-8")
+    ring = [[0, 0], [256, 0], [256, 448], [0, 448], [0, 0]]
+    (tmp_path / "drawn.geojson").write_text(
+        json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}})
+    )
+    counted = run(tmp_path, config)
+    assert counted.code == 0, counted.output
+    (whole,) = pq.read_table(tmp_path / "r" / "cohort.parquet").to_pylist()
+    half, rest = pq.read_table(tmp_path / "r" / "regions.parquet").to_pylist()
+    for name in ("tiny!", "large <b>"):
+        assert half[f"nuclei:{name}"] + rest[f"nuclei:{name}"] == whole[f"nuclei:{name}"] > half[f"nuclei:{name}"] > 0
+    del config["classifier"]
+    plan = run(tmp_path, config, "-n")
+    assert plan.counts == {"regions": 1, "settings": 1, "cohort": 1, "all": 1, "total": 4}, plan.output
 
 
 def test_a_classifier_that_does_not_fit_ends_before_anything_runs(tmp_path: Path, model: Path) -> None:
