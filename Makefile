@@ -14,7 +14,7 @@ help:
 	@echo "make demo    set up, and a whole run on synthetic slides (results in $(DEMO)/results)"
 	@echo "make test    set up, style and all tests"
 	@echo "make slurm   install SLURM (Debian, as root), for its tests in make test; make test-slurm runs them alone"
-	@echo "make faults  faults tried many times: kills, full disks, damaged slides (an hour; docs/reliability.md)"
+	@echo "make faults  faults tried many times: kills, full disks, damaged slides (some minutes; docs/reliability.md)"
 	@echo "make bench   speed and exactness beside their limits (ten minutes; docs/performance.md)"
 	@echo "make bench-scale  memory on a slide of 8 gigapixels, and a million nuclei (half an hour, 10 GB)"
 	@echo "make venv    set up $(VENV) from envs/requirements.lock; make dev adds the tools for tests and style"
@@ -55,7 +55,7 @@ test-slurm: dev slurm
 
 # What was tried is printed; docs/reliability.md has the figures.
 faults: dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults_long -rsP tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults_long -rsP -o faulthandler_timeout=0 tests/faults
 
 bench: venv
 	$(BIN)/python -m benchmarks
