@@ -123,6 +123,22 @@ def origin_of(info: Mapping[str, Any], origin: str) -> tuple[int, int]:
     return (int(bounds[0]), int(bounds[1])) if bounds else (0, 0)
 
 
+def scanned(info: Mapping[str, Any]) -> BaseGeometry:
+    """The part of level 0 that was scanned, by ``slide.json``."""
+    import shapely
+
+    x, y, width, height = info.get("bounds") or (0, 0, info["width"], info["height"])
+    return shapely.box(x, y, x + width, y + height)
+
+
+def polygonal(shape: BaseGeometry) -> BaseGeometry:
+    """The polygons of a valid shape as a MultiPolygon, without the points and lines that cutting leaves."""
+    import shapely
+
+    parts = shapely.get_parts(shapely.get_parts(shape))  # of collections of multipolygons
+    return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])
+
+
 def class_names(feature: dict[str, Any]) -> list[str]:
     """Classes of a QuPath object, the base class first: ``[Tumor, Positive]``; empty where it has none."""
     value = (feature.get("properties") or {}).get("classification") or {}

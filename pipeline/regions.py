@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.errors import SlideError
 from pipeline.export import RANKED
-from pipeline.geojson import IGNORED, class_names, no_areas, origin_of, read_areas, role
+from pipeline.geojson import IGNORED, class_names, no_areas, origin_of, polygonal, read_areas, role, scanned
 from pipeline.nuclei import about_nuclei, open_nuclei
 from pipeline.settings import file_sha256
 from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
@@ -134,13 +134,6 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
     if not named:
         warnings.append(f"{path.name} holds no annotation")
     return [Region(name, polygonal(shapely.union_all(shapes))) for name, shapes in named.items()], warnings
-
-
-def polygonal(shape: BaseGeometry) -> BaseGeometry:
-    """The polygons of a valid geometry, without the points and lines that cutting leaves."""
-    import shapely
-
-    return shapely.MultiPolygon([part for part in shapely.get_parts(shape) if part.geom_type == "Polygon"])
 
 
 def inside(points: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> npt.NDArray[np.bool_]:
@@ -268,14 +261,6 @@ def count_regions(
             }
         )
     return result
-
-
-def scanned(slide: Mapping[str, Any]) -> BaseGeometry:
-    """The part of level 0 that was scanned, by ``slide.json``."""
-    import shapely
-
-    x, y, width, height = slide.get("bounds") or (0, 0, slide["width"], slide["height"])
-    return shapely.box(x, y, x + width, y + height)
 
 
 def run_regions(

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import no_areas, origin_of, read_areas
+from pipeline.geojson import no_areas, origin_of, read_areas, scanned
 from pipeline.grid import Grid
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
@@ -320,13 +320,12 @@ def run_tissue(
         raise PipelineError(f"mpp {mpp} of the tissue stage is not a size in µm", "give a positive number, say 8")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        import shapely
 
         info = read_manifest(inspect)
         mpp_x, mpp_y = info["mpp"]
         width, height = info["width"], info["height"]
         bounds = info.get("bounds") or [0, 0, width, height]
-        box = shapely.box(bounds[0], bounds[1], bounds[0] + bounds[2], bounds[1] + bounds[3])
+        box = scanned(info)
         view_mpp = thumbnail_mpp(width * mpp_x, height * mpp_y, max(mpp_x, mpp_y), mpp)
         grid = Grid.for_slide(width, height, mpp_x, mpp_y, view_mpp)
         # Up, not down: the strip that does not fill a pixel may hold tissue too.

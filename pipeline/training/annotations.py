@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.geojson import MAX_COORDINATE
+from pipeline.geojson import MAX_COORDINATE, polygonal
 from pipeline.kernels.raster import paint_runs, polygon_runs
 
 
@@ -143,14 +143,6 @@ def repair(polygon: Any) -> Any:
         polygon = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
     parts = [part for part in shapely.get_parts(polygon) if part.geom_type == "Polygon" and part.area > 0]
     return max(parts, key=lambda part: part.area, default=None)
-
-
-def polygonal(shape: Any) -> Any:
-    """The polygons of a shape as a MultiPolygon, without the points and lines that cutting leaves."""
-    import shapely
-
-    parts = shapely.get_parts(shapely.get_parts(shape))  # of collections of multipolygons
-    return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])
 
 
 def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:

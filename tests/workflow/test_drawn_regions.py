@@ -145,3 +145,15 @@ def test_the_table_of_the_run_names_each_file(tmp_path: Path, toy_model: Path) -
     assert {column: row[column] for column in FILE_COLUMNS} == {
         "tissue": "", "truth": "", "regions": str(tmp_path / "in" / "drawn" / "a.geojson")
     }  # fmt: skip
+
+
+def test_drawn_files_count_from_where_the_nuclei_for_qupath_do(tmp_path: Path, toy_model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in" / "a.svs", seed=0, size=(128, 128))
+    (tmp_path / "slides.csv").write_text("slide,path,tissue,truth,regions\na,in/a.svs,t.geojson,k.geojson,r.geojson\n")
+    config = {"slides": "slides.csv", "results": "r", "model": str(toy_model)}
+    for origin, expected in (("slide", 0), ("bounds", 3)):
+        plan = run(tmp_path, config | {"export": {"origin": origin}}, "-n", "-p")
+        assert plan.code == 0, plan.output
+        told = [line for line in plan.output.splitlines() if "geojson --origin=bounds" in line]
+        assert len(told) == expected, plan.output

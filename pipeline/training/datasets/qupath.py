@@ -22,13 +22,14 @@ from pipeline.geojson import (
     base_class,
     iter_features,
     nucleus_geometry,
+    polygonal,
     reading,
     role,
     stated_origin,
 )
 from pipeline.grid import Grid
 from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
-from pipeline.training.annotations import burn, polygonal, repair
+from pipeline.training.annotations import burn, repair
 from pipeline.training.datasets.source import Lazy, Source
 from pipeline.training.field import Field
 
