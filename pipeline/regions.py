@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,23 +170,14 @@ def tissue_within(area: BaseGeometry, tissue: npt.NDArray[np.object_]) -> float:
     return float(shapely.area(shapely.intersection(tissue, area)).sum())
 
 
-def centroids(nuclei: Path) -> Iterator[npt.NDArray[np.float64]]:
-    """Centroids of a table of nuclei in level-0 pixels, some at once."""
-    with open_nuclei(nuclei) as file:
-        for batch in file.iter_batches(BATCH_ROWS, columns=["centroid_x", "centroid_y"]):
-            yield np.column_stack([batch.column(f"centroid_{axis}").to_numpy() for axis in "xy"])
-
-
-def members(nuclei: Path, areas: Sequence[BaseGeometry]) -> list[npt.NDArray[np.int64]]:
-    """Rows of a table of nuclei whose centroid lies in each area, and last of those that lie in none."""
+def members(centroids: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> list[npt.NDArray[np.int64]]:
+    """Rows of the nuclei whose centroid, in level-0 pixels, lies in each area, and last of those that lie in none."""
     rows: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(len(areas) + 1)]
-    start = 0
-    for points in centroids(nuclei):
-        found = inside(points, areas)
+    for start in range(0, len(centroids), BATCH_ROWS):
+        found = inside(centroids[start : start + BATCH_ROWS], areas)
         found = np.column_stack([found, ~found.any(axis=1)])
         for column, taken in enumerate(rows):
             taken.append(start + np.flatnonzero(found[:, column]))
-        start += len(points)
     return [np.concatenate([np.empty(0, np.int64), *taken]) for taken in rows]
 
 
@@ -236,8 +227,8 @@ def count_regions(
     every = shapely.union_all(areas)
     pixels = [(area.area, tissue_within(area, parts)) for area in areas]
     rest = (box.area - every.area, float(shapely.area(parts).sum()) - tissue_within(every, parts))
-    groups = members(nuclei, areas)
     table = Nuclei.open(nuclei)
+    groups = members(table.centroids * (table.grid.scale_x, table.grid.scale_y), areas)
     mm2 = mpp[0] * mpp[1] / 1e6
     result = []
     for name, (area, within), rows, measured in zip(
