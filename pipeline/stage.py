@@ -299,75 +299,70 @@ def run_stage(
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
-        return _run_stage(
-            stage, slide, manifest, body, dict(outputs or {}), upstream, stores or {}, on_bad_slide, minutes, again
-        )
-
-
-def _run_stage(
-    stage: str,
-    slide: str,
-    manifest: Path,
-    body: Callable[[dict[str, Path]], dict[str, Any]],
-    outputs: dict[str, Path],
-    upstream: Sequence[Path],
-    stores: Mapping[Path, Path],
-    on_bad_slide: str,
-    minutes: float | None,
-    again: bool,
-) -> dict[str, Any]:
-    start = time.monotonic()
-    staged = {name: _staged(path) for name, path in outputs.items()}
-    record: dict[str, Any] = {"stage": stage, "slide": slide, "status": "ok", "failure": None}
-    remove_leftovers([*outputs.values(), manifest])
-    failure = next((f for f in (manifest_failure(read_manifest(path)) for path in upstream) if f), None)
-    try:
-        if failure is None:
-            try:
+        start = time.monotonic()
+        outputs = outputs or {}
+        staged = {name: _staged(path) for name, path in outputs.items()}
+        remove_leftovers([*outputs.values(), manifest])
+        failure = next((f for f in (manifest_failure(read_manifest(path)) for path in upstream) if f), None)
+        made: dict[str, Any] = {}
+        try:
+            if failure is None:
                 for path in staged.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                for store, made in stores.items():
-                    if is_marked(store):
-                        note_damage(store)  # again: two machines that note at once may lose a line
-                        raise PipelineError(f"slide {slide!r}, {stage}: {store} was damaged", how_anew())
-                    if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
-                        check_sealed(store, seal)
-                read = {store: which_store(store) for store in stores}
                 try:
-                    record |= guarded(partial(body, staged), minutes, again)
-                finally:  # nor is a slide bad whose pixels went
-                    for store, which in read.items():
-                        check_kept(store, which)
-                seals = {path.name: write_seal(staged[name]) for name, path in outputs.items() if _is_store(path)}
-                record |= {"seals": seals} if seals else {}
-            except DamagedStore as error:
-                _set_aside(error.path)
-                note_damage(error.path)
-                raise PipelineError(
-                    f"slide {slide!r}, {stage}: {error.path} was damaged and has been removed: {error.why}",
-                    how_anew(),
-                ) from None
-            except SlideError as error:
-                if on_bad_slide == "stop":
-                    raise SlideError(f"slide {slide!r}, {stage}: {error.reason}", error.hint) from None
-                failure = Failure(stage, error.reason, error.hint)
-                log.warning("slide %r failed at %s: %s", slide, stage, error)
-        if failure is not None:
-            record |= {"status": "failed", "failure": asdict(failure)}
-            text = f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+                    with _intact(stores or {}, f"slide {slide!r}, {stage}"):
+                        made = guarded(partial(body, staged), minutes, again)
+                    seals = {path.name: write_seal(staged[name]) for name, path in outputs.items() if _is_store(path)}
+                    made |= {"seals": seals} if seals else {}
+                except SlideError as error:
+                    if on_bad_slide == "stop":
+                        raise SlideError(f"slide {slide!r}, {stage}: {error.reason}", error.hint) from None
+                    failure = Failure(stage, error.reason, error.hint)
+                    log.warning("slide %r failed at %s: %s", slide, stage, error)
+            if failure is not None:
+                text = f"{_STUB}{slide!r} failed at {failure.stage}: {failure.reason}. {failure.hint}".strip()
+                for path in staged.values():
+                    _write_stub(path, text)
+            record = {
+                "stage": stage,
+                "slide": slide,
+                "status": "ok" if failure is None else "failed",
+                "failure": None if failure is None else asdict(failure),
+                **made,
+                "seconds": round(time.monotonic() - start, 3),
+                "peak_rss_mb": round(peak_rss_mb(), 1),
+            }
+            last = staged["manifest"] = _staged(manifest)
+            write_json(last, record)
             for path in staged.values():
-                _write_stub(path, text)
-        record |= {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
-        staged_manifest = _staged(manifest)
-        staged["manifest"] = staged_manifest
-        write_json(staged_manifest, record)
-        for path in staged.values():
-            to_disk(path)
-        for name, path in outputs.items():
-            _set_aside(path)
-            staged[name].rename(path)
-        staged_manifest.rename(manifest)
-    finally:
-        for path in staged.values():
-            remove(path)
+                to_disk(path)
+            for name, path in outputs.items():
+                _set_aside(path)
+                staged[name].rename(path)
+            last.rename(manifest)
+        finally:
+            for path in staged.values():
+                remove(path)
     return record
+
+
+@contextmanager
+def _intact(stores: Mapping[Path, Path], who: str) -> Iterator[None]:
+    """Look at the stores that a stage reads, each with its manifest, before it does and after; remove a damaged one."""
+    try:
+        for store, made in stores.items():
+            if is_marked(store):
+                note_damage(store)  # again: two machines that note at once may lose a line
+                raise PipelineError(f"{who}: {store} was damaged", how_anew())
+            if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
+                check_sealed(store, seal)
+        read = {store: which_store(store) for store in stores}
+        try:
+            yield
+        finally:  # nor is a slide bad whose pixels went
+            for store, which in read.items():
+                check_kept(store, which)
+    except DamagedStore as error:
+        _set_aside(error.path)
+        note_damage(error.path)
+        raise PipelineError(f"{who}: {error.path} was damaged and has been removed: {error.why}", how_anew()) from None
