@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Status:
         Time since a stage of any slide ended.
     failures : tuple of dict
         ``slide``, ``stage``, ``reason`` and ``hint`` of each failed slide.
+    strangers : tuple of str
+        Folders of slides that the run no longer has.
     """
 
     slides: int
@@ -55,6 +58,7 @@ class Status:
     eta_seconds: float | None
     idle_seconds: float | None
     failures: tuple[dict[str, str], ...]
+    strangers: tuple[str, ...]
 
 
 def stage_manifests(paths: SlideLayout) -> list[Path]:
@@ -124,6 +128,8 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
             ends.append(ended or now)
         elif failure is None:
             stages[STAGES[done - 1] if done else "waiting"] += 1
+    own, folder = {layout.slide(entry.name).root.name for entry in table}, results / "slides"
+    strangers = {path.name for path in folder.iterdir() if path.is_dir()} - own if folder.is_dir() else set()
     finished = len(table) - len(failures) - stages.total()
     ends = sorted(ends)[-RATE_SLIDES:]
     per_hour = None
@@ -139,6 +145,7 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         eta_seconds=left / per_hour * 3600 if per_hour else None,
         idle_seconds=None if latest is None else max(0.0, now - latest),
         failures=tuple(failures),
+        strangers=tuple(sorted(strangers)),
     )
 
 
@@ -160,7 +167,15 @@ def describe(status: Status, most: int | None = None) -> str:
         hint = f" ({item['hint']})" if item["hint"] else ""
         lines.append(f"failed: {item['slide']} at {item['stage']}: {item['reason']}{hint}")
     more = len(status.failures[most:]) if most is not None else 0
-    return "\n".join([*lines, f"failed: {more} more"] if more else lines)
+    if more:
+        lines.append(f"failed: {more} more")
+    if status.strangers:
+        lines.append(f"no longer in the run, but still in its slides/: {_some(status.strangers)}")
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -247,7 +262,10 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``python -m pipeline status``."""
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="results folder of a run")
+    parser.add_argument(
+        "results", type=Path, nargs="?", default=Path("results"), metavar="RESULTS",
+        help="results folder of a run (default: results)",
+    )  # fmt: skip
     parser.add_argument("--slides", metavar="PATH", help="the run's slides, where it has not written their table yet")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

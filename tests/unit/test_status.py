@@ -47,6 +47,14 @@ def test_slides_are_counted_by_stage(results: Path) -> None:
     assert found.failures[0]["reason"] == "file is empty"
 
 
+def test_folders_of_slides_that_the_run_no_longer_has_are_named(results: Path) -> None:
+    assert "no longer" not in status.describe(status.run_status(results))
+    for name in ("e", "c", "d", "a%7Bb%7D"):
+        (results / "slides" / name).mkdir()
+    text = status.describe(status.run_status(results))
+    assert text.splitlines()[-1] == "no longer in the run, but still in its slides/: a%7Bb%7D, c, d and 1 more"
+
+
 def test_rate_is_that_of_the_finished_slides(results: Path) -> None:
     found = status.run_status(results, now=START + 6000)
     assert found.per_hour == pytest.approx(2)
@@ -61,6 +69,15 @@ def test_text_and_json(results: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "failed: bad at inspect: file is empty (copy it again)" in text
     assert cli.main(["status", str(results), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["finished"] == 2
+
+
+def test_results_is_the_folder_where_none_is_named(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (results / "results").symlink_to(results)
+    monkeypatch.chdir(results)
+    assert cli.main(["status"]) == 0
+    assert "6 slides: 2 finished" in capsys.readouterr().out
 
 
 def test_run_without_a_slide_table(tmp_path: Path) -> None:
