@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -20,6 +21,12 @@ from pipeline.errors import PipelineError
 
 SHIPPED = Path(__file__).parents[1] / "models"
 """Folder of the model packages that ship."""
+
+CHANGES_RESULTS = (
+    "model", "mpp", "reader", "tissue.mpp", "tissue.min_area_um2", "tissue.min_hole_um2", "tiles.max_unreadable",
+    "stain.method", "stain.strength", "infer.precision", "export.origin", "classifier",
+)  # fmt: skip
+"""Settings with which the results of slides would be others."""
 
 
 def load_schema(path: Path) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def _from_text(value: str) -> Any:
 def _coerced(value: Any, schema: dict[str, Any]) -> Any:
     """`value` with the schema's defaults, and with numbers and booleans that came as text from the command line.
 
-    ``snakemake --config 'tiles={tile: 512}'`` gives every nested value as text.
+    ``snakemake --config 'tiles={tile: 512}'`` gives every nested value as text. ``~/`` is the home folder.
     """
     if isinstance(value, dict):
         known, other = schema.get("properties", {}), schema.get("additionalProperties")
@@ -65,6 +72,8 @@ def _coerced(value: Any, schema: dict[str, Any]) -> Any:
         return filled
     if isinstance(value, list):
         return [_coerced(item, schema.get("items", {})) for item in value]
+    if isinstance(value, str) and value.startswith("~/"):  # not every shell sees it, and none in a file of settings
+        return os.path.expanduser(value)
     if not schema and isinstance(value, str):  # arguments that no schema knows
         return _from_text(value)
     types = schema.get("type", [])
@@ -169,6 +178,43 @@ def check_folder(setting: str, path: Path) -> None:
                 f"choose another: --config {setting}=FOLDER",
             )
         return
+
+
+def check_same_results(made: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with results of other settings, for where Snakemake has no records of how they were made.
+
+    It would take them for what the settings of now ask for, and add slides that are unlike them.
+
+    Parameters
+    ----------
+    made : pathlib.Path
+        The settings that they were made with, ``settings.json`` in the results folder.
+    config : dict
+        The settings of now.
+
+    Raises
+    ------
+    PipelineError
+        When one of `CHANGES_RESULTS` is another; one line that names the first. Where model and classifier lie is no
+        matter.
+    """
+    try:
+        earlier = json.loads(made.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{made} cannot be read: {error}", "delete it and run again") from None
+    for name in CHANGES_RESULTS:
+        section, _, key = name.rpartition(".")
+        then, now = (settings.get(section, {}) if section else settings for settings in (earlier, config))
+        if key not in then or (name == "classifier" and None in (then[key], now[key])):
+            continue  # the setting is newer than the results; what no classifier has made is missing, and will be made
+        was, given = (Path(one[key]).name if name in ("model", "classifier") else one[key] for one in (then, now))
+        if was != given:
+            raise PipelineError(
+                f"results: {str(made.parent)!r} was made with {name} {json.dumps(was)}, not {json.dumps(given)}, and "
+                "Snakemake has no records of it here",
+                "start where that run was started, with results= as it was then; or choose another folder, "
+                "--config results=FOLDER; or have all of it done anew, --forceall",
+            )
 
 
 def file_sha256(path: Path) -> str:

@@ -10,11 +10,13 @@ import argparse
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,10 +135,13 @@ class SlideTable:
         The slides by name.
     columns : tuple of str
         Names of the further columns.
+    left_out : str
+        What else there is in the folder, by ending, such as ``1 .qptiff, 2 .xml, 3 folder(s)``.
     """
 
     entries: dict[str, SlideEntry]
     columns: tuple[str, ...] = ()
+    left_out: str = ""
 
     def __iter__(self) -> Iterator[SlideEntry]:
         return iter(self.entries.values())
@@ -243,8 +248,8 @@ def _add(found: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
         )
 
 
-def _table(found: dict[str, SlideEntry], columns: tuple[str, ...] = ()) -> SlideTable:
-    return SlideTable({entry.name: entry for entry in found.values()}, columns)
+def _by_name(found: dict[str, SlideEntry]) -> dict[str, SlideEntry]:
+    return {entry.name: entry for entry in found.values()}
 
 
 # Study and series stand side by side in the header of each file.
@@ -268,7 +273,7 @@ def from_folder(folder: Path) -> SlideTable:
     """Slides of a folder, sorted by file name; hidden files and other endings are left out.
 
     So are further files of a slide in several: of a DICOM series all but the first, and pictures that belong to a
-    ``.vms`` or ``.vmu``.
+    ``.vms`` or ``.vmu``. `SlideTable.left_out` tells of the other files, and of folders.
 
     Raises
     ------
@@ -276,16 +281,23 @@ def from_folder(folder: Path) -> SlideTable:
         When the folder cannot be listed, holds no slide, or two slides have one stem.
     """
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as listed:
+            folders = {file.name: file.is_dir() for file in listed}
     except OSError as error:
         raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}") from None
+    names = sorted(name for name in folders if not name.startswith("."))
     hamamatsu = [name[:-4] for name in names if name.lower().endswith((".vms", ".vmu"))]
     pictures = tuple(f"{slide}{mark}" for slide in hamamatsu for mark in "._(")
     found: dict[str, SlideEntry] = {}
     series: set[tuple[bytes, ...]] = set()
+    others: Counter[str] = Counter()
     for name in names:
-        slide, lower = None if name.startswith(".") else stem(name), name.lower()
-        if slide is None or (lower.endswith((".jpg", ".jpeg")) and name.startswith(pictures)):
+        slide, lower = stem(name), name.lower()
+        if name.startswith(pictures) and (slide is None or lower.endswith((".jpg", ".jpeg"))):
+            continue
+        if slide is None:
+            if f"{name}.mrxs" not in folders:  # whose pixels are in the folder
+                others["folder(s)" if folders[name] else Path(lower).suffix or "without an ending"] += 1
             continue
         if lower.endswith(".dcm") and (own := _dicom_series(folder / name)):
             if own in series:
@@ -297,22 +309,15 @@ def from_folder(folder: Path) -> SlideTable:
             f"slides: no slide in folder {str(folder)!r}",
             f"slides end in {' '.join(sorted(set(SUFFIXES)))}; sub-folders are not searched",
         )
-    return _table(found)
+    return SlideTable(_by_name(found), left_out=", ".join(f"{n} {what}" for what, n in sorted(others.items())))
 
 
-def from_table(table: Path) -> SlideTable:
-    """Slides of a table (``.csv`` with commas, anything else with tabs); paths are relative to the table.
-
-    Raises
-    ------
-    PipelineError
-        When the table cannot be read, lacks a column, or a row is wrong; it names the line.
-    """
-    where = f"slide table {str(table)!r}"
+def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
+    """Cells of each line of a table that holds any, by the line's number."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter="," if table.suffix.lower() == ".csv" else "\t", strict=True)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except OSError as error:
         raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -321,9 +326,12 @@ def from_table(table: Path) -> SlideTable:
         ) from None
     except csv.Error as error:
         raise PipelineError(f"{where} cannot be parsed: {error}") from None
-    if not rows:
+    if not lines:
         raise PipelineError(f"{where} is empty", "its first line names the columns: slide, path, ...")
-    header = [cell.strip() for cell in rows[0][1]]
+    return lines
+
+
+def _check_header(header: Sequence[str], where: str) -> None:
     for column in header:
         if column not in OWN_COLUMNS and column.lower() in OWN_COLUMNS:
             raise PipelineError(f"{where}: column {column!r} is not read", f"write it {column.lower()!r}")
@@ -338,41 +346,56 @@ def from_table(table: Path) -> SlideTable:
         problem = f"column {twice[0]!r} is there twice" if twice else f"column {header.index('') + 1} has no name"
         raise PipelineError(f"{where}: {problem}", "give each column a name of its own, or take it out")
 
+
+def _place(cell: str, base: Path) -> Path:
+    """The path that a cell of a table in the folder `base` names."""
+    if cell.startswith("~/"):
+        cell = os.path.expanduser(cell)
+    # A blank at a name's end may belong to it, but hardly ever does.
+    path, stripped = (Path(os.path.abspath(base / text)) for text in (cell, cell.strip()))
+    return stripped if stripped.exists() and not path.exists() else path
+
+
+def _entry(row: dict[str, str], base: Path) -> SlideEntry:
+    """The slide that a row of a table in the folder `base` tells of."""
+    if not row["path"].strip():
+        raise PipelineError("no path")
+    try:
+        mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
+    except ValueError:
+        raise PipelineError(f"mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
+    files = {column: _place(row[column], base) for column in FILE_COLUMNS if row.get(column, "").strip()}
+    extra = {column: cell for column, cell in row.items() if column not in OWN_COLUMNS}
+    return SlideEntry(row["slide"], _place(row["path"], base), mpp, extra=extra, **files)
+
+
+def from_table(table: Path) -> SlideTable:
+    """Slides of a table (``.csv`` with commas, anything else with tabs); paths are relative to the table.
+
+    Raises
+    ------
+    PipelineError
+        When the table cannot be read, lacks a column, or a row is wrong; it names the line.
+    """
+    where = f"slide table {str(table)!r}"
+    (_, first), *rows = _lines(table, where)
+    header = [cell.strip() for cell in first]
+    _check_header(header, where)
     base = Path(os.path.abspath(table.parent))
-
-    def place(cell: str) -> Path:
-        # A blank at a name's end may belong to it, but hardly ever does.
-        path, stripped = (Path(os.path.abspath(base / text)) for text in (cell, cell.strip()))
-        return stripped if stripped.exists() and not path.exists() else path
-
     found: dict[str, SlideEntry] = {}
-    extra = tuple(column for column in header if column not in OWN_COLUMNS)
-    for line, cells in rows[1:]:
+    for line, cells in rows:
         at = f"{where}, line {line}"
         if len(cells) > len(header):
             raise PipelineError(f"{at}: {len(cells)} cells, but {len(header)} columns")
         row = dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
-        if not row["path"].strip():
-            raise PipelineError(f"{at}: no path")
         try:
-            mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
-        except ValueError:
-            raise PipelineError(f"{at}: mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
-        paths = {column: place(row[column]) if row.get(column, "").strip() else None for column in FILE_COLUMNS}
-        try:
-            entry = SlideEntry(
-                row["slide"],
-                place(row["path"]),
-                mpp,
-                **paths,
-                extra={column: row[column] for column in extra},
-            )
+            entry = _entry(row, base)
         except PipelineError as error:
             raise PipelineError(f"{at}: {error}") from None
         _add(found, entry, at)
     if not found:
         raise PipelineError(f"{where} lists no slide")
-    return _table(found, extra)
+    return SlideTable(_by_name(found), tuple(column for column in header if column not in OWN_COLUMNS))
 
 
 def resolve_slides(setting: str | Path) -> SlideTable:
@@ -400,17 +423,29 @@ def resolve_slides(setting: str | Path) -> SlideTable:
     return from_table(path)
 
 
+def _as_text(table: SlideTable) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow([*OWN_COLUMNS, *table.columns])
+    for entry in table:
+        row = entry.to_json()
+        writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
+    return text.getvalue()
+
+
 def write_table(table: SlideTable, out: Path) -> None:
     """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
     from pipeline.stage import whole_files
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_files(out) as (staged,), staged.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow([*OWN_COLUMNS, *table.columns])
-        for entry in table:
-            row = entry.to_json()
-            writer.writerow(["" if row[key] is None else row[key] for key in (*OWN_COLUMNS, *table.columns)])
+    with whole_files(out) as (staged,):
+        staged.write_text(_as_text(table), encoding="utf-8", newline="")
+
+
+def renew_table(table: SlideTable, out: Path) -> None:
+    """Write the table where there is one of other slides, or of none that can be read."""
+    if out.is_file() and out.read_bytes() != _as_text(table).encode():
+        write_table(table, out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

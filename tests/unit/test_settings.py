@@ -15,6 +15,7 @@ from pipeline.settings import (
     check_folder,
     check_licence,
     check_model,
+    check_same_results,
     check_settings,
     check_stain,
     file_sha256,
@@ -87,6 +88,62 @@ def test_nested_settings_of_the_command_line_come_as_text() -> None:
     assert checked["infer"]["batch"] is None
     assert checked["tissue"]["mpp"] == 4.5
     assert checked["slides"] == "2024"
+
+
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = check_settings({"results": "~/out", "train": {"data": [{"kind": "labels", "path": "~/fields"}]}}, SCHEMA)
+    assert (found["results"], found["train"]["data"][0]["path"]) == ("/home/me/out", "/home/me/fields")
+    assert check_settings({"results": "~out"}, SCHEMA)["results"] == "~out"
+
+
+def with_setting(name: str, value: Any) -> dict[str, Any]:
+    settings = check_settings({}, SCHEMA)
+    section, _, key = name.rpartition(".")
+    (settings[section] if section else settings)[key] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("mpp", None, 0.25),
+        ("model", "models/default", "models/accurate"),
+        ("stain.method", "model", "none"),
+        ("classifier", "a/one.npz", "a/two.npz"),
+    ],
+)
+def test_results_of_other_settings_are_refused(tmp_path: Path, name: str, then: Any, now: Any) -> None:
+    made = tmp_path / "settings.json"
+    made.write_text(json.dumps(with_setting(name, then)))
+    with pytest.raises(PipelineError, match=rf"made with {name} .*--forceall") as error:
+        check_same_results(made, with_setting(name, now))
+    assert "\n" not in str(error.value)
+    check_same_results(made, with_setting(name, then))
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("model", "models/default", "/home/me/models/default"),
+        ("classifier", None, "one.npz"),  # nothing is there of it
+        ("instances.block", 2048, 1024),  # changes no nucleus
+        ("results", "out", "/elsewhere/out"),
+    ],
+)
+def test_results_of_settings_that_come_to_the_same(tmp_path: Path, name: str, then: Any, now: Any) -> None:
+    made = tmp_path / "settings.json"
+    made.write_text(json.dumps(with_setting(name, then)))
+    check_same_results(made, with_setting(name, now))
+
+
+def test_results_from_before_there_was_a_setting(tmp_path: Path) -> None:
+    made = tmp_path / "settings.json"
+    made.write_text(json.dumps({"model": "models/default", "stain": {"method": "model"}}))
+    check_same_results(made, check_settings({"stain": {"strength": 0.5}}, SCHEMA))
+    made.write_text("{")
+    with pytest.raises(PipelineError, match="cannot be read"):
+        check_same_results(made, check_settings({}, SCHEMA))
 
 
 def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:

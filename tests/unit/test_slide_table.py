@@ -45,6 +45,14 @@ def test_folder_lists_slides_sorted_by_name_and_leaves_out_the_rest(tmp_path: Pa
     (folder / "folder.svs").mkdir()  # ends in failed.tsv rather than unseen
     (folder / "plain").mkdir()
     assert list(resolve_slides(folder).entries) == ["a", "b", "c", "d", "folder"]
+    assert resolve_slides(folder).left_out == "1 .tsv, 1 .txt, 1 folder(s)"
+
+
+def test_what_belongs_to_a_slide_is_not_told_to_be_left_out(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "s", "m.mrxs", "h.vms", "h.opt", "h(1,0).jpg", "x.QPTIFF", "y.qptiff", "LICENSE")
+    (folder / "m").mkdir()
+    assert list(resolve_slides(folder).entries) == ["h", "m"]
+    assert resolve_slides(folder).left_out == "2 .qptiff, 1 without an ending"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +121,13 @@ def test_blanks_around_a_path_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "b.svs ").touch()
     (tmp_path / "t.tsv").write_text("slide\tpath\na\t a.svs \nb\tb.svs \nc\tc.svs \n")
     assert [entry.path.name for entry in resolve_slides(tmp_path / "t.tsv")] == ["a.svs", "b.svs ", "c.svs "]
+
+
+def test_the_home_folder_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    table = write(tmp_path / "t.tsv", "slide\tpath\ttruth\na\t~/a.svs\t~/a.geojson\nb\t~b.svs\t\n")
+    a, b = from_table(table)
+    assert (a.path, a.truth, b.path) == (tmp_path / "me/a.svs", tmp_path / "me/a.geojson", tmp_path / "~b.svs")
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -201,6 +216,20 @@ def test_written_tables_read_the_same(tmp_path: Path, rows: dict[str, str]) -> N
     again = from_table(tmp_path / "out.tsv")
     assert again == slides
     assert again.digest == slides.digest
+
+
+def test_a_table_of_other_slides_is_written_anew(tmp_path: Path) -> None:
+    table, out = resolve_slides(touch(tmp_path / "s", "a.svs", "ü b.svs")), tmp_path / "slides.tsv"
+    slide_table.renew_table(table, out)
+    assert not out.exists()
+    write_table(table, out)
+    os.utime(out, (1, 1))
+    slide_table.renew_table(table, out)
+    assert out.stat().st_mtime == 1
+    for other in (b"slide\tpath\na\ta.svs\n", b"\xff"):
+        out.write_bytes(other)
+        slide_table.renew_table(table, out)
+        assert resolve_slides(out).digest == table.digest
 
 
 def test_digest_tells_tables_apart(tmp_path: Path) -> None:

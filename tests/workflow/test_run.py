@@ -15,7 +15,7 @@ import pytest
 from runs import MPP, ROOT, Run, leaves, read_json, read_tsv, run, write_slide
 
 from pipeline.layout import RunLayout
-from pipeline.settings import load_schema
+from pipeline.settings import CHANGES_RESULTS, load_schema
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
@@ -374,6 +374,42 @@ def test_slide_that_turned_up_is_run_alone(finished: tuple[Path, Run], config: d
     finally:
         found.unlink()
     assert plan == {**dict.fromkeys((*STAGES, "cohort", "all"), 1), "total": 11}
+
+
+def test_settings_changed_from_elsewhere_are_not_overlooked(
+    finished: tuple[Path, Run], config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    here = config | {"slides": str(folder / "in" / "slides.tsv"), "results": str(folder / "out")}
+    assert run(tmp_path, here, "-n").code == 0
+    other = run(tmp_path, here | {"stain": {"method": "none"}}, "-n")
+    assert other.code != 0
+    (line,) = [line for line in other.output.splitlines() if line.startswith("error: ")]
+    assert 'was made with stain.method "model", not "none"' in line
+    assert "Traceback" not in other.output
+    assert run(tmp_path, here | {"stain": {"method": "none"}}, "-n", "--forceall").counts["stain"] == len(GOOD) + 1
+
+
+def test_copied_results_are_of_the_slides_of_now(
+    finished: tuple[Path, Run], config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    lines = (folder / "in" / "slides.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    fewer = folder / "in" / "fewer.tsv"
+    fewer.write_text("".join(lines[:-1]), encoding="utf-8")
+    done = run(tmp_path, config | {"slides": str(fewer)})
+    assert done.code == 0, done.output
+    assert f"{len(GOOD)} slides: {len(GOOD)} finished, 0 failed, 0 to go" in done.output
+    assert f"no longer in the run, but still in its slides/: {MISSING}" in done.output
+    assert len(read_tsv(tmp_path / "out" / "cohort.tsv")) == len(GOOD)
+
+
+def test_settings_that_change_results_are_those_that_rerun_them() -> None:
+    same_pixels = {"tiles.tile", "infer.device", "infer.batch", "instances.block", "instances.halo"}
+    assert set(CHANGES_RESULTS) == SLIDE_SETTINGS.keys() - same_pixels - {"results", "scratch", "parts.from_gb"} | {
+        "classifier"
+    }
 
 
 def test_snakemake_report(finished: tuple[Path, Run], config: dict[str, Any]) -> None:

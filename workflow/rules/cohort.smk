@@ -21,10 +21,13 @@ rule slide_table:
 
 
 rule settings:
+    input:
+        settings_known,
     output:
         settings=whole(RUN.settings),
     log:
         str(RUN.log("cohort", "settings")),
+    priority: 1  # soon: what is there when a run is broken off was made with these
     conda:
         "../../envs/pipeline.yaml"
     threads: 1

@@ -23,12 +23,13 @@ from pipeline.settings import (
     check_folder,
     check_licence,
     check_model,
+    check_same_results,
     check_settings,
     check_stain,
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import UNREADABLE, content_stamp, resolve_slides, slide_bytes
+from pipeline.slide_table import UNREADABLE, content_stamp, renew_table, resolve_slides, slide_bytes
 from pipeline.stage import clear_remains
 from pipeline.status import closing_words
 from pipeline.warm import possible, start_server
@@ -59,10 +60,14 @@ except PipelineError as error:
 RUN = RunLayout(Path(config["results"]))
 ONE = RUN.folder("{slide}")
 
-# A model that is not below the working directory may be one of those beside the Snakefile.
-MODEL = Path(config["model"])
-if not MODEL.exists() and Path(workflow.basedir, MODEL).exists():
-    MODEL = Path(workflow.basedir, MODEL)
+
+def beside(model):
+    """A model's folder: one that is not below the working directory may be one of those beside the Snakefile."""
+    shipped = Path(workflow.basedir, model)
+    return str(shipped) if shipped.exists() and not Path(model).exists() else model
+
+
+MODEL = Path(beside(config["model"]))
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
 # Asked for nothing that needs slides or a model, the run can do without them.
@@ -84,6 +89,9 @@ try:
             from pipeline.classifier import check_classifier  # it needs NumPy
 
             check_classifier(Path(config["classifier"]), CARD)
+        if SLIDES.left_out:
+            told = f"slides: {len(SLIDES)} in {config['slides']!r}, left out: {SLIDES.left_out}"
+            print(f"{told} (a slide table can name them)", file=sys.stderr)
 except PipelineError as error:
     if workflow.is_main_process and NEEDS_SLIDES:
         stop(error)

@@ -112,6 +112,27 @@ def extra_option(column, flag):
     return named
 
 
+@known
+def settings_known(wildcards):
+    """No input, but an end where settings differ from those of the results, and Snakemake would not see it.
+
+    Its records are in the working directory, by the path that the results had.
+    """
+    if (
+        workflow.is_main_process
+        and RUN.settings.is_file()
+        and workflow.persistence.metadata(rules.settings.output.settings) is None
+        and not workflow.dag_settings.forceall
+        and "--report" not in sys.argv[1:]
+    ):
+        try:
+            check_same_results(RUN.settings, config)
+        except PipelineError as error:
+            atexit.unregister(tell)
+            stop(error)
+    return []
+
+
 def each_slide(*kinds, having="path"):
     """Input function for these outputs of every slide that has this column of the slide table."""
 
@@ -148,9 +169,11 @@ def passing(path, keep):
     return path if keep else temp(path)
 
 
-# A run that was killed, or whose file server refused, while it removed such a store leaves some of it.
+# A table of other slides is noticed by its digest, but not where Snakemake has no record of it, see `settings_known`. And a
+# run that was killed, or whose file server refused, while it removed a store that goes away leaves some of it.
 if RESTART is not None and SLIDES is not None:
     try:
+        renew_table(SLIDES, RUN.slide_table)
         for folder in map(RUN.folder, BY_FOLDER):
             for path, made, keep in (
                 (folder.tiles_zarr, folder.tiles, config["tiles"]["keep"]),
