@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.kernels.stain import METHODS
 from pipeline.networks.outputs import TTA, map_names
-from pipeline.networks.registry import NETWORKS, stride_of
+from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of
+from pipeline.settings import check_model
 from pipeline.training.samples import Augmentation
 from pipeline.training.schedule import Schedule
 from pipeline.training.splits import Split, SplitSettings
@@ -308,6 +310,33 @@ class Experiment:
 
 def _tuples(value: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+def check_parts(experiment: Experiment) -> None:
+    """Refuse what would else be found when a training begins: missing models, a network that cannot be built.
+
+    Raises
+    ------
+    PipelineError
+        When there is such a thing; one line.
+    """
+    for role in ("start_from", "teacher"):
+        if (folder := getattr(experiment, role)) is not None:
+            try:
+                check_model(Path(folder))
+            except PipelineError as error:
+                raise PipelineError(
+                    f"train: {role}: {Exception.__str__(error)}", "name the folder of a model package"
+                ) from None
+    if not experiment.network_args:
+        return
+    try:
+        channels = head_channels(experiment.heads, len(experiment.classes) or 1)
+        build_network(experiment.network, channels, experiment.network_args, pretrained=False)
+    except ImportError:  # PyTorch may be in the environment of the jobs alone
+        return
+    except PipelineError as error:
+        raise PipelineError(f"train: network_args: {Exception.__str__(error)}", error.hint) from None
 
 
 def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:

@@ -107,6 +107,9 @@ def test_synthetic_fields_of_a_comparison_are_those_of_its_experiments(tmp_path:
         ("train", {"train": {"network": "resnet"}}, "unknown network 'resnet' (choose from"),
         ("crossval", {"train": {"patch": 301}}, "patch 301 does not suit resunet (use a multiple of"),
         ("train", {"train": {"data": []}}, "train: no data"),
+        ("train", {"train": {"network_args": {"width": [4, 6]}}}, "train: network_args: network 'resunet': "),
+        ("crossval", {"train": {"start_from": "nowhere"}}, "train: start_from: model 'nowhere': model.json is missing"),
+        ("train", {"train": {"teacher": "nowhere"}}, "train: teacher: model 'nowhere': model.json is missing"),
         ("compare", {"compare": {"experiments": ["default"], "common": {"patch": 300}}}, "patch 300 does not suit"),
     ],
 )

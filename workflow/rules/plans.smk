@@ -35,6 +35,7 @@ if FINAL is not None:
     SECTIONS[f"{NAME}/final"] = FINAL.settings
 for section in SECTIONS.values():
     section["schedule"].pop("max_minutes", None)
+    section.update({role: beside(section[role]) for role in ("start_from", "teacher") if section.get(role)})
 
 # Synthetic fields, and what they depend on: which fields are for training, at which pixel size, in which stain.
 SYNTHETIC = RUN.synthesis(config["synthesis"]["name"]) / "fields"
@@ -121,7 +122,7 @@ onsuccess:
             print(f"look at: {os.path.abspath(page)}", file=sys.stderr)
 
 
-# What the schema cannot tell before anything runs, as whether a network knows its heads.
+# What the schema cannot tell before anything runs, as whether a network knows its heads and its arguments.
 CHECKED = {target: [config["train"]] for target in ("train", "crossval", "transfer")}
 CHECKED["compare"] = [run.settings for run in COMPARED.values()]
 
@@ -138,8 +139,8 @@ if workflow.is_main_process:
             if target in sys.argv[1:]:
                 check_place(folder, work)
         for section in [section for target in CHECKED if target in sys.argv[1:] for section in CHECKED[target]]:
-            from pipeline.training.experiment import Experiment
+            from pipeline.training.experiment import Experiment, check_parts
 
-            Experiment.from_json(section)
+            check_parts(Experiment.from_json(section))
     except PipelineError as error:
         stop(error)
