@@ -142,54 +142,10 @@ def write_training_report(work: Path, area: float | None = None) -> None:
     """
     evaluation, experiment, split = (_read(work / f"{name}.json") for name in ("evaluation", "experiment", "split"))
     schedule = experiment["schedule"]
-    seen = schedule["batch"] * schedule["devices"] * schedule["size"] ** 2
-    charts = training_charts(read_curves(work / "heldout"), area / seen if area else None)
+    epoch = area / (schedule["batch"] * schedule["devices"] * schedule["size"] ** 2) if area else None
+    charts = training_charts(read_curves(work / "heldout"), epoch)
     if charts:
         draw_charts(charts, work / "curves.png")
-    images = evaluation["images"]
-    fields = [
-        {"field": name, "organ": row.get("organ") or None, **{k: row[k] for k in IN_FIELDS if k in row}}
-        for name, row in sorted(images.items(), key=lambda item: item[1]["aji"])
-    ]  # fmt: skip
-    tables = [table("Scores of each field", fields, "The worst first. Nuclei without a match (IoU above 0.5): missed, "
-                    "merged with another, split, badly outlined; and found ones that are none.")]  # fmt: skip
-    if before := evaluation.get("before"):
-        sides = [(before["model"], before["mean"]), (experiment["name"], evaluation["mean"])]
-        rows = [{"model": name, **{k: mean[k] for k in TITLES if k in mean}} for name, mean in sides]
-        text = f"Of the test fields: {before['model']}, from which this training went on, and what came out."
-        tables.insert(0, table("Before and after", rows, text))
-    organs = [
-        {"organ": organ or "–", "fields": row["fields"], **{k: row[k] for k in TITLES if k in row}}
-        for organ, row in evaluation.get("organs", {}).items()
-    ]
-    if len(organs) > 1:
-        tables.append(table("Mean of each organ", organs))
-    if "types" in evaluation:
-        tables.append(types_table(evaluation["types"]))
-    if "batchwise" in evaluation:
-        tables.append(
-            table(
-                "Batch-wise scores",
-                [{k: evaluation["batchwise"][k] for k in ("loss", "accuracy", "dice", "iou", "batches")}],
-                "Fields stretched to 1024 × 1024, cut into patches of 256, summed over batches of 8 patches, averaged "
-                "over batches. Not comparable with means over fields.",
-            )
-        )
-    times = evaluation.get("time") or {}
-    details = [
-        ("Protocol", evaluation["protocol"]),
-        ("Data", ", ".join(source.get("name", source["kind"]) for source in experiment["data"])),
-        ("Fields", f"{len(split['train'])} for training, {len(split['validation'])} for validation, "
-                   f"{len(split['test'])} for testing"),
-        ("Network", f"{experiment['network']}, {evaluation.get('parameters_m', 0):.2f} M parameters, heads "
-                    f"{', '.join(experiment['heads'])}, {experiment['mpp']} µm/px"),
-        ("Training", f"{evaluation.get('steps', schedule['steps'])} steps of {schedule['batch']} crops of "
-                     f"{schedule['size']} pixels"),
-        ("Time", "–" if not times else f"{duration(times['seconds'])} on {times['device']}, "
-                 f"{1000 * times['seconds'] / max(times['steps'], 1):.0f} ms a step"
-                 + (f", {duration(times['seconds'] / max(times['steps'], 1) * area / seen)} an epoch" if area else "")),
-        ("Thresholds", ", ".join(f"{k} {v}" for k, v in evaluation["rules"].items())),
-    ]  # fmt: skip
     notes = []
     if model := evaluation.get("scores_of"):
         notes = [f"nobody was held out: all scores here are those of {model}, from which this training went on"]
@@ -198,14 +154,67 @@ def write_training_report(work: Path, area: float | None = None) -> None:
         title=f"Training of {experiment['name']}",
         subtitle=experiment.get("description", ""),
         facts=_facts(evaluation["mean"], evaluation.get("interval_95", {}), "mean over fields"),
-        tables=tables,
+        tables=_training_tables(evaluation, experiment["name"]),
         charts=charts,
         pictures=_picture(work / "panel.png", "Best, median and worst field by AJI.", PICTURE_BYTES),
-        details=details,
+        details=_training_details(evaluation, experiment, split, epoch),
         texts=[("Settings", json.dumps(experiment, indent=1)), ("Split", json.dumps(split, indent=1))],
         footer="The same numbers are in evaluation.json, the curves in heldout/log-*/metrics.csv.",
     )
     _write(work / "report.html", html)
+
+
+def _training_tables(evaluation: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Tables of the report of one experiment, of that name."""
+    tables: list[dict[str, Any]] = []
+    if before := evaluation.get("before"):
+        sides = [(before["model"], before["mean"]), (name, evaluation["mean"])]
+        rows = [{"model": model, **{k: mean[k] for k in TITLES if k in mean}} for model, mean in sides]
+        text = f"Of the test fields: {before['model']}, from which this training went on, and what came out."
+        tables.append(table("Before and after", rows, text))
+    fields = [
+        {"field": field, "organ": row.get("organ") or None, **{k: row[k] for k in IN_FIELDS if k in row}}
+        for field, row in sorted(evaluation["images"].items(), key=lambda item: item[1]["aji"])
+    ]
+    text = "The worst first. Nuclei without a match (IoU above 0.5): missed, merged with another, split, badly outlined"
+    tables.append(table("Scores of each field", fields, f"{text}; and found ones that are none."))
+    organs = [
+        {"organ": organ or "–", "fields": row["fields"], **{k: row[k] for k in TITLES if k in row}}
+        for organ, row in evaluation.get("organs", {}).items()
+    ]
+    if len(organs) > 1:
+        tables.append(table("Mean of each organ", organs))
+    if "types" in evaluation:
+        tables.append(types_table(evaluation["types"]))
+    if batchwise := evaluation.get("batchwise"):
+        row = {k: batchwise[k] for k in ("loss", "accuracy", "dice", "iou", "batches")}
+        text = "Fields stretched to 1024 × 1024, cut into patches of 256, summed over batches of 8 patches, averaged"
+        tables.append(table("Batch-wise scores", [row], f"{text} over batches. Not comparable with means over fields."))
+    return tables
+
+
+def _training_details(
+    evaluation: Mapping[str, Any], experiment: Mapping[str, Any], split: Mapping[str, Any], epoch: float | None
+) -> list[tuple[str, str]]:
+    """What one experiment was, line by line; `epoch` is the steps of one."""
+    schedule, times = experiment["schedule"], evaluation.get("time")
+    spent = "–"
+    if times:
+        step = times["seconds"] / max(times["steps"], 1)
+        spent = f"{duration(times['seconds'])} on {times['device']}, {1000 * step:.0f} ms a step"
+        spent += f", {duration(step * epoch)} an epoch" if epoch else ""
+    return [
+        ("Protocol", evaluation["protocol"]),
+        ("Data", ", ".join(source.get("name", source["kind"]) for source in experiment["data"])),
+        ("Fields", f"{len(split['train'])} for training, {len(split['validation'])} for validation, "
+                   f"{len(split['test'])} for testing"),
+        ("Network", f"{experiment['network']}, {evaluation.get('parameters_m', 0):.2f} M parameters, heads "
+                    f"{', '.join(experiment['heads'])}, {experiment['mpp']} µm/px"),
+        ("Training", f"{evaluation.get('steps', schedule['steps'])} steps of {schedule['batch']} crops of "
+                     f"{schedule['size']} pixels"),
+        ("Time", spent),
+        ("Thresholds", ", ".join(f"{k} {v}" for k, v in evaluation["rules"].items())),
+    ]  # fmt: skip
 
 
 def write_protocol_report(

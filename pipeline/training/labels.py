@@ -22,7 +22,8 @@ def instance_boxes(labels: np.ndarray) -> list[tuple[int, tuple[slice, slice]]]:
 def craft_distance(labels: np.ndarray) -> np.ndarray:
     """Distance to the instance's own border, 1 at its deepest point, 0 outside.
 
-    Every instance is transformed by itself, so that the value falls to nearly 0 where two nuclei touch.
+    Every instance is transformed by itself, so that the value falls to nearly 0 where two nuclei touch. The field's
+    edge is no border: samples that reach beyond it are mirrored there, and show such a nucleus whole.
 
     Parameters
     ----------
@@ -41,9 +42,11 @@ def craft_distance(labels: np.ndarray) -> np.ndarray:
     """
     distance = np.zeros(labels.shape, np.float32)
     for label, (rows, columns) in instance_boxes(labels):
-        mask = np.pad((labels[rows, columns] == label).astype(np.uint8), 1)
-        depth = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-        window = distance[rows, columns]
+        # With the background around it, of which there is none where the field ends.
+        around = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in (rows, columns))
+        mask = (labels[around] == label).astype(np.uint8)
+        depth = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        window = distance[around]
         np.maximum(window, depth / depth.max(), out=window)
     return distance
 

@@ -22,6 +22,10 @@ BINARY = ("nucleus", "distance", "contour")
 """Heads with one map in [0, 1]."""
 
 
+OWN = ("nucleus", "distance")
+"""Heads of the project's own loss."""
+
+
 def soft_dice(probability: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     """One minus the soft Dice coefficient over the whole batch."""
     overlap = 2 * (probability * target).sum() + smooth
@@ -235,12 +239,12 @@ LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 DEFAULT_TERMS: dict[str, tuple[dict[str, Any], ...]] = {
     "nucleus": ({"loss": "bce", "seam": 2}, {"loss": "dice", "smooth": 1}),
-    "distance": ({"loss": "smooth_l1", "weight": 4, "foreground": 2}, {"loss": "slope", "weight": 2}),
     "contour": ({"loss": "bce"}, {"loss": "dice", "smooth": 1}),
     "hv": ({"loss": "hv_mse", "weight": 2}, {"loss": "hv_msge", "weight": 2}),
     "type": ({"loss": "type_ce"}, {"loss": "type_dice"}),
 }
-"""What a head is trained with when the experiment does not say."""
+"""What a head is trained with when the experiment does not say; nucleus and distance together have
+`nucleus_distance_loss`."""
 
 
 @dataclass(frozen=True)
@@ -320,8 +324,9 @@ class CombinedLoss:
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], heads: Sequence[str], classes: Sequence[str] = ()) -> None:
-        self.own = not entries and tuple(heads) == ("nucleus", "distance")
-        self.terms = loss_terms(entries or [term | {"head": h} for h in heads for term in DEFAULT_TERMS[h]], heads)
+        self.own = not entries and {*OWN} <= {*heads}
+        others = [head for head in heads if not (self.own and head in OWN)]
+        self.terms = loss_terms(entries or [term | {"head": h} for h in others for term in DEFAULT_TERMS[h]], others)
         self.slices: dict[str, slice] = {}
         start = 0
         for head in heads:
@@ -347,10 +352,10 @@ class CombinedLoss:
             See `pipeline.training.targets.Targets.unpack`.
         """
         logits = logits.float()
-        if self.own:
-            return nucleus_distance_loss(logits, targets)
         parts: dict[str, Tensor] = {}
-        total = logits.new_zeros(())
+        if self.own:
+            parts = nucleus_distance_loss(torch.cat([logits[:, self.slices[head]] for head in OWN], dim=1), targets)
+        total = parts.pop("loss", logits.new_zeros(()))
         for term in self.terms:
             value = LOSSES[term.loss][0](logits[:, self.slices[term.head]], targets, term.head, **term.args)
             parts[term.name] = value

@@ -69,7 +69,7 @@ class Augmentation:
     style : float
         Share of samples that take on the look of another field, see `pipeline.training.style`.
     stain : float
-        Spread of the stain jitter (factor on each stain's OD; half of it as an offset), 0 for none.
+        Spread of the stain jitter (factor on each stain's OD; a tenth of it as an offset), 0 for none.
     brightness, contrast, saturation : float
         Spread of the factor on each.
     hue : float

@@ -27,6 +27,18 @@ def test_distance_falls_between_touching_nuclei() -> None:
     assert distance[10, 15] < 0.2
 
 
+def test_distance_does_not_fall_towards_the_fields_edge() -> None:
+    labels = np.zeros((40, 60), np.int32)
+    labels[0:9, 10:30] = 1  # the lower half of a nucleus
+    labels[31:40, 52:60] = 2  # a quarter of one, in the corner
+    labels[15:25, 20:40] = 3
+    mirrored = np.pad(labels, 20, mode="symmetric")
+    whole = craft_distance(mirrored)[20:60, 20:80]
+    np.testing.assert_allclose(craft_distance(labels), whole, atol=1e-6)
+    assert craft_distance(labels)[0, 20] == 1
+    assert craft_distance(np.ones((6, 6), np.int32)).min() == 1  # nothing but nucleus
+
+
 def test_distance_without_nuclei() -> None:
     assert not craft_distance(np.zeros((5, 5), np.int32)).any()
 

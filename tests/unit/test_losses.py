@@ -48,7 +48,7 @@ def test_least_at_the_truth(name: str, truth: dict[str, Any]) -> None:
         others = [h for h in HEADS if h not in (head, "type")]
         entries = [
             {"loss": name, "head": head},
-            *(t | {"head": h, "weight": 0} for h in others for t in DEFAULT_TERMS[h]),
+            *(t | {"head": h, "weight": 0} for h in others for t in DEFAULT_TERMS.get(h, ({"loss": "l1"},))),
         ]
         heads = HEADS if head == "type" else HEADS[:-1]
         combined = CombinedLoss(entries, heads, CLASSES if head == "type" else ())
@@ -126,10 +126,15 @@ def test_class_weights(truth: dict[str, Any]) -> None:
 
 
 def test_defaults_of_the_heads(truth: dict[str, Any]) -> None:
-    parts = CombinedLoss((), HEADS, CLASSES)(logits_of(truth), truth)
-    assert {name.split("_")[0] for name in parts} == {"loss", *HEADS}
-    own = CombinedLoss((), ("nucleus", "distance"))(logits_of(truth)[:, :2], truth)
+    wrong = logits_of(truth, -1)
+    own = CombinedLoss((), ("nucleus", "distance"))(wrong[:, :2], truth)
     assert set(own) == {"loss", "cross_entropy", "dice", "distance", "slope"}
+    # Heads beside these two change nothing in what the two are trained with.
+    parts = CombinedLoss((), HEADS, CLASSES)(wrong, truth)
+    more = [term.name for term in CombinedLoss((), ("nucleus", *HEADS[2:]), CLASSES).terms if term.head != "nucleus"]
+    assert set(parts) == {*own, *more}
+    assert all(parts[name] == own[name] for name in own if name != "loss")
+    assert parts["loss"] > own["loss"]
 
 
 @pytest.mark.parametrize(

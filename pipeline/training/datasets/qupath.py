@@ -231,37 +231,11 @@ def _fields_of(
     with slide:
         width, height, bounds = slide.width, slide.height, slide.bounds
     corner = bounds[:2] if bounds and source.options.get("origin") == "bounds" else (0, 0)
-    by = np.array(objects.origin or corner, np.float64)
+    _check_sizes(entry, objects.nuclei, mpp_x * mpp_y)
+    outlines, whole = _placed(entry, objects, np.array(objects.origin or corner, np.float64), (width, height))
     native = math.sqrt(mpp_x * mpp_y)
     mpp = source.stated_mpp(f"{source.name}-{entry.name}") or (native if native >= MIN_MPP else 0.25)
     grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)
-    areas = shapely.area(objects.nuclei) * mpp_x * mpp_y if objects.nuclei else np.empty(0)
-    if len(areas) and areas.max() > MAX_NUCLEUS_UM2:
-        x, y = objects.nuclei[int(areas.argmax())].bounds[:2]
-        raise PipelineError(
-            f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is no nucleus",
-            "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
-        )
-    outlines = shapely.transform(np.array(objects.nuclei, object), lambda points: points + by)
-    inside = shapely.intersects(outlines, shapely.box(0, 0, width, height))
-    outside = int((~inside).sum())
-    if 2 * outside > len(inside):
-        raise PipelineError(
-            f"{entry.name}: {outside} of {len(inside)} nuclei lie outside the slide of {width} x {height} pixels",
-            "export in pixels, from the image that this slide is",
-        )
-    if outside:
-        log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, outside)
-    if objects.regions:
-        whole = shapely.transform(shapely.union_all(objects.regions), lambda points: points + by)
-    else:
-        if not objects.nuclei:
-            raise PipelineError(f"{entry.name}: the export holds no nucleus", "export detections or annotations")
-        whole = shapely.box(*shapely.total_bounds(outlines[inside]))
-        log.warning(
-            "%s: no region tells what is annotated; the box around all outlines is taken to be complete (if it is not, "
-            "outline what is as Region*)", entry.name,
-        )  # fmt: skip
     # From here on in grid pixels.
     scale = np.array([1 / grid.scale_x, 1 / grid.scale_y])
     whole = shapely.transform(whole, lambda points: points * scale)
@@ -288,6 +262,56 @@ def _fields_of(
                 codes[near],
                 classes if codes.any() else (),
             )
+
+
+def _check_sizes(entry: SlideEntry, nuclei: list[Any], pixel_um2: float) -> None:
+    """Refuse outlines that are too large for a nucleus; `pixel_um2` is the area of a pixel of level 0."""
+    import shapely
+
+    areas = shapely.area(np.array(nuclei, object)) * pixel_um2
+    if len(areas) and areas.max() > MAX_NUCLEUS_UM2:
+        x, y = nuclei[int(areas.argmax())].bounds[:2]
+        raise PipelineError(
+            f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is no nucleus",
+            "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
+        )
+
+
+def _placed(entry: SlideEntry, objects: _Objects, by: np.ndarray, slide: tuple[int, int]) -> tuple[np.ndarray, Any]:
+    """Nuclei, and what is completely annotated, in pixels of level 0 of a slide of that width and height.
+
+    Parameters
+    ----------
+    entry : SlideEntry
+        The slide, for messages.
+    objects : _Objects
+        What its export holds.
+    by : numpy.ndarray
+        The pixel of level 0 from which the export counts.
+    slide : (int, int)
+        Width and height of the slide.
+    """
+    import shapely
+
+    outlines = shapely.transform(np.array(objects.nuclei, object), lambda points: points + by)
+    inside = shapely.intersects(outlines, shapely.box(0, 0, *slide))
+    outside = int((~inside).sum())
+    if 2 * outside > len(inside):
+        raise PipelineError(
+            f"{entry.name}: {outside} of {len(inside)} nuclei lie outside the slide of {slide[0]} x {slide[1]} pixels",
+            "export in pixels, from the image that this slide is",
+        )
+    if outside:
+        log.warning("%s: %d nuclei lie outside the slide and are left out", entry.name, outside)
+    if objects.regions:
+        return outlines, shapely.transform(shapely.union_all(objects.regions), lambda points: points + by)
+    if not objects.nuclei:
+        raise PipelineError(f"{entry.name}: the export holds no nucleus", "export detections or annotations")
+    log.warning(
+        "%s: no region tells what is annotated; the box around all outlines is taken to be complete (if it is not, "
+        "outline what is as Region*)", entry.name,
+    )  # fmt: skip
+    return outlines, shapely.box(*shapely.total_bounds(outlines[inside]))
 
 
 def _windows(bounds: tuple[float, float, float, float], size: int) -> Iterator[tuple[int, int, int, int]]:
