@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -30,6 +30,8 @@ from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from pipeline.tile_store import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +54,6 @@ _CELLS_AT_ONCE = 256
 _BLOCK_CELLS = 1024 // CELL
 _PREVIEWS = 6
 _PREVIEW_SIZE = 256
-
-
-class Tiles(Protocol):
-    """What this stage needs of the tile store."""
-
-    @property
-    def grid(self) -> Grid: ...
-
-    @property
-    def active(self) -> np.ndarray: ...
-
-    def read(self, x: int, y: int, width: int, height: int, /) -> np.ndarray: ...
 
 
 def spread_order(count: int) -> np.ndarray:
