@@ -101,7 +101,7 @@ def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, sh
     squares = tissue_squares(width, height, share)
     grid = Grid(width, height, mpp, 1.0, 1.0)
     cells = active_cells(squares, width, height)
-    store = MapStore.create(path, grid, ("nucleus", "distance"), cells, CELL, (1024, 1024))
+    store = MapStore.create(path, grid, ("nucleus", "distance"), cells, (1024, 1024))
     total = 0
     for rows, columns, top, left in _chunks(squares, width, height, 1024):
         store.array[:, rows, columns] = field.maps[:, top, left]

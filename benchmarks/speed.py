@@ -155,7 +155,6 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     """Tiles to maps, against the network's forward pass alone on the same windows."""
     from pipeline.allocator import keep_freed_memory
     from pipeline.inference import active_windows, infer_slide
-    from pipeline.lattice import CELL
     from pipeline.predictors import choose_predictor, one_result
     from pipeline.tile_store import TileStore
 
@@ -168,7 +167,7 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     store = TileStore.open(folder / "tiles.zarr")
     transform = StainTransform("matrix", matrix=((0.98, 0.01, 0.01), (0.01, 0.98, 0.01), (0.01, 0.01, 0.98)))
     grid = PatchGrid(side, side, package.patch, package.overlap)
-    windows = list(active_windows(grid, store.active, CELL))
+    windows = list(active_windows(grid, store.active))
     if device == "cpu":
         keep_freed_memory()  # as the command does
     with one_result():
@@ -578,13 +577,12 @@ def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precisio
     """CPU seconds of the network alone on the windows of a slide's tiles, and the numbers that it computed with."""
     from pipeline.inference import active_windows
     from pipeline.kernels.blend import PatchGrid
-    from pipeline.lattice import CELL
     from pipeline.predictors import choose_predictor, one_result
     from pipeline.tile_store import TileStore
 
     store = TileStore.open(folder / "tiles.zarr")
     grid = PatchGrid(store.grid.width, store.grid.height, package.patch, package.overlap)
-    windows = list(active_windows(grid, store.active, CELL))
+    windows = list(active_windows(grid, store.active))
     with one_result():
         predictor, about = choose_predictor(package, "cpu", 0, threads, precision)
         some = windows[:: max(1, len(windows) // 32)][:32]

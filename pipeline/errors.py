@@ -35,18 +35,17 @@ class PipelineError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def reason(self) -> str:
+        """The message without its hint, on one line."""
+        return " ".join(super().__str__().split())
+
     def __str__(self) -> str:
-        message = " ".join(super().__str__().split())
-        return f"{message} ({self.hint})" if self.hint else message
+        return f"{self.reason} ({self.hint})" if self.hint else self.reason
 
 
 class SlideError(PipelineError):
     """One slide's data cannot be processed. The slide ends in ``failed.tsv``; the others go on."""
-
-    @property
-    def reason(self) -> str:
-        """The message without its hint, on one line."""
-        return " ".join(Exception.__str__(self).split())
 
 
 class DamagedStore(PipelineError):

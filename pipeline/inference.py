@@ -33,9 +33,9 @@ from pipeline.networks.outputs import FindsInstances
 from pipeline.networks.precision import PRECISIONS
 from pipeline.networks.registry import needs_torch
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
-from pipeline.predictors import Finish, Predictor, Strip, channel_names, choose_predictor, one_result, runs
+from pipeline.predictors import Finish, Places, Predictor, Strip, channel_names, choose_predictor, one_result, runs
 from pipeline.progress import Progress
-from pipeline.stage import read_manifest, run_stage
+from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.tile_store import RasterReader, TileStore
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ CHUNK_COLUMNS = 4
 """Windows in a chunk of the maps."""
 
 
-def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[tuple[int, int]]:
+def active_windows(grid: PatchGrid, active: np.ndarray) -> Iterator[tuple[int, int]]:
     """Rows and columns, in raster order, of the windows that hold an active cell.
 
     Parameters
@@ -68,8 +68,6 @@ def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[t
         The windows.
     active : numpy.ndarray
         bool lattice.
-    cell : int
-        Side of a cell in pixels.
     """
     # Sums over rectangles of cells by a summed-area table.
     table = np.zeros((active.shape[0] + 1, active.shape[1] + 1), np.int64)
@@ -77,7 +75,7 @@ def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[t
 
     def span(index: int, cells: int) -> tuple[int, int]:
         first = index * grid.stride - grid.overlap
-        return max(first, 0) // cell, min(-(-(first + grid.patch) // cell), cells)
+        return max(first, 0) // CELL, min(-(-(first + grid.patch) // CELL), cells)
 
     columns = [span(column, active.shape[1]) for column in range(grid.columns)]
     for row in range(grid.rows):
@@ -88,7 +86,7 @@ def active_windows(grid: PatchGrid, active: np.ndarray, cell: int) -> Iterator[t
                 yield row, column
 
 
-def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[Places]:
     while batch := list(islice(windows, size)):
         yield batch
 
@@ -206,13 +204,13 @@ class MapWriter:
 
 def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray | None:
     """Pixels of active cells; None when all are."""
-    side, top, left = store.cell, rows.start // store.cell, columns.start // store.cell
-    cells = store.active[top : -(-rows.stop // side), left : -(-columns.stop // side)]
+    top, left = rows.start // CELL, columns.start // CELL
+    cells = store.active[top : -(-rows.stop // CELL), left : -(-columns.stop // CELL)]
     if cells.all():
         return None
-    pixels = cells.repeat(side, 0).repeat(side, 1)
+    pixels = cells.repeat(CELL, 0).repeat(CELL, 1)
     return pixels[
-        rows.start - top * side : rows.stop - top * side, columns.start - left * side : columns.stop - left * side
+        rows.start - top * CELL : rows.stop - top * CELL, columns.start - left * CELL : columns.stop - left * CELL
     ]
 
 
@@ -285,7 +283,7 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
     _check_kinds(manifests)
     store = _create_maps(path, tiles, grid, package)
-    windows = list(active_windows(grid, store.active, CELL))
+    windows = list(active_windows(grid, store.active))
     digest = hashlib.sha256()
     for number, part in enumerate(parts, start=1):
         link_chunks(part, path, "maps")
@@ -313,11 +311,29 @@ def _rows_of(part: Part, grid: PatchGrid, windows: Sequence[tuple[int, int]]) ->
 
 def _create_maps(path: Path, tiles: TileStore, grid: PatchGrid, package: ModelPackage) -> MapStore:
     chunk = grid.stride, min(CHUNK_COLUMNS, grid.columns) * grid.stride
-    return MapStore.create(path, tiles.grid, channel_names(package), np.asarray(tiles.active, bool), CELL, chunk)
+    return MapStore.create(path, tiles.grid, channel_names(package), np.asarray(tiles.active, bool), chunk)
 
 
 def _about_model(package: ModelPackage) -> dict[str, Any]:
     return {"name": package.name, "sha256": package.sha256, "licence": package.licence, "mpp": package.mpp}
+
+
+def _finished(
+    batches: Iterator[Places], read: Callable[[Places], Future[Callable[[], Finish]]], most: int
+) -> Iterator[tuple[Places, Iterator[np.ndarray]]]:
+    """Batches in order, each with what `Finish` gives of it; up to `most` are read ahead, and `UNDER_WAY` begun."""
+    ahead: deque[tuple[Places, Future[Callable[[], Finish]]]] = deque()
+    begun: deque[tuple[Places, Finish]] = deque()
+    while True:
+        while len(ahead) < most and (batch := next(batches, None)):
+            ahead.append((batch, read(batch)))
+        while len(begun) < UNDER_WAY and ahead:
+            batch, ready = ahead.popleft()
+            begun.append((batch, ready.result()()))
+        if not begun:
+            return
+        batch, finish = begun.popleft()
+        yield batch, finish()
 
 
 def infer_slide(
@@ -357,7 +373,7 @@ def infer_slide(
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     active = np.asarray(tiles.active, bool)
     store = _create_maps(path, tiles, grid, package)
-    windows = list(active_windows(grid, active, CELL))
+    windows = list(active_windows(grid, active))
     rows = range(grid.rows)
     if part is not None:
         rows = _rows_of(part, grid, windows)
@@ -369,7 +385,7 @@ def infer_slide(
     maps = predictor.slide(grid, transform)
     reader = RasterReader(tiles, HELD_FOR_GPU) if on_gpu else RasterReader(tiles)
 
-    def read(batch: list[tuple[int, int]]) -> Callable[[], Finish]:
+    def read(batch: Places) -> Callable[[], Finish]:
         strips = []
         for row, column, count in runs(batch):
             x, y = grid.origin(row, column)
@@ -386,19 +402,9 @@ def infer_slide(
         Progress(len(windows) * megapixels, "infer", "MP") as progress,
     ):
         writer = MapWriter(store, grid, rows, *((hashing, writing) if on_gpu else ()))
-        pending = _batches(iter(windows), predictor.batch)
-        ahead: deque[tuple[list[tuple[int, int]], Future[Callable[[], Finish]]]] = deque()
-        begun: deque[tuple[list[tuple[int, int]], Finish]] = deque()
-        while True:
-            while len(ahead) <= readers + 1 and (batch := next(pending, None)):
-                ahead.append((batch, pool.submit(read, batch)))
-            while len(begun) < UNDER_WAY and ahead:
-                batch, ready = ahead.popleft()
-                begun.append((batch, ready.result()()))
-            if not begun:
-                break
-            batch, finish = begun.popleft()
-            for (row, column), pixels in zip(batch, finish(), strict=True):
+        batches = _batches(iter(windows), predictor.batch)
+        for batch, blended in _finished(batches, lambda batch: pool.submit(read, batch), readers + 2):
+            for (row, column), pixels in zip(batch, blended, strict=True):
                 writer.add(row, column, pixels)
             progress.advance(len(batch) * megapixels)
         writer.close()
@@ -415,7 +421,7 @@ def infer_slide(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's arguments."""
-    parser.add_argument("--slide", required=True, help="name of the slide")
+    add_stage_arguments(parser)
     parser.add_argument("--tiles", type=Path, required=True, help="tiles.json")
     parser.add_argument("--zarr", type=Path, required=True, help="tiles.zarr")
     parser.add_argument("--stain", type=Path, required=True, help="stain.json")
@@ -430,7 +436,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", type=Path, nargs="+", default=[], metavar="DIR", help="put these parts together")
     parser.add_argument("--out", type=Path, required=True, help="maps.json to write")
     parser.add_argument("--zarr-out", type=Path, required=True, help="maps.zarr to write")
-    parser.add_argument("--on-bad-slide", choices=("continue", "stop"), default="continue")
 
 
 def run_infer(
@@ -448,9 +453,38 @@ def run_infer(
     threads: int = 0,
     part: Part | None = None,
     parts: Sequence[Path] = (),
-    on_bad_slide: str = "continue",
+    **how: Any,
 ) -> dict[str, Any]:
-    """Run the inference stage of one slide; see `add_arguments` for the parameters."""
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    tiles, zarr : pathlib.Path
+        What the stage ``tiles`` wrote.
+    stain : pathlib.Path
+        Manifest of the stage ``stain``.
+    model : pathlib.Path
+        Folder of the model package.
+    out, zarr_out : pathlib.Path
+        The manifest and the store of maps to write.
+    device, precision, batch
+        See `pipeline.predictors.choose_predictor`.
+    threads : int
+        CPU threads; 0 is one a core.
+    part : Part, optional
+        Compute this part of the slide alone.
+    parts : sequence of pathlib.Path
+        Stores of all parts, to be put together; nothing is computed then.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest, with what `infer_slide` tells.
+    """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         package = ModelPackage.load(model, verify=True)
@@ -486,8 +520,8 @@ def run_infer(
         outputs={"maps": zarr_out},
         upstream=[tiles, stain, *map(manifest_of, parts)],
         stores={zarr: tiles} | {part: manifest_of(part) for part in parts},
-        on_bad_slide=on_bad_slide,
         body=body,
+        **how,
     )
 
 
@@ -495,20 +529,5 @@ def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
     if args.device != "cuda":
         keep_freed_memory()
-    run_infer(
-        args.slide,
-        tiles=args.tiles,
-        zarr=args.zarr,
-        stain=args.stain,
-        model=args.model,
-        out=args.out,
-        zarr_out=args.zarr_out,
-        device=args.device,
-        precision=args.precision,
-        batch=args.batch,
-        threads=args.threads,
-        part=args.part,
-        parts=args.parts,
-        on_bad_slide=args.on_bad_slide,
-    )
+    run_infer(**keywords(args))
     return 0

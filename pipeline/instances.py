@@ -6,25 +6,28 @@ import argparse
 import hashlib
 import logging
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
 from pipeline.allocator import keep_freed_memory
-from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, check_blocks, take_census, take_survey
+from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, take_census, take_survey
 from pipeline.census_worker import Setup
 from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.parts import Part, manifest_of, read_parts
-from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, run_stage
+from pipeline.stage import add_stage_arguments, keywords, run_stage
 from pipeline.tissue import read_tissue
+
+if TYPE_CHECKING:
+    from shapely.geometry.base import BaseGeometry
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +60,21 @@ def one_ahead(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             yield table
 
 
+def _setup(maps: Path, package: ModelPackage, spool: Path, tissue: BaseGeometry | None) -> Setup:
+    outline = None if tissue is None else shapely.to_wkb(tissue)
+    return Setup(maps, package.thresholds, tuple(c.name for c in package.classes), spool, outline)
+
+
 def write_part(
-    maps: Path, package: ModelPackage, out: Path, part: Part, *, block: int, halo: int, workers: int, tissue: Any = None
+    maps: Path,
+    package: ModelPackage,
+    out: Path,
+    part: Part,
+    *,
+    block: int,
+    halo: int,
+    workers: int,
+    tissue: BaseGeometry | None = None,
 ) -> dict[str, Any]:
     """Look at some of a slide's blocks, and leave their nuclei and seams in a folder.
 
@@ -67,11 +83,8 @@ def write_part(
     dict
         ``part``, ``block`` and ``model``, its hash.
     """
-    check_blocks(block, halo, workers)
     out.mkdir()
-    outline = None if tissue is None else shapely.to_wkb(tissue)
-    setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), out, outline)
-    take_survey(setup, part, block=block, halo=halo, workers=workers)
+    take_survey(_setup(maps, package, out, tissue), part, block=block, halo=halo, workers=workers)
     return {"part": part.to_json(), "block": block, "model": package.sha256}
 
 
@@ -84,7 +97,7 @@ def write_instances(
     block: int,
     halo: int,
     workers: int,
-    tissue: Any = None,
+    tissue: BaseGeometry | None = None,
     parts: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Find a slide's nuclei and write their table; `parts`: see `take_census`.
@@ -96,14 +109,10 @@ def write_instances(
         and ``digest``, the sha256 of ids, polygons and classes.
     """
     digest = hashlib.sha256()
-    count = 0
+    count, start = 0, time.monotonic()
     # Beside the table, under a name that `run_stage` clears away after a killed run.
-    with (
-        Progress(1, "nuclei", "slide") as clock,
-        tempfile.TemporaryDirectory(prefix=".part-spool-", suffix=f"-{out.name}", dir=out.parent) as spool,
-    ):
-        outline = None if tissue is None else shapely.to_wkb(tissue)
-        setup = Setup(maps, package.thresholds, tuple(c.name for c in package.classes), Path(spool), outline)
+    with tempfile.TemporaryDirectory(prefix=".part-spool-", suffix=f"-{out.name}", dir=out.parent) as spool:
+        setup = _setup(maps, package, Path(spool), tissue)
         # First of all: it may fork, which wants a process without threads and open files.
         census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
         about = {
@@ -121,18 +130,93 @@ def write_instances(
                 digest.update(table.column("class_id").to_numpy().tobytes())
                 digest.update(wkb_of(table.column("geometry").chunk(0))[0].data)
                 writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
-        if census.cut:
-            log.warning(
-                "slide %r: %d components of more than %d pixels were cut along a grid of %d pixels: is the nucleus "
-                "map sound?", slide, census.cut, setup.max_component, setup.cut,
-            )  # fmt: skip
-        return {
-            "nuclei": count,
-            "nuclei_per_s": round(count / max(clock.seconds, 1e-9), 1),
-            "components_followed": census.followed,
-            "components_cut": census.cut,
-            "digest": digest.hexdigest(),
-        }
+    rate = count / max(time.monotonic() - start, 1e-9)
+    log.info("slide %r: %d nuclei, %.0f a second", slide, count, rate)
+    if census.cut:
+        log.warning(
+            "slide %r: %d components of more than %d pixels were cut along a grid of %d pixels: is the nucleus map "
+            "sound?", slide, census.cut, setup.max_component, setup.cut,
+        )  # fmt: skip
+    return {
+        "nuclei": count,
+        "nuclei_per_s": round(rate, 1),
+        "components_followed": census.followed,
+        "components_cut": census.cut,
+        "digest": digest.hexdigest(),
+    }
+
+
+def run_instances(
+    slide: str,
+    maps: Path,
+    model: Path,
+    out: Path,
+    *,
+    maps_manifest: Path | None = None,
+    manifest: Path | None = None,
+    tissue: Path | None = None,
+    block: int = DEFAULT_BLOCK,
+    halo: int = DEFAULT_HALO,
+    workers: int = 1,
+    part: Part | None = None,
+    parts: Sequence[Path] = (),
+    **how: Any,
+) -> dict[str, Any]:
+    """Run the stage.
+
+    Parameters
+    ----------
+    slide : str
+        Name of the slide.
+    maps : pathlib.Path
+        ``maps.zarr``.
+    model : pathlib.Path
+        Folder of the model package.
+    out : pathlib.Path
+        The table of nuclei to write; with `part`, a folder.
+    maps_manifest : pathlib.Path, optional
+        ``maps.json``, without which maps are taken as they are.
+    manifest : pathlib.Path, optional
+        The manifest to write; by default beside `out`.
+    tissue : pathlib.Path, optional
+        ``tissue.geojson``; nuclei whose centre lies outside are left out.
+    block, halo, workers : int
+        See `pipeline.census.take_census`.
+    part : Part, optional
+        Look at this part of the slide alone.
+    parts : sequence of pathlib.Path
+        Folders of all parts, to be put together; no block is looked at again then.
+    **how : Any
+        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+
+    Returns
+    -------
+    dict
+        The manifest, with what `write_instances` or `write_part` tells.
+    """
+    stores = {path: manifest_of(path) for path in parts}
+    if maps_manifest is not None:
+        stores = {maps: maps_manifest} | stores
+
+    def body(staged: dict[str, Path]) -> dict[str, Any]:
+        package = ModelPackage.load(model)
+        area = None if tissue is None else shapely.union_all(read_tissue(tissue))
+        options: dict[str, Any] = {"block": block, "halo": halo, "workers": workers, "tissue": area}
+        if part is not None:
+            return write_part(maps, package, staged["nuclei"], part, **options)
+        read_parts(parts, block=block, model=package.sha256)
+        return write_instances(maps, package, staged["nuclei"], slide=slide, parts=parts, **options)
+
+    return run_stage(
+        "instances",
+        slide,
+        manifest=manifest or out.with_suffix(".json"),
+        outputs={"nuclei": out},
+        upstream=[*stores.values()],
+        stores=stores,
+        body=body,
+        **how,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,33 +238,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the stage from the command line."""
     keep_freed_memory()
-
-    def body(staged: dict[str, Path]) -> dict[str, Any]:
-        package = ModelPackage.load(args.model)
-        how = {
-            "block": args.block,
-            "halo": args.halo,
-            "workers": args.workers,
-            "tissue": shapely.union_all(read_tissue(args.tissue)) if args.tissue else None,
-        }
-        if args.part is not None:
-            return write_part(args.maps, package, staged["nuclei"], args.part, **how)
-        read_parts(args.parts, block=args.block, model=package.sha256)
-        found = write_instances(args.maps, package, staged["nuclei"], slide=args.slide, parts=args.parts, **how)
-        log.info("slide %r: %d nuclei, %.0f a second", args.slide, found["nuclei"], found["nuclei_per_s"])
-        return found
-
-    stores = {part: manifest_of(part) for part in args.parts}
-    if args.maps_manifest is not None:
-        stores = {args.maps: args.maps_manifest} | stores
-    run_stage(
-        "instances",
-        args.slide,
-        manifest=args.manifest or args.out.with_suffix(".json"),
-        outputs={"nuclei": args.out},
-        upstream=[*stores.values()],
-        stores=stores,
-        body=body,
-        on_bad_slide=args.on_bad_slide,
-    )
+    run_instances(**keywords(args))
     return 0

@@ -24,6 +24,13 @@ def lattice_shape(grid: Grid) -> tuple[int, int]:
     return -(-grid.height // CELL), -(-grid.width // CELL)
 
 
+def active_pixels(active: np.ndarray, grid: Grid) -> int:
+    """Pixels of active cells; of a block's, as many as if it lay in the slide's corner."""
+    heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
+    widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
+    return int(heights @ active @ widths)
+
+
 def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int = 1) -> np.ndarray:
     """Cells that touch tissue.
 

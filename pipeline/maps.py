@@ -12,6 +12,7 @@ import zarr
 from pipeline.chunks import ChunkFiles
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
+from pipeline.lattice import CELL
 from pipeline.seal import check_seal, is_sealed
 
 _CHUNKS = ChunkFiles(level=5)
@@ -31,23 +32,20 @@ class MapStore:
         Name of each map, e.g. ``nucleus``, ``distance``, ``type:Lymphocyte``.
     active : numpy.ndarray
         bool lattice of the cells that were looked at.
-    cell : int
-        Side of a cell in grid pixels.
     """
 
     path: Path
     grid: Grid
     channels: tuple[str, ...]
     active: np.ndarray
-    cell: int
     array: Any
 
     @classmethod
     def create(
-        cls, path: Path, grid: Grid, channels: tuple[str, ...], active: np.ndarray, cell: int, chunk: tuple[int, int]
+        cls, path: Path, grid: Grid, channels: tuple[str, ...], active: np.ndarray, chunk: tuple[int, int]
     ) -> MapStore:
         """Make an empty store whose chunks are ``chunk`` (rows, columns) pixels."""
-        group = zarr.create_group(path, attributes={"grid": grid.to_json(), "channels": list(channels), "cell": cell})
+        group = zarr.create_group(path, attributes={"grid": grid.to_json(), "channels": list(channels), "cell": CELL})
         array = group.create_array(
             "maps",
             shape=(len(channels), grid.height, grid.width),
@@ -57,7 +55,7 @@ class MapStore:
             compressors=_CHUNKS.compressors,
         )
         group.create_array("active", data=active)
-        return cls(path, grid, channels, active, cell, array)
+        return cls(path, grid, channels, active, array)
 
     @classmethod
     def open(cls, path: Path) -> MapStore:
@@ -72,12 +70,13 @@ class MapStore:
         try:
             group = zarr.open_group(path, mode="r")
             attributes = group.attrs
+            if attributes["cell"] != CELL:
+                raise ValueError(f"cells of {attributes['cell']} pixels")
             return cls(
                 Path(path),
                 Grid.from_json(dict(attributes["grid"])),  # type: ignore[arg-type]
                 tuple(attributes["channels"]),  # type: ignore[arg-type]
                 np.asarray(group["active"][:], bool),  # type: ignore[index]
-                int(attributes["cell"]),  # type: ignore[arg-type]
                 group["maps"],
             )
         except (KeyError, ValueError, TypeError, FileNotFoundError) as error:  # other OSErrors are the machine's
@@ -135,6 +134,6 @@ class MapStore:
 
     def is_active(self, x: int, y: int, width: int, height: int) -> bool:
         """Whether a window holds any pixel that was looked at."""
-        rows = slice(max(y, 0) // self.cell, -(-(y + height) // self.cell))
-        columns = slice(max(x, 0) // self.cell, -(-(x + width) // self.cell))
+        rows = slice(max(y, 0) // CELL, -(-(y + height) // CELL))
+        columns = slice(max(x, 0) // CELL, -(-(x + width) // CELL))
         return bool(self.active[rows, columns].any())

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from pipeline.stain import stain_matrix
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pipeline.tile_store import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +56,6 @@ COLUMNS = (
     *STAIN_COLUMNS,
 )
 """Measurements, float32, after ``centroid_x`` and ``centroid_y`` (level-0 pixels, float64)."""
-
-
-class Tiles(Protocol):
-    """What this stage needs of the tile store."""
-
-    @property
-    def grid(self) -> Grid: ...
-
-    def read(self, x: int, y: int, w: int, h: int) -> np.ndarray: ...
 
 
 def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
@@ -248,13 +241,13 @@ def write_measured(
 
     from pipeline.nuclei import COMPRESSION, open_nuclei
 
-    source = open_nuclei(instances)
-    schema = measured_schema(source.schema_arrow)
-    count = source.metadata.num_rows
-    with pq.ParquetWriter(out, schema, **COMPRESSION) as writer, Progress(count, "measure", "nuclei") as progress:
-        for batch in measured_batches(source, tiles, matrix, white, schema):
-            writer.write_batch(batch)
-            progress.advance(batch.num_rows)
+    with open_nuclei(instances) as source:
+        schema = measured_schema(source.schema_arrow)
+        count = source.metadata.num_rows
+        with pq.ParquetWriter(out, schema, **COMPRESSION) as writer, Progress(count, "measure", "nuclei") as progress:
+            for batch in measured_batches(source, tiles, matrix, white, schema):
+                writer.write_batch(batch)
+                progress.advance(batch.num_rows)
     return count
 
 

@@ -82,7 +82,8 @@ def about_nuclei(schema: pa.Schema) -> dict[str, Any]:
 
 def read_nuclei(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read a file of nuclei, or some of its columns."""
-    return open_nuclei(path).read(columns=columns)
+    with open_nuclei(path) as file:
+        return file.read(columns=columns)
 
 
 def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:

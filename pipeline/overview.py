@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -33,6 +33,8 @@ from pipeline.slides.regions import shrink
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pipeline.tile_store import Tiles
+
 CROP_UM = 128.0
 """Side of a crop in µm."""
 
@@ -43,18 +45,6 @@ COLOUR_MAP = "magma"
 
 Contour = tuple[npt.NDArray[np.float64], Sequence[int]]
 """An outline in grid pixels and its colour."""
-
-
-class Tiles(Protocol):
-    """What the drawing needs of `pipeline.tile_store.TileStore`."""
-
-    @property
-    def grid(self) -> Grid: ...
-
-    @property
-    def active(self) -> npt.NDArray[np.bool_]: ...
-
-    def read(self, x: int, y: int, w: int, h: int, /) -> npt.NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,13 +23,15 @@ from pipeline.errors import PipelineError
 from pipeline.figure import PNG_LEVEL
 from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
-from pipeline.kernels.focus import BLURRED_UM, edge_blur
+from pipeline.kernels.focus import BLURRED_UM, COARSEST_MPP, edge_blur
 from pipeline.lattice import CELL
 from pipeline.models.package import ModelPackage
 from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from pipeline.tile_store import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +54,6 @@ _CELLS_AT_ONCE = 256
 _BLOCK_CELLS = 1024 // CELL
 _PREVIEWS = 6
 _PREVIEW_SIZE = 256
-
-
-class Tiles(Protocol):
-    """What this stage needs of the tile store."""
-
-    @property
-    def grid(self) -> Grid: ...
-
-    @property
-    def active(self) -> np.ndarray: ...
-
-    def read(self, x: int, y: int, width: int, height: int, /) -> np.ndarray: ...
 
 
 def spread_order(count: int) -> np.ndarray:
@@ -103,7 +93,7 @@ class Sample:
         OD of the glass in them, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
     blur : list of float
         Width of the edges, µm, in each cell that is tissue for the greater part and has edges, see
-        `pipeline.kernels.focus.edge_blur`.
+        `pipeline.kernels.focus.edge_blur`; of a slide of coarser pixels than that can judge, none.
     """
 
     rgb: np.ndarray
@@ -160,6 +150,8 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values, blur: list[fl
     Values of all their pixels are added to `values`, widths of edges to `blur`.
     """
     found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
+    # Edges are no narrower than the slide's own pixels, which may be coarser than the grid's.
+    fine = tiles.grid.mpp <= COARSEST_MPP * min(tiles.grid.scale_x, tiles.grid.scale_y)
     block = cells // _BLOCK_CELLS
     order = np.lexsort(block.T[::-1])
     for members in np.split(order, np.flatnonzero(np.diff(block[order], axis=0).any(axis=1)) + 1):
@@ -173,7 +165,7 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values, blur: list[fl
             found[index] = kernel.tissue_pixels(cell)
             values.add(cell)
             mostly_tissue = 2 * len(found[index]) > cell.shape[0] * cell.shape[1]
-            if mostly_tissue and (width_um := edge_blur(cell, tiles.grid.mpp)) is not None:
+            if fine and mostly_tissue and (width_um := edge_blur(cell, tiles.grid.mpp)) is not None:
                 blur.append(width_um)
     return found
 

@@ -246,7 +246,7 @@ def evaluate_slide(
     try:
         known = load(truth, origin)
     except PipelineError as error:
-        raise SlideError(f"truth: {Exception.__str__(error)}", error.hint) from None
+        raise SlideError(f"truth: {error.reason}", error.hint) from None
     slide = (0, 0, *size)
     if isinstance(known, LabelMap):
         box = known.box

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,21 @@ from pipeline.seal import check_seal, is_sealed
 Window = Callable[[int, int, int, int], np.ndarray]
 
 _CHUNKS = ChunkFiles(level=1)
+
+
+class Tiles(Protocol):
+    """A slide's pixels, as those who measure and draw want them: a `TileStore`, or an array in its place."""
+
+    @property
+    def grid(self) -> Grid:
+        """The slide's grid."""
+
+    @property
+    def active(self) -> np.ndarray:
+        """The lattice's cells that hold pixels, bool."""
+
+    def read(self, x: int, y: int, w: int, h: int, /) -> np.ndarray:
+        """A window in grid pixels, RGB, uint8, shape (h, w, 3)."""
 
 
 def reflect(start: int, n: int, size: int) -> np.ndarray:

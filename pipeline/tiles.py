@@ -18,15 +18,25 @@ import numpy as np
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
+from pipeline.damage import (
+    Jump,
+    Tolerant,
+    cell_at,
+    cells_near,
+    comparable_level,
+    disagreement,
+    torn_cells,
+    unreadable_windows,
+)
 from pipeline.errors import PipelineError, SlideError
 from pipeline.grid import Grid
-from pipeline.kernels.borders import RUN, border_jumps, surroundings, torn_tiles
-from pipeline.lattice import CELL, active_cells
+from pipeline.kernels.borders import RUN
+from pipeline.lattice import CELL, active_cells, active_pixels
 from pipeline.parts import Part, link_chunks, manifest_of, read_parts
 from pipeline.progress import Progress
 from pipeline.slides.inspect import reopen
 from pipeline.slides.open import SlidePool
-from pipeline.slides.regions import OneLevel, best_level, read_region
+from pipeline.slides.regions import best_level, read_region
 from pipeline.slides.slide import Level, Slide
 from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.tile_store import create_tiles, write_tile
@@ -40,14 +50,8 @@ MOST_ENLARGED = 4
 ENLARGED_WELL = 2.2
 """Up to here no warning: slides of a 20x objective, some 0.5 µm/px, before a model of 0.25."""
 
-_COMPARE = 16
-"""Side, in grid pixels, of the squares whose means are compared between two levels."""
-
-_COMPARE_GREY = 24
-"""Difference of two such means, in grey levels, that resampling and compression do not make."""
-
-_COMPARE_SQUARES = 2
-"""So many of the 16 squares of a cell that differ make the cell doubtful."""
+MOST_READERS = 16
+"""Reader threads, where their number is not given."""
 
 _SUPER_PIXELS = 10_000_000
 """Level pixels that a reader decodes at once: 30 MB of RGB."""
@@ -58,121 +62,6 @@ def model_mpp(model: Path) -> float:
     from pipeline.models.package import ModelPackage
 
     return float(ModelPackage.load(model).mpp)
-
-
-Jump = tuple[int, int, bool]
-"""Where the picture jumps at a border of tiles: see `border_jumps`."""
-
-
-class _Tolerant:
-    """A slide whose native tiles that cannot be decoded are white and noted; so are jumps between them, if wanted."""
-
-    def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]], jumps: list[Jump] | None = None) -> None:
-        self._slide = slide
-        self._unreadable = unreadable
-        self._jumps = jumps
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        return self._slide.levels
-
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        if self._jumps is None:
-            return self._read(level, x, y, w, h)
-        # With what is around: whether a border of this window jumps must not depend on where the window ends.
-        (across, down), size = self._slide.tile_size(level), self._slide.levels[level]
-        x0, x1 = surroundings(x, x + w, across, size.width)
-        y0, y1 = surroundings(y, y + h, down, size.height)
-        pixels = self._read(level, x0, y0, x1 - x0, y1 - y0)
-        self._jumps += border_jumps(pixels, x0, y0, across, down)
-        return pixels[y - y0 : y - y0 + h, x - x0 : x - x0 + w]
-
-    def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        try:
-            return self._slide.read(level, x, y, w, h)
-        except SlideError:
-            pass
-        out = np.full((h, w, 3), 255, np.uint8)
-        across, down = self._slide.tile_size(level)
-        for row in range(y // down, -(-(y + h) // down)):
-            for column in range(x // across, -(-(x + w) // across)):
-                tx, ty = column * across, row * down
-                x0, y0, x1, y1 = max(x, tx), max(y, ty), min(x + w, tx + across), min(y + h, ty + down)
-                try:
-                    tile = self._slide.read(level, tx, ty, across, down)
-                    out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - ty : y1 - ty, x0 - tx : x1 - tx]
-                except SlideError as error:
-                    if (level, column, row) not in self._unreadable:
-                        log.debug("unreadable: %s", error)
-                    self._unreadable.add((level, column, row))
-        return out
-
-
-def _unreadable_rects(
-    tiles: set[tuple[int, int, int]], slide: Slide, grid: Grid, active: np.ndarray
-) -> tuple[list[list[int]], float]:
-    """Grid windows of native tiles that cannot be read, where they meet active cells, and their share of those."""
-    import cv2
-
-    rects = []
-    covered = 0
-    cells = active.astype(np.uint8)
-    for level, column, row in tiles:
-        across, down = slide.tile_size(level)
-        scale_x, scale_y = slide.levels[level].scale_x / grid.scale_x, slide.levels[level].scale_y / grid.scale_y
-        x0, y0 = int(np.floor(column * across * scale_x + 1e-9)), int(np.floor(row * down * scale_y + 1e-9))
-        x1 = min(int(np.ceil((column + 1) * across * scale_x - 1e-9)), grid.width)
-        y1 = min(int(np.ceil((row + 1) * down * scale_y - 1e-9)), grid.height)
-        if x1 <= x0 or y1 <= y0:
-            continue
-        part = cells[y0 // CELL : -(-y1 // CELL), x0 // CELL : -(-x1 // CELL)]
-        if not part.any():
-            continue
-        full = cv2.resize(part, None, fx=CELL, fy=CELL, interpolation=cv2.INTER_NEAREST)
-        top, left = y0 - y0 // CELL * CELL, x0 - x0 // CELL * CELL
-        covered += int(np.count_nonzero(full[top : top + y1 - y0, left : left + x1 - x0]))
-        rects.append([x0, y0, x1 - x0, y1 - y0])
-    return sorted(rects, key=lambda r: (r[1], r[0])), min(1.0, covered / max(_active_pixels(active, grid), 1))
-
-
-def _cells_of(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
-    """Cells that grid windows touch, and their neighbours: resampling reaches over."""
-    cells = np.zeros(shape, bool)
-    for x, y, w, h in rects:
-        rows = slice(max(0, y // CELL - 1), -(-(y + h) // CELL) + 1)
-        cells[rows, max(0, x // CELL - 1) : -(-(x + w) // CELL) + 1] = True
-    return cells
-
-
-def _cell_at(level: Level, grid: Grid, x: int, y: int) -> tuple[int, int]:
-    """Row and column of the cell that holds the middle of a level's pixel."""
-    across, down = level.scale_x / grid.scale_x / CELL, level.scale_y / grid.scale_y / CELL
-    return int((y + 0.5) * down), int((x + 0.5) * across)
-
-
-def _torn_cells(sides: set[Jump], slide: Slide, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
-    """Cells of the native tiles that jump at their borders."""
-    index = best_level(slide.levels, grid)
-    level, (across, down) = slide.levels[index], slide.tile_size(index)
-    cells = np.zeros(shape, bool)
-    for column, row in torn_tiles(sides):
-        top, left = _cell_at(level, grid, max(column * across, 0), max(row * down, 0))
-        bottom, right = _cell_at(level, grid, (column + 1) * across - 1, (row + 1) * down - 1)
-        cells[top : bottom + 1, left : right + 1] = True
-    return cells
-
-
-def _places(cells: np.ndarray, grid: Grid) -> str:
-    """Level-0 corners of the first three cells."""
-    found = np.argwhere(cells)[:3] * CELL
-    return ", ".join(f"({round(x * grid.scale_x)}, {round(y * grid.scale_y)})" for y, x in found.tolist())
-
-
-def _active_pixels(active: np.ndarray, grid: Grid) -> int:
-    """Pixels of active cells; of a block's, as many as if it lay in the slide's corner."""
-    heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
-    widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
-    return int(heights @ active @ widths)
 
 
 Block = tuple[slice, slice]
@@ -200,64 +89,16 @@ def _super_shape(slide: Slide, grid: Grid, tile: int) -> tuple[int, int]:
     return (tile, side * side * tile) if slide.in_strips(index) else (side * tile, side * tile)
 
 
-def comparable_level(slide: Slide, grid: Grid) -> int | None:
-    """The level to compare the one that is read with: the finest that is at least 3.5 times coarser, if there is one.
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What came of reading a slide, or a part of it: see `_Writer`."""
 
-    Finer ones cost too much, coarser ones hold too few pixels in a square to be compared.
-    """
-    own = slide.levels[best_level(slide.levels, grid)]
-    fit = [
-        i
-        for i, level in enumerate(slide.levels)
-        if level.usable and 3.5 * own.scale_x <= level.scale_x <= _COMPARE / 2 * grid.scale_x
-    ]
-    return min(fit, key=lambda i: slide.levels[i].scale_x) if fit else None
-
-
-def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: int, y0: int) -> np.ndarray:
-    """Where pixels are not what another level of the slide shows.
-
-    A decoder takes most damage to a JPEG tile for a picture. What tells is that the levels of a pyramid are stored
-    apart, so that damage to one leaves the other as it was.
-
-    Parameters
-    ----------
-    slide : Slide
-        The slide.
-    level : int
-        The other level.
-    grid : Grid
-        The slide's grid.
-    pixels : numpy.ndarray
-        RGB, uint8, shape (h, w, 3), of the grid.
-    x0, y0 : int
-        Their place, multiples of 64.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ; all where the other level cannot be decoded.
-    """
-    import cv2
-
-    h, w = (size // _COMPARE for size in pixels.shape[:2])
-    cells = np.zeros((-(-pixels.shape[0] // CELL), -(-pixels.shape[1] // CELL)), bool)
-    if not h or not w:
-        return cells
-    fine = cv2.resize(pixels[: h * _COMPARE, : w * _COMPARE], (w, h), interpolation=cv2.INTER_AREA)
-    coarse_grid = Grid(
-        -(-grid.width // _COMPARE), -(-grid.height // _COMPARE), grid.mpp * _COMPARE,
-        grid.scale_x * _COMPARE, grid.scale_y * _COMPARE,
-    )  # fmt: skip
-    try:
-        other = read_region(OneLevel(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
-    except SlideError:
-        return ~cells
-    differ = (cv2.absdiff(fine, other).max(axis=2) > _COMPARE_GREY).astype(np.uint8)
-    step = CELL // _COMPARE
-    padded = np.pad(differ, ((0, cells.shape[0] * step - h), (0, cells.shape[1] * step - w)))
-    counts = padded.reshape(cells.shape[0], step, cells.shape[1], step).sum(axis=(1, 3))
-    return np.asarray(counts >= _COMPARE_SQUARES)
+    sums: np.ndarray
+    doubtful: np.ndarray | None
+    jumps: set[Jump] | None
+    unreadable: set[tuple[int, int, int]]
+    tiles: int
+    seconds: float
 
 
 class _Writer:
@@ -289,7 +130,7 @@ class _Writer:
         missed: set[tuple[int, int, int]] = set()
         slide = self.pool.get()
         jumps: list[Jump] | None = None if self.jumps is None else []
-        pixels = read_region(_Tolerant(slide, missed, jumps), self.grid, x0, y0, x1 - x0, y1 - y0)
+        pixels = read_region(Tolerant(slide, missed, jumps), self.grid, x0, y0, x1 - x0, y1 - y0)
         if self.other_level is not None:
             found = disagreement(slide, self.other_level, self.grid, pixels, x0, y0)
             top, left = y0 // CELL, x0 // CELL
@@ -304,12 +145,12 @@ class _Writer:
             self.unreadable |= missed
             if self.jumps is not None:
                 self.jumps |= self._sides(slide.levels[self.level], jumps or [])
-        return _active_pixels(cells, self.grid) / 1e6
+        return active_pixels(cells, self.grid) / 1e6
 
     def _sides(self, level: Level, jumps: list[Jump]) -> set[Jump]:
         """Tiles that jump on the left or at the top, of jumps at active cells: every cut of the slide knows these."""
         across, down = self.native
-        return {(x // across, y // down, left) for x, y, left in jumps if self.active[_cell_at(level, self.grid, x, y)]}
+        return {(x // across, y // down, left) for x, y, left in jumps if self.active[cell_at(level, self.grid, x, y)]}
 
     def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
         """White where no cell is active; sums of those that are."""
@@ -339,9 +180,144 @@ class _Writer:
         return 1
 
 
-def default_workers() -> int:
-    """Reader threads: one a core, at most 16."""
-    return min(16, available_cores())
+def _read(
+    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, store: Path, workers: int, part: Part | None
+) -> _Read:
+    """Read a slide's tissue, or a part of it, into the store."""
+    with SlidePool(lambda: reopen(info)) as pool:
+        writer = _Writer(pool, grid, active, tile, store)
+        blocks = _blocks(active, _super_shape(pool.get(), grid, tile))
+        pixels = [active_pixels(active[block], grid) for block in blocks]
+        chosen = range(len(blocks)) if part is None else part.of(pixels)
+        with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
+            _run(writer, [blocks[i] for i in chosen], workers, done)
+            doubtful = None if writer.other_level is None else writer.doubtful
+            return _Read(writer.sums, doubtful, writer.jumps, writer.unreadable, writer.tiles, done.seconds)
+
+
+def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress) -> None:
+    """Do all blocks on a pool of threads, few in flight at a time."""
+    if workers == 1:
+        for block in blocks:
+            progress.advance(writer.block(block))
+        return
+    pending: set[Future[float]] = set()
+    with ThreadPoolExecutor(workers, thread_name_prefix="tiles") as threads:
+        try:
+            for block in blocks:
+                if len(pending) >= workers + 1:
+                    ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        progress.advance(future.result())
+                pending.add(threads.submit(writer.block, block))
+            for future in pending:
+                progress.advance(future.result())
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
+    """Add to a part's store what `_gather` wants of it besides the pixels; what its manifest tells."""
+    import zarr
+
+    group = zarr.open_group(store, mode="r+")
+    group.create_array("sums", data=done.sums)
+    if done.doubtful is not None:
+        group.create_array("doubtful", data=done.doubtful)
+    return {
+        "part": part.to_json(),
+        "grid": grid.to_json(),
+        "tile": tile,
+        "tiles": done.tiles,
+        "seconds_reading": round(done.seconds, 3),
+        "undecoded": sorted(map(list, done.unreadable)),
+        "jumps": None if done.jumps is None else sorted(map(list, done.jumps)),
+    }
+
+
+def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: np.ndarray) -> _Read:
+    """Put the stores of all parts together."""
+    import zarr
+
+    sums = np.zeros(active.shape, np.uint32)
+    doubtful: np.ndarray | None = None
+    jumps: set[Jump] | None = None
+    unreadable: set[tuple[int, int, int]] = set()
+    manifests = read_parts(parts, grid=grid.to_json(), tile=tile)
+    for path, manifest in zip(parts, manifests, strict=True):
+        link_chunks(path, store, "rgb")
+        group: Any = zarr.open_group(path, mode="r")
+        sums += group["sums"][:]
+        if "doubtful" in group:
+            doubtful = group["doubtful"][:] if doubtful is None else doubtful | group["doubtful"][:]
+        unreadable |= {(level, column, row) for level, column, row in manifest["undecoded"]}
+        if manifest["jumps"] is not None:
+            jumps = (jumps or set()) | {(column, row, left) for column, row, left in manifest["jumps"]}
+    seconds = sum(manifest["seconds_reading"] for manifest in manifests)
+    return _Read(sums, doubtful, jumps, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
+
+
+def _damage(
+    slide: str, done: _Read, info: dict[str, Any], grid: Grid, active: np.ndarray, max_unreadable: float
+) -> dict[str, Any]:
+    """What the manifest tells of tiles of the file that do not decode, or not to what was scanned.
+
+    Raises
+    ------
+    SlideError
+        When more than a share of `max_unreadable` of the tissue does not decode.
+    """
+    with reopen(info) as handle:
+        rects, share = unreadable_windows(done.unreadable, handle, grid, active)
+        found = done.doubtful
+        if found is None and done.jumps is not None:
+            found = torn_cells(done.jumps, handle, grid, active.shape)
+    if share > max_unreadable:
+        raise SlideError(
+            f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
+            f"more than the {100 * max_unreadable:g} % allowed",
+            "copy or export the slide again, or raise `max_unreadable`",
+        )
+    if rects:
+        log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
+    doubtful = (np.zeros(active.shape, bool) if found is None else found) & active & ~cells_near(rects, active.shape)
+    warnings = _warnings(max(info["mpp"]), doubtful, active, grid, compared=done.doubtful is not None)
+    for warning in warnings:
+        log.warning("slide %r: %s", slide, warning)
+    return {
+        "unreadable": rects,
+        "unreadable_share": round(share, 6),
+        "doubtful_cells": None if found is None else int(doubtful.sum()),
+        "warnings": warnings,
+    }
+
+
+def _warnings(mpp: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid, *, compared: bool) -> list[str]:
+    """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
+    warnings = []
+    if mpp / grid.mpp > ENLARGED_WELL:
+        warnings.append(
+            f"the slide's {mpp:g} µm/px are {mpp / grid.mpp:.2g} times as coarse as the model's {grid.mpp:g}: "
+            "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
+        )
+    if doubtful.any():
+        why = (
+            "differ between the levels of the slide, or one does not decode"
+            if compared
+            else "lie in tiles of the file that do not continue those beside them"
+        )
+        warnings.append(
+            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels {why}: is the file damaged? "
+            f"The first: {_places(doubtful, grid)}"
+        )
+    return warnings
+
+
+def _places(cells: np.ndarray, grid: Grid) -> str:
+    """Level-0 corners of the first three cells."""
+    found = np.argwhere(cells)[:3] * CELL
+    return ", ".join(f"({round(x * grid.scale_x)}, {round(y * grid.scale_y)})" for y, x in found.tolist())
 
 
 def run_tiles(
@@ -375,7 +351,7 @@ def run_tiles(
     tile : int
         Side of a stored tile in grid pixels, a multiple of 64. The pixels are the same for every size.
     workers : int, optional
-        Reader threads; by default one a core, at most 16.
+        Reader threads; by default one a core, at most `MOST_READERS`.
     max_unreadable : float
         Share of the tissue's pixels that may be unreadable. They are white then, and listed.
     part : Part, optional
@@ -417,27 +393,11 @@ def run_tiles(
         if parts:
             done = _gather(parts, grid, tile, staged["zarr"], active)
         else:
-            done = _read(info, grid, active, tile, staged["zarr"], workers or default_workers(), part)
+            threads = workers or min(MOST_READERS, available_cores())
+            done = _read(info, grid, active, tile, staged["zarr"], threads, part)
             if part is not None:
                 return _store_part(done, part, grid, tile, staged["zarr"])
-        with reopen(info) as handle:
-            rects, share = _unreadable_rects(done.unreadable, handle, grid, active)
-            found = done.doubtful
-            if found is None and done.jumps is not None:
-                found = _torn_cells(done.jumps, handle, grid, active.shape)
-        if share > max_unreadable:
-            raise SlideError(
-                f"{100 * share:.3g} % of the tissue cannot be decoded ({len(rects)} tiles), "
-                f"more than the {100 * max_unreadable:g} % allowed",
-                "copy or export the slide again, or raise `max_unreadable`",
-            )
-        if rects:
-            log.warning("slide %r: %d tiles cannot be decoded, left white (%.3g %%)", slide, len(rects), 100 * share)
-        doubtful = (np.zeros(active.shape, bool) if found is None else found) & active & ~_cells_of(rects, active.shape)
-        warnings = _warnings(mpp, wanted, doubtful, active, grid, compared=done.doubtful is not None)
-        for warning in warnings:
-            log.warning("slide %r: %s", slide, warning)
-        total = _active_pixels(active, grid)
+        total = active_pixels(active, grid)
         rate = total / 1e6 / max(done.seconds, 1e-9)
         log.info("slide %r: %d tiles, %.1f MP in %.1f s, %.1f MP/s", slide, done.tiles, total / 1e6, done.seconds, rate)
         digest = hashlib.sha256(json.dumps(grid.to_json(), sort_keys=True).encode())
@@ -447,10 +407,7 @@ def run_tiles(
             "tile": tile,
             "tiles": done.tiles,
             "active_cells": int(active.sum()),
-            "unreadable": rects,
-            "unreadable_share": round(share, 6),
-            "doubtful_cells": None if found is None else int(doubtful.sum()),
-            "warnings": warnings,
+            **_damage(slide, done, info, grid, active, max_unreadable),
             "megapixels": round(total / 1e6, 6),
             "mp_per_s": round(rate, 3),
             "digest": digest.hexdigest(),
@@ -468,119 +425,6 @@ def run_tiles(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """What came of reading a slide, or a part of it: see `_Writer`."""
-
-    sums: np.ndarray
-    doubtful: np.ndarray | None
-    jumps: set[Jump] | None
-    unreadable: set[tuple[int, int, int]]
-    tiles: int
-    seconds: float
-
-
-def _read(
-    info: dict[str, Any], grid: Grid, active: np.ndarray, tile: int, store: Path, workers: int, part: Part | None
-) -> _Read:
-    """Read a slide's tissue, or a part of it, into the store."""
-    with SlidePool(lambda: reopen(info)) as pool:
-        writer = _Writer(pool, grid, active, tile, store)
-        blocks = _blocks(active, _super_shape(pool.get(), grid, tile))
-        pixels = [_active_pixels(active[block], grid) for block in blocks]
-        chosen = range(len(blocks)) if part is None else part.of(pixels)
-        with Progress(sum(pixels[i] for i in chosen) / 1e6, "tiles", "MP") as done:
-            _run(writer, [blocks[i] for i in chosen], workers, done)
-            doubtful = None if writer.other_level is None else writer.doubtful
-            return _Read(writer.sums, doubtful, writer.jumps, writer.unreadable, writer.tiles, done.seconds)
-
-
-def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
-    """Add to a part's store what `_gather` wants of it besides the pixels; what its manifest tells."""
-    import zarr
-
-    group = zarr.open_group(store, mode="r+")
-    group.create_array("sums", data=done.sums)
-    if done.doubtful is not None:
-        group.create_array("doubtful", data=done.doubtful)
-    return {
-        "part": part.to_json(),
-        "grid": grid.to_json(),
-        "tile": tile,
-        "tiles": done.tiles,
-        "seconds_reading": round(done.seconds, 3),
-        "undecoded": sorted(map(list, done.unreadable)),
-        "jumps": None if done.jumps is None else sorted(map(list, done.jumps)),
-    }
-
-
-def _warnings(
-    mpp: float, wanted: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid, *, compared: bool
-) -> list[str]:
-    """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
-    warnings = []
-    if mpp / wanted > ENLARGED_WELL:
-        warnings.append(
-            f"the slide's {mpp:g} µm/px are {mpp / wanted:.2g} times as coarse as the model's {wanted:g}: "
-            "small nuclei are missed, outlines are coarse; take a model of larger pixels, if there is one"
-        )
-    if doubtful.any():
-        why = (
-            "differ between the levels of the slide, or one does not decode"
-            if compared
-            else "lie in tiles of the file that do not continue those beside them"
-        )
-        warnings.append(
-            f"{int(doubtful.sum())} of {int(active.sum())} cells of 64 pixels {why}: is the file damaged? "
-            f"The first: {_places(doubtful, grid)}"
-        )
-    return warnings
-
-
-def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: np.ndarray) -> _Read:
-    """Put the stores of all parts together."""
-    import zarr
-
-    sums = np.zeros(active.shape, np.uint32)
-    doubtful: np.ndarray | None = None
-    jumps: set[Jump] | None = None
-    unreadable: set[tuple[int, int, int]] = set()
-    manifests = read_parts(parts, grid=grid.to_json(), tile=tile)
-    for path, manifest in zip(parts, manifests, strict=True):
-        link_chunks(path, store, "rgb")
-        group: Any = zarr.open_group(path, mode="r")
-        sums += group["sums"][:]
-        if "doubtful" in group:
-            doubtful = group["doubtful"][:] if doubtful is None else doubtful | group["doubtful"][:]
-        unreadable |= {(level, column, row) for level, column, row in manifest["undecoded"]}
-        if manifest["jumps"] is not None:
-            jumps = (jumps or set()) | {(column, row, left) for column, row, left in manifest["jumps"]}
-    seconds = sum(manifest["seconds_reading"] for manifest in manifests)
-    return _Read(sums, doubtful, jumps, unreadable, sum(manifest["tiles"] for manifest in manifests), seconds)
-
-
-def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress) -> None:
-    """Do all blocks on a pool of threads, few in flight at a time."""
-    if workers == 1:
-        for block in blocks:
-            progress.advance(writer.block(block))
-        return
-    pending: set[Future[float]] = set()
-    with ThreadPoolExecutor(workers, thread_name_prefix="tiles") as threads:
-        try:
-            for block in blocks:
-                if len(pending) >= workers + 1:
-                    ready, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        progress.advance(future.result())
-                pending.add(threads.submit(writer.block, block))
-            for future in pending:
-                progress.advance(future.result())
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Command line of the stage."""
     add_stage_arguments(parser, reads_slide=True)
@@ -589,7 +433,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--geojson", required=True, type=Path, metavar="TISSUE.GEOJSON", help="tissue polygons")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model package, for its pixel size")
     parser.add_argument("--tile", type=int, default=1024, help="side of a stored tile in pixels (default: 1024)")
-    parser.add_argument("--workers", type=int, help="reader threads (default: one a core, at most 16)")
+    parser.add_argument("--workers", type=int, help=f"reader threads (default: one a core, at most {MOST_READERS})")
     parser.add_argument(
         "--max-unreadable", type=float, default=0.02, metavar="SHARE", help="tolerated share of unreadable tissue"
     )

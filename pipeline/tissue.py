@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,6 +276,48 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
     return image
 
 
+def _view_grid(info: Mapping[str, Any], mpp: float) -> Grid:
+    """Grid of the view of a whole slide in which tissue is looked for, of pixels of about `mpp` µm."""
+    (mpp_x, mpp_y), width, height = info["mpp"], info["width"], info["height"]
+    side = thumbnail_mpp(width * mpp_x, height * mpp_y, max(mpp_x, mpp_y), mpp)
+    scale_x, scale_y = side / mpp_x, side / mpp_y
+    # Up, not down as for other grids: the strip that does not fill a pixel may hold tissue too.
+    return Grid(math.ceil(width / scale_x - 1e-6), math.ceil(height / scale_y - 1e-6), side, scale_x, scale_y)
+
+
+def _picture(slide: Slide, info: Mapping[str, Any], grid: Grid, rgb: np.ndarray) -> tuple[np.ndarray, Grid]:
+    """What ``tissue.png`` shows, and its grid: the view, or a small slide once more in finer pixels."""
+    (mpp_x, mpp_y), width, height = info["mpp"], info["width"], info["height"]
+    if max(grid.width, grid.height) >= _PNG_SIDE // 2 or width * height > _SMALL_PIXELS:
+        return rgb, grid
+    side = max(mpp_x, mpp_y, max(width * mpp_x, height * mpp_y) / (_PNG_SIDE - 1))
+    finer = Grid.for_slide(width, height, mpp_x, mpp_y, side)
+    return read_view(slide, finer)[0], finer
+
+
+def _warnings(unreadable: float, finer: float) -> list[str]:
+    """What to tell of the shares that `read_view` gave."""
+    warnings = []
+    if unreadable:
+        warnings.append(f"{100 * unreadable:.3g} % of the slide could not be decoded and counts as glass")
+    if finer:
+        warnings.append(
+            f"{100 * finer:.3g} % of the overview could not be decoded and was read from finer levels: "
+            "is the file damaged?"
+        )
+    return warnings
+
+
+def _about_glass(found: TissueMask) -> dict[str, Any]:
+    """What the manifest tells of how tissue was told from glass."""
+    return {
+        "background": [round(value, 1) for value in found.background],
+        "background_found": found.background_found,
+        "threshold": round(found.threshold, 4),
+        "ink_fraction": round(float(found.ink.mean()), 6),
+    }
+
+
 def run_tissue(
     slide: str,
     inspect: Path,
@@ -320,67 +362,39 @@ def run_tissue(
         raise PipelineError(f"mpp {mpp} of the tissue stage is not a size in µm", "give a positive number, say 8")
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-
         info = read_manifest(inspect)
-        mpp_x, mpp_y = info["mpp"]
-        width, height = info["width"], info["height"]
-        bounds = info.get("bounds") or [0, 0, width, height]
-        box = scanned(info)
-        view_mpp = thumbnail_mpp(width * mpp_x, height * mpp_y, max(mpp_x, mpp_y), mpp)
-        grid = Grid.for_slide(width, height, mpp_x, mpp_y, view_mpp)
-        # Up, not down: the strip that does not fill a pixel may hold tissue too.
-        grid = Grid(
-            math.ceil(width / grid.scale_x - 1e-6), math.ceil(height / grid.scale_y - 1e-6), view_mpp,
-            grid.scale_x, grid.scale_y,
-        )  # fmt: skip
+        grid = _view_grid(info, mpp)
         with reopen(info) as handle:
             rgb, unreadable, finer = read_view(handle, grid)
-            picture, picture_grid = rgb, grid
-            if max(grid.width, grid.height) < _PNG_SIDE // 2 and width * height <= _SMALL_PIXELS:
-                picture_mpp = max(mpp_x, mpp_y, max(width * mpp_x, height * mpp_y) / (_PNG_SIDE - 1))
-                picture_grid = Grid.for_slide(width, height, mpp_x, mpp_y, picture_mpp)
-                picture, *_ = read_view(handle, picture_grid)
+            picture, picture_grid = _picture(handle, info, grid, rgb)
         if unreadable == 1:
             raise SlideError("no part of the slide decodes", "copy or export the slide again")
+        box = scanned(info)
         found: TissueMask | None = None
         if mask is not None:
             polygons = read_mask(mask, box, origin_of(info, origin))
         else:
-            found = find_within(rgb, bounds_view(bounds, grid), view_mpp, min_area_um2, min_hole_um2)
-            pieces = polygons_of(found.mask, grid.scale_x, grid.scale_y, width, height)
+            bounds = info.get("bounds") or [0, 0, info["width"], info["height"]]
+            found = find_within(rgb, bounds_view(bounds, grid), grid.mpp, min_area_um2, min_hole_um2)
+            pieces = polygons_of(found.mask, grid.scale_x, grid.scale_y, info["width"], info["height"])
             polygons = clean(pieces, box) if pieces else []
-        area_px = float(sum(polygon.area for polygon in polygons))
         _write_tissue(staged["geojson"], polygons)
         image = draw_outline(picture, polygons, picture_grid.scale_x, picture_grid.scale_y)
         # Not by `imwrite`, which tells nobody of a full disk.
         staged["png"].write_bytes(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
-        warnings = []
-        if unreadable:
-            warnings.append(f"{100 * unreadable:.3g} % of the slide could not be decoded and counts as glass")
-        if finer:
-            warnings.append(
-                f"{100 * finer:.3g} % of the overview could not be decoded and was read from finer levels: "
-                "is the file damaged?"
-            )
         if not polygons:
             log.warning("slide %r has no tissue", slide)
-        payload: dict[str, Any] = {
+        area_px, (mpp_x, mpp_y) = float(sum(polygon.area for polygon in polygons)), info["mpp"]
+        return {
             "area_mm2": round(area_px * mpp_x * mpp_y / 1e6, 6),
             "fraction": round(area_px / box.area, 6),
             "parts": len(polygons),
             "method": "mask" if found is None else "optical density",
-            "mpp": view_mpp,
+            "mpp": grid.mpp,
             "unreadable_share": round(unreadable, 6),
-            "warnings": warnings,
+            "warnings": _warnings(unreadable, finer),
+            **({} if found is None else _about_glass(found)),
         }
-        if found is not None:
-            payload |= {
-                "background": [round(value, 1) for value in found.background],
-                "background_found": found.background_found,
-                "threshold": round(found.threshold, 4),
-                "ink_fraction": round(float(found.ink.mean()), 6),
-            }
-        return payload
 
     return run_stage(
         "tissue",

@@ -57,13 +57,13 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     names = ("centroid_x", "centroid_y", *SHAPE_COLUMNS)
     if not len(polygon_starts):
         return {name: np.empty(0) for name in names}
-    ring_of_polygon = np.zeros(len(ring_starts), np.int64)
-    ring_of_polygon[polygon_starts[1:]] = 1
-    ring_of_polygon = np.cumsum(ring_of_polygon)
+    polygon_of_ring = np.zeros(len(ring_starts), np.int64)
+    polygon_of_ring[polygon_starts[1:]] = 1
+    polygon_of_ring = np.cumsum(polygon_of_ring)
     ring_sizes = np.diff(np.r_[ring_starts, len(points)])
     # Coordinates from each polygon's first corner on: moments of small shapes far out would cancel otherwise.
     origin = points[ring_starts[polygon_starts]]
-    x, y = (points[:, axis] - np.repeat(origin[ring_of_polygon, axis], ring_sizes) for axis in (0, 1))
+    x, y = (points[:, axis] - np.repeat(origin[polygon_of_ring, axis], ring_sizes) for axis in (0, 1))
     x0, y0, x1, y1 = x[:-1], y[:-1], x[1:], y[1:]
     cross = x0 * y1 - x1 * y0
     length = np.hypot(x1 - x0, y1 - y0)

@@ -183,15 +183,13 @@ def angle(first: np.ndarray, second: np.ndarray) -> float:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
-def extract_macenko(rgb: np.ndarray, percentile: float = 99.0) -> np.ndarray:
-    """Stain matrix by the extreme angles in the plane of largest variance of OD.
+def extract_macenko(rgb: np.ndarray) -> np.ndarray:
+    """Stain matrix by the extreme angles (percentiles 1 and 99) in the plane of largest variance of OD.
 
     Parameters
     ----------
     rgb : numpy.ndarray
         Tissue pixels, uint8, shape ``(n, 3)``.
-    percentile : float
-        Angular percentile that stands for one stain, ``100 - percentile`` for the other.
 
     Returns
     -------
@@ -219,7 +217,7 @@ def extract_macenko(rgb: np.ndarray, percentile: float = 99.0) -> np.ndarray:
         plane[:, 0] *= -1
     projected = od @ plane
     phi = np.arctan2(projected[:, 1], projected[:, 0])
-    extremes = np.percentile(phi, [100 - percentile, percentile])
+    extremes = np.percentile(phi, [1.0, 99.0])
     matrix = np.stack([np.cos(extremes), np.sin(extremes)], axis=1) @ plane.T
     return _unit_rows(matrix[np.argsort(-matrix[:, 0], kind="stable")])
 

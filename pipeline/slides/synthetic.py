@@ -11,7 +11,7 @@ import gzip
 import io
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,37 @@ class _Nucleus:
     b: float
     angle: float
     kind: str  # epithelial, lymphocyte or fibroblast
+
+
+@dataclass(frozen=True)
+class _Gland:
+    x: float
+    y: float
+    a: float  # semi-axes, µm
+    b: float
+    angle: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What nuclei are placed on: maps of `pixel` µm a pixel over a field of `extent` µm (width and height).
+
+    `shape` is positive in tissue, `epithelium` above -0.3 in glands, `open` above -0.38 near lumens and fat; `fibre` is
+    the direction of the fibres.
+    """
+
+    shape: F32
+    epithelium: F32
+    open: F32
+    fibre: F32
+    pixel: float
+    extent: tuple[float, float]
+
+    def at(self, x: float, y: float) -> tuple[int, int]:
+        """Row and column of a place in µm."""
+        rows, cols = self.shape.shape
+        return min(rows - 1, max(0, int(y / self.pixel))), min(cols - 1, max(0, int(x / self.pixel)))
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, period: float) -> F32:
@@ -195,9 +226,8 @@ def make_field(
 
     epithelium, lumen = _gland_maps(glands, rows, cols, step * mpp)
     open_ = np.maximum(lumen, holes)
-    nuclei = _place(
-        rng, shape, epithelium, open_, glands, fibre, step * mpp, (width * mpp, height * mpp), density, pairs
-    )
+    ground = _Ground(shape, epithelium, open_, fibre, step * mpp, (width * mpp, height * mpp))
+    nuclei = _place(rng, ground, glands, density, pairs)
 
     tissue_alpha = np.clip(_enlarge(shape, height, width) * (60 / mpp) / 12, 0, 1)
     open_alpha = np.clip((_enlarge(open_, height, width) + 0.35) / 0.12, 0, 1)
@@ -221,10 +251,11 @@ def _tissue_field(rng: np.random.Generator, rows: int, cols: int, background: bo
     return np.asarray(0.93 - radius**1.6 + bumps, dtype=np.float32)
 
 
-def _glands(rng: np.random.Generator, shape: F32, pixel: float) -> list[tuple[float, float, float, float, float, int]]:
-    """Glands as (x, y, a, b, angle, seed) in µm, apart from each other and inside of the tissue."""
+def _glands(rng: np.random.Generator, shape: F32, pixel: float) -> list[_Gland]:
+    """Glands apart from each other and inside of the tissue."""
     rows, cols = shape.shape
-    crowd, glands = _Crowd(140.0), []
+    crowd = _Crowd(140.0)
+    glands: list[_Gland] = []
     for _ in range(round(rows * cols * pixel * pixel / 9000)):
         x, y = rng.uniform(0, cols * pixel), rng.uniform(0, rows * pixel)
         a = rng.uniform(28, 55)
@@ -232,11 +263,11 @@ def _glands(rng: np.random.Generator, shape: F32, pixel: float) -> list[tuple[fl
         inside = shape[min(rows - 1, int(y / pixel)), min(cols - 1, int(x / pixel))] > 0.12
         if x < cols * pixel * 0.62 and inside and crowd.room(x, y, a * 0.95):
             crowd.take(x, y, a * 0.95)
-            glands.append((x, y, a, b, angle, seed))
+            glands.append(_Gland(x, y, a, b, angle, seed))
     return glands
 
 
-def _fat(rng: np.random.Generator, shape: F32, glands: list[Any], pixel: float) -> F32:
+def _fat(rng: np.random.Generator, shape: F32, glands: list[_Gland], pixel: float) -> F32:
     """Fat cells: above -0.35 inside of a cell, lower outside."""
     rows, cols = shape.shape
     field = np.full((rows, cols), -1.0, dtype=np.float32)
@@ -247,7 +278,7 @@ def _fat(rng: np.random.Generator, shape: F32, glands: list[Any], pixel: float) 
         spread = 0.09 * math.hypot(rows, cols) * pixel
         cell_x, cell_y = rng.normal(centre_x, spread), rng.normal(centre_y, spread * 1.4)
         radius = rng.uniform(15, 27)
-        far = all(math.hypot(cell_x - g[0], cell_y - g[1]) > radius + g[2] for g in glands)
+        far = all(math.hypot(cell_x - gland.x, cell_y - gland.y) > radius + gland.a for gland in glands)
         if far and crowd.room(cell_x, cell_y, radius):
             crowd.take(cell_x, cell_y, radius)
             box = _window(cell_x, cell_y, radius * 1.6, rows, cols, pixel)
@@ -274,96 +305,96 @@ def _gland_radius(seed: int, angle: npt.NDArray[Any] | float) -> npt.NDArray[Any
     return wobble
 
 
-def _gland_maps(glands: list[Any], rows: int, cols: int, pixel: float) -> tuple[F32, F32]:
+def _gland_maps(glands: list[_Gland], rows: int, cols: int, pixel: float) -> tuple[F32, F32]:
     """Fields that are above -0.25 in the epithelium of glands and above -0.35 in their lumen."""
     epithelium = np.full((rows, cols), -1.0, dtype=np.float32)
     lumen = np.full((rows, cols), -1.0, dtype=np.float32)
     y, x = np.mgrid[0:rows, 0:cols].astype(np.float32) * np.float32(pixel)
-    for gland_x, gland_y, a, b, angle, seed in glands:
-        box = _window(gland_x, gland_y, a * 1.5, rows, cols, pixel)
-        dx, dy = x[box] - gland_x, y[box] - gland_y
-        u = (dx * math.cos(angle) + dy * math.sin(angle)) / a
-        v = (-dx * math.sin(angle) + dy * math.cos(angle)) / b
-        rho = np.hypot(u, v) / _gland_radius(seed, np.arctan2(v, u))
+    for gland in glands:
+        box = _window(gland.x, gland.y, gland.a * 1.5, rows, cols, pixel)
+        dx, dy = x[box] - gland.x, y[box] - gland.y
+        u = (dx * math.cos(gland.angle) + dy * math.sin(gland.angle)) / gland.a
+        v = (-dx * math.sin(gland.angle) + dy * math.cos(gland.angle)) / gland.b
+        rho = np.hypot(u, v) / _gland_radius(gland.seed, np.arctan2(v, u))
         epithelium[box] = np.maximum(epithelium[box], (0.75 - rho).astype(np.float32))
-        lumen[box] = np.maximum(lumen[box], (1 - 13 / b - 0.35 - rho).astype(np.float32))
+        lumen[box] = np.maximum(lumen[box], (1 - 13 / gland.b - 0.35 - rho).astype(np.float32))
     return epithelium, lumen
 
 
-def _place(
-    rng: np.random.Generator,
-    shape: F32,
-    epithelium: F32,
-    open_: F32,
-    glands: list[Any],
-    fibre: F32,
-    pixel: float,
-    extent: tuple[float, float],
-    density: float,
-    pairs: float,
-) -> list[_Nucleus]:
-    """Choose the nuclei: rings in glands, clusters of lymphocytes, fibroblasts along the fibres."""
-    rows, cols = shape.shape
-    crowd, nuclei = _Crowd(16.0), []
-    clusters = np.clip(_smooth_noise(rng, rows, cols, 70 / pixel) - 0.8, 0, 1.2)
+class _Placed:
+    """The nuclei that have found room."""
 
-    def cell(x: float, y: float) -> tuple[int, int]:
-        return min(rows - 1, max(0, int(y / pixel))), min(cols - 1, max(0, int(x / pixel)))
+    def __init__(self, ground: _Ground) -> None:
+        self.nuclei: list[_Nucleus] = []
+        self._ground = ground
+        self._crowd = _Crowd(16.0)
 
-    def fits(nucleus: _Nucleus, mate: tuple[float, float] | None = None) -> bool:
-        margin = nucleus.a * 1.25 + 1.0
-        if not (margin <= nucleus.x < extent[0] - margin and margin <= nucleus.y < extent[1] - margin):
+    def add(self, nucleus: _Nucleus, mate: _Nucleus | None = None) -> bool:
+        """Add a nucleus, and say whether it has room in the tissue and beside all others, but for one it may touch."""
+        ground, margin = self._ground, nucleus.a * 1.25 + 1.0
+        width, height = ground.extent
+        if not (margin <= nucleus.x < width - margin and margin <= nucleus.y < height - margin):
             return False
         for turn in np.arange(0, 2 * math.pi, math.pi / 3):
-            at = cell(nucleus.x + nucleus.a * math.cos(turn), nucleus.y + nucleus.a * math.sin(turn))
-            if shape[at] < 0.03 or open_[at] > -0.38:
+            at = ground.at(nucleus.x + nucleus.a * math.cos(turn), nucleus.y + nucleus.a * math.sin(turn))
+            if ground.shape[at] < 0.03 or ground.open[at] > -0.38:
                 return False
-        return crowd.room(nucleus.x, nucleus.y, _reach(nucleus), mate)
+        reach = _reach(nucleus)
+        if not self._crowd.room(nucleus.x, nucleus.y, reach, None if mate is None else (mate.x, mate.y)):
+            return False
+        self.nuclei.append(nucleus)
+        self._crowd.take(nucleus.x, nucleus.y, reach)
+        return True
 
-    def add(nucleus: _Nucleus) -> None:
-        nuclei.append(nucleus)
-        crowd.take(nucleus.x, nucleus.y, _reach(nucleus))
 
-    for gland_x, gland_y, a, b, angle, seed in glands if density else ():
-        turn = rng.uniform(0, 1)
-        while turn < 2 * math.pi:
-            reach = float(_gland_radius(seed, turn)) * (1 - rng.uniform(6.5, 8.0) / b)
-            u, v = a * reach * math.cos(turn), b * reach * math.sin(turn)
-            x = gland_x + u * math.cos(angle) - v * math.sin(angle)
-            y = gland_y + u * math.sin(angle) + v * math.cos(angle)
-            long = rng.uniform(3.9, 5.0)
-            outwards = angle + math.atan2(v * a / b, u * b / a)
-            nucleus = _Nucleus(x, y, long, long * rng.uniform(0.66, 0.85), outwards, "epithelial")
-            if fits(nucleus):
-                add(nucleus)
-            turn += rng.uniform(7.2, 10.0) / math.hypot(u, v)
-
-    tissue_mm2 = float((shape > 0).sum()) * pixel * pixel / 1e6
+def _place(
+    rng: np.random.Generator, ground: _Ground, glands: list[_Gland], density: float, pairs: float
+) -> list[_Nucleus]:
+    """Choose the nuclei: rings in glands, clusters of lymphocytes, fibroblasts along the fibres."""
+    placed = _Placed(ground)
+    rows, cols = ground.shape.shape
+    clusters = np.clip(_smooth_noise(rng, rows, cols, 70 / ground.pixel) - 0.8, 0, 1.2)
+    for gland in glands if density else ():
+        _line(rng, gland, placed)
+    tissue_mm2 = float((ground.shape > 0).sum()) * ground.pixel * ground.pixel / 1e6
     attempts = 0
-    wanted = len(nuclei) + round(density * 0.72 * tissue_mm2)
-    while len(nuclei) < wanted and attempts < 12 * wanted + 100:
+    wanted = len(placed.nuclei) + round(density * 0.72 * tissue_mm2)
+    while len(placed.nuclei) < wanted and attempts < 12 * wanted + 100:
         attempts += 1
-        x, y = rng.uniform(0, extent[0]), rng.uniform(0, extent[1])
-        at = cell(x, y)
+        x, y = rng.uniform(0, ground.extent[0]), rng.uniform(0, ground.extent[1])
+        at = ground.at(x, y)
         chance = 0.35 + clusters[at]
-        if rng.random() > chance or epithelium[at] > -0.3:
+        if rng.random() > chance or ground.epithelium[at] > -0.3:
             continue
         crowded = rng.random() < clusters[at]
         kind = "lymphocyte" if crowded else ("fibroblast" if rng.random() < 0.6 else "epithelial")
-        nucleus = _new_nucleus(rng, x, y, kind, float(fibre[at]))
-        if not fits(nucleus):
-            continue
-        add(nucleus)
-        if rng.random() < pairs:
-            mate = _new_nucleus(rng, 0, 0, kind, float(fibre[at]))
-            direction = rng.uniform(0, 2 * math.pi)
-            gap = 0.97 * (_radius_towards(nucleus, direction) + _radius_towards(mate, direction))
-            mate = _Nucleus(
-                x + gap * math.cos(direction), y + gap * math.sin(direction), mate.a, mate.b, mate.angle, kind
-            )
-            if fits(mate, (x, y)):
-                add(mate)
-    return nuclei
+        nucleus = _new_nucleus(rng, x, y, kind, float(ground.fibre[at]))
+        if placed.add(nucleus) and rng.random() < pairs:
+            placed.add(_mate(rng, nucleus, float(ground.fibre[at])), nucleus)
+    return placed.nuclei
+
+
+def _line(rng: np.random.Generator, gland: _Gland, placed: _Placed) -> None:
+    """Line a gland with nuclei that point outwards."""
+    a, b, angle = gland.a, gland.b, gland.angle
+    turn = rng.uniform(0, 1)
+    while turn < 2 * math.pi:
+        reach = float(_gland_radius(gland.seed, turn)) * (1 - rng.uniform(6.5, 8.0) / b)
+        u, v = a * reach * math.cos(turn), b * reach * math.sin(turn)
+        x = gland.x + u * math.cos(angle) - v * math.sin(angle)
+        y = gland.y + u * math.sin(angle) + v * math.cos(angle)
+        long = rng.uniform(3.9, 5.0)
+        outwards = angle + math.atan2(v * a / b, u * b / a)
+        placed.add(_Nucleus(x, y, long, long * rng.uniform(0.66, 0.85), outwards, "epithelial"))
+        turn += rng.uniform(7.2, 10.0) / math.hypot(u, v)
+
+
+def _mate(rng: np.random.Generator, nucleus: _Nucleus, fibre: float) -> _Nucleus:
+    """A nucleus of the same kind that touches another one."""
+    mate = _new_nucleus(rng, 0, 0, nucleus.kind, fibre)
+    direction = rng.uniform(0, 2 * math.pi)
+    gap = 0.97 * (_radius_towards(nucleus, direction) + _radius_towards(mate, direction))
+    return replace(mate, x=nucleus.x + gap * math.cos(direction), y=nucleus.y + gap * math.sin(direction))
 
 
 def _stroma(
@@ -468,6 +499,9 @@ def _develop(rng: np.random.Generator, h: F32, e: F32, look: StainLook, mpp: flo
 # --- Writers ---------------------------------------------------------------------------------------------------------
 
 
+_JPEG_QUALITY = 90
+
+
 def _shrink(rgb: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
     """Average blocks of ``factor x factor`` pixels; an incomplete last row or column is dropped."""
     height, width = rgb.shape[0] // factor, rgb.shape[1] // factor
@@ -482,7 +516,7 @@ def _pyramid(rgb: npt.NDArray[np.uint8], factor: int, smallest: int) -> list[npt
     return levels
 
 
-def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = 90) -> None:
+def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = _JPEG_QUALITY) -> None:
     """Write an Aperio-style SVS: tiled JPEG levels /4, /16 …, a thumbnail, mpp and objective in the description.
 
     Parameters
@@ -522,7 +556,7 @@ def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: in
                 tif.write(small, rowsperstrip=16, description=note, subfiletype=0, **common)
 
 
-def write_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = 90) -> None:
+def write_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float) -> None:
     """Write a generic tiled pyramidal TIFF with its mpp in the resolution tags (pixels per centimetre).
 
     Parameters
@@ -533,8 +567,6 @@ def write_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: i
         Level 0.
     mpp : float
         Side of a pixel in µm.
-    quality : int
-        JPEG quality, 1..100.
     """
     import tifffile
 
@@ -545,7 +577,7 @@ def write_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: i
                 tile=(256, 256),
                 photometric="rgb",
                 compression="jpeg",
-                compressionargs={"level": quality},
+                compressionargs={"level": _JPEG_QUALITY},
                 resolution=(1e4 / (mpp * 2**index),) * 2,
                 resolutionunit="CENTIMETER",
                 subfiletype=1 if index else 0,
@@ -554,7 +586,7 @@ def write_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: i
             )
 
 
-def write_ome_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = 90) -> None:
+def write_ome_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float) -> None:
     """Write an OME-TIFF whose pyramid lies in SubIFDs, with PhysicalSize in µm.
 
     Parameters
@@ -565,8 +597,6 @@ def write_ome_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, qualit
         Level 0.
     mpp : float
         Side of a pixel in µm.
-    quality : int
-        JPEG quality, 1..100.
     """
     import tifffile
 
@@ -575,7 +605,7 @@ def write_ome_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, qualit
         "tile": (256, 256),
         "photometric": "rgb",
         "compression": "jpeg",
-        "compressionargs": {"level": quality},
+        "compressionargs": {"level": _JPEG_QUALITY},
         "software": None,
     }
     # A fixed UUID: the same pixels give the same bytes.

@@ -33,6 +33,16 @@ log = logging.getLogger(__name__)
 _CACHED_SEGMENT_PIXELS = 1_000_000
 """Tiles and strips that are larger are kept, two of them: neighbouring windows meet the same ones."""
 
+_VALUES_STAY = (1, 5, 8, 32773, 32946, 34925, 50000)
+"""Compressions that give back the values stored (none, LZW, Deflate, PackBits, LZMA, Zstandard): YCbCr stays YCbCr,
+where JPEG's decoders make RGB of it."""
+
+
+def _known_colours(page: Any) -> bool:
+    """Whether a page decodes to grey or RGB."""
+    kind = int(page.photometric)
+    return kind in (0, 1, 2) or (kind == 6 and int(page.compression) not in _VALUES_STAY)
+
 
 class _Page:
     """One image of a TIFF file, its tiles or strips decoded one by one."""
@@ -68,7 +78,7 @@ class _Page:
             and int(page.bitspersample) == 8
             and int(page.planarconfig) == 1
             and int(page.samplesperpixel) in (1, 3, 4)
-            and int(page.photometric) in (0, 1, 2, 6)
+            and _known_colours(page)
             and int(page.imagedepth) == 1
             and len(page.dataoffsets) > 0
         )
@@ -170,7 +180,7 @@ class TiffSlideReader(Slide):
         if any(page is None for page in self._pages):
             if series.dtype != np.uint8:
                 raise not_8_bit(series.dtype, series.keyframe.samplesperpixel)
-            if int(series.keyframe.photometric) not in (0, 1, 2, 6):
+            if not _known_colours(series.keyframe):
                 raise ValueError("a palette or an unusual colour space, left to Pillow")
             if index != first:
                 raise _not_the_slide(_size(tif.series[first]), series, self.backend)

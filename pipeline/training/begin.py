@@ -103,7 +103,7 @@ def stain_reference(
         except NoReferenceError as error:
             if experiment.stain != "none":
                 raise
-            log.warning("%s will carry no stain reference: %s", experiment.name, Exception.__str__(error))
+            log.warning("%s will carry no stain reference: %s", experiment.name, error.reason)
             return {}
         return {"name": chosen.name, **reference}
     found: dict[str, Any] = start.stain["reference"]

@@ -74,7 +74,7 @@ def checked_section(section: Any, path: Path, hint: str, schema: Path = SCHEMA) 
     try:
         return check_settings(section, load_schema(schema))
     except PipelineError as error:
-        raise PipelineError(f"{path}: {Exception.__str__(error)}", error.hint) from None
+        raise PipelineError(f"{path}: {error.reason}", error.hint) from None
 
 
 def prepare_process(threads: int) -> None:

@@ -136,7 +136,7 @@ def plan_compare(compare: Mapping[str, Any], folders: list[Path], schema: dict[s
         try:
             runs[name] = PlannedRun(check_settings(section | {"name": name}, schema))
         except PipelineError as error:
-            raise PipelineError(f"compare: experiment {name!r}: {Exception.__str__(error)}", error.hint) from None
+            raise PipelineError(f"compare: experiment {name!r}: {error.reason}", error.hint) from None
     return runs
 
 

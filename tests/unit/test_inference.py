@@ -97,7 +97,7 @@ def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
     grid = PatchGrid(width, height, patch, overlap)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     active = rng.random((-(-height // CELL), -(-width // CELL))) < data.draw(st.sampled_from([0, 0.2, 0.6, 1]))
-    windows = list(active_windows(grid, active, CELL))
+    windows = list(active_windows(grid, active))
     predictions = rng.integers(0, 256, (len(windows), 2, patch, patch), np.uint8)
 
     total = np.zeros((2, height + 2 * patch, width + 2 * patch), np.int64)
@@ -111,7 +111,7 @@ def test_written_maps_are_the_blended_windows(data: st.DataObject) -> None:
     rows = range(first, data.draw(st.integers(first, grid.rows)))
     with tempfile.TemporaryDirectory() as folder:
         chunk = grid.stride, CHUNK_COLUMNS * grid.stride
-        store = MapStore.create(Path(folder, "maps"), Grid(width, height, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
+        store = MapStore.create(Path(folder, "maps"), Grid(width, height, 0.5, 1, 1), ("a", "b"), active, chunk)
         blender, writer = Blender(grid), MapWriter(store, grid, rows)
         for window, prediction in zip(windows, predictions, strict=True):
             if rows.start <= window[0] <= rows.stop:
@@ -128,9 +128,9 @@ def test_what_is_held_grows_with_the_tissue_not_with_the_slide(tmp_path: Path) -
     active = np.zeros((-(-400 // CELL), 200_000 // CELL), bool)
     active[:, 1000:1010] = True
     chunk = grid.stride, CHUNK_COLUMNS * grid.stride
-    store = MapStore.create(tmp_path / "maps", Grid(200_000, 400, 0.5, 1, 1), ("a", "b"), active, CELL, chunk)
+    store = MapStore.create(tmp_path / "maps", Grid(200_000, 400, 0.5, 1, 1), ("a", "b"), active, chunk)
     prediction = np.ones((2, 128, 128), np.uint8)
-    windows = list(active_windows(grid, active, CELL))
+    windows = list(active_windows(grid, active))
     tracemalloc.start()
     blender, writer = Blender(grid), MapWriter(store, grid)
     for window in windows:
@@ -147,9 +147,7 @@ def test_chunks_are_written_as_zarr_writes_them(tmp_path: Path) -> None:
     pixels = rng.integers(0, 4, (3, 100, 150), np.uint8) * 60
     pixels[:, :48, 64:128] = 0  # a chunk of nothing
     stores = [
-        MapStore.create(
-            tmp_path / name, Grid(150, 100, 0.5, 1, 1), ("a", "b", "c"), np.ones((2, 3), bool), CELL, (48, 64)
-        )
+        MapStore.create(tmp_path / name, Grid(150, 100, 0.5, 1, 1), ("a", "b", "c"), np.ones((2, 3), bool), (48, 64))
         for name in ("ours", "zarr")
     ]
     stores[1].array[:] = pixels

@@ -110,7 +110,7 @@ def make_store(
     height, width = maps.shape[1:]
     grid = Grid(width, height, 0.5, 2.0, 2.0)
     cells = np.pad(maps[0], ((0, -height % 64), (0, -width % 64))).reshape(-(-height // 64), 64, -(-width // 64), 64)
-    store = MapStore.create(path, grid, names, cells.any(axis=(1, 3)), 64, chunk)
+    store = MapStore.create(path, grid, names, cells.any(axis=(1, 3)), chunk)
     store.array[:] = maps
     return path
 

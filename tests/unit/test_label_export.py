@@ -154,7 +154,7 @@ def test_map_is_that_of_the_instances_stage(tmp_path: Path) -> None:
     smooth = ndimage.gaussian_filter(rng.normal(size=(2, 300, 260)), (0, 3, 3))
     maps = np.clip(smooth * 1500 + 128, 0, 255).astype(np.uint8)
     grid = Grid(260, 300, 0.5, 0.5 / 0.2527, 0.5 / 0.2498)
-    store = MapStore.create(tmp_path / "m.zarr", grid, ("nucleus", "distance"), np.ones((5, 5), bool), 64, (64, 64))
+    store = MapStore.create(tmp_path / "m.zarr", grid, ("nucleus", "distance"), np.ones((5, 5), bool), (64, 64))
     store.array[:] = maps
     package = ModelPackage(
         name="m", mpp=0.5, patch=64, overlap=16, network="unet", network_args={}, heads=("nucleus", "distance"),

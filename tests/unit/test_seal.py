@@ -30,7 +30,7 @@ def tiles(path: Path) -> None:
 
 
 def maps(path: Path) -> None:
-    store = MapStore.create(path, GRID, ("nucleus", "distance"), np.ones((5, 10), bool), 64, (64, 64))
+    store = MapStore.create(path, GRID, ("nucleus", "distance"), np.ones((5, 10), bool), (64, 64))
     store.array[...] = np.random.default_rng(0).integers(0, 255, (2, 320, 640), np.uint8)
 
 

@@ -164,6 +164,17 @@ def test_plain_tiffs(tmp_path: Path, options: dict[str, Any], samples: int) -> N
         np.testing.assert_array_equal(slide.read(0, 33, 44, 100, 99), expected[44:143, 33:133])
 
 
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("options", [{}, {"tile": (128, 128)}])
+def test_ycbcr_without_jpeg_is_no_rgb(tmp_path: Path, compression: str | None, options: dict[str, Any]) -> None:
+    shades = np.random.default_rng(0).integers(60, 250, (6, 8, 3), dtype=np.uint8)
+    rgb = cv2.resize(shades, (200, 150), interpolation=cv2.INTER_CUBIC)
+    stored = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="ycbcr", compression=compression, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert np.abs(slide.read(0, 0, 0, 200, 150).astype(int) - rgb).max() <= 3
+
+
 def test_planar_and_16_bit_tiffs(tmp_path: Path) -> None:
     planar = tmp_path / "planar.tif"
     tifffile.imwrite(planar, picture(300, 200).transpose(2, 0, 1), photometric="rgb", planarconfig="separate")

@@ -105,6 +105,14 @@ def test_focus_is_judged_in_cells_of_tissue_and_few_of_them() -> None:
     assert large.cells == len(large.blur) == 256
 
 
+def test_the_focus_of_a_slide_of_coarse_pixels_is_not_judged() -> None:
+    tiles = ArrayTiles(tissue(640, 640))
+    tiles.grid = Grid(640, 640, 0.5, 0.65, 0.65)
+    assert len(stain.sample_tissue(tiles).blur) == 100
+    tiles.grid = Grid(640, 640, 0.5, 0.65, 0.5)  # pixels of 0.77 x 1 µm, seen as if they had 0.5
+    assert stain.sample_tissue(tiles).blur == []
+
+
 def test_tiles_of_any_size_show_the_same(tmp_path: Path) -> None:
     rgb, _ = make_field(900, 700, 0.5, 1)
     stores = (write_inputs(tmp_path / str(tile), rgb, tile)["zarr"] for tile in (1024, 64))
