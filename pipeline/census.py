@@ -37,7 +37,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.census_worker import BATCH_SCHEMA, Block, Entry, Seam, Setup, Task, Worker
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
-from pipeline.maps import MapStore
+from pipeline.maps import Maps, open_maps
 from pipeline.parts import Part
 from pipeline.progress import Progress
 from pipeline.seams import SURVEY, Seams, read_survey, whole_components, write_survey
@@ -79,7 +79,7 @@ def _windows(first: np.ndarray, boxes: np.ndarray, limit: int) -> list[Task]:
     return tasks
 
 
-def slide_blocks(store: MapStore, side: int) -> list[Block]:
+def slide_blocks(store: Maps, side: int) -> list[Block]:
     """Squares of a slide's grid that hold anything, in raster order."""
     width, height = store.grid.width, store.grid.height
     squares = [
@@ -254,7 +254,7 @@ def take_census(
     limit, cut = setup.max_component, setup.cut
     with ExitStack() as stack:
         pool = stack.enter_context(_processes(setup, workers))
-        store = MapStore.open(setup.maps)
+        store = open_maps(setup.maps, setup.rules.refine)
         blocks = [] if parts else slide_blocks(store, block)
         if max(useful_workers(workers, blocks), min(workers, len(parts))) == 1:
             pool = _here(setup)
@@ -314,7 +314,7 @@ def take_survey(setup: Setup, part: Part, *, block: int, halo: int, workers: int
     check_blocks(block, halo, workers)
     with ExitStack() as stack:
         pool = stack.enter_context(_processes(setup, workers))
-        blocks = slide_blocks(MapStore.open(setup.maps), block)
+        blocks = slide_blocks(open_maps(setup.maps, setup.rules.refine), block)
         blocks = [blocks[i] for i in part.of([b.width * b.height for b in blocks])]
         if useful_workers(workers, blocks) == 1:
             pool = _here(setup)
@@ -324,7 +324,7 @@ def take_survey(setup: Setup, part: Part, *, block: int, halo: int, workers: int
         )
 
 
-def _squares(store: MapStore, boxes: np.ndarray, side: int) -> list[Block]:
+def _squares(store: Maps, boxes: np.ndarray, side: int) -> list[Block]:
     """Squares of the slide's grid that meet any of the boxes."""
     width, height = store.grid.width, store.grid.height
     met = np.zeros((-(-height // side), -(-width // side)), bool)

@@ -15,7 +15,7 @@ import shapely
 
 from pipeline.kernels.contours import centroids, outlines, pixel_runs, polygon_wkb
 from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
-from pipeline.maps import MapStore
+from pipeline.maps import open_maps
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema
 
 MAX_COMPONENT = 1 << 23
@@ -33,12 +33,12 @@ BAND = 256
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of the slide's grid.
+    """A rectangle of the grid that nuclei are made on: the slide's, or one of half its pixels where the rules refine.
 
     Parameters
     ----------
     x, y, width, height : int
-        In grid pixels.
+        In its pixels.
     """
 
     x: int
@@ -160,7 +160,8 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.store = MapStore.open(setup.maps)
+        self.store = open_maps(setup.maps, setup.rules.refine)
+        self.rules = setup.rules.fine
         self.names = pa.array(list(setup.classes), pa.string())
         self.channels = Channels.of(self.store.channels)
         first = None if self.channels.types is None else self.channels.types + 1  # after the background
@@ -179,7 +180,7 @@ class Worker:
         y1 = min(block.y + block.height + task.halo, grid.height)
         maps = self.store.read(x0, y0, x1 - x0 + 1, y1 - y0)
         maps[:, :, -1] = 0  # a window's last column is empty
-        front = foreground(maps[self.channels.nucleus], self.setup.rules.nucleus)
+        front = foreground(maps[self.channels.nucleus], self.rules.nucleus)
         if front.count == 0:
             return None, {}
         row, column = np.divmod(front.first, maps.shape[2])
@@ -204,7 +205,7 @@ class Worker:
             boxes = front.boxes.copy()
             boxes[:, 2:] += boxes[:, :2]
             seam = _seam(core, row << 32 | column, boxes + np.array([x0, y0, x0, y0]), make, giant)
-        make &= front.areas >= self.setup.rules.min_area
+        make &= front.areas >= self.rules.min_area
         if not task.nuclei or not make.any():
             return seam, {}
         chosen = np.flatnonzero(make)
@@ -219,7 +220,7 @@ class Worker:
         grid = self.store.grid
         make = np.zeros(front.count, bool)
         make[chosen] = True
-        pixels = split_components(maps, front, make, self.setup.rules, self.channels)
+        pixels = split_components(maps, front, make, self.rules, self.channels)
         runs, starts = pixel_runs(pixels)
         shapes = outlines(runs, starts)
 

@@ -51,6 +51,11 @@ class Grid:
             scale_y=scale_y,
         )
 
+    def finer(self, factor: int) -> Grid:
+        """The same with each pixel divided into ``factor x factor``."""
+        scale_x, scale_y = self.scale_x / factor, self.scale_y / factor
+        return Grid(self.width * factor, self.height * factor, self.mpp / factor, scale_x, scale_y)
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Grid:
         """The grid that `to_json` described."""

@@ -19,7 +19,7 @@ import shapely
 from pipeline.allocator import keep_freed_memory
 from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, take_census, take_survey
 from pipeline.census_worker import Setup
-from pipeline.maps import MapStore
+from pipeline.maps import open_maps
 from pipeline.models.package import ModelPackage
 from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.parts import Part, manifest_of, read_parts
@@ -117,7 +117,7 @@ def write_instances(
         census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
         about = {
             "slide": slide,
-            "grid": MapStore.open(maps).grid.to_json(),
+            "grid": open_maps(maps, package.thresholds.refine).grid.to_json(),
             "classes": package.colors,
             "model": {"name": package.name, "sha256": package.sha256},
         }

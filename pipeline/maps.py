@@ -12,6 +12,7 @@ import zarr
 from pipeline.chunks import ChunkFiles
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
+from pipeline.kernels.instances import refined
 from pipeline.lattice import CELL
 from pipeline.seal import check_seal, is_sealed
 
@@ -137,3 +138,55 @@ class MapStore:
         rows = slice(max(y, 0) // CELL, -(-(y + height) // CELL))
         columns = slice(max(x, 0) // CELL, -(-(x + width) // CELL))
         return bool(self.active[rows, columns].any())
+
+
+@dataclass(frozen=True, eq=False)
+class FineMaps:
+    """The maps of a store on pixels of half the size, see `pipeline.kernels.instances.refined`.
+
+    Parameters
+    ----------
+    store : MapStore
+        The store.
+    """
+
+    store: MapStore
+
+    @property
+    def grid(self) -> Grid:
+        """The slide's grid with pixels of half the size."""
+        return self.store.grid.finer(2)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Name of each map."""
+        return self.store.channels
+
+    def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Maps of any window, uint8 ``(C, height, width)``; 0 outside the slide."""
+        grid = self.store.grid
+        result = np.zeros((len(self.channels), height, width), np.uint8)
+        x0, y0 = max(x, 0), max(y, 0)
+        x1, y1 = min(x + width, 2 * grid.width), min(y + height, 2 * grid.height)
+        if x0 < x1 and y0 < y1:
+            # A pixel more all round: it has a part in the value of the next one. At the slide's edge there is none.
+            left, top = max(x0 // 2 - 1, 0), max(y0 // 2 - 1, 0)
+            right, bottom = min((x1 + 1) // 2 + 1, grid.width), min((y1 + 1) // 2 + 1, grid.height)
+            fine = refined(self.store.read(left, top, right - left, bottom - top))
+            rows, columns = slice(y0 - 2 * top, y1 - 2 * top), slice(x0 - 2 * left, x1 - 2 * left)
+            result[:, y0 - y : y1 - y, x0 - x : x1 - x] = fine[:, rows, columns]
+        return result
+
+    def is_active(self, x: int, y: int, width: int, height: int) -> bool:
+        """Whether a window holds any pixel that was looked at, or that is next to such a one."""
+        left, top = x // 2 - 1, y // 2 - 1
+        return self.store.is_active(left, top, (x + width + 1) // 2 + 1 - left, (y + height + 1) // 2 + 1 - top)
+
+
+Maps = MapStore | FineMaps
+
+
+def open_maps(path: Path, refine: int) -> Maps:
+    """Open a store for nuclei to be made of its maps, on pixels of half the size with `refine` of 2."""
+    store = MapStore.open(path)
+    return store if refine == 1 else FineMaps(store)

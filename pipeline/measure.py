@@ -66,7 +66,7 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
     geometry : pyarrow.BinaryArray
         Polygons in level-0 pixels, WKB, ``(n,)``.
     grid : Grid
-        The slide's grid, which knows how large a level-0 pixel is in either direction.
+        The grid that they were made on, which knows how large a level-0 pixel is in either direction.
 
     Returns
     -------
@@ -150,8 +150,11 @@ def begin_batch(batch: pa.RecordBatch, grid: Grid, matrix: np.ndarray, white: np
     return Batch(batch.drop_columns(["runs"]), shapes, pieces, StainSums(len(lengths), matrix, white))
 
 
-def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
-    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once."""
+def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int, factor: int = 1) -> None:
+    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once.
+
+    Runs are on pixels of the tiles that are divided into ``factor x factor``.
+    """
     blocks: dict[tuple[int, int], list[tuple[Batch, slice]]] = {}
     for batch in batches:
         pieces = batch.pieces
@@ -164,7 +167,10 @@ def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
     for _, users in sorted(blocks.items(), key=lambda item: item[0]):
         left, top = (min(int(getattr(b.pieces, name)[part].min()) for b, part in users) for name in ("x0", "y"))
         right, bottom = (max(int(getattr(b.pieces, name)[part].max()) for b, part in users) for name in ("x1", "y"))
-        rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom + 1 - top))
+        x, y = left // factor, top // factor
+        rgb = np.ascontiguousarray(tiles.read(x, y, -(-right // factor) - x, bottom // factor + 1 - y))
+        if factor > 1:
+            rgb, left, top = rgb.repeat(factor, axis=0).repeat(factor, axis=1), x * factor, y * factor
         for batch, part in users:
             found = batch.pieces
             batch.stains.add(
@@ -178,6 +184,8 @@ def measured_batches(
     """Batches of ``nuclei.parquet`` from an open ``instances.parquet``."""
     import pyarrow as pa
 
+    from pipeline.nuclei import grid_of
+
     def finish(batch: Batch) -> pa.RecordBatch:
         values = batch.values
         columns = [
@@ -188,19 +196,21 @@ def measured_batches(
         ]
         return pa.record_batch(columns, schema=schema)
 
+    grid = grid_of(source)
+    factor = round(tiles.grid.mpp / grid.mpp)
     waiting: deque[Batch] = deque()
     for rows in source.iter_batches(batch_size=BATCH_ROWS):
         if rows.num_rows == 0:
             continue
-        waiting.append(begin_batch(rows, tiles.grid, matrix, white))
+        waiting.append(begin_batch(rows, grid, matrix, white))
         # What comes later begins no higher than the last of these.
         last = int(rows.column("id")[-1].as_py()) >> 32
-        read_blocks(waiting, tiles, last // BLOCK)
+        read_blocks(waiting, tiles, last // BLOCK, factor)
         if len(waiting) > BATCHES_AT_ONCE:
-            read_blocks(waiting, tiles, int(waiting[0].pieces.blocks[-1, 0]) + 1)
+            read_blocks(waiting, tiles, int(waiting[0].pieces.blocks[-1, 0]) + 1, factor)
         while waiting and waiting[0].finished:
             yield finish(waiting.popleft())
-    read_blocks(waiting, tiles, np.iinfo(np.int64).max)
+    read_blocks(waiting, tiles, np.iinfo(np.int64).max, factor)
     yield from map(finish, waiting)
 
 

@@ -94,6 +94,7 @@ def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return data, offsets.astype(np.int64) - first
 
 
-def grid_of(table: pa.Table) -> Grid:
-    """The slide's grid that a table of nuclei was made on."""
-    return Grid.from_json(about_nuclei(table.schema)["grid"])
+def grid_of(table: pa.Table | pq.ParquetFile) -> Grid:
+    """The grid that a table of nuclei was made on: the slide's, or one of half its pixels where the model's rules refine."""
+    schema = table.schema if isinstance(table, pa.Table) else table.schema_arrow
+    return Grid.from_json(about_nuclei(schema)["grid"])

@@ -43,7 +43,7 @@ class Nuclei:
     path : pathlib.Path
         The file.
     grid : Grid
-        The slide's grid.
+        The grid that `centroids` are on.
     classes : tuple of (str, tuple of int)
         Names and colours, in the model's order; classes that occur without being listed come last.
     kinds : numpy.ndarray of int64, shape (n,)
@@ -59,10 +59,10 @@ class Nuclei:
     centroids: npt.NDArray[np.float64]
 
     @classmethod
-    def open(cls, path: Path) -> Nuclei:
-        """Read the light columns of a table of nuclei."""
+    def open(cls, path: Path, grid: Grid | None = None) -> Nuclei:
+        """Read the light columns of a table of nuclei; `grid` is that of the table unless another is given."""
         table = read_nuclei(path, ["class", "centroid_x", "centroid_y"])
-        about, grid = about_nuclei(table.schema), grid_of(table)
+        about, grid = about_nuclei(table.schema), grid or grid_of(table)
         listed = {str(item["name"]): tuple(item.get("color") or DEFAULT_COLOUR) for item in about.get("classes") or ()}
         encoded = table["class"].combine_chunks().dictionary_encode()
         for name in sorted(str(value) for value in encoded.dictionary.to_pylist()):
@@ -350,8 +350,8 @@ def run_summary(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        table = Nuclei.open(nuclei)
         before = {name: read_manifest(manifests[name]) for name in MANIFESTS}
+        table = Nuclei.open(nuclei, Grid.from_json(before["tiles"]["grid"]))
         numbers = summarise(table, before)
         size = (before["inspect"]["width"], before["inspect"]["height"])
         numbers["evaluation"] = None

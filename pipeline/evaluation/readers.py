@@ -405,7 +405,7 @@ def canvas(truth: Instances, pred: Instances) -> Box:
 
 
 def slide_box(path: Path) -> Box | None:
-    """The slide of a ``nuclei.parquet`` in level-0 pixels, up to a pixel of the grid more; None for other files."""
+    """The slide of a ``nuclei.parquet`` in level-0 pixels, up to two pixels of its grid more; None for other files."""
     if not path.name.lower().endswith(".parquet"):
         return None
     from pipeline.grid import Grid
@@ -416,7 +416,7 @@ def slide_box(path: Path) -> Box | None:
             grid = Grid.from_json(about_nuclei(file.schema_arrow)["grid"])
         except (KeyError, TypeError, ValueError):
             return None
-    return 0, 0, math.ceil((grid.width + 1) * grid.scale_x), math.ceil((grid.height + 1) * grid.scale_y)
+    return 0, 0, math.ceil((grid.width + 2) * grid.scale_x), math.ceil((grid.height + 2) * grid.scale_y)
 
 
 def told_outside(outside: int, known: int) -> str:

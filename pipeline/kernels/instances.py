@@ -12,7 +12,7 @@ foreground.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -87,6 +87,9 @@ class InstanceRules:
     depth : int
         Markers are the maxima that stand out by more than this (h-maxima) instead of all that reaches `marker`; 0 for
         all. Ways from one maximum to the next stay in the component.
+    refine : int
+        1, or 2: maps are brought to pixels of half the size first, see `refined`; for markers of ``distance`` or
+        ``contour``. All sizes here stay in pixels of the maps as they are.
     """
 
     nucleus: int = 128
@@ -97,8 +100,13 @@ class InstanceRules:
     markers: str = "distance"
     smooth: float = 0.0
     depth: int = 0
+    refine: int = 1
 
     def __post_init__(self) -> None:
+        if self.refine not in (1, 2):
+            raise ValueError(f"refine must be 1 or 2, got {self.refine}")
+        if self.refine > 1 and self.markers not in ("distance", "contour"):
+            raise ValueError(f"refine must be 1 with markers of {self.markers}, got {self.refine}")
         if self.markers not in MARKER_SOURCES:
             raise ValueError(f"markers must be one of {', '.join(MARKER_SOURCES)}, got {self.markers!r}")
         for name in ("nucleus", "marker"):
@@ -107,6 +115,19 @@ class InstanceRules:
         for name in ("min_marker", "min_area", "max_hole", "smooth", "depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def fine(self) -> InstanceRules:
+        """These rules for maps that have been `refined`."""
+        area = self.refine**2
+        return replace(
+            self,
+            min_marker=self.min_marker * area,
+            min_area=self.min_area * area,
+            max_hole=self.max_hole * area,
+            smooth=self.smooth * self.refine,
+            refine=1,
+        )
 
     @classmethod
     def default_for(cls, markers: str, mpp: float = 0.5) -> InstanceRules:
@@ -550,6 +571,26 @@ def split_components(
     return Pixels(index, numbers[result], int(numbers[-1]), stride)
 
 
+def refined(maps: np.ndarray) -> np.ndarray:
+    """Maps on pixels of half the size, by bilinear interpolation.
+
+    Outlines that follow the edges of pixels come nearer to where the nucleus map crosses its threshold. A value depends
+    on its pixel and those around it alone, and is the same whatever else is in the window.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray
+        uint8 ``(C, H, W)``, none of them 0.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 ``(C, 2 H, 2 W)``; beyond the window's edges, its outermost pixels are taken to go on.
+    """
+    size = 2 * maps.shape[2], 2 * maps.shape[1]
+    return np.stack([cv2.resize(one, size, interpolation=cv2.INTER_LINEAR_EXACT) for one in maps])
+
+
 def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channels(distance=1)) -> np.ndarray:
     """All nuclei of maps that fit into memory.
 
@@ -565,8 +606,10 @@ def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channel
     Returns
     -------
     numpy.ndarray
-        int32 label map ``(H, W)``, 0 is background.
+        int32 label map ``(H, W)``, 0 is background; ``(2 H, 2 W)`` with ``rules.refine`` of 2.
     """
+    if rules.refine > 1:
+        maps, rules = refined(maps), rules.fine
     padded = np.pad(maps, ((0, 0), (0, 0), (0, 1)))
     front = foreground(padded[channels.nucleus], rules.nucleus)
     pixels = split_components(padded, front, front.areas >= rules.min_area, rules, channels)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from pipeline.kernels.instances import (
     Channels,
     InstanceRules,
     marker_map,
+    refined,
     segment,
     standing_out,
 )
@@ -679,3 +681,70 @@ def test_classes_come_from_the_maps_of_the_types(tmp_path: Path) -> None:
     assert found.column("class_id").to_pylist() == [0, 2]
     assert found.column("class").to_pylist() == ["a", "c"]
     assert found.column("probability")[0].as_py() == pytest.approx(200 / 255)
+
+
+FINE = InstanceRules(nucleus=128, marker=140, min_marker=1, min_area=2, max_hole=5, refine=2)
+
+
+def test_pixels_of_half_the_size_are_between_those_around_them() -> None:
+    maps = np.array([[[0, 100], [200, 40]]], np.uint8)
+    fine = refined(maps)[0]
+    assert fine.shape == (4, 4)
+    assert fine[0, 0] == 0 and fine[3, 0] == 200  # nothing beyond the edge pulls at it
+    assert fine[0].tolist() == [0, 25, 75, 100]
+    assert fine[1, 1] == round((9 * 0 + 3 * 100 + 3 * 200 + 40) / 16)
+
+
+def test_discs_are_nearer_to_the_truth_on_finer_pixels() -> None:
+    rng = np.random.default_rng(5)
+    fine_y, fine_x = (np.mgrid[:240, :240] + 0.5) / 8
+    y, x = np.mgrid[:30, :30] + 0.5
+    rules = InstanceRules(marker=200, min_area=20)
+    agreement: dict[int, list[float]] = {1: [], 2: []}
+    for cx, cy, radius in rng.uniform((13, 13, 4), (17, 17, 9), (20, 3)):
+        maps = np.clip(127.5 + (radius - np.hypot(x - cx, y - cy)) * 60, 0, 255)
+        true = np.hypot(fine_x - cx, fine_y - cy) < radius
+        for refine, scores in agreement.items():
+            found = segment(np.stack([maps, maps]).astype(np.uint8), replace(rules, refine=refine)) > 0
+            found = found.repeat(8 // refine, axis=0).repeat(8 // refine, axis=1)
+            scores.append((found & true).sum() / (found | true).sum())
+    assert np.mean(agreement[1]) < 0.93 < 0.95 < np.mean(agreement[2])
+
+
+@pytest.mark.parametrize("markers", ["distance", "contour"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    density=st.floats(0.3, 0.7),
+    block=st.integers(8, 190),
+    halo=st.integers(0, 40),
+    threshold=st.integers(1, 200),
+)
+def test_any_blocks_give_the_whole_on_finer_pixels(
+    tmp_path_factory: pytest.TempPathFactory,
+    markers: str,
+    seed: int,
+    height: int,
+    width: int,
+    density: float,
+    block: int,
+    halo: int,
+    threshold: int,
+) -> None:
+    maps = all_maps(height, width, seed, density)
+    maps[:, : height // 2, width // 3 : width // 2] = 0  # whole cells that nobody looked at, some of them
+    rules = replace(FINE, nucleus=threshold, markers=markers, marker=70 if markers == "contour" else 140)
+    path = make_store(tmp_path_factory.mktemp("maps") / "maps.zarr", maps, names=ALL_MAPS)
+    whole = slide_nuclei(path, rules, block=1000)
+    assert slide_nuclei(path, rules, block=block, halo=halo).equals(whole)
+    assert same_partition(label_map(whole, 2 * height, 2 * width), segment(maps, rules, Channels.of(ALL_MAPS)))
+
+
+def test_rules_that_cannot_be_refined_are_refused() -> None:
+    with pytest.raises(ValueError, match="refine must be 1 or 2, got 3"):
+        InstanceRules(refine=3)
+    with pytest.raises(ValueError, match="refine must be 1 with markers of hv"):
+        InstanceRules(markers="hv", refine=2)
+    assert replace(FINE, smooth=1.5).fine == replace(FINE, min_marker=4, min_area=8, max_hole=20, smooth=3.0, refine=1)

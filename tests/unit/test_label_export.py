@@ -144,7 +144,8 @@ def test_tall_nuclei_and_single_pixels(tmp_path: Path) -> None:
     assert_levels(levels_of(tmp_path / "a.zarr"), labels)
 
 
-def test_map_is_that_of_the_instances_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refine", [1, 2])
+def test_map_is_that_of_the_instances_stage(tmp_path: Path, refine: int) -> None:
     from pipeline.instances import write_instances
     from pipeline.kernels.instances import InstanceRules
     from pipeline.maps import MapStore
@@ -158,12 +159,12 @@ def test_map_is_that_of_the_instances_stage(tmp_path: Path) -> None:
     store.array[:] = maps
     package = ModelPackage(
         name="m", mpp=0.5, patch=64, overlap=16, network="unet", network_args={}, heads=("nucleus", "distance"),
-        classes=(NucleusClass("Nucleus", (1, 2, 3)),), stain={}, thresholds=InstanceRules(min_area=1), licence="",
+        classes=(NucleusClass("Nucleus", (1, 2, 3)),), stain={}, thresholds=InstanceRules(min_area=1, refine=refine), licence="",
         description="", data=(), metrics={}, sha256="0", folder=tmp_path,
     )  # fmt: skip
     table = tmp_path / "instances.parquet"
     write_instances(tmp_path / "m.zarr", package, table, slide="a", block=128, halo=16, workers=1)
-    expected = np.zeros((300, 260), np.uint32)
+    expected = np.zeros((300 * refine, 260 * refine), np.uint32)
     for number, runs in enumerate(pq.read_table(table)["runs"].to_pylist(), start=1):
         for row, start, end in np.array(runs).reshape(-1, 3):
             expected[row, start:end] = number

@@ -295,6 +295,22 @@ def test_no_partition_changes_a_bit(
     assert results[0].equals(results[1], check_metadata=True)
 
 
+@pytest.mark.parametrize("block", [1024, 37])
+def test_nuclei_on_finer_pixels_than_the_tiles(
+    scene: tuple[np.ndarray, np.ndarray, pa.Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    _, rgb, table = scene
+    monkeypatch.setattr(measure, "BLOCK", block)
+    coarse = ArrayTiles(np.ascontiguousarray(rgb[::2, ::2]), Grid(350, 250, 1.0, 4.0, 4.0))
+    same = ArrayTiles(coarse.rgb.repeat(2, axis=0).repeat(2, axis=1))
+    write_instances(tmp_path / "in.parquet", table, 10)
+    found = []
+    for name, tiles in (("coarse", coarse), ("same", same)):
+        measure.write_measured(tmp_path / "in.parquet", tiles, stain_kernel.RUIFROK, tmp_path / name)
+        found.append(pq.read_table(tmp_path / name))
+    assert found[0].equals(found[1])
+
+
 def test_a_block_is_read_once_whatever_the_batches(
     scene: tuple[np.ndarray, np.ndarray, pa.Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
