@@ -95,6 +95,6 @@ def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grid_of(table: pa.Table | pq.ParquetFile) -> Grid:
-    """The grid that a table of nuclei was made on: the slide's, or one of half its pixels where the model's rules refine."""
+    """The grid that nuclei were made on: the slide's, or one of half its pixels where the model's rules refine."""
     schema = table.schema if isinstance(table, pa.Table) else table.schema_arrow
     return Grid.from_json(about_nuclei(schema)["grid"])

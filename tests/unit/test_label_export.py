@@ -159,8 +159,8 @@ def test_map_is_that_of_the_instances_stage(tmp_path: Path, refine: int) -> None
     store.array[:] = maps
     package = ModelPackage(
         name="m", mpp=0.5, patch=64, overlap=16, network="unet", network_args={}, heads=("nucleus", "distance"),
-        classes=(NucleusClass("Nucleus", (1, 2, 3)),), stain={}, thresholds=InstanceRules(min_area=1, refine=refine), licence="",
-        description="", data=(), metrics={}, sha256="0", folder=tmp_path,
+        classes=(NucleusClass("Nucleus", (1, 2, 3)),), stain={}, thresholds=InstanceRules(min_area=1, refine=refine),
+        licence="", description="", data=(), metrics={}, sha256="0", folder=tmp_path,
     )  # fmt: skip
     table = tmp_path / "instances.parquet"
     write_instances(tmp_path / "m.zarr", package, table, slide="a", block=128, halo=16, workers=1)
