@@ -19,7 +19,7 @@ from pipeline.maps import open_maps
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema
 
 MAX_COMPONENT = 1 << 23
-"""Pixels in the box of the largest component that is looked at whole: 1.4 mm by 1.4 mm at 0.5 µm."""
+"""Pixels in the box of the largest component that is looked at whole: 0.7 mm by 0.7 mm at 0.25 µm."""
 
 CUT = 2048
 """Side of the squares that larger components are cut into."""
