@@ -72,6 +72,9 @@ def test_many_small_slides_are_started_warm(tmp_path: Path, model: Path, count: 
     assert process.returncode == 0
     assert bool(servers) == warm  # the stages, its forks, have its command line
     assert all((tmp_path / target).is_file() for target in targets)
+    deadline = time.monotonic() + 20  # it ends by itself, with its parent
+    while any(Path("/proc", server).exists() for server in servers) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(Path("/proc", server).exists() for server in servers)
     # No limit of jobs a second, with which the scheduler would look at them again and again.
     limits = re.findall(r"after job selection: .*'_job_count': (\d+)", log.read_text(encoding="utf-8"))
