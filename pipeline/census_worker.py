@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from pipeline.kernels.contours import centroids, outlines, pixel_runs, polygon_wkb
+from pipeline.kernels.contours import centroids, every_second, outlines, pixel_runs, polygon_wkb
 from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
 from pipeline.maps import open_maps
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema
@@ -235,6 +235,8 @@ class Worker:
         runs += np.array([y, x, x], np.int32)
         firsts = runs[starts[:-1]].astype(np.uint64)
         ids = firsts[:, 0] << np.uint64(32) | firsts[:, 1]
+        if self.setup.rules.refine > 1:  # stains are measured on the slide's grid, whose pixels hold no more
+            runs, starts = every_second(runs, starts)
         half = np.array([grid.scale_x, grid.scale_y]) / 2
         shapes = replace(shapes, points=(shapes.points + np.array([2 * x, 2 * y])) * half)
         data, offsets = polygon_wkb(shapes)

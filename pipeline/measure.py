@@ -150,11 +150,8 @@ def begin_batch(batch: pa.RecordBatch, grid: Grid, matrix: np.ndarray, white: np
     return Batch(batch.drop_columns(["runs"]), shapes, pieces, StainSums(len(lengths), matrix, white))
 
 
-def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int, factor: int = 1) -> None:
-    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once.
-
-    Runs are on pixels of the tiles that are divided into ``factor x factor``.
-    """
+def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
+    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once."""
     blocks: dict[tuple[int, int], list[tuple[Batch, slice]]] = {}
     for batch in batches:
         pieces = batch.pieces
@@ -167,10 +164,7 @@ def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int, factor: int
     for _, users in sorted(blocks.items(), key=lambda item: item[0]):
         left, top = (min(int(getattr(b.pieces, name)[part].min()) for b, part in users) for name in ("x0", "y"))
         right, bottom = (max(int(getattr(b.pieces, name)[part].max()) for b, part in users) for name in ("x1", "y"))
-        x, y = left // factor, top // factor
-        rgb = np.ascontiguousarray(tiles.read(x, y, -(-right // factor) - x, bottom // factor + 1 - y))
-        if factor > 1:
-            rgb, left, top = rgb.repeat(factor, axis=0).repeat(factor, axis=1), x * factor, y * factor
+        rgb = np.ascontiguousarray(tiles.read(left, top, right - left, bottom + 1 - top))
         for batch, part in users:
             found = batch.pieces
             batch.stains.add(
@@ -197,20 +191,20 @@ def measured_batches(
         return pa.record_batch(columns, schema=schema)
 
     grid = grid_of(source)
-    factor = round(tiles.grid.mpp / grid.mpp)
+    refine = round(tiles.grid.mpp / grid.mpp)
     waiting: deque[Batch] = deque()
     for rows in source.iter_batches(batch_size=BATCH_ROWS):
         if rows.num_rows == 0:
             continue
         waiting.append(begin_batch(rows, grid, matrix, white))
         # What comes later begins no higher than the last of these.
-        last = int(rows.column("id")[-1].as_py()) >> 32
-        read_blocks(waiting, tiles, last // BLOCK, factor)
+        last = (int(rows.column("id")[-1].as_py()) >> 32) // refine
+        read_blocks(waiting, tiles, last // BLOCK)
         if len(waiting) > BATCHES_AT_ONCE:
-            read_blocks(waiting, tiles, int(waiting[0].pieces.blocks[-1, 0]) + 1, factor)
+            read_blocks(waiting, tiles, int(waiting[0].pieces.blocks[-1, 0]) + 1)
         while waiting and waiting[0].finished:
             yield finish(waiting.popleft())
-    read_blocks(waiting, tiles, np.iinfo(np.int64).max, factor)
+    read_blocks(waiting, tiles, np.iinfo(np.int64).max)
     yield from map(finish, waiting)
 
 

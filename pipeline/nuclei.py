@@ -1,9 +1,10 @@
 """The table of nuclei of one slide: GeoParquet, polygons in level-0 pixels.
 
-Columns: ``id`` (uint64: row and column of the nucleus' first pixel in raster order on the slide's grid,
-``row << 32 | column``), ``geometry`` (WKB), ``class``, ``class_id``, ``probability`` (mean of the nucleus map inside,
-0 to 1); between the instances and the measure stage also ``runs`` (row, first column, column after the last, one after
-another). Rows are ordered by id. What the table belongs to stands in the file's metadata under ``nuclei``.
+Columns: ``id`` (uint64: row and column of the nucleus' first pixel in raster order on the grid that nuclei were made
+on, ``row << 32 | column``), ``geometry`` (WKB), ``class``, ``class_id``, ``probability`` (mean of the nucleus map
+inside, 0 to 1); between the instances and the measure stage also ``runs`` (pixels of the slide's grid: row, first
+column, column after the last, one after another). Rows are ordered by id. What the table belongs to stands in the
+file's metadata under ``nuclei``.
 """
 
 from __future__ import annotations

@@ -40,6 +40,24 @@ def pixel_runs(pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
     return runs, np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=pixels.count + 1)[1:])])
 
 
+def every_second(runs: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of every second pixel of every second row, on pixels of twice the size.
+
+    Parameters
+    ----------
+    runs, starts : numpy.ndarray
+        What `pixel_runs` gave, from the slide's corner.
+
+    Returns
+    -------
+    runs, starts : numpy.ndarray
+        The same; no two instances share a pixel, and one may have none.
+    """
+    thin = np.stack([runs[:, 0], runs[:, 1] + 1, runs[:, 2] + 1], axis=1) >> 1
+    kept = (runs[:, 0] % 2 == 0) & (thin[:, 1] < thin[:, 2])
+    return thin[kept], np.concatenate([[0], np.cumsum(kept)])[starts]
+
+
 def run_boxes(runs: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Left, top, width, height of instances, none of them empty, from what `pixel_runs` gave; int64 ``(n, 4)``."""
     if len(starts) < 2:

@@ -147,7 +147,7 @@ def test_tall_nuclei_and_single_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("refine", [1, 2])
 def test_map_is_that_of_the_instances_stage(tmp_path: Path, refine: int) -> None:
     from pipeline.instances import write_instances
-    from pipeline.kernels.instances import InstanceRules
+    from pipeline.kernels.instances import InstanceRules, segment
     from pipeline.maps import MapStore
     from pipeline.models.package import ModelPackage, NucleusClass
 
@@ -164,10 +164,7 @@ def test_map_is_that_of_the_instances_stage(tmp_path: Path, refine: int) -> None
     )  # fmt: skip
     table = tmp_path / "instances.parquet"
     write_instances(tmp_path / "m.zarr", package, table, slide="a", block=128, halo=16, workers=1)
-    expected = np.zeros((300 * refine, 260 * refine), np.uint32)
-    for number, runs in enumerate(pq.read_table(table)["runs"].to_pylist(), start=1):
-        for row, start, end in np.array(runs).reshape(-1, 3):
-            expected[row, start:end] = number
+    expected = in_order(segment(maps, package.thresholds))
     assert expected.max() > 50
     with sizes(64, 100):
         write_labels(table, tmp_path / "a.zarr")
