@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from benchmarks import material
 from benchmarks.harness import Figure
-from benchmarks.speed import Options
+from benchmarks.speed import Options, not_refined
 from pipeline import census
 from pipeline.census import slide_nuclei
 from pipeline.census_worker import Block
@@ -212,7 +212,7 @@ def seams(options: Options) -> Iterator[Figure]:
     """Nuclei that differ from those of the maps taken whole, for ways of tiling that are in use and for ours."""
     folder = options.place("seams")
     package = ModelPackage.load(options.model)
-    rules = package.thresholds
+    rules = not_refined(package).thresholds
     side, tile = SIZES["quick" if options.quick else "full"]
     material.write_maps(folder / "maps.zarr", material.field(package.mpp), side, side, package.mpp, 1.0)
     maps = MapStore.open(folder / "maps.zarr").read(0, 0, side, side)
