@@ -127,7 +127,7 @@ def write_manifests(folder: Path, width: int, height: int, mpp: float) -> None:
         "slide": {"width": width, "height": height, "mpp": [mpp, mpp]},
         "tiles": {"grid": grid},
         "stain": {"transform": transform, "method": "none", "stains": None},
-        "maps": {"grid": grid},
+        "maps": {"grid": grid, "model": {"name": "none", "sha256": ""}},
     }
     for name, value in manifests.items():
         _write_manifest(folder, name, value)
