@@ -325,9 +325,7 @@ def check_parts(experiment: Experiment) -> None:
             try:
                 check_model(Path(folder))
             except PipelineError as error:
-                raise PipelineError(
-                    f"train: {role}: {Exception.__str__(error)}", "name the folder of a model package"
-                ) from None
+                raise PipelineError(f"train: {role}: {error.reason}", "name the folder of a model package") from None
     if not experiment.network_args:
         return
     try:
@@ -336,7 +334,7 @@ def check_parts(experiment: Experiment) -> None:
     except ImportError:  # PyTorch may be in the environment of the jobs alone
         return
     except PipelineError as error:
-        raise PipelineError(f"train: network_args: {Exception.__str__(error)}", error.hint) from None
+        raise PipelineError(f"train: network_args: {error.reason}", error.hint) from None
 
 
 def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
