@@ -321,12 +321,16 @@ def _delimiter(table: Path, header: str) -> str:
 
 
 def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
-    """Cells of each line of a table that holds any, by the line's number."""
+    """Cells of each line of a table that holds any, without empty ones at its end, by the line's number."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=_delimiter(table, stream.readline()), strict=True)
             stream.seek(0)
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+            lines = [
+                (reader.line_num, cells[:filled])
+                for cells in reader
+                if (filled := max((number for number, cell in enumerate(cells, 1) if cell.strip()), default=0))
+            ]
     except OSError as error:
         raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -32,8 +32,8 @@ MOST_UNEQUAL = 2
 """How much longer than wide a pixel may be, or the other way round."""
 
 _MPP_HINT = (
-    "give it in the `mpp` column of the slide table, or, for all slides, also those whose files state one: "
-    "--config mpp=NUMBER"
+    "give it in the `mpp` column of the slide table, such as a copy of the results' slides.tsv, or, for all slides, "
+    "also those whose files state one: --config mpp=NUMBER"
 )
 
 _CLASSES: dict[str, type[Slide]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}

@@ -138,7 +138,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_csv_of_a_spreadsheet_whose_decimal_mark_is_a_comma(tmp_path: Path) -> None:
-    text = '\ufeffslide;path;mpp;"stain, date"\r\n"a ""b""; c ";x.svs;0,25;May \r\n;;;\r\nd\u00a0;y, z.svs;0.5;\r\n'
+    text = '\ufeffslide;path;mpp;"stain, date";;\r\n"a ""b""; c ";x.svs;0,25;May ;;\r\n;;;\r\nd\u00a0;y, z.svs;0.5\r\n'
     (tmp_path / "t.csv").write_bytes(text.encode())
     first, second = slides = from_table(tmp_path / "t.csv")
     assert (first.name, first.mpp, first.path.name) == ('a "b"; c', 0.25, "x.svs")
@@ -154,7 +154,8 @@ def test_csv_of_a_spreadsheet_whose_decimal_mark_is_a_comma(tmp_path: Path) -> N
         ("slide\tfile\na\tb\n", "no column 'path'"),
         ("slide,path\na,b\n", "no column 'slide'.*separated by tabs"),
         ("slide\tpath\tpath\na\tb\tc\n", "column 'path' is there twice"),
-        ("slide\tpath\t\na\tb\tc\n", "column 3 has no name .*take it out"),
+        ("slide\t\tpath\na\tb\tc\n", "column 2 has no name .*take it out"),
+        ("slide\tpath\t\na\tb\tc\n", "line 2: 3 cells, but 2 columns"),
         ("Slide\tPath\na\tb\n", "column 'Slide' is not read .*write it 'slide'"),
         ("slide\tpath\na\tb\tc\n", "line 2: 3 cells, but 2 columns"),
         ("slide\tpath\na\t\n", "line 2: no path"),
