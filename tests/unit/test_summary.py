@@ -315,7 +315,7 @@ def test_density_of_an_even_field() -> None:
     y, x = np.mgrid[10:1000:20, 10:1500:20]
     points = np.stack([x.ravel(), y.ravel()], axis=1).astype(float)
     ring = np.array([[0, 0], [1500, 0], [1500, 1000], [0, 1000], [0, 0]], float)
-    density = overview.density_map(points, [ring], (1500.0, 1000.0), bin_um=20)
+    density = overview.density_map(points, [ring], (1500.0, 1000.0))
     assert density.values.shape == (50, 75)
     assert np.allclose(density.values, 2500)
     nothing = overview.density_map(points[:0], [], (1500.0, 1000.0))
@@ -337,7 +337,7 @@ def test_fine_density_goes_on_to_the_edge_of_the_tissue() -> None:
 
 def test_coverage_honours_holes() -> None:
     outer = np.array([[0, 0], [8, 0], [8, 8], [0, 8], [0, 0]], float)
-    share = overview.coverage([outer, outer / 2 + 2], 10, 10, (1.0, 1.0))
+    share = overview.coverage([outer, outer / 2 + 2], 10, 10, 1.0)
     expected = np.zeros((10, 10))
     expected[:8, :8] = 1
     expected[2:6, 2:6] = 0
