@@ -111,9 +111,17 @@ def test_one_nucleus(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_warnings_name_their_stage(tmp_path: Path) -> None:
     paths = testing.write_slide(tmp_path, "s", count=3)
-    for path, more in ((paths.stain, {"warnings": ["one stain"]}), (paths.tiles, {"unreadable_share": 0.0123})):
-        path.write_text(json.dumps(json.loads(path.read_text()) | more))
-    assert run(paths, "s")["warnings"] == ["stain: one stain", "tiles: 1.2 % of the tissue could not be decoded"]
+    paths.stain.write_text(json.dumps(json.loads(paths.stain.read_text()) | {"warnings": ["one stain"]}))
+    for share, told in ((0.0123, "1.23 %"), (0.999, "99.9 %"), (1.0, "100 %")):
+        paths.tiles.write_text(json.dumps(json.loads(paths.tiles.read_text()) | {"unreadable_share": share}))
+        assert run(paths, "s")["warnings"] == ["stain: one stain", f"tiles: {told} of the tissue could not be decoded"]
+
+
+def test_large_numbers_are_written_out(tmp_path: Path) -> None:
+    nuclei = summary.Nuclei.open(testing.write_slide(tmp_path, "s", count=1).nuclei)
+    for area, told in ((0.0, "0"), (0.06254, "0.0625"), (12.34, "12.3"), (999.6, "1,000"), (1234.5678, "1,235")):
+        numbers = {"tissue_mm2": area, "nuclei_per_mm2": 2345.6, "quantiles": {}}
+        assert summary._facts(numbers, nuclei)[:3] == ["1 nucleus", f"{told} mm² tissue", "2,346 nuclei/mm²"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -219,6 +227,13 @@ def test_a_file_server_that_fails_over_the_truth(
     assert isinstance(raised.value, expected)
 
 
+def test_a_truth_of_lists_within_lists_is_no_geojson(tmp_path: Path) -> None:
+    nuclei = summary.Nuclei.open(testing.write_slide(tmp_path, "s", count=1).nuclei)
+    (tmp_path / "t.geojson").write_bytes(b"[" * 1000 + b"]" * 1000)  # as deep as the parser goes
+    with pytest.raises(SlideError, match="is no GeoJSON of polygons"):
+        summary.evaluate_slide(nuclei, tmp_path / "t.geojson", (2400, 1800))
+
+
 @pytest.mark.parametrize("kind", ["t.geojson", "t.npy"])
 def test_without_known_nuclei_no_outline_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(readers, "some_nuclei", None)
@@ -228,6 +243,7 @@ def test_without_known_nuclei_no_outline_is_read(tmp_path: Path, monkeypatch: py
     np.save(tmp_path / "t.npy", np.zeros((1800, 2400), np.uint16))
     found = summary.evaluate_slide(summary.Nuclei.open(tmp_path / "n.parquet"), tmp_path / kind, (2400, 1800))
     assert (found["n_truth"], found["n_pred"], found["fp"], found["f1"]) == (0, 50, 50, 0)
+    assert found["region"] == [0, 0, 2400, 1800]  # where all these nuclei are
 
 
 def test_only_nuclei_near_the_truth_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
