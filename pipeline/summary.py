@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline import provenance
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError, SlideError
-from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, RANKED
+from pipeline.export import DEFAULT_COLOUR, RANKED
 from pipeline.geojson import origin_of
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
@@ -101,7 +101,6 @@ class Nuclei:
 
     def contours(self, regions: Sequence[Region]) -> list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]]:
         """Outlines in grid pixels, with the colour of the class, of the nuclei near each region."""
-        import pyarrow as pa
         import shapely
 
         margin = 60.0 / self.grid.mpp  # no nucleus reaches farther from its centroid
@@ -112,19 +111,18 @@ class Nuclei:
             near.append(np.all(inside, axis=1))
         result: list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]] = [[] for _ in regions]
         scale = (self.grid.scale_x, self.grid.scale_y)
-        start = 0
+        stop = 0
         with open_nuclei(self.path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=["geometry"]):
+            for group in range(file.num_row_groups):
+                start, stop = stop, stop + file.metadata.row_group(group).num_rows
+                if not any(mask[start:stop].any() for mask in near):
+                    continue  # most of a large slide's
+                wkb = file.read_row_group(group, ["geometry"])["geometry"].to_numpy()
                 for found, mask in zip(result, near, strict=True):
-                    rows = np.flatnonzero(mask[start : start + batch.num_rows])
-                    if not len(rows):
-                        continue
-                    taken = batch.column("geometry").take(pa.array(rows))
-                    for row, shape in zip(rows, shapely.from_wkb(taken.to_numpy(zero_copy_only=False)), strict=True):
-                        colour = self.classes[self.kinds[start + row]][1]
+                    rows = np.flatnonzero(mask[start:stop])
+                    for kind, shape in zip(self.kinds[start + rows], shapely.from_wkb(wkb[rows]), strict=True):
                         rings = shapely.get_rings(shape)
-                        found.extend((shapely.get_coordinates(ring) / scale, colour) for ring in rings)
-                start += batch.num_rows
+                        found.extend((shapely.get_coordinates(ring) / scale, self.classes[kind][1]) for ring in rings)
         return result
 
 

@@ -326,6 +326,31 @@ def test_regions_lie_within_any_grid(width: int, height: int, places: list[tuple
     assert bool(len(places)) == (regions[0].count > 0)
 
 
+def test_outlines_are_read_where_a_region_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, path = testing.nuclei_table(400, 2400, 1800), tmp_path / "n.parquet"
+    testing.write_nuclei(path, table, GRID, "s")
+    pq.write_table(pq.read_table(path), path, row_group_size=50)
+    read, read_group = [], pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, *rest: Any) -> Any:
+        read.append(group)
+        return read_group(self, group, *rest)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    regions = [overview.Region("a", 500, 60, 128, 0), overview.Region("b", 900, 70, 128, 0)]
+    found = summary.Nuclei.open(path).contours(regions)
+    assert read == [0, 1, 2]  # of eight: 120 pixels about 60 to 198 of 900
+    for region, outlines in zip(regions, found, strict=True):
+        box = shapely.box(region.x, region.y, region.x + region.side, region.y + region.side)
+        shapes = shapely.transform(shapely.from_wkb(table["geometry"].to_pylist()), lambda points: points / 2)
+        near = {ring.tobytes() for ring, _ in outlines}
+        wanted = [shapely.get_coordinates(shape).tobytes() for shape in shapes if shape.intersects(box)]
+        assert len(wanted) > 3
+        assert near.issuperset(wanted)
+    colours = {tuple(kind["color"]) for kind in testing.CLASSES}
+    assert {colour for outlines in found for _, colour in outlines} == colours
+
+
 def test_density_of_an_even_field() -> None:
     # One nucleus every 20 µm each way: 2500 per mm², up to the very edge of the tissue.
     y, x = np.mgrid[10:1000:20, 10:1500:20]
