@@ -18,6 +18,7 @@ from pipeline.figure import (
     TISSUE_LINE,
     heading,
     hex_code,
+    map_size,
     panel,
     picture,
     scale_bar,
@@ -107,8 +108,7 @@ def draw_classes(
 
     rings = [shapely.get_coordinates(ring) / (grid.scale_x, grid.scale_y) for ring in shapely.get_rings(tissue)]
     image, size = class_map(centroids, kinds, [item["color"] for item in composition.values()], grid)
-    tall = min(7.0, max(1.8, 8.3 * grid.height / grid.width))
-    wide = min(8.3, max(3.2, tall * grid.width / grid.height))  # the bars stand beside the map, however narrow it is
+    wide, tall = map_size(grid.width, grid.height, (8.3, 7.0), 3.2)  # what is told stands beside
     with picture(path, 1.3 + max(tall, 0.42 * min(len(composition), CLASSES_SHOWN)) + 0.4) as figure:
         count = sum(item["count"] for item in composition.values())
         heading(figure, slide, f"{count:,} nuclei by class")

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
 from pipeline.stage import keywords, manifest_failure, read_manifest, whole_files, write_json
+from pipeline.summary import stage_costs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,24 +98,25 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
         elif not paths.metrics.exists() or kinds is None or drawn is None:
             cohort.waiting.append(entry.name)
         else:
-            seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
-            more: dict[str, Any] = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
+            last["stages"] |= kinds.pop("stages", {})
             last["warnings"] += drawn.pop("warnings", [])
+            seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
             twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
             if twin != entry.name:
                 warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
                 log.warning("slide %r: %s", entry.name, warning)
-                more["warnings"] = [*last["warnings"], warning]
+                last["warnings"].append(warning)
+            more = {"slide": entry.name, "extra": dict(entry.extra), "total_seconds": round(seconds, 3)}
             cohort.good.append(last | more | kinds | drawn)
     return cohort
 
 
 def _classes(paths: SlideLayout, by: str | None) -> dict[str, Any] | None:
-    """Composition by a classifier, and which it is; None where there is none by the one of this hash."""
+    """Composition by a classifier, which it is, and costs; None where there is none by the one of this hash."""
     made: dict[str, Any] = read_manifest(paths.classify) if paths.classify.exists() else {"status": "failed"}
     if made["status"] != "ok" or (by is not None and made["classifier"]["sha256"] != by):
         return None
-    return {name: made[name] for name in ("composition", "classifier")}
+    return {name: made[name] for name in ("composition", "classifier")} | {"stages": stage_costs([made])}
 
 
 def _regions(paths: SlideLayout, path: Path, classifier: dict[str, str] | None) -> dict[str, Any] | None:
@@ -149,33 +151,22 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     """
     import pyarrow as pa
 
-    good = cohort.good
-
-    def each(value: Callable[[dict[str, Any]], Any], kind: pa.DataType) -> pa.Array:
-        return pa.array([value(row) for row in good], kind)
-
-    def score(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: (row.get("evaluation") or {}).get(name)
-
-    def focus(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda row: (row.get("focus") or {}).get(name)
-
-    real = pa.float64()
+    good, real, whole = cohort.good, pa.float64(), pa.int64()
+    scores, focus = ([row.get(key) or {} for row in good] for key in ("evaluation", "focus"))
+    peaks = [max(one["peak_rss_mb"] for one in (row, *row["stages"].values())) for row in good]
     own = _counts(good)
-    if any(row.get("evaluation") for row in good):
-        own |= {name: each(score(name), real) for name in SCORES}
+    if any(scores):
+        own |= {name: pa.array([one.get(name) for one in scores], real) for name in SCORES}
     own |= {
-        "mpp": each(lambda row: (row.get("mpp") or [None])[0], real),
-        "blur_um": each(focus("blur_um"), real),
-        "blurred_share": each(focus("blurred_share"), real),
-        "unreadable_share": each(lambda row: row.get("unreadable_share"), real),
-        "doubtful_cells": each(lambda row: row.get("doubtful_cells"), pa.int64()),
-        "ink_fraction": each(lambda row: row.get("ink_fraction"), real),
-        "warnings": each(lambda row: len(row["warnings"]), pa.int64()),
-        "seconds": each(lambda row: row["total_seconds"], real),
-        "peak_rss_mb": each(
-            lambda row: max([row["peak_rss_mb"], *(s["peak_rss_mb"] for s in row["stages"].values())]), real
-        ),
+        "mpp": pa.array([(row.get("mpp") or [None])[0] for row in good], real),
+        "blur_um": pa.array([one.get("blur_um") for one in focus], real),
+        "blurred_share": pa.array([one.get("blurred_share") for one in focus], real),
+        "unreadable_share": pa.array([row.get("unreadable_share") for row in good], real),
+        "doubtful_cells": pa.array([row.get("doubtful_cells") for row in good], whole),
+        "ink_fraction": pa.array([row.get("ink_fraction") for row in good], real),
+        "warnings": pa.array([len(row["warnings"]) for row in good], whole),
+        "seconds": pa.array([row["total_seconds"] for row in good], real),
+        "peak_rss_mb": pa.array(peaks, real),
     }
     return _with_slides(cohort, good, own)
 
@@ -205,31 +196,20 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     """Columns for tissue, nuclei, classes and medians of slides, or of regions."""
     import pyarrow as pa
 
-    classes = list(dict.fromkeys(name for row in rows for name in row["composition"]))
-
-    def each(value: Callable[[Mapping[str, Any]], Any], kind: pa.DataType) -> pa.Array:
-        return pa.array([value(row) for row in rows], kind)
-
-    def part(name: str, key: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda row: row["composition"].get(name, {}).get(key)
-
-    def count(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda row: row["composition"].get(name, {}).get("count", 0)
-
-    def median(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda row: (row["quantiles"].get(name) or {}).get("50")
-
-    real = pa.float64()
+    real, whole = pa.float64(), pa.int64()
     own: dict[str, pa.Array] = {
-        "tissue_mm2": each(lambda row: row["tissue_mm2"], real),
-        "nuclei": each(lambda row: row["nuclei"], pa.int64()),
-        "nuclei_per_mm2": each(lambda row: row["nuclei_per_mm2"], real),
+        "tissue_mm2": pa.array([row["tissue_mm2"] for row in rows], real),
+        "nuclei": pa.array([row["nuclei"] for row in rows], whole),
+        "nuclei_per_mm2": pa.array([row["nuclei_per_mm2"] for row in rows], real),
     }
-    for name in classes:
-        own[f"nuclei:{name}"] = each(count(name), pa.int64())
-        own[f"nuclei_per_mm2:{name}"] = each(part(name, "per_mm2"), real)
-        own[f"share:{name}"] = each(part(name, "share"), real)
-    return own | {f"{name}_median": each(median(name), real) for name in RANKED}
+    for name in dict.fromkeys(name for row in rows for name in row["composition"]):
+        found = [row["composition"].get(name, {}) for row in rows]
+        own[f"nuclei:{name}"] = pa.array([one.get("count", 0) for one in found], whole)
+        own[f"nuclei_per_mm2:{name}"] = pa.array([one.get("per_mm2") for one in found], real)
+        own[f"share:{name}"] = pa.array([one.get("share") for one in found], real)
+    for name in RANKED:
+        own[f"{name}_median"] = pa.array([(row["quantiles"].get(name) or {}).get("50") for row in rows], real)
+    return own
 
 
 def _with_slides(cohort: Cohort, rows: Sequence[Mapping[str, Any]], own: dict[str, pa.Array]) -> pa.Table:

@@ -162,14 +162,12 @@ def features(
         measurements[row] = {name: measurements[row][name] for i, name in enumerate(names) if finite[row, i]}
 
     result = []
-    kinds = batch.column("class").to_pylist() if "class" in batch.schema.names else [None] * batch.num_rows
+    kinds = batch.column("class").to_pylist()
     uuids = nucleus_uuids(slide, batch.column("id").to_numpy(zero_copy_only=False))
     outlines = [rings[start:stop] for start, stop in itertools.pairwise(shape_starts.tolist())]
     for identity, name, measured, outline in zip(uuids, kinds, measurements, outlines, strict=True):
-        properties: dict[str, Any] = {"objectType": "detection"}
-        if name is not None:
-            properties["classification"] = known.get(name) or {"name": name, "color": DEFAULT_COLOUR}
-        properties["measurements"] = measured
+        kind = known.get(name) or {"name": name, "color": DEFAULT_COLOUR}
+        properties = {"objectType": "detection", "classification": kind, "measurements": measured}
         geometry = {"type": "Polygon", "coordinates": outline}
         result.append({"type": "Feature", "id": identity, "geometry": geometry, "properties": properties})
     return result
@@ -197,8 +195,6 @@ class GzipWriter:
     ----------
     stream : binary file
         Where to write.
-    level : int
-        Compression level of zlib.
     workers : int
         Threads; twice as many blocks are in memory at most.
     """

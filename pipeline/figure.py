@@ -81,6 +81,13 @@ def panel(figure: Figure, box: Box, title: str, note: str) -> Axes:
     return axes
 
 
+def map_size(width: float, height: float, most: tuple[float, float], narrowest: float) -> tuple[float, float]:
+    """Width and height in inches of a map of a slide: within `most`, 1.8 high and `narrowest` wide at least."""
+    wide, high = most
+    tall = min(high, max(1.8, wide * height / width))
+    return min(wide, max(narrowest, tall * width / height)), tall
+
+
 def scale_bar(axes: Axes, um_per_pixel: float) -> None:
     """Draw a scale bar, a quarter of the width long at most, in the lower left corner."""
     from matplotlib import patheffects

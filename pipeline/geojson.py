@@ -72,7 +72,7 @@ def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
     value = read_geojson(path)
     try:
         yield value
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise PipelineError(f"{path} is no {what}: {type(error).__name__} {error}", hint) from None
 
 
@@ -261,6 +261,7 @@ def read_areas(
         AttributeError,
         IndexError,
         OverflowError,
+        RecursionError,
         shapely.errors.ShapelyError,
     ) as error:
         raise no_areas(what, path, f"no GeoJSON ({type(error).__name__}: {error})") from None

@@ -21,6 +21,7 @@ from pipeline.figure import (
     Box,
     heading,
     hex_code,
+    map_size,
     panel,
     picture,
     scale_bar,
@@ -28,6 +29,7 @@ from pipeline.figure import (
     write,
 )
 from pipeline.grid import Grid
+from pipeline.lattice import CELL
 from pipeline.slides.regions import shrink
 
 if TYPE_CHECKING:
@@ -108,7 +110,8 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
     for top in range(0, grid.height, step):
         for left in range(0, grid.width, step):
             h, w = min(step, grid.height - top), min(step, grid.width - left)
-            if not active[top // 64 : (top + h - 1) // 64 + 1, left // 64 : (left + w - 1) // 64 + 1].any():
+            cells = slice(top // CELL, -(-(top + h) // CELL)), slice(left // CELL, -(-(left + w) // CELL))
+            if not active[cells].any():
                 continue
             block: npt.NDArray[Any] = tiles.read(left, top, w, h)
             if h % factor or w % factor:  # at the slide's end
@@ -119,7 +122,7 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
     return image, factor
 
 
-def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, scale: tuple[float, float]) -> Any:
+def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, scale: float) -> npt.NDArray[np.float64]:
     """Share of each bin that lies inside of `rings` (even–odd rule).
 
     Parameters
@@ -128,8 +131,8 @@ def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, sca
         Exteriors and holes, any unit.
     rows, cols : int
         Number of bins.
-    scale : tuple of float
-        Bins per unit in x and y.
+    scale : float
+        Bins per unit.
 
     Returns
     -------
@@ -138,19 +141,18 @@ def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, sca
     """
     fine, shift = 4, 8
     mask = np.zeros((rows * fine, cols * fine), dtype=np.uint8)
-    factor = np.array(scale) * fine
+    factor = scale * fine
     # fillPoly takes fixed-point coordinates of pixel centres.
     paths = [np.rint((np.asarray(ring) * factor - 0.5) * 2**shift).astype(np.int32) for ring in rings if len(ring) > 3]
     if paths:
         cv2.fillPoly(mask, paths, 1, shift=shift)
-    return mask.reshape(rows, fine, cols, fine).mean(axis=(1, 3), dtype=np.float64)
+    return np.asarray(mask.reshape(rows, fine, cols, fine).mean(axis=(1, 3), dtype=np.float64))
 
 
 def density_map(
     centroids: npt.NDArray[np.float64],
     rings: Sequence[npt.NDArray[np.float64]],
     size: tuple[float, float],
-    bin_um: float | None = None,
 ) -> Density:
     """Smoothed density of nuclei per mm² of tissue.
 
@@ -162,19 +164,18 @@ def density_map(
         Exteriors and holes of the tissue in µm.
     size : tuple of float
         Width and height of the slide in µm.
-    bin_um : float or None
-        Side of a bin; None chooses 110 bins on the longer side, 20 µm at least.
 
     Returns
     -------
     Density
-        Counts and tissue are smoothed alike (Gaussian of 1.5 bins or 50 µm) before one is divided by the other.
+        Of 110 bins on the longer side, of 20 µm at least. Counts and tissue are smoothed alike (Gaussian of 1.5 bins or
+        50 µm) before one is divided by the other.
     """
-    bin_um = bin_um or max(20.0, max(size) / 110)
+    bin_um = max(20.0, max(size) / 110)
     rows, cols = max(1, math.ceil(size[1] / bin_um)), max(1, math.ceil(size[0] / bin_um))
     index = np.clip((centroids // bin_um).astype(np.int64), 0, (cols - 1, rows - 1))
     counts = np.bincount(index[:, 1] * cols + index[:, 0], minlength=rows * cols).reshape(rows, cols)
-    tissue = coverage(rings, rows, cols, (1 / bin_um, 1 / bin_um))
+    tissue = coverage(rings, rows, cols, 1 / bin_um)
     sigma = max(1.5, 50 / bin_um)
     smooth = cv2.GaussianBlur(counts.astype(np.float64), (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
     area = cv2.GaussianBlur(tissue, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT) * bin_um**2 / 1e6
@@ -221,7 +222,7 @@ def choose_regions(
         inside = (centroids >= (left, top)) & (centroids < (left + side, top + side))
         return Region(name, left, top, side, int(inside.all(axis=1).sum()))
 
-    tissue = windows(coverage(rings, rows, cols, (1 / half, 1 / half))) / (1 if side == 1 else 4)
+    tissue = windows(coverage(rings, rows, cols, 1 / half)) / (1 if side == 1 else 4)
     centroids = np.asarray(centroids, dtype=np.float64).reshape(-1, 2)
     if not len(centroids):
         middle = np.hypot(*np.ogrid[-1 : 1 : tissue.shape[0] * 1j, -1 : 1 : tissue.shape[1] * 1j])
@@ -253,7 +254,7 @@ def draw(
     centroids: npt.NDArray[np.float64],
     regions: Sequence[Region],
     contours: Sequence[Sequence[Contour]],
-    legend: Sequence[tuple[str, Sequence[int]]] = (),
+    legend: Sequence[tuple[str, Sequence[int]]],
 ) -> None:
     """Draw the overview of a slide.
 
@@ -279,10 +280,7 @@ def draw(
         Names and colours of the classes; shown when there are several.
     """
     grid = tiles.grid
-    # As high as the slide's shape asks for: a wide slide leaves no gap below it.
-    tall = min(5.2, max(1.8, MAP_WIDTH * grid.height / grid.width))
-    # Both maps are of one size, the titles as wide as they need.
-    wide = min(MAP_WIDTH, max(4.2, tall * grid.width / grid.height))
+    wide, tall = map_size(grid.width, grid.height, (MAP_WIDTH, 5.2), 4.2)  # of both maps
     with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
         heading(figure, slide, "   ·   ".join(facts))
         _draw_tissue(figure, (MARGIN, 1.3, wide, tall), tiles, rings, regions)
@@ -293,9 +291,8 @@ def draw(
         )
         _draw_density(figure, (MARGIN + wide + 0.4, 1.3, wide, tall), density, rings, grid)
         boxes = [(MARGIN + i * (CROP_WIDTH + 0.4), 1.3 + tall + 0.55, CROP_WIDTH, CROP_WIDTH) for i in range(3)]
-        for number, (box, region) in enumerate(zip(boxes, regions, strict=False)):
-            outlines = contours[number] if number < len(contours) else []
-            _draw_crop(figure, box, f"{number + 1}   {region.name}", tiles, region, outlines)
+        for number, (region, outlines) in enumerate(zip(regions, contours, strict=True)):
+            _draw_crop(figure, boxes[number], f"{number + 1}   {region.name}", tiles, region, outlines)
         if len(regions) < len(boxes):
             left, top, width, height = boxes[len(regions)]
             note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
@@ -438,5 +435,5 @@ def _fine(
         values = found[bins]
     factor = max(1, 700 // max(values.shape))
     fine = cv2.resize(np.nan_to_num(values), None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
-    per_pixel = factor * grid.mpp / density.bin_um
-    return np.asarray(fine, np.float64), coverage(rings, fine.shape[0], fine.shape[1], (per_pixel, per_pixel))
+    rows, cols = fine.shape
+    return np.asarray(fine, np.float64), coverage(rings, rows, cols, factor * grid.mpp / density.bin_um)

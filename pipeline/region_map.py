@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.figure import INK, MARGIN, MUTED, heading, panel, picture, scale_bar, shorten, write
+from pipeline.figure import INK, MARGIN, MUTED, heading, map_size, panel, picture, scale_bar, shorten, write
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -53,8 +53,7 @@ def draw_regions(
 
     # In µm, as the slide is seen where pixels are no squares.
     wide_um, high_um = size[0] * mpp[0], size[1] * mpp[1]
-    tall = min(7.0, max(1.8, 8.3 * high_um / wide_um))
-    wide = min(8.3, max(3.2, tall * wide_um / high_um))
+    wide, tall = map_size(wide_um, high_um, (8.3, 7.0), 3.2)
     shown = counts[:SHOWN]
     with picture(path, 1.3 + max(tall, 0.3 * (len(shown) + 2)) + 0.4) as figure:
         heading(figure, slide, f"{len(regions)} region{'' if len(regions) == 1 else 's'}")

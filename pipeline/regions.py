@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import SlideError
-from pipeline.export import RANKED
-from pipeline.geojson import IGNORED, class_names, no_areas, origin_of, polygonal, read_areas, role, scanned
+from pipeline.geojson import IGNORED, base_class, class_names, no_areas, origin_of, polygonal, read_areas, role, scanned
 from pipeline.nuclei import about_nuclei, open_nuclei
 from pipeline.settings import file_sha256
 from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
-from pipeline.summary import Nuclei, percentiles, rounded
+from pipeline.summary import Nuclei, rounded
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -60,12 +59,11 @@ class Region:
 
 def is_annotation(feature: dict[str, Any]) -> bool:
     """Whether an object of QuPath outlines a region: no detection, cell or frame, and not to be ignored."""
-    ignored = next(iter(class_names(feature)), "").casefold().startswith(IGNORED)
-    return role(feature, ("",)) == "region" and not ignored
+    return role(feature, ("",)) == "region" and not base_class(feature).casefold().startswith(IGNORED)
 
 
 def region_name(feature: dict[str, Any], number: int) -> str:
-    """Name of an annotation: its own, else its class, else its number in the file."""
+    """Name of an annotation: its own, else its class, else its number among the file's annotations."""
     own = str((feature.get("properties") or {}).get("name") or "")
     name = " ".join((own.strip() or ": ".join(class_names(feature)) or f"region {number}").split())
     return name.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of characters
@@ -181,17 +179,6 @@ def members(centroids: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -
     return [np.concatenate([np.empty(0, np.int64), *taken]) for taken in rows]
 
 
-def quantiles(nuclei: Path, groups: Sequence[npt.NDArray[np.int64]]) -> list[dict[str, dict[str, float | None]]]:
-    """Percentiles of every measurement in groups of rows. One column in memory at once."""
-    result: list[dict[str, dict[str, float | None]]] = [{} for _ in groups]
-    with open_nuclei(nuclei) as file:
-        for name in (name for name in RANKED if name in file.schema_arrow.names):
-            values = file.read([name])[name].to_numpy().astype(np.float64)
-            for found, rows in zip(result, groups, strict=True):
-                found[name] = percentiles(values[rows])
-    return result
-
-
 def count_regions(
     regions: Sequence[Region],
     nuclei: Path,
@@ -235,7 +222,7 @@ def count_regions(
         [*(region.name for region in regions), ELSEWHERE],
         [*pixels, rest],
         groups,
-        quantiles(nuclei, groups),
+        table.quantiles(groups),
         strict=True,
     ):
         seen = rounded(max(0.0, within) * mm2, 6) or 0.0

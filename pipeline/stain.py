@@ -114,44 +114,31 @@ def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> Sample:
     """
     cells = np.argwhere(tiles.active)
     order = spread_order(len(cells))[:SAMPLE_CELLS]
-    found: list[np.ndarray] = []
-    values = _Values()
+    # Edges are no narrower than the slide's own pixels, which may be coarser than the grid's.
+    fine = tiles.grid.mpp <= COARSEST_MPP * min(tiles.grid.scale_x, tiles.grid.scale_y)
+    found = [np.empty((0, 3), np.uint8)]
     blur: list[float] = []
-    seen = 0
+    counts, white_pixels, seen = np.zeros((3, 256), np.int64), 0, 0
     for start in range(0, len(order), _CELLS_AT_ONCE):
         some = cells[np.sort(order[start : start + _CELLS_AT_ONCE])]
-        found += _cell_pixels(tiles, some, values, blur)
+        tissue: dict[int, np.ndarray] = {}
+        for index, cell in _read_cells(tiles, some):
+            tissue[index] = kernel.tissue_pixels(cell)
+            more, white = kernel.count_values(cell)
+            counts, white_pixels = counts + more, white_pixels + white
+            mostly_tissue = 2 * len(tissue[index]) > cell.shape[0] * cell.shape[1]
+            if fine and mostly_tissue and (width := edge_blur(cell, tiles.grid.mpp)) is not None:
+                blur.append(width)
+        found += [tissue[index] for index in range(len(some))]
         seen += len(some)
         if sum(map(len, found)) >= pixels:
             break
-    rgb = np.concatenate(found) if found else np.empty((0, 3), np.uint8)
-    if len(rgb) > pixels:
-        rgb = rgb[np.linspace(0, len(rgb) - 1, pixels).astype(np.int64)]
-    return Sample(rgb, seen, kernel.white_of_counts(values.counts, values.white_pixels), blur)
+    rgb = kernel.thinned(np.concatenate(found), pixels)
+    return Sample(rgb, seen, kernel.white_of_counts(counts, white_pixels), blur)
 
 
-class _Values:
-    """Sums of `pipeline.kernels.stain.count_values`."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros((3, 256), np.int64)
-        self.white_pixels = 0
-
-    def add(self, rgb: np.ndarray) -> None:
-        """Count the values of some pixels."""
-        counts, white_pixels = kernel.count_values(rgb)
-        self.counts += counts
-        self.white_pixels += white_pixels
-
-
-def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values, blur: list[float]) -> list[np.ndarray]:
-    """The tissue pixels of cells, in their order; those that lie together are read together.
-
-    Values of all their pixels are added to `values`, widths of edges to `blur`.
-    """
-    found: list[np.ndarray] = [np.empty((0, 3), np.uint8)] * len(cells)
-    # Edges are no narrower than the slide's own pixels, which may be coarser than the grid's.
-    fine = tiles.grid.mpp <= COARSEST_MPP * min(tiles.grid.scale_x, tiles.grid.scale_y)
+def _read_cells(tiles: Tiles, cells: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The pixels of each of some cells, with its place among them; those that lie together are read together."""
     block = cells // _BLOCK_CELLS
     order = np.lexsort(block.T[::-1])
     for members in np.split(order, np.flatnonzero(np.diff(block[order], axis=0).any(axis=1)) + 1):
@@ -161,13 +148,7 @@ def _cell_pixels(tiles: Tiles, cells: np.ndarray, values: _Values, blur: list[fl
         rgb = tiles.read(int(left), int(top), int(width), int(height))
         for index in members:
             y, x = cells[index] * CELL - (top, left)
-            cell = rgb[y : y + CELL, x : x + CELL]
-            found[index] = kernel.tissue_pixels(cell)
-            values.add(cell)
-            mostly_tissue = 2 * len(found[index]) > cell.shape[0] * cell.shape[1]
-            if fine and mostly_tissue and (width_um := edge_blur(cell, tiles.grid.mpp)) is not None:
-                blur.append(width_um)
-    return found
+            yield int(index), rgb[y : y + CELL, x : x + CELL]
 
 
 def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
@@ -197,11 +178,6 @@ def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
             f"(median {median:.2f} µm), and nuclei are missed there: see the crops of stain.png, scan the slide again"
         )
     return {"cells": len(blur), "blur_um": round(median, 4), "blurred_share": round(share, 4)}, warnings
-
-
-def fit_reference(rgb: np.ndarray) -> dict[str, Any]:
-    """`pipeline.kernels.stain.fit_reference` with every extractor that is installed."""
-    return kernel.fit_reference(rgb, staintools_backend.extractors())
 
 
 def resolve_method(

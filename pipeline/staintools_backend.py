@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.kernels.stain import Extractor, StainFitError, extract_macenko
+from pipeline.kernels.stain import OWN_EXTRACTORS, Extractor, StainFitError
 
 log = logging.getLogger(__name__)
 
@@ -121,5 +121,5 @@ def _require(name: str) -> Any:
 def extractors() -> dict[str, Extractor]:
     """Stain matrix extraction by method: staintools' two where it is installed, else our own Macenko alone."""
     if not available():
-        return {"macenko": extract_macenko}
+        return dict(OWN_EXTRACTORS)
     return {"macenko": macenko, "vahadane": vahadane}

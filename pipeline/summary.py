@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline import provenance
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import PipelineError, SlideError
-from pipeline.export import BATCH_ROWS, DEFAULT_COLOUR, RANKED
+from pipeline.export import DEFAULT_COLOUR, RANKED
 from pipeline.geojson import origin_of
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
@@ -47,7 +47,7 @@ class Nuclei:
     classes : tuple of (str, tuple of int)
         Names and colours, in the model's order; classes that occur without being listed come last.
     kinds : numpy.ndarray of int64, shape (n,)
-        Index into `classes` of each nucleus, -1 where it has none.
+        Index into `classes` of each nucleus.
     centroids : numpy.ndarray of float64, shape (n, 2)
         Centroids in grid pixels, x first.
     """
@@ -65,24 +65,25 @@ class Nuclei:
         about, grid = about_nuclei(table.schema), grid or grid_of(table)
         listed = {str(item["name"]): tuple(item.get("color") or DEFAULT_COLOUR) for item in about.get("classes") or ()}
         encoded = table["class"].combine_chunks().dictionary_encode()
-        for name in sorted(str(value) for value in encoded.dictionary.to_pylist()):
-            listed.setdefault(name, DEFAULT_COLOUR)
+        names = encoded.dictionary.to_pylist()
+        listed |= dict.fromkeys(sorted({*names} - {*listed}), DEFAULT_COLOUR)
         order = {name: index for index, name in enumerate(listed)}
-        lookup = np.array([*(order[str(value)] for value in encoded.dictionary.to_pylist()), -1], dtype=np.int64)
-        codes = encoded.indices.fill_null(len(lookup) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+        kinds = np.array([order[name] for name in names], np.int64)[encoded.indices.to_numpy()]
         centroids = np.column_stack([table[f"centroid_{axis}"].to_numpy() for axis in "xy"])
         scale = (grid.scale_x, grid.scale_y)
-        return cls(path, grid, tuple(listed.items()), lookup[codes], centroids / scale)
+        return cls(path, grid, tuple(listed.items()), kinds, centroids / scale)
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def quantiles(self) -> dict[str, dict[str, float | None]]:
-        """Percentiles of `RANKED`; None where no nucleus has a finite value. One column in memory at once."""
-        result: dict[str, dict[str, float | None]] = {}
+    def quantiles(self, groups: Sequence[npt.NDArray[np.int64] | slice]) -> list[dict[str, dict[str, float | None]]]:
+        """Percentiles of `RANKED` in groups of the table's rows. One column in memory at once."""
+        result: list[dict[str, dict[str, float | None]]] = [{} for _ in groups]
         with open_nuclei(self.path) as file:
             for name in (name for name in RANKED if name in file.schema_arrow.names):
-                result[name] = percentiles(file.read([name])[name].to_numpy().astype(np.float64))
+                values = file.read([name])[name].to_numpy().astype(np.float64)
+                for found, rows in zip(result, groups, strict=True):
+                    found[name] = percentiles(values[rows])
         return result
 
     def composition(self, tissue_mm2: float) -> dict[str, dict[str, Any]]:
@@ -100,7 +101,6 @@ class Nuclei:
 
     def contours(self, regions: Sequence[Region]) -> list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]]:
         """Outlines in grid pixels, with the colour of the class, of the nuclei near each region."""
-        import pyarrow as pa
         import shapely
 
         margin = 60.0 / self.grid.mpp  # no nucleus reaches farther from its centroid
@@ -111,20 +111,18 @@ class Nuclei:
             near.append(np.all(inside, axis=1))
         result: list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]] = [[] for _ in regions]
         scale = (self.grid.scale_x, self.grid.scale_y)
-        start = 0
+        stop = 0
         with open_nuclei(self.path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=["geometry"]):
+            for group in range(file.num_row_groups):
+                start, stop = stop, stop + file.metadata.row_group(group).num_rows
+                if not any(mask[start:stop].any() for mask in near):
+                    continue  # most of a large slide's
+                wkb = file.read_row_group(group, ["geometry"])["geometry"].to_numpy()
                 for found, mask in zip(result, near, strict=True):
-                    rows = np.flatnonzero(mask[start : start + batch.num_rows])
-                    if not len(rows):
-                        continue
-                    taken = batch.column("geometry").take(pa.array(rows))
-                    for row, shape in zip(rows, shapely.from_wkb(taken.to_numpy(zero_copy_only=False)), strict=True):
-                        kind = self.kinds[start + row]
-                        colour = self.classes[kind][1] if kind >= 0 else DEFAULT_COLOUR
+                    rows = np.flatnonzero(mask[start:stop])
+                    for kind, shape in zip(self.kinds[start + rows], shapely.from_wkb(wkb[rows]), strict=True):
                         rings = shapely.get_rings(shape)
-                        found.extend((shapely.get_coordinates(ring) / scale, colour) for ring in rings)
-                start += batch.num_rows
+                        found.extend((shapely.get_coordinates(ring) / scale, self.classes[kind][1]) for ring in rings)
         return result
 
 
@@ -153,7 +151,7 @@ def warnings_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
     found = [f"{name}: {text}" for name, manifest in manifests.items() for text in manifest.get("warnings") or ()]
     share = manifests["tiles"].get("unreadable_share") or 0
     if share:
-        found.append(f"tiles: {100 * share:.2g} % of the tissue could not be decoded")
+        found.append(f"tiles: {100 * share:.3g} % of the tissue could not be decoded")
     if not manifests["tissue"]["area_mm2"]:
         found.append("tissue: no tissue was found")
     return found
@@ -177,15 +175,13 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
     inspect, tissue, tiles = manifests["inspect"], manifests["tissue"], manifests["tiles"]
     area = float(tissue["area_mm2"])
     model = manifests["maps"]["model"]
-    costs = stage_costs(manifests.values())
-    grid = nuclei.grid
     return {
         "nuclei": len(nuclei),
         "tissue_mm2": rounded(area, 6),
         "tissue_fraction": tissue.get("fraction"),
         "nuclei_per_mm2": rounded(len(nuclei) / area, 3) if area else None,
         "composition": nuclei.composition(area),
-        "quantiles": nuclei.quantiles(),
+        "quantiles": nuclei.quantiles([slice(None)])[0],
         "unreadable_tiles": len(tiles.get("unreadable") or ()),
         "unreadable_share": tiles.get("unreadable_share"),
         "doubtful_cells": tiles.get("doubtful_cells"),
@@ -201,11 +197,11 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "mpp": inspect.get("mpp"),
         "mpp_source": inspect.get("mpp_source"),
         "objective": inspect.get("objective"),
-        "grid": grid.to_json(),
+        "grid": nuclei.grid.to_json(),
         "stain": manifests["stain"].get("method"),
         "warnings": warnings_of(manifests),
         "model": model["name"],
-        "stages": costs,
+        "stages": stage_costs(manifests.values()),
         "versions": provenance.versions(),
         "hashes": {"slide": inspect.get("quick_hash"), "model": model["sha256"]},
     }
@@ -232,8 +228,8 @@ def evaluate_slide(
     dict
         Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals; ``n_outside``, how many of the
         truths lie outside of the slide, which count as missed; and ``region``: the box (left, top, right, bottom in
-        level-0 pixels) around the known nuclei on the slide, or the label map's. Nuclei whose centroid lies outside of
-        it are left out, so that a part of a slide may be annotated.
+        level-0 pixels) around the known nuclei on the slide, or the label map's, or the slide's where none is known.
+        Nuclei whose centroid lies outside of it are left out, so that a part of a slide may be annotated.
 
     Raises
     ------
@@ -257,7 +253,7 @@ def evaluate_slide(
             )
     else:
         inside, outside, _ = known.cut(slide)
-        box = inside.box
+        box = inside.box if len(inside.runs) else slide
         if len(outside) and not len(inside.runs):
             raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
     left, top, right, bottom = box
@@ -268,13 +264,14 @@ def evaluate_slide(
     else:  # all that was found is wrong, whatever its outlines
         found = np.arange(1, len(nuclei) + 1)
         scores = score_overlaps(Overlaps.of(np.zeros_like(found), found)) | {"n_outside": 0}
-    rounded_ = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
-    return rounded_ | {"region": [left, top, right, bottom]}
+    told = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
+    return told | {"region": list(box)}
 
 
 def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
     count, area, density = len(nuclei), numbers["tissue_mm2"], numbers["nuclei_per_mm2"]
-    facts = [f"{count:,} nucle{'us' if count == 1 else 'i'}", f"{area:.3g} mm² tissue"]
+    tissue = f"{area:,.0f}" if area > 999 else f"{area:.3g}"
+    facts = [f"{count:,} nucle{'us' if count == 1 else 'i'}", f"{tissue} mm² tissue"]
     if density is not None:
         facts.append(f"{density:,.0f} nuclei/mm²")
     median = numbers["quantiles"].get("area_um2", {}).get("50")

@@ -37,6 +37,9 @@ INK_RATIO = 0.7
 MIN_PIXELS = 1000
 """Tissue pixels below which no stain is fitted."""
 
+MOST_PIXELS = 500_000
+"""Tissue pixels of an image that are looked at."""
+
 METHODS = ("none", "macenko", "vahadane", "reinhard", "histogram")
 """Methods of normalisation."""
 
@@ -95,13 +98,16 @@ def tissue_mask(rgb: np.ndarray) -> np.ndarray:
     return (od.sum(axis=-1) >= 3 * TISSUE_OD) & (od[..., 1] >= INK_RATIO * od[..., 0])
 
 
-def tissue_pixels(rgb: np.ndarray, limit: int = 500_000) -> np.ndarray:
-    """Tissue pixels of RGB uint8 ``(..., 3)`` as uint8 ``(n, 3)``; evenly thinned out to `limit`."""
+def tissue_pixels(rgb: np.ndarray) -> np.ndarray:
+    """Tissue pixels of RGB uint8 ``(..., 3)`` as uint8 ``(n, 3)``; evenly thinned out to `MOST_PIXELS`."""
     flat = np.asarray(rgb).reshape(-1, 3)
     pixels = flat[tissue_mask(flat)]
-    if len(pixels) > limit:
-        pixels = pixels[np.linspace(0, len(pixels) - 1, limit).astype(np.int64)]
-    return pixels
+    return thinned(pixels, MOST_PIXELS)
+
+
+def thinned(pixels: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of some pixels ``(n, 3)``, evenly spread."""
+    return pixels if len(pixels) <= most else pixels[np.linspace(0, len(pixels) - 1, most).astype(np.int64)]
 
 
 def white_level(rgb: np.ndarray) -> np.ndarray:
@@ -220,6 +226,10 @@ def extract_macenko(rgb: np.ndarray) -> np.ndarray:
     extremes = np.percentile(phi, [1.0, 99.0])
     matrix = np.stack([np.cos(extremes), np.sin(extremes)], axis=1) @ plane.T
     return _unit_rows(matrix[np.argsort(-matrix[:, 0], kind="stable")])
+
+
+OWN_EXTRACTORS: Mapping[str, Extractor] = {"macenko": extract_macenko}
+"""Stain matrix extraction by method, as far as it needs no further library."""
 
 
 def _require_pixels(rgb: np.ndarray) -> None:
@@ -535,15 +545,15 @@ def fit_histogram(rgb: np.ndarray) -> dict[str, Any]:
     return {"cdf": _rounded(cumulative(rgb))}
 
 
-def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] | None = None) -> dict[str, Any]:
+def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] = OWN_EXTRACTORS) -> dict[str, Any]:
     """What a model package says of its training data's stain, as the target of `fit_transform`.
 
     Parameters
     ----------
     rgb : numpy.ndarray
         Pixels or images of the reference, uint8, shape ``(..., 3)``; background is dropped here.
-    extractors : mapping of str to callable, optional
-        Stain matrix extraction by method; by default ``macenko`` by `extract_macenko` alone.
+    extractors : mapping of str to callable
+        Stain matrix extraction by method.
 
     Returns
     -------
@@ -557,7 +567,6 @@ def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] | None = 
         When the pixels do not look like H&E.
     """
     pixels, balanced = tissue_pixels(rgb), tissue_pixels(balance(rgb, white_level(rgb)))
-    extractors = {"macenko": extract_macenko} if extractors is None else extractors
     reference: dict[str, Any] = {name: fit_stains(balanced, extract) for name, extract in extractors.items()}
     return reference | {"reinhard": fit_lab(pixels), "histogram": fit_histogram(pixels)}
 
@@ -596,7 +605,7 @@ def fit_transform(
     rgb: np.ndarray,
     method: str,
     reference: Mapping[str, Any],
-    extractors: Mapping[str, Extractor] | None = None,
+    extractors: Mapping[str, Extractor] = OWN_EXTRACTORS,
     strength: float = 1.0,
     white: np.ndarray | None = None,
     adapt: bool = False,
@@ -611,7 +620,7 @@ def fit_transform(
         One of `METHODS`.
     reference : mapping
         What `fit_reference` gave.
-    extractors : mapping of str to callable, optional
+    extractors : mapping of str to callable
         As for `fit_reference`.
     strength : float
         How far towards the reference, 0 (the slide's own colours) to 1 (the reference's): in between lie, of a matrix
@@ -653,11 +662,7 @@ def fit_transform(
         source = fit_lab(rgb)
         rows = {name: np.array((fit["mean"], fit["std"])) for name, fit in (("source", source), ("target", target))}
         rows["target"] = (1 - strength) * rows["source"] + strength * rows["target"]
-        ratio = np.divide(target["std"], source["std"])
-        if max(ratio.max(), 1 / ratio.min()) > MAX_SCALE:
-            raise StainFitError(
-                f"spread of colour differs {max(ratio.max(), 1 / ratio.min()):.1f}-fold from the model's"
-            )
+        _require_scale("spread of colour", np.divide(target["std"], source["std"]))
         return StainTransform("reinhard", source=_rows(rows["source"]), target=_rows(rows["target"])), source
     if method == "histogram":
         source = fit_histogram(rgb)
@@ -665,7 +670,7 @@ def fit_transform(
         return StainTransform("lut", lut=tuple(tuple(row) for row in table.tolist())), source
     glass = np.zeros(3) if white is None else np.round(white, 6)
     rgb = balanced_tissue(rgb, glass)
-    source = fit_stains(rgb, ({"macenko": extract_macenko} if extractors is None else extractors)[method])
+    source = fit_stains(rgb, extractors[method])
     scale = np.divide(target["max_concentrations"], source["max_concentrations"])
     _require_scale("stain strength", scale)
     matrix = unmixing(np.array(source["matrix"])) @ np.diag(scale) @ np.array(target["matrix"])

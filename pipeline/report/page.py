@@ -310,7 +310,7 @@ def render(
         ("mm² of tissue", number(tissue, 2), "analysed"),
         ("nuclei per mm²", number(nuclei / tissue if tissue else None), "over all tissue"),
         ("median density", number(statistics.median(densities) if densities else None), "nuclei/mm², of the slides"),
-        ("of computing", duration(sum(row["total_seconds"] for row in rows)), "sum of all stages"),
+        ("of computing", duration(sum(row["total_seconds"] for row in rows)), "sum of the stages"),
     ]
     return (
         environment()

@@ -272,6 +272,7 @@ def test_classes_by_a_classifier(results: Path, tmp_path: Path) -> None:
     composition = {"A": {"count": 3, "share": 1.0, "per_mm2": 2.0, "color": [1, 2, 3]}}
     for name, sha, good in ((NAMES[0], file_sha256(made), "ok"), (NAMES[1], "0" * 64, "ok"), (NAMES[2], "", "failed")):
         content = {"status": good, "composition": composition, "classifier": {"name": "types", "sha256": sha}}
+        content |= {"stage": "classify", "seconds": 1000.0, "peak_rss_mb": 9000.0}
         layout.slide(name).classify.write_text(
             json.dumps(content if good == "ok" else {"status": good, "failure": None})
         )
@@ -279,8 +280,11 @@ def test_classes_by_a_classifier(results: Path, tmp_path: Path) -> None:
     # The others have classes by another one, or none yet.
     assert [row["slide"] for row in found.good] == [NAMES[0]]
     assert found.good[0]["composition"] == composition
+    without = cohort.gather(results, layout.slide_table)
+    assert found.good[0]["total_seconds"] == pytest.approx(without.good[0]["total_seconds"] + 1000)
+    assert cohort.cohort_table(found)["peak_rss_mb"].to_pylist() == [9000.0]
     assert {NAMES[1], NAMES[2]} <= {*found.waiting}
-    assert {"A"} & {*cohort.gather(results, layout.slide_table).good[0]["composition"]} == set()
+    assert {"A"} & {*without.good[0]["composition"]} == set()
 
 
 def write_regions(results: Path, slide: str, drawn: Path, **more: object) -> Path:

@@ -91,14 +91,14 @@ def test_holes_missing_values_and_unknown_classes(tmp_path: Path) -> None:
     ring = shapely.Point(500, 500).buffer(30)
     shapes = [ring.difference(shapely.Point(500, 500).buffer(5)), ring]
     table = table.set_column(1, "geometry", pa.array(shapely.to_wkb(shapes)))
-    table = table.set_column(2, "class", pa.array([None, "new"], pa.string()))
+    table = table.set_column(2, "class", pa.array(["tumour", "new"], pa.string()))
     place = table.schema.get_field_index("eosin_std")
     table = table.set_column(place, "eosin_std", pa.array([np.nan, None], pa.float32()))
     fabricated.write_nuclei(tmp_path / "n.parquet", table, GRID, "s")
     export.write_geojson(tmp_path / "n.parquet", tmp_path / "n.gz", "s")
     first, second = read(tmp_path / "n.gz")["features"]
     assert len(first["geometry"]["coordinates"]) == 2
-    assert "classification" not in first["properties"]
+    assert first["properties"]["classification"] == fabricated.CLASSES[0]
     assert second["properties"]["classification"] == {"name": "new", "color": list(export.DEFAULT_COLOUR)}
     for feature in (first, second):
         assert "Eosin OD std dev" not in feature["properties"]["measurements"]

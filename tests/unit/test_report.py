@@ -154,6 +154,14 @@ def test_any_number_of_slides(tmp_path: Path, count: int) -> None:
     assert ("every slide was finished" in text) == (count >= 0)
 
 
+def test_slides_that_are_not_finished_are_not_said_to_be(tmp_path: Path) -> None:
+    waiting = manifest(["a"]) | {"slides_waiting": 2}
+    page.write_report(tmp_path / "r.html", rows=[], failed=[], extra=[], manifest=waiting, folders={})
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "none failed, 2 not finished yet" in html
+    assert "None so far: not every slide is finished." in html
+
+
 def test_links_lead_to_files_that_are_there(tmp_path: Path) -> None:
     folder = tmp_path / "slides" / "s0 #%"
     folder.mkdir(parents=True)

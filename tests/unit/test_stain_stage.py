@@ -49,7 +49,7 @@ class ArrayTiles:
 
 
 def model(method: str = "macenko", names: tuple[str, ...] | None = None) -> Any:
-    reference = stain.fit_reference(np.minimum(tissue(400, 400, seed=5), 235))
+    reference = kernel.fit_reference(np.minimum(tissue(400, 400, seed=5), 235), staintools_backend.extractors())
     reference = {name: value for name, value in reference.items() if names is None or name in names}
     return SimpleNamespace(name="toy", stain={"method": method, "reference": reference})
 

@@ -111,9 +111,17 @@ def test_one_nucleus(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_warnings_name_their_stage(tmp_path: Path) -> None:
     paths = testing.write_slide(tmp_path, "s", count=3)
-    for path, more in ((paths.stain, {"warnings": ["one stain"]}), (paths.tiles, {"unreadable_share": 0.0123})):
-        path.write_text(json.dumps(json.loads(path.read_text()) | more))
-    assert run(paths, "s")["warnings"] == ["stain: one stain", "tiles: 1.2 % of the tissue could not be decoded"]
+    paths.stain.write_text(json.dumps(json.loads(paths.stain.read_text()) | {"warnings": ["one stain"]}))
+    for share, told in ((0.0123, "1.23 %"), (0.999, "99.9 %"), (1.0, "100 %")):
+        paths.tiles.write_text(json.dumps(json.loads(paths.tiles.read_text()) | {"unreadable_share": share}))
+        assert run(paths, "s")["warnings"] == ["stain: one stain", f"tiles: {told} of the tissue could not be decoded"]
+
+
+def test_large_numbers_are_written_out(tmp_path: Path) -> None:
+    nuclei = summary.Nuclei.open(testing.write_slide(tmp_path, "s", count=1).nuclei)
+    for area, told in ((0.0, "0"), (0.06254, "0.0625"), (12.34, "12.3"), (999.6, "1,000"), (1234.5678, "1,235")):
+        numbers = {"tissue_mm2": area, "nuclei_per_mm2": 2345.6, "quantiles": {}}
+        assert summary._facts(numbers, nuclei)[:3] == ["1 nucleus", f"{told} mm² tissue", "2,346 nuclei/mm²"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -219,6 +227,13 @@ def test_a_file_server_that_fails_over_the_truth(
     assert isinstance(raised.value, expected)
 
 
+def test_a_truth_of_lists_within_lists_is_no_geojson(tmp_path: Path) -> None:
+    nuclei = summary.Nuclei.open(testing.write_slide(tmp_path, "s", count=1).nuclei)
+    (tmp_path / "t.geojson").write_bytes(b"[" * 1000 + b"]" * 1000)  # as deep as the parser goes
+    with pytest.raises(SlideError, match="is no GeoJSON of polygons"):
+        summary.evaluate_slide(nuclei, tmp_path / "t.geojson", (2400, 1800))
+
+
 @pytest.mark.parametrize("kind", ["t.geojson", "t.npy"])
 def test_without_known_nuclei_no_outline_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(readers, "some_nuclei", None)
@@ -228,6 +243,7 @@ def test_without_known_nuclei_no_outline_is_read(tmp_path: Path, monkeypatch: py
     np.save(tmp_path / "t.npy", np.zeros((1800, 2400), np.uint16))
     found = summary.evaluate_slide(summary.Nuclei.open(tmp_path / "n.parquet"), tmp_path / kind, (2400, 1800))
     assert (found["n_truth"], found["n_pred"], found["fp"], found["f1"]) == (0, 50, 50, 0)
+    assert found["region"] == [0, 0, 2400, 1800]  # where all these nuclei are
 
 
 def test_only_nuclei_near_the_truth_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,12 +326,37 @@ def test_regions_lie_within_any_grid(width: int, height: int, places: list[tuple
     assert bool(len(places)) == (regions[0].count > 0)
 
 
+def test_outlines_are_read_where_a_region_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, path = testing.nuclei_table(400, 2400, 1800), tmp_path / "n.parquet"
+    testing.write_nuclei(path, table, GRID, "s")
+    pq.write_table(pq.read_table(path), path, row_group_size=50)
+    read, read_group = [], pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, group: int, *rest: Any) -> Any:
+        read.append(group)
+        return read_group(self, group, *rest)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    regions = [overview.Region("a", 500, 60, 128, 0), overview.Region("b", 900, 70, 128, 0)]
+    found = summary.Nuclei.open(path).contours(regions)
+    assert read == [0, 1, 2]  # of eight: 120 pixels about 60 to 198 of 900
+    for region, outlines in zip(regions, found, strict=True):
+        box = shapely.box(region.x, region.y, region.x + region.side, region.y + region.side)
+        shapes = shapely.transform(shapely.from_wkb(table["geometry"].to_pylist()), lambda points: points / 2)
+        near = {ring.tobytes() for ring, _ in outlines}
+        wanted = [shapely.get_coordinates(shape).tobytes() for shape in shapes if shape.intersects(box)]
+        assert len(wanted) > 3
+        assert near.issuperset(wanted)
+    colours = {tuple(kind["color"]) for kind in testing.CLASSES}
+    assert {colour for outlines in found for _, colour in outlines} == colours
+
+
 def test_density_of_an_even_field() -> None:
     # One nucleus every 20 µm each way: 2500 per mm², up to the very edge of the tissue.
     y, x = np.mgrid[10:1000:20, 10:1500:20]
     points = np.stack([x.ravel(), y.ravel()], axis=1).astype(float)
     ring = np.array([[0, 0], [1500, 0], [1500, 1000], [0, 1000], [0, 0]], float)
-    density = overview.density_map(points, [ring], (1500.0, 1000.0), bin_um=20)
+    density = overview.density_map(points, [ring], (1500.0, 1000.0))
     assert density.values.shape == (50, 75)
     assert np.allclose(density.values, 2500)
     nothing = overview.density_map(points[:0], [], (1500.0, 1000.0))
@@ -337,7 +378,7 @@ def test_fine_density_goes_on_to_the_edge_of_the_tissue() -> None:
 
 def test_coverage_honours_holes() -> None:
     outer = np.array([[0, 0], [8, 0], [8, 8], [0, 8], [0, 0]], float)
-    share = overview.coverage([outer, outer / 2 + 2], 10, 10, (1.0, 1.0))
+    share = overview.coverage([outer, outer / 2 + 2], 10, 10, 1.0)
     expected = np.zeros((10, 10))
     expected[:8, :8] = 1
     expected[2:6, 2:6] = 0
