@@ -110,10 +110,14 @@ def test_no_slides(tmp_path: Path, toy_model: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_no_folder(tmp_path: Path, toy_model: Path) -> None:
-    done = run(tmp_path, {"slides": "nowhere", "results": "r", "model": str(toy_model)})
+def test_the_table_that_the_run_writes_is_not_its_own_source(tmp_path: Path, toy_model: Path) -> None:
+    """As when its column of pixel sizes was filled in in its place. Snakemake would remove it before it is read."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "slides.tsv").write_text("slide\tpath\tmpp\na\ta.svs\t0.25\n")
+    done = run(tmp_path, {"slides": "r/slides.tsv", "results": "r", "model": str(toy_model)}, "r/slides.tsv")
     assert done.code != 0
-    assert_one_line(done.output, "nowhere", "does not exist")
+    assert_one_line(done.output, "slides: 'r/slides.tsv' is the table that the run itself writes", "copy it")
+    assert (tmp_path / "r" / "slides.tsv").is_file()
 
 
 def test_unknown_setting(tmp_path: Path, toy_model: Path) -> None:

@@ -29,7 +29,15 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import UNREADABLE, content_stamp, renew_table, resolve_slides, slide_bytes
+from pipeline.slide_table import (
+    UNREADABLE,
+    check_apart,
+    check_same_slides,
+    content_stamp,
+    renew_table,
+    resolve_slides,
+    slide_bytes,
+)
 from pipeline.stage import clear_remains
 from pipeline.status import closing_words
 from pipeline.warm import possible, start_server
@@ -82,6 +90,7 @@ SLIDES = None
 try:
     SLIDES = resolve_slides(config["slides"])
     if workflow.is_main_process and NEEDS_SLIDES:
+        check_apart(config["slides"], SLIDES, RUN)
         CARD = check_model(MODEL)
         check_licence(CARD, MODEL, config["licences"])
         check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
