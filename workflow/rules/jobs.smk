@@ -120,6 +120,9 @@ def settings_known(wildcards):
     slides came or went: the table is written anew before it looks at it.
     """
     try:
+        # Slides together with something else, as snakemake all train.
+        if workflow.is_main_process and runs_jobs(sys.argv[1:]) and RUN.results not in LOCKS:
+            LOCKS[RUN.results] = lock_run(RUN.results)
         if (
             workflow.is_main_process
             and RUN.settings.is_file()
