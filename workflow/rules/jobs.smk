@@ -186,6 +186,8 @@ if RESTART is not None and SLIDES is not None:
             ):
                 if not keep:
                     clear_remains(Path(store(path)), made)
+            for part in folder.parts():
+                clear_remains(part, Path(f"{part}.json"))
     except (OSError, PipelineError) as error:
         stop(error)
 
