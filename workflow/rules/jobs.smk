@@ -299,6 +299,11 @@ def own_gpus(device):
     return int(device != "cpu" and bool(present()))
 
 
+def learning_gpus(device):
+    """GPUs for a process that learns: one on a cluster, and on this machine where it has any."""
+    return int(workflow.non_local_exec and device != "cpu") or own_gpus(device)
+
+
 @known
 def inference_gpus(wildcards):
     """The same for inference on a whole slide: none where its parts are joined."""
