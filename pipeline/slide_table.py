@@ -51,6 +51,9 @@ FILE_COLUMNS = ("tissue", "truth", "regions")
 OWN_COLUMNS = ("slide", "path", "mpp", *FILE_COLUMNS)
 """Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
 
+FIRST_MANIFEST = {"path": "inspect", "mpp": "inspect", "tissue": "tissue", "truth": "metrics", "regions": "regions"}
+"""Of each of them that says how a slide's results are made, the manifest of the first stage that depends on it."""
+
 MPP_RANGE = (0.05, 20.0)
 """µm per level-0 pixel that a slide can have."""
 
@@ -498,26 +501,24 @@ def check_same_slides(table: SlideTable, run: RunLayout) -> None:
     Raises
     ------
     PipelineError
-        For the first one that has results; one line. Where its files lie is no matter, nor are regions that are new or
-        gone.
+        For the first one; one line. Where its files lie is no matter, nor is what has not been made yet, nor are gone
+        regions.
     """
     try:
         earlier = from_table(run.slide_table).entries
     except PipelineError:
         return  # there is none that can be read
     for entry in table:
-        before, results = earlier.get(entry.name), run.slide(entry.name)
-        if before is None or not results.inspect.exists():
-            continue
-        for column in ("path", "mpp", *FILE_COLUMNS):
-            found = [getattr(one, column) for one in (before, entry)]
+        for column, stage in FIRST_MANIFEST.items() if entry.name in earlier else ():
+            found = [getattr(one, column) for one in (earlier[entry.name], entry)]
             then, now = (one.name if isinstance(one, Path) else one for one in found)
-            if then != now and not (column == "regions" and None in (then, now)):
+            made = getattr(run.slide(entry.name), stage)
+            if then != now and (column, now) != ("regions", None) and made.exists():
                 was, given = ("none" if one is None else repr(one) for one in (then, now))
                 raise PipelineError(
                     f"slide {entry.name!r}: {str(run.results)!r} was made with {column} {was}, not {given}, and "
                     "Snakemake has no records of it here",
-                    f"delete {str(results.root)!r} to have it done anew; or start where that run was started, with "
+                    f"delete {str(made)!r} to have it done anew; or start where that run was started, with "
                     "results= as it was then",
                 )
 

@@ -137,13 +137,6 @@ def test_model_that_does_not_match_its_hash(tmp_path: Path, toy_model: Path) -> 
     assert not (tmp_path / "r").exists()
 
 
-def test_no_model(tmp_path: Path) -> None:
-    slides(tmp_path / "s", "a.svs")
-    done = run(tmp_path, {"slides": "s", "results": "r", "model": "nowhere"})
-    assert done.code != 0
-    assert_one_line(done.output, "nowhere", "model.json is missing")
-
-
 def test_training_needs_no_slides(tmp_path: Path) -> None:
     data = [{"kind": "labels", "path": "nowhere"}]
     done = run(tmp_path, {"results": "r", "train": {"name": "mine", "data": data}}, "train", "-n")
