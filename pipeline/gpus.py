@@ -1,8 +1,8 @@
 """GPUs of this machine, lent to one process each.
 
 Snakemake counts how many GPU jobs run at a time, but does not say which GPU is whose. Here each job takes one that no
-other job has: a lock on a file, which the system gives up with the process, however that ends. Inside a SLURM job the
-scheduler has chosen already.
+other job has: a lock on a file, which the system gives up with the process, however that ends. So do those that run
+beside each other in one SLURM job, among the GPUs that it was given.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SCHEDULER = "SLURM_JOB_ID"
-"""Variable that tells of a scheduler, which hands out GPUs itself."""
+SCHEDULER = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+"""Variables that tell of a scheduler's job and step, each of which may number its GPUs from 0."""
 
 LENT = "NUCLEUS_PIPELINE_GPUS"
 """Variable that tells the processes of a job, as those of a training on several GPUs, that it has its GPUs."""
@@ -70,14 +70,19 @@ def lock_folder() -> Path:
 
 
 def _take(name: str, stack: ExitStack) -> bool:
-    stream = (lock_folder() / f"{name.replace('/', '_')}.lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        return False
-    stack.callback(stream.close)
-    return True
+    whose = "".join(f"{os.environ[one]}-" for one in SCHEDULER if one in os.environ)
+    path = lock_folder() / f"{whose}{name.replace('/', '_')}.lock"
+    with ExitStack() as opened:
+        stream = opened.enter_context(path.open("w"))
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if mine:  # and not removed meanwhile by who had it before
+            stack.push(opened.pop_all())
+            stack.callback(path.unlink)
+        return mine
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def borrow(device: str, count: int = 1) -> Iterator[list[str]]:
     """Have GPUs for oneself: CUDA_VISIBLE_DEVICES names them alone, until the end.
 
     To be entered before CUDA is asked for anything. Waits while too few are free. Nothing is done where there is no
-    GPU, where none is wanted, and inside a SLURM job or another job's process.
+    GPU, where none is wanted, and inside another job's process.
 
     Parameters
     ----------
@@ -105,7 +110,7 @@ def borrow(device: str, count: int = 1) -> Iterator[list[str]]:
         When more are wanted than there are.
     """
     names = present()
-    if device == "cpu" or not names or SCHEDULER in os.environ or LENT in os.environ:
+    if device == "cpu" or not names or LENT in os.environ:
         yield []
         return
     if count > len(names):

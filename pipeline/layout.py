@@ -79,6 +79,10 @@ class SlideLayout:
         """Store of one part of a stage of a huge slide, `part` being ``1-of-4``; its manifest ends in ``.json``."""
         return self.root / "parts" / f"{stage}-{part}.zarr"
 
+    def parts(self) -> list[Path]:
+        """The stores of parts that are there; those that are being written are not."""
+        return sorted(self.root.glob("parts/[!.]*.zarr"))
+
 
 @dataclass(frozen=True)
 class RunLayout:

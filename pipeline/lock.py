@@ -32,6 +32,7 @@ _LOOKING_ONLY = {
     "-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary", "-S", "-D", "--detailed-summary",
     "--dag", "--rulegraph", "--filegraph", "--d3dag", "--list", "--list-rules", "-l", "--list-target-rules", "--lt",
     "--list-changes", "--lc", "--list-input-changes", "--li", "--list-params-changes", "--lp", "--list-code-changes",
+    "--list-untracked", "--lu", "--list-conda-envs", "--conda-create-envs-only", "--generate-unit-tests",
     "--archive", "--print-compilation", "--containerize", "--draft-notebook", "--edit-notebook", "-h", "--help",
 }  # fmt: skip
 """Options of Snakemake with which no job runs."""
@@ -112,7 +113,10 @@ def lock_run(folder: Path) -> IO[str] | None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             file.close()
-            raise PipelineError(f"results: {str(path)!r} cannot be locked: {error.strerror}") from None
+            raise PipelineError(
+                f"results: {str(path)!r} cannot be locked: {error.strerror}",
+                "see to the file system, or choose another folder: --config results=FOLDER",
+            ) from None
         locked = False
     try:
         _sign(file)

@@ -250,13 +250,17 @@ def check_model(folder: Path) -> dict[str, Any]:
         card = json.loads(card_path.read_text(encoding="utf-8"))
         stated = str(card["sha256"])
     except OSError as error:
-        raise PipelineError(f"model {str(folder)!r}: cannot read {card_path.name}: {error.strerror}") from None
+        raise PipelineError(
+            f"model {str(folder)!r}: cannot read {card_path.name}: {error.strerror}", "see to the file"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise PipelineError(f"model {str(folder)!r}: {card_path.name} is damaged", "get the package again") from None
     try:
         found = file_sha256(weights)
     except OSError as error:
-        raise PipelineError(f"model {str(folder)!r}: cannot read {weights.name}: {error.strerror}") from None
+        raise PipelineError(
+            f"model {str(folder)!r}: cannot read {weights.name}: {error.strerror}", "see to the file"
+        ) from None
     if found != stated:
         raise PipelineError(
             f"model {str(folder)!r}: {weights.name} has sha256 {found[:12]}…, its card says {stated[:12]}…",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.layout import folder_name
+from pipeline.layout import RunLayout, folder_name
 
 SUFFIXES = (
     ".ome.tiff",
@@ -50,6 +50,9 @@ FILE_COLUMNS = ("tissue", "truth", "regions")
 
 OWN_COLUMNS = ("slide", "path", "mpp", *FILE_COLUMNS)
 """Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
+
+FIRST_MANIFEST = {"path": "inspect", "mpp": "inspect", "tissue": "tissue", "truth": "metrics", "regions": "regions"}
+"""Of each of them that says how a slide's results are made, the manifest of the first stage that depends on it."""
 
 MPP_RANGE = (0.05, 20.0)
 """µm per level-0 pixel that a slide can have."""
@@ -110,7 +113,8 @@ class SlideEntry:
         if self.mpp is not None and not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
             raise PipelineError(
                 f"slide {self.name!r}: mpp {self.mpp:g} is not plausible, slides have "
-                f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px"
+                f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px",
+                "correct the table",
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -284,7 +288,7 @@ def from_folder(folder: Path) -> SlideTable:
         with os.scandir(folder) as listed:
             folders = {file.name: file.is_dir() for file in listed}
     except OSError as error:
-        raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}") from None
+        raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}", "see to the folder") from None
     names = sorted(name for name in folders if not name.startswith("."))
     hamamatsu = [name[:-4] for name in names if name.lower().endswith((".vms", ".vmu"))]
     pictures = tuple(f"{slide}{mark}" for slide in hamamatsu for mark in "._(")
@@ -332,7 +336,7 @@ def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
                 if (filled := max((number for number, cell in enumerate(cells, 1) if cell.strip()), default=0))
             ]
     except OSError as error:
-        raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
+        raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}", "see to the file") from None
     except UnicodeDecodeError:
         raise PipelineError(
             f"{where} is not UTF-8 text", "give a folder, a slide, or a table saved as UTF-8 text (.tsv, .csv)"
@@ -374,7 +378,7 @@ def _place(cell: str, base: Path) -> Path:
 def _entry(row: dict[str, str], base: Path) -> SlideEntry:
     """The slide that a row of a table in the folder `base` tells of."""
     if not row["path"].strip():
-        raise PipelineError("no path")
+        raise PipelineError("no path", "name the slide's file")
     try:
         mpp = float(row["mpp"].replace(",", ".")) if row.get("mpp", "").strip() else None
     except ValueError:
@@ -402,15 +406,18 @@ def from_table(table: Path) -> SlideTable:
     for line, cells in rows:
         at = f"{where}, line {line}"
         if len(cells) > len(header):
-            raise PipelineError(f"{at}: {len(cells)} cells, but {len(header)} columns")
+            raise PipelineError(
+                f"{at}: {len(cells)} cells, but {len(header)} columns",
+                "name each column, or quote what holds separators",
+            )
         row = dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
         try:
             entry = _entry(row, base)
         except PipelineError as error:
-            raise PipelineError(f"{at}: {error}") from None
+            raise PipelineError(f"{at}: {error.reason}", error.hint) from None
         _add(found, entry, at)
     if not found:
-        raise PipelineError(f"{where} lists no slide")
+        raise PipelineError(f"{where} lists no slide", "write a line for each below its first one")
     return SlideTable(_by_name(found), tuple(column for column in header if column not in OWN_COLUMNS))
 
 
@@ -462,6 +469,74 @@ def renew_table(table: SlideTable, out: Path) -> None:
     """Write the table where there is one of other slides, or of none that can be read."""
     if out.is_file() and out.read_bytes() != _as_text(table).encode():
         write_table(table, out)
+
+
+def check_apart(setting: str, table: SlideTable, run: RunLayout) -> None:
+    """Refuse files that a run would remove and write anew, as they lie where its results go.
+
+    Parameters
+    ----------
+    setting : str
+        The setting ``slides``.
+    table : SlideTable
+        What it stands for.
+    run : RunLayout
+        The run.
+
+    Raises
+    ------
+    PipelineError
+        For the first one; one line.
+    """
+    real = functools.cache(os.path.realpath)
+    if os.path.realpath(Path(setting).expanduser()) == real(run.slide_table):
+        raise PipelineError(f"slides: {setting!r} is the table that the run itself writes", "copy it and give the copy")
+    own = {os.path.join(real(run.results), "slides", folder_name(entry.name)) for entry in table}
+    for entry in table:
+        for column in ("path", *FILE_COLUMNS):
+            file: Path | None = getattr(entry, column)
+            if file is not None and real(file.parent) in own:
+                raise PipelineError(
+                    f"slide {entry.name!r}: its {column} {str(file)!r} is among the results that the run itself writes",
+                    "copy it elsewhere and name the copy",
+                )
+
+
+def check_same_slides(table: SlideTable, run: RunLayout) -> None:
+    """Refuse to go on with results of slides of which the table tells something else now.
+
+    For where Snakemake has no records of how they were made, as `pipeline.settings.check_same_results`.
+
+    Parameters
+    ----------
+    table : SlideTable
+        The slides of now.
+    run : RunLayout
+        The run, with the table that its results were made of.
+
+    Raises
+    ------
+    PipelineError
+        For the first one; one line. Where its files lie is no matter, nor is what has not been made yet, nor are gone
+        regions.
+    """
+    try:
+        earlier = from_table(run.slide_table).entries
+    except PipelineError:
+        return  # there is none that can be read
+    for entry in table:
+        for column, stage in FIRST_MANIFEST.items() if entry.name in earlier else ():
+            found = [getattr(one, column) for one in (earlier[entry.name], entry)]
+            then, now = (one.name if isinstance(one, Path) else one for one in found)
+            made = getattr(run.slide(entry.name), stage)
+            if then != now and (column, now) != ("regions", None) and made.exists():
+                was, given = ("none" if one is None else repr(one) for one in (then, now))
+                raise PipelineError(
+                    f"slide {entry.name!r}: {str(run.results)!r} was made with {column} {was}, not {given}, and "
+                    "Snakemake has no records of it here",
+                    f"delete {str(made)!r} to have it done anew; or start where that run was started, with "
+                    "results= as it was then",
+                )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

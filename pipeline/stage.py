@@ -169,12 +169,15 @@ def clear_remains(store: Path, made: Path) -> None:
     store : pathlib.Path
         The store.
     made : pathlib.Path
-        The manifest of its stage.
+        The manifest of its stage; it may have gone before the store.
     """
-    if store.is_dir() and made.is_file():
+    if not store.is_dir() or is_marked(store):
+        return
+    if made.is_file():
         seal = read_manifest(made).get("seals", {}).get(store.name)
-        if seal is not None and not is_marked(store) and not is_whole(store, seal):
-            _set_aside(store)
+        if seal is None or is_whole(store, seal):
+            return
+    _set_aside(store)
 
 
 def to_disk(path: Path) -> None:

@@ -108,7 +108,8 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         )
     table = resolve_slides(layout.slide_table if slides is None else slides)
     now = time.time() if now is None else now
-    classified = layout.settings.is_file() and bool(_read_json(layout.settings).get("classifier"))
+    settings = _read_json(layout.settings) if layout.settings.is_file() else {}
+    optional = [("classify", settings.get("classifier")), ("labels", settings.get("export", {}).get("labels"))]
     stages: Counter[str] = Counter()
     failures, ends, latest = [], [], None
     for entry in table:
@@ -117,7 +118,7 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
         if ended is not None:
             latest = max(latest or ended, ended)
         failure = manifest_failure(read_manifest(stage_manifests(paths)[done - 1])) if done else None
-        further = [paths.classify] * classified + [paths.regions] * (entry.regions is not None)
+        further = [getattr(paths, stage) for stage, wanted in (*optional, ("regions", entry.regions)) if wanted]
         if failure is None and done == len(STAGES) and entry.regions is not None and paths.regions.exists():
             failure = manifest_failure(read_manifest(paths.regions))
         if failure is not None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
+from pipeline.lock import held
 from pipeline.settings import check_settings, load_schema
 
 log = logging.getLogger(__name__)
@@ -39,8 +43,22 @@ def main(args: argparse.Namespace) -> int:
 
     section = read_section(args.config_json)
     schedule = section.get("schedule", {})
-    with borrow(args.device or schedule.get("device", "auto"), schedule.get("devices", 1)):
+    with in_turn(args.work), borrow(args.device or schedule.get("device", "auto"), schedule.get("devices", 1)):
         return _train(args, section)
+
+
+@contextmanager
+def in_turn(work: Path) -> Iterator[None]:
+    """Have a training's folder for oneself: a job that outlived its run may still be at work there.
+
+    The processes that a training on several devices starts share it.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        yield
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with held(work / ".lock-train"):
+        yield
 
 
 def read_section(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.random_nuclei import nucleus_shapes, random_nuclei
 from pipeline.models.licences import strictest
 from pipeline.models.package import ModelPackage
-from pipeline.training.command import SCHEMA, checked_section, prepare_process
+from pipeline.training.command import SCHEMA, checked_section, in_turn, prepare_process
 from pipeline.training.data import Field, source_name
 from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
@@ -467,7 +467,7 @@ def main(args: argparse.Namespace) -> int:
 
     settings, training = read_sections(args.config_json)
     device = args.device or settings.device
-    with borrow(device, 1):
+    with in_turn(args.work), borrow(device, 1):
         prepare_process(args.threads)
         deadline = Deadline(args.max_minutes or settings.max_minutes)
         record = synthesize(settings, training, args.work, args.out, DEVICES[device], deadline)

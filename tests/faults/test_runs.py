@@ -13,7 +13,7 @@ from outcome import outcome
 from runs import command, read_json, read_tsv, run, write_slide, write_toy_model
 
 from pipeline.layout import folder_name
-from pipeline.lock import OWNER, lock_run, owner
+from pipeline.lock import OWNER, RESULTS, lock_run, owner
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
@@ -39,6 +39,15 @@ def test_second_run_in_a_results_folder_is_refused_at_once(tmp_path: Path) -> No
     assert "Building DAG" not in done.output
     # Looking on is allowed.
     assert run(tmp_path, config, "-n").code == 0
+    # Together with a training, which does not need that folder for itself.
+    train = config | {"train": {"data": [{"kind": "labels", "path": "nowhere"}]}}
+    (line,) = errors(run(tmp_path, train, "all", "train").output)
+    assert f"another run is at work in 'my results' (process {os.getpid()} on " in line
+    lock.close()
+    lock = lock_run(tmp_path / "my results" / "training" / "trained")
+    assert lock is not None
+    (line,) = errors(run(tmp_path, train | {"compare": {"experiments": ["default"]}}, "compare", "train").output)
+    assert "another run is at work in 'my results/training/trained' " in line
     lock.close()
 
 
@@ -55,6 +64,7 @@ def test_a_late_job_of_an_earlier_run_takes_nothing_away(
     assert lock is not None
     config = {"slides": "in", "results": "out", "model": str(model)}
     job = ["--mode", "remote", "--target-jobs", "inspect:slide=a", "--allowed-rules", "inspect", "--force"]
+    monkeypatch.setenv(RESULTS, "out")
     monkeypatch.setenv(OWNER, "process 1 on node7")
     late = run(tmp_path, config, *job)
     assert late.code != 0
@@ -65,6 +75,16 @@ def test_a_late_job_of_an_earlier_run_takes_nothing_away(
     own = run(tmp_path, config, *job)
     assert own.code == 0, own.output
     assert read_json(result)["status"] == "ok"
+    lock.close()
+    # So does one of a training, which has a folder of its own.
+    lock = lock_run(tmp_path / "out" / "training" / "trained")
+    assert lock is not None
+    monkeypatch.setenv(RESULTS, "out/training/trained")
+    monkeypatch.setenv(OWNER, "process 1 on node7")
+    job = ["--mode", "remote", "--target-jobs", "train_settings:training=trained", "--allowed-rules", "train_settings"]
+    late = run(tmp_path, config, *job)
+    (line,) = errors(late.output)
+    assert line.startswith("error: this job is of a run (process 1 on node7) that another one")
     lock.close()
 
 

@@ -24,7 +24,7 @@ with borrow("auto", int(sys.argv[1])):
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs that the user lets the pipeline have, and locks of our own."""
-    for name in (gpus.SCHEDULER, gpus.LENT):
+    for name in (*gpus.SCHEDULER, gpus.LENT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(gpus.VISIBLE, "3,5")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -86,12 +86,19 @@ def test_environment_is_as_before() -> None:
     assert gpus.LENT not in os.environ
 
 
-@pytest.mark.parametrize("variable", [gpus.SCHEDULER, gpus.LENT])
-def test_what_a_scheduler_gave_is_left_alone(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "17")
-    with gpus.borrow("auto") as mine:
-        assert mine == []
-        assert os.environ[gpus.VISIBLE] == "3,5"
+def test_jobs_inside_one_job_of_a_scheduler_share_its_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where snakemake itself was submitted, or several slides go into one job. Others may have the same numbers."""
+    taken = []
+    for job, step in (("17", "0"), ("17", "0"), ("18", "0"), ("17", "1")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        taken.append(Job())
+    first, second, *others = (job.has for job in taken)
+    assert sorted([first, second]) == ["3", "5"]
+    assert others == ["3", "3"]
+    for job in taken:
+        job.end()
+    assert list(gpus.lock_folder().iterdir()) == []
 
 
 def test_cpu_jobs_take_none() -> None:

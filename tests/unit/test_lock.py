@@ -17,6 +17,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.lock import OWNER, RESULTS, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
 from pipeline.stage import run_stage
+from pipeline.training.command import in_turn
 
 HOLD = "import sys, time; from pathlib import Path; from pipeline.lock import *; "
 
@@ -115,7 +116,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     [
         ("--cores 2", True), ("-n", False), ("-np", False), ("-pn --cores 2", False), ("--dry-run", False),
         ("--report=x.html", False), ("--summary", False), ("-c2 train", True), ("--cores 2 --config results=-n", True),
-        ("--unlock", False), ("--latency-wait 3 --keep-going", True),
+        ("--unlock", False), ("--latency-wait 3 --keep-going", True), ("--sdm conda --conda-create-envs-only", False),
+        ("--list-untracked", False), ("--sdm conda", True),
     ],
 )  # fmt: skip
 def test_what_runs_jobs(line: str, expected: bool) -> None:
@@ -141,6 +143,32 @@ def test_a_stage_waits_for_one_that_a_killed_run_left_behind(tmp_path: Path) -> 
     thread.join(60)
     assert ends
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiles.json"]
+
+
+def test_a_training_waits_for_one_that_a_killed_run_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "\nfrom pipeline.training.command import in_turn"
+    code += "\nwith in_turn(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    ends: list[float] = []
+
+    def training() -> None:
+        with in_turn(tmp_path / "new"):
+            ends.append(time.monotonic())
+
+    with holder(code, tmp_path / "new") as other:
+        thread = threading.Thread(target=training)
+        thread.start()
+        thread.join(0.5)
+        assert not ends
+        with monkeypatch.context() as patch:  # a further process of the one that has it
+            patch.setenv("LOCAL_RANK", "1")
+            training()
+            assert len(ends) == 1
+        other.kill()
+    thread.join(60)
+    assert len(ends) == 2
+    assert not any((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("step", ["flock", "open", "read_text"])

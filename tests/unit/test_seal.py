@@ -184,6 +184,8 @@ def test_what_a_removal_left_of_a_store_is_told_from_a_whole_one(
     tiles(path.with_name("other.zarr"))
     clear_remains(path.with_name("other.zarr"), made)  # its stage gave it no seal
     assert path.with_name("other.zarr").exists()
+    clear_remains(path.with_name("other.zarr"), path.with_name("other.json"))  # removed before it was
+    assert not path.with_name("other.zarr").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY])

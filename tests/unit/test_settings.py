@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_every_line_of_config_yaml_that_sets_something_is_explained() -> None:
     for before, line in zip(["", *lines], lines, strict=False):
         if line.strip() and not line.lstrip().startswith("#"):
             assert "#" in line or before.startswith("#"), line
+
+
+def test_configuration_md_has_every_setting_with_its_default() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8").split("## Settings")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z_0-9.]+)` \| `?(.*?)`? \|", text, re.MULTILINE)
+    defaults: dict[str, Any] = {}
+    for name, value in check_settings({}, SCHEMA).items():
+        if name not in ("train", "synthesis", "crossval", "compare", "transfer"):  # they have pages of their own
+            section = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {}
+            defaults |= section or {name: value}
+    assert {name: yaml.safe_load(value) for name, value in rows} == defaults
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from pipeline import slide_table
 from pipeline.errors import PipelineError
+from pipeline.layout import RunLayout
 from pipeline.slide_table import (
     SlideTable,
+    check_apart,
+    check_same_slides,
     content_stamp,
     from_table,
     name_problem,
@@ -177,6 +180,7 @@ def test_wrong_tables_say_what_and_where_in_one_line(tmp_path: Path, text: str, 
         resolve_slides(write(tmp_path / "t.tsv", text))
     assert "\n" not in str(caught.value)
     assert "t.tsv" in str(caught.value)
+    assert caught.value.hint
 
 
 def test_something_else_given_as_the_table_is_refused(tmp_path: Path) -> None:
@@ -243,6 +247,74 @@ def test_a_table_of_other_slides_is_written_anew(tmp_path: Path) -> None:
         out.write_bytes(other)
         slide_table.renew_table(table, out)
         assert resolve_slides(out).digest == table.digest
+
+
+def test_files_that_the_run_writes_are_no_input(tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(touch(tmp_path / "out"))
+    for results in (tmp_path / "out", tmp_path / "linked"):
+        run = RunLayout(results)
+        own = RunLayout(tmp_path / "out").slide("a{b}")
+        for column, file in (("path", own.root / "a.svs"), ("tissue", own.tissue_geojson), ("truth", own.nuclei)):
+            cells = {"path": "a.svs", column: str(file)}
+            line = "\t".join(cells)
+            table = from_table(write(tmp_path / "t.tsv", f"slide\t{line}\na{{b}}\t" + "\t".join(cells.values())))
+            with pytest.raises(PipelineError, match=rf"'a{{b}}': its {column} .* is among the results .*copy it") as e:
+                check_apart(str(tmp_path / "t.tsv"), table, run)
+            assert "\n" not in str(e.value)
+        write_table(from_table(write(tmp_path / "t.tsv", "slide\tpath\na{b}\ta.svs\n")), run.slide_table)
+        table = resolve_slides(run.slide_table)
+        with pytest.raises(PipelineError, match=r"slides: '.*' is the table that the run itself writes \(copy it"):
+            check_apart(str(run.slide_table), table, run)
+        # What another run has made, and what lies beside slides' folders, as where results=. has slides/a.svs.
+        check_apart(str(run.slide_table), table, RunLayout(tmp_path / "other"))
+        beside = from_table(write(tmp_path / "t.tsv", f"slide\tpath\na{{b}}\t{results}/slides/a.svs\n"))
+        check_apart(str(tmp_path / "t.tsv"), beside, run)
+
+
+@pytest.mark.parametrize(
+    ("column", "then", "now", "refused"),
+    [
+        ("mpp", "", "0.5", "mpp none, not 0.5"),
+        ("mpp", "0.25", "0.50", "mpp 0.25, not 0.5"),
+        ("mpp", "0.25", "0.250", None),
+        ("path", "x/a.svs", "y/a.svs", None),
+        ("path", "a.svs", "b.svs", "path 'a.svs', not 'b.svs'"),
+        ("tissue", "", "a.geojson", "tissue none, not 'a.geojson'"),
+        ("truth", "a.npy", "", "truth 'a.npy', not none"),
+        ("truth", "x/a.npy", "y/a.npy", None),
+        ("regions", "a.geojson", "b.geojson", "regions 'a.geojson', not 'b.geojson'"),
+        ("regions", "", "b.geojson", None),  # they are made
+        ("regions", "b.geojson", "", None),  # their tables go
+        ("group", "A", "B", None),
+    ],
+)
+def test_results_of_a_slide_that_the_table_tells_something_else_of_are_refused(
+    tmp_path: Path, column: str, then: str, now: str, refused: str | None
+) -> None:
+    def table(value: str) -> SlideTable:
+        cells = {"path": "a.svs", column: value}
+        rows = (f"{name}\t" + "\t".join(cells.values()) for name in ("new", "a b"))
+        return from_table(write(tmp_path / "t.tsv", "\n".join(["slide\t" + "\t".join(cells), *rows]) + "\n"))
+
+    run = RunLayout(tmp_path / "out")
+    check_same_slides(table(now), run)  # there is no table
+    write_table(table(then), run.slide_table)
+    check_same_slides(table(now), run)  # nor are there results
+    run.slide("a b").root.mkdir(parents=True)
+    for stage in {*slide_table.FIRST_MANIFEST.values()} - ({"regions"} if then == "" else set()):
+        getattr(run.slide("a b"), stage).touch()
+    if refused is None:
+        check_same_slides(table(now), run)
+    else:
+        made = getattr(run.slide("a b"), slide_table.FIRST_MANIFEST[column])
+        told = rf"^slide 'a b': .*out' was made with {refused}, and .*delete '{made}'"
+        with pytest.raises(PipelineError, match=told) as e:
+            check_same_slides(table(now), run)
+        assert "\n" not in str(e.value)
+        made.unlink()
+        check_same_slides(table(now), run)
+    run.slide_table.write_bytes(b"\xff")
+    check_same_slides(table(now), run)
 
 
 def test_digest_tells_tables_apart(tmp_path: Path) -> None:

@@ -96,13 +96,18 @@ def test_nothing_is_left_of_a_finished_run(tmp_path: Path) -> None:
     assert text == "1 slide: 1 finished, 0 failed, 0 to go"
 
 
-def test_a_slide_that_waits_for_its_classes_is_not_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "stage"), [('{"classifier": "types.json"}', "classify"), ('{"export": {"labels": true}}', "labels")]
+)
+def test_a_slide_that_waits_for_what_the_settings_ask_for_is_not_finished(
+    tmp_path: Path, settings: str, stage: str
+) -> None:
     (tmp_path / "slides.tsv").write_text("slide\tpath\na\t/data/a.svs\n", encoding="utf-8")
-    (tmp_path / "settings.json").write_text('{"classifier": "types.json"}')
+    (tmp_path / "settings.json").write_text(settings)
     finish(tmp_path, "a", len(STAGES), START)
     found = status.run_status(tmp_path, now=START + 600)
     assert (found.finished, found.stages) == (0, {"summary": 1})
-    RunLayout(tmp_path).slide("a").classify.write_text("{}")
+    getattr(RunLayout(tmp_path).slide("a"), stage).write_text("{}")
     assert status.run_status(tmp_path, now=START + 600).finished == 1
     (tmp_path / "settings.json").write_text("[")
     with pytest.raises(PipelineError, match="is damaged"):

@@ -12,7 +12,7 @@ import yaml
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.data import IMPORTERS
-from pipeline.training.experiment import Experiment
+from pipeline.training.experiment import Experiment, check_parts
 from pipeline.training.synthesis import SynthesisSettings
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,23 @@ def test_experiments_are_valid(path: Path) -> None:
 def test_wrong_sections_are_refused_before_anything_runs(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineError, match=message) as caught:
         check_settings({"data": [SOURCE], **change}, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": []}, "train: no data"),
+        ({"network": "resnet"}, r"unknown network 'resnet' \(choose from"),
+        ({"patch": 301}, r"patch 301 does not suit resunet \(use a multiple of"),
+        ({"network_args": {"width": [4, 6]}}, "train: network_args: network 'resunet': "),
+        ({"start_from": "nowhere"}, "train: start_from: model 'nowhere': model.json is missing"),
+        ({"teacher": "nowhere"}, "train: teacher: model 'nowhere': model.json is missing"),
+    ],
+)
+def test_what_no_schema_can_tell_is_refused_before_anything_runs(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message) as caught:
+        check_parts(Experiment.from_json(check_settings({"data": [SOURCE], **change}, SCHEMA)))
     assert "\n" not in str(caught.value)
 
 

@@ -162,13 +162,6 @@ def test_no_stub_can_be_taken_for_a_result(finished: tuple[Path, Run, dict[str, 
         assert (results / "nuclei.geojson.gz").read_bytes()[:2] != b"\x1f\x8b"
 
 
-def test_second_run_has_nothing_to_do(
-    finished: tuple[Path, Run, dict[str, Any]], without_root_rights: list[str]
-) -> None:
-    folder, _, config = finished
-    assert run(folder, config, before=without_root_rights).nothing
-
-
 def test_stop_fails_on_a_bad_slide(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "empty.svs").write_bytes(b"")

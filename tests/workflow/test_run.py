@@ -410,6 +410,14 @@ def test_settings_changed_from_elsewhere_are_not_overlooked(
     assert 'was made with stain.method "model", not "none"' in line
     assert "Traceback" not in other.output
     assert run(tmp_path, here | {"stain": {"method": "none"}}, "-n", "--forceall").counts["stain"] == len(GOOD) + 1
+    table = (folder / "in" / "slides.tsv").read_text(encoding="utf-8").replace(f'.png"\t{MPP}\t', '.png"\t0.25\t')
+    (folder / "in" / "finer.tsv").write_text(table, encoding="utf-8")
+    for options in (["-n"], []):  # before the table of the run is written anew
+        other = run(tmp_path, here | {"slides": str(folder / "in" / "finer.tsv")}, *options)
+        assert other.code != 0
+        (line,) = [line for line in other.output.splitlines() if line.startswith("error: ")]
+        assert f"slide {PNG!r}: " in line
+        assert f"was made with mpp {MPP}, not 0.25, and" in line
 
 
 def test_copied_results_are_of_the_slides_of_now(

@@ -29,7 +29,15 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import UNREADABLE, content_stamp, renew_table, resolve_slides, slide_bytes
+from pipeline.slide_table import (
+    UNREADABLE,
+    check_apart,
+    check_same_slides,
+    content_stamp,
+    renew_table,
+    resolve_slides,
+    slide_bytes,
+)
 from pipeline.stage import clear_remains
 from pipeline.status import closing_words
 from pipeline.warm import possible, start_server
@@ -70,9 +78,12 @@ def beside(model):
 MODEL = Path(beside(config["model"]))
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
+# Targets that need no slides, by the folder that each works in.
+TRAINS = dict.fromkeys(("train", "crossval", "transfer"), RUN.training(config["train"]["name"]))
+TRAINS |= {"compare": RUN.training(config["compare"]["name"]), "synthesize": RUN.synthesis(config["synthesis"]["name"])}
+
 # Asked for nothing that needs slides or a model, the run can do without them.
-TRAINS = {"train", "synthesize", "crossval", "compare", "transfer"}
-WITHOUT_SLIDES = TRAINS | {"--lint", "--unlock", "--list-rules", "-l"}
+WITHOUT_SLIDES = {*TRAINS, "--lint", "--unlock", "--list-rules", "-l"}
 NEEDS_SLIDES = not any(
     word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
     for word in sys.argv[1:]
@@ -80,12 +91,9 @@ NEEDS_SLIDES = not any(
 
 SLIDES = None
 try:
-    if RUN.slide_table.resolve() == Path(config["slides"]).resolve():
-        raise PipelineError(
-            f"slides: {config['slides']!r} is this run's own, which it writes anew", "give a copy that lies elsewhere"
-        )
     SLIDES = resolve_slides(config["slides"])
     if workflow.is_main_process and NEEDS_SLIDES:
+        check_apart(config["slides"], SLIDES, RUN)
         CARD = check_model(MODEL)
         check_licence(CARD, MODEL, config["licences"])
         check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
@@ -101,31 +109,28 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
-# In the environment as well: where stages note that they have removed a damaged store, where they find which slides
-# could not be read from the start (others that go while the run is at work are not to blame), and the results folder.
-os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable), RESULTS: str(RUN.results)})
+# In the environment as well: where stages note that they have removed a damaged store, and where they find which slides
+# could not be read from the start (others that go while the run is at work are not to blame).
+os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable)})
 
 # In the environment, no parameter of any rule: it changes no result, so changing it should rerun nothing.
 os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 
-# One run at a time in a results folder, and one of each training. The lock goes with this process, however it ends;
-# Snakemake's own, which outlives a killed run, is off in the profiles.
-LOCK = RESTART = None
+# One run at a time in a results folder, and one of each training. The locks go with this process, however it ends;
+# Snakemake's own, which outlives a killed run, is off in the profiles. Jobs know the run by what it wrote into the first.
+LOCKS, RESTART = {}, None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
-    TRAINING = TRAINS.intersection(sys.argv[1:])
-    LOCKED = RUN.training(config["compare" if "compare" in TRAINING else "train"]["name"])
-    if TRAINING == {"synthesize"}:
-        LOCKED = RUN.synthesis(config["synthesis"]["name"])
+    PLACES = sorted({TRAINS[word] for word in sys.argv[1:] if word in TRAINS}) or [RUN.results]
     try:
-        LOCK = lock_run(LOCKED if TRAINING else RUN.results)
+        LOCKS = {place: lock_run(place) for place in PLACES}
     except PipelineError as error:
         stop(error)
-    os.environ[OWNER] = "" if TRAINING else owner(RUN.results)
-    if not TRAINING:
+    os.environ.update({RESULTS: str(PLACES[0]), OWNER: owner(PLACES[0])})
+    if RUN.results in LOCKS:
         clear_marks(RUN.damaged)
-    if not TRAINING and "snakemake" in Path(sys.argv[0]).parts:
-        RESTART = Restart(RUN.damaged)
-    if LOCK is None:
+        if "snakemake" in Path(sys.argv[0]).parts:
+            RESTART = Restart(RUN.damaged)
+    if None in LOCKS.values():
         print(f"warning: no locks on this file system: start no second run in {RUN.results}", file=sys.stderr)
 if not workflow.is_main_process:
     try:

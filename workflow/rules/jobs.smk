@@ -114,22 +114,29 @@ def extra_option(column, flag):
 
 @known
 def settings_known(wildcards):
-    """No input, but an end where settings differ from those of the results, and Snakemake would not see it.
+    """No input, but an end where settings or slides differ from those of the results, and Snakemake would not see it.
 
-    Its records are in the working directory, by the path that the results had.
+    Its records are in the working directory, by the path that the results had. Where it has none, nor would it see that
+    slides came or went: the table is written anew before it looks at it.
     """
-    if (
-        workflow.is_main_process
-        and RUN.settings.is_file()
-        and workflow.persistence.metadata(rules.settings.output.settings) is None
-        and not workflow.dag_settings.forceall
-        and "--report" not in sys.argv[1:]
-    ):
-        try:
+    try:
+        # Slides together with something else, as snakemake all train.
+        if workflow.is_main_process and runs_jobs(sys.argv[1:]) and RUN.results not in LOCKS:
+            LOCKS[RUN.results] = lock_run(RUN.results)
+        if (
+            workflow.is_main_process
+            and RUN.settings.is_file()
+            and workflow.persistence.metadata(rules.settings.output.settings) is None
+            and not workflow.dag_settings.forceall
+            and "--report" not in sys.argv[1:]
+        ):
             check_same_results(RUN.settings, config)
-        except PipelineError as error:
-            atexit.unregister(tell)
-            stop(error)
+            check_same_slides(slides(), RUN)
+        if RESTART is not None:
+            renew_table(slides(), RUN.slide_table)
+    except (OSError, PipelineError) as error:
+        atexit.unregister(tell)
+        stop(error)
     return []
 
 
@@ -169,11 +176,9 @@ def passing(path, keep):
     return path if keep else temp(path)
 
 
-# A table of other slides is noticed by its digest, but not where Snakemake has no record of it, see `settings_known`. And a
-# run that was killed, or whose file server refused, while it removed a store that goes away leaves some of it.
+# A run that was killed, or whose file server refused, while it removed a store that goes away leaves some of it.
 if RESTART is not None and SLIDES is not None:
     try:
-        renew_table(SLIDES, RUN.slide_table)
         for folder in map(RUN.folder, BY_FOLDER):
             for path, made, keep in (
                 (folder.tiles_zarr, folder.tiles, config["tiles"]["keep"]),
@@ -181,6 +186,8 @@ if RESTART is not None and SLIDES is not None:
             ):
                 if not keep:
                     clear_remains(Path(store(path)), made)
+            for part in folder.parts():
+                clear_remains(part, Path(f"{part}.json"))
     except (OSError, PipelineError) as error:
         stop(error)
 
@@ -290,6 +297,11 @@ def own_gpus(device):
     The default profile lends one at a time; a cluster's profile asks for its own.
     """
     return int(device != "cpu" and bool(present()))
+
+
+def learning_gpus(device):
+    """GPUs for a process that learns: one on a cluster, and on this machine where it has any."""
+    return int(workflow.non_local_exec and device != "cpu") or own_gpus(device)
 
 
 @known

@@ -64,10 +64,9 @@ def mark(folder):
 
 
 def training_gpus(wildcards):
-    """GPUs for a training: on a cluster as many as its settings say, on this machine where it has any."""
+    """GPUs for a training: as many as its settings say."""
     schedule = SECTIONS[getattr(wildcards, "training", NAME)]["schedule"]
-    wanted = workflow.non_local_exec and schedule["device"] != "cpu"
-    return schedule["devices"] * (int(wanted) or own_gpus(schedule["device"]))
+    return schedule["devices"] * learning_gpus(schedule["device"])
 
 
 def start_package(wildcards):

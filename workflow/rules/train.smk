@@ -110,8 +110,7 @@ rule synthetic_fields:
     resources:
         mem_mb=megabytes(16000),
         runtime=minutes(1440, by_attempt=False),
-        gpu=int(workflow.non_local_exec and config["synthesis"]["device"] != "cpu")
-        or own_gpus(config["synthesis"]["device"]),
+        gpu=learning_gpus(config["synthesis"]["device"]),
     params:
         work=lambda wildcards, output: os.path.dirname(output.fields),
     shell:
