@@ -18,8 +18,9 @@ from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.networks.outputs import Outputs
 from pipeline.training.data import Field
 from pipeline.training.experiment import Experiment
+from pipeline.training.field import at_mpp
 from pipeline.training.losses import CombinedLoss
-from pipeline.training.predict import predict_field, resize_to_model
+from pipeline.training.predict import predict_field
 from pipeline.training.reference import normalise
 from pipeline.training.samples import prepare_field
 from pipeline.training.scoring import batchwise_scores, field_loss, score_maps, type_scores
@@ -77,7 +78,7 @@ class Evaluator:
         network.to(device)
         found = []
         for one in fields:
-            image = self.normalised(resize_to_model(one.image, one.mpp, self.experiment.mpp))
+            image = self.normalised(at_mpp(one.image, one.mpp, self.experiment.mpp))
             found.append(predict_field(network, image, self.outputs, self.window))
         network.cpu()
         return found

@@ -337,7 +337,7 @@ def check_parts(experiment: Experiment) -> None:
         raise PipelineError(f"train: network_args: {error.reason}", error.hint) from None
 
 
-def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
+def protocol(experiment: Experiment, split: Split, tuned: int, start: str, known: int = 0) -> str:
     """How an experiment's scores come about, in words.
 
     Parameters
@@ -350,8 +350,11 @@ def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> st
         Training fields that thresholds are chosen on.
     start : str
         Name of the model that it starts from.
+    known : int
+        Validation fields of patients whom a model that it starts from, is taught by or is made of knows.
     """
-    others = [f"{len(split.validation)} fields of other patients"] if split.validation else []
+    before = f" ({known} of them known before)" if known else ""
+    others = [f"{len(split.validation)} fields of other patients{before}"] if split.validation else []
     own = [f"{tuned} training fields"] if tuned else []
     chosen = bool(split.train and others) and experiment.schedule.keep != "last"
     if not split.train:

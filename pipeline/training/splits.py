@@ -289,9 +289,8 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     for one in fields:
         found = []
         for part, entries in lists.items():
-            entry = next((e for e in entries if one.patient == e or one.name.startswith(e)), None)
-            if entry is not None:
-                used.add(entry)
+            if named := [e for e in entries if one.patient == e or one.name.startswith(e)]:
+                used.update(named)
                 found.append(part)
         if len(found) > 1:
             raise PipelineError(f"split: field {one.name} is listed for {' and '.join(found)}", "list it once")

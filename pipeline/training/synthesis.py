@@ -27,6 +27,7 @@ from pipeline.models.licences import strictest
 from pipeline.models.package import ModelPackage
 from pipeline.training.command import SCHEMA, checked_section, prepare_process
 from pipeline.training.data import Field, source_name
+from pipeline.training.field import at_mpp
 from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
 from pipeline.training.panel import FOUND, outlined
@@ -238,9 +239,8 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     images, shapes = [], []
     for one in fields:
         normalised = normalise(one.image, experiment.stain, reference)
-        sides = [round(side * one.mpp / mpp) for side in reversed(one.labels.shape)]
-        how = cv2.INTER_AREA if one.mpp < mpp else cv2.INTER_LINEAR
-        images.append(cv2.resize(one.image if normalised is None else normalised, sides, interpolation=how))
+        images.append(at_mpp(one.image if normalised is None else normalised, one.mpp, mpp))
+        sides = images[-1].shape[1::-1]
         labels = cv2.resize(one.labels.astype(np.float32), sides, interpolation=cv2.INTER_NEAREST_EXACT)
         shapes += nucleus_shapes(labels.astype(np.int32))
     learned_from = [

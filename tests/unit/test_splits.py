@@ -167,6 +167,9 @@ def test_lists() -> None:
     listed = split(MANY + OTHER, method="lists", test_list=("a0",), train_list=("a1", "a2"), n_validation=1)
     assert patients(MANY, listed.train) | patients(MANY, listed.validation) == {"a1", "a2"}
     assert OTHER[0].name in listed.train
+    # One name may be the beginning of another.
+    tenth = [*MANY, field("a10")]
+    assert split(tenth, method="lists", test_list=("monuseg-a1", "monuseg-a10")).test[-1] == tenth[-1].name
     for test_list, train_list, message in [
         (("zz",), (), "'zz' is no patient"),
         (("a0",), ("a0",), "listed for train and test"),

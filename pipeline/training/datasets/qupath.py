@@ -122,6 +122,13 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
 
 
 def exports(root: Path) -> dict[str, Path]:
+    """QuPath's exports in a folder, or its ``annotations/`` or ``geojson/``, by the names of their slides.
+
+    Raises
+    ------
+    PipelineError
+        When there is none, or two are of one slide.
+    """
     folder = next((f for f in (root / "annotations", root / "geojson") if f.is_dir()), root)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
