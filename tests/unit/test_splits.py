@@ -69,6 +69,13 @@ def test_one_patient_an_organ() -> None:
     }  # fmt: skip
 
 
+def test_one_patient_of_organs_that_nobody_named(caplog: pytest.LogCaptureFixture) -> None:
+    split(MANY)
+    assert not caplog.text
+    assert len(split([field(p) for p in "abcdef"]).test) == 1
+    assert "no organ of monuseg is known: a single patient is for testing" in caplog.text
+
+
 @pytest.mark.parametrize(("test", "count"), [(0.3, 9), (0.2, 6)])
 @pytest.mark.parametrize("method", ["patients", "stratified"])
 def test_shares(method: str, test: float, count: int) -> None:

@@ -182,7 +182,10 @@ def qupath(source: Source) -> list[Lazy]:
     classes = _classes(source, [name for _, one in objects.values() for name in one.names])
     fields: list[Lazy] = []
     for entry, one in objects.values():
-        fields += _fields_of(source, entry, one, classes, size)
+        own = list(_fields_of(source, entry, one, classes, size))
+        if not own:
+            log.warning("%s: no region of %d pixels lies on the slide, which is left out", entry.name, MIN_FIELD)
+        fields += own
     return fields
 
 
