@@ -171,7 +171,7 @@ def nuclei_of(
 
 
 @dataclass(frozen=True, eq=False)
-class Models:
+class Originals:
     """What the CycleGAN learns from.
 
     Parameters
@@ -195,7 +195,7 @@ class Models:
     mpp: float
 
 
-def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models, dict[str, Any]]:
+def read_originals(training: dict[str, Any], out: Path, size: int) -> tuple[Originals, dict[str, Any]]:
     """Fields for the CycleGAN: those that the experiment trains on, and none that it holds out.
 
     Parameters
@@ -209,7 +209,7 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
 
     Returns
     -------
-    Models
+    Originals
         The fields.
     dict
         Whose they are: split and digest.
@@ -255,7 +255,7 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     whose: dict[str, Any] = {"split": data.split.to_json(data.fields), "data": digest_of(fields)}
     if start is not None:
         whose["start_from"] = start.sha256
-    return Models(fields, images, shapes, [one for one in learned_from if one["fields"]], mpp), whose
+    return Originals(fields, images, shapes, [one for one in learned_from if one["fields"]], mpp), whose
 
 
 def own_synthesis(work: Path, settings: SynthesisSettings, training: dict[str, Any], whose: dict[str, Any]) -> None:
@@ -396,22 +396,22 @@ def synthesize(
     from pipeline.training.cyclegan import Tiles, fit_cyclegan, paint
 
     check_out(out)
-    models, whose = read_models(training, out, settings.size)
+    originals, whose = read_originals(training, out, settings.size)
     own_synthesis(work, settings, training, whose)
-    tiles = Tiles(models.images, models.shapes, settings, models.mpp)
+    tiles = Tiles(originals.images, originals.shapes, settings, originals.mpp)
     painter = fit_cyclegan(tiles, settings, work / "cyclegan", accelerator, deadline)
     nuclei = [
-        nuclei_of(settings, models.mpp, models.shapes, np.random.default_rng([settings.seed, number, 1]))
+        nuclei_of(settings, originals.mpp, originals.shapes, np.random.default_rng([settings.seed, number, 1]))
         for number in range(settings.count)
     ]
     made = [paint(painter, one) for one in nuclei]
     record = {
         "fields": settings.count,
         "nuclei": int(sum(one.max() for one in nuclei)),
-        "mpp": models.mpp,
+        "mpp": originals.mpp,
         "seed": settings.seed,
-        "licence": strictest([one["licence"] for one in models.learned_from]),
-        "learned_from": models.learned_from,
+        "licence": strictest([one["licence"] for one in originals.learned_from]),
+        "learned_from": originals.learned_from,
         "settings": asdict(settings),
         "time": read_json(work / "cyclegan" / "time.json"),
         "pipeline": pipeline.__version__,
