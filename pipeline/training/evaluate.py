@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.evaluation.errors import ERRORS
-from pipeline.evaluation.means import PIXEL_SCORES, SCORES, summarise
-from pipeline.evaluation.metrics import COUNTS
+from pipeline.evaluation.means import PIXEL_SCORES, summarise
+from pipeline.evaluation.metrics import COUNTS, METRICS
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.networks.outputs import Outputs
 from pipeline.training.data import Field
@@ -92,7 +92,7 @@ class Evaluator:
         maps = self.maps(network, fields)
         for one, values in zip(fields, maps, strict=True):
             scored = score_maps(values, one, rules, self.channels)
-            row = {name: round(float(scored.scores[name]), 4) for name in (*SCORES, *PIXEL_SCORES)}
+            row = {name: round(float(scored.scores[name]), 4) for name in (*METRICS, *PIXEL_SCORES)}
             row |= {name: int(scored.scores[name]) for name in (*COUNTS, *ERRORS)}
             prepared = prepare_field(one, self.experiment.mpp, spec=self.spec, class_names=self.experiment.class_names)
             row["loss"] = round(field_loss(values, prepared, self.loss), 4)
