@@ -128,13 +128,13 @@ def own_folder(experiment: Experiment, work: Path) -> None:
     owner = work / "experiment.json"
     if owner.is_file():
         recorded = read_json(owner)
-        recorded.pop("fingerprint", None)  # settings may have been added since it was made
-        if Experiment.from_json(recorded).fingerprint != experiment.fingerprint:
+        recorded.pop("fingerprint", None)  # of an older version
+        if Experiment.from_json(recorded).learned != experiment.learned:  # 1 is 1.0
             raise PipelineError(
                 f"{work} holds the training of another experiment called {experiment.name!r}",
                 "give this one another train.name, or delete that folder",
             )
-    save_json(owner, {"fingerprint": experiment.fingerprint, **asdict(experiment)})
+    save_json(owner, asdict(experiment))
 
 
 def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -272,14 +271,15 @@ class Experiment:
         return InstanceRules(**{**asdict(InstanceRules.default_for(markers, self.mpp)), **self.evaluation.rules})
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of everything that the checkpoints depend on, the number of steps apart."""
+    def learned(self) -> dict[str, Any]:
+        """Everything that the checkpoints depend on, the number of steps apart, as JSON values."""
         kept = asdict(self)
         for name in RESULT_ONLY:
             del kept[name]
         for name in SPEED_ONLY:
             del kept["schedule"][name]
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        value: dict[str, Any] = json.loads(json.dumps(kept))
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Experiment:

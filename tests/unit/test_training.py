@@ -609,7 +609,11 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: Path) -> None:
+def test_training_on_is_averaged_with_what_it_began_with(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
     def packed(name: str, **changes: Any) -> tuple[ModelPackage, dict[str, Any]]:
         run_experiment(Experiment.from_json({**on, **changes}), tmp_path / "on", tmp_path / name, "cpu")
         package = ModelPackage.load(tmp_path / name, verify=True)
@@ -630,6 +634,15 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
             f"for 4 steps with all fields{more}"
         )
         assert len(package.data[0]["patients"]) == 6
+    (tmp_path / "on.json").write_text(json.dumps(on))
+    command = [
+        "train",
+        f"--config-json={tmp_path / 'on.json'}",
+        f"--work={tmp_path / 'on'}",
+        f"--out={tmp_path / 'alone'}",
+    ]
+    assert main([*command, "--device=cpu"]) == 0
+    assert any(told.startswith(f"tiny: AJI {start.metrics['mean']['aji']:.3f}") for told in caplog.messages)
     told = Run(Experiment.from_json({**on, "validation": 1, "final_steps": 3}), tmp_path / "told", "cpu")
     assert told.scores_before()["protocol"].endswith("for 4 steps with 5 fields, then 3 with all")
     for name, value in load_network(start).state_dict().items():
