@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.metrics import class_scores
-
-SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
-"""Scores of the nuclei."""
+from pipeline.evaluation.metrics import METRICS, class_scores
 
 PIXEL_SCORES = ("pixel_accuracy", "pixel_dice", "pixel_iou")
 """Scores of the thresholded nucleus map, before nuclei are made of it."""
@@ -72,7 +69,7 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not images:
         return {"mean": {}, "interval_95": {}, "organs": {}}
-    names = [name for name in (*SCORES, *PIXEL_SCORES, "loss") if all(name in i for i in images.values())]
+    names = [name for name in (*METRICS, *PIXEL_SCORES, "loss") if all(name in i for i in images.values())]
     organs: dict[str, list[Mapping[str, Any]]] = {}
     for one in images.values():
         organs.setdefault(one.get("organ") or "", []).append(one)

@@ -128,13 +128,13 @@ def own_folder(experiment: Experiment, work: Path) -> None:
     owner = work / "experiment.json"
     if owner.is_file():
         recorded = read_json(owner)
-        recorded.pop("fingerprint", None)  # settings may have been added since it was made
-        if Experiment.from_json(recorded).fingerprint != experiment.fingerprint:
+        recorded.pop("fingerprint", None)  # of an older version
+        if Experiment.from_json(recorded).learned != experiment.learned:  # 1 is 1.0
             raise PipelineError(
                 f"{work} holds the training of another experiment called {experiment.name!r}",
                 "give this one another train.name, or delete that folder",
             )
-    save_json(owner, {"fingerprint": experiment.fingerprint, **asdict(experiment)})
+    save_json(owner, asdict(experiment))
 
 
 def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, name: str) -> None:
@@ -172,30 +172,44 @@ def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, 
         )
 
 
-def check_unseen(package: ModelPackage, test: Sequence[Field], role: str) -> None:
-    """Refuse a package that knows patients that are held out.
+def check_unseen(package: ModelPackage, data: Data, role: str) -> set[str]:
+    """Refuse a package that knows patients for testing, and warn of one that knows patients for validation.
 
     Parameters
     ----------
     package : ModelPackage
         The package.
-    test : sequence of Field
-        The fields that are held out.
+    data : Data
+        Who is for what.
     role : str
-        What names the package, as the error is to say it.
+        What names the package, as messages are to say it.
+
+    Returns
+    -------
+    set of str
+        Names of the validation fields of patients that it knows.
 
     Raises
     ------
     PipelineError
-        When it has learned from one of them; one line.
+        When it has learned from one that is for testing; one line.
     """
-    leaked = known_patients(package.data, test)
+    leaked = known_patients(package.data, data.part("test"))
     if leaked:
         raise PipelineError(
             f"{role} {package.folder} has learned from {len(leaked)} of the patients held out, first "
             f"{leaked[0][1]} of {leaked[0][0]}",
-            "hold out patients of a source that it has not seen (train.holdout), or take a model without these",
+            "hold out patients that it has not seen (train.holdout, split.method lists), or take a model without these",
         )
+    validation = data.part("validation")
+    patients = known_patients(package.data, validation)
+    known = {field.name for field in validation if (field.source, field.patient) in patients}
+    if known:
+        log.warning(
+            "%s %s knows the patients of %d of the %d validation fields, first %s: checkpoint and thresholds chosen on "
+            "them may suit others less", role, package.folder, len(known), len(validation), min(known),
+        )  # fmt: skip
+    return known
 
 
 def check_classes(experiment: Experiment, fields: Sequence[Field]) -> None:

@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
     evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline, args.scores)
     mean = evaluation["mean"]
     log.info(
-        "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients: %s", args.out,
+        "%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients: %s", evaluation.get("scores_of", args.out),
         *(mean[k] for k in ("aji", "pq", "dice", "f1")), evaluation["protocol"],
     )  # fmt: skip
     if before := evaluation.get("before"):

@@ -83,6 +83,8 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
         if source.limit is not None and source.limit < len(found):
             found = [found[i] for i in np.linspace(0, len(found) - 1, source.limit).round().astype(int)]
         own = [read() for read in found]
+        if not own:
+            raise PipelineError(f"data source {source.name!r} has no field", "check its regions and its path")
         if not source.empty and not any(one.labels.any() for one in own):
             raise PipelineError(
                 f"the fields of {source.name} hold no nucleus",
@@ -94,7 +96,9 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
                 f"field {wrong.name} of {source.name} holds nuclei, but empty: true says there are none",
                 "leave empty out, or mend the annotations",
             )
-        log.info("%s: %d fields, %d nuclei", source.name, len(own), sum(count_nuclei(one.labels) for one in own))
+        sizes = " to ".join(dict.fromkeys(f"{pick(one.mpp for one in own):.3g}" for pick in (min, max)))
+        total = sum(count_nuclei(one.labels) for one in own)
+        log.info("%s: %d fields of %s µm/px, %d nuclei", source.name, len(own), sizes, total)
         fields += own
     seen: set[str] = set()
     for one in fields:

@@ -15,8 +15,8 @@ from pipeline.errors import PipelineError
 from pipeline.layout import folder_name
 from pipeline.models.licences import strictest
 from pipeline.models.package import CARD, ModelPackage
-from pipeline.networks.outputs import map_names
 from pipeline.networks.registry import NETWORKS, stride_of
+from pipeline.predictors import channel_names
 
 if TYPE_CHECKING:
     from pipeline.training.experiment import Experiment
@@ -112,7 +112,7 @@ def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, byte
     lead = min(members, key=lambda one: one.mpp)  # the first of several
     factors = [factor_of(one, lead.mpp) for one in members]
     args = {
-        "maps": list(map_names(lead.heads, [c.name for c in lead.classes])),
+        "maps": list(channel_names(lead)),
         "members": [
             {"network": one.network, "args": one.network_args, "tta": one.tta, "factor": factor}
             for one, factor in zip(members, factors, strict=True)
@@ -213,8 +213,7 @@ def tune_and_score(
     test, tuning = data.part("test"), data.part("validation")
     if not test:
         raise PipelineError("train: split.method all-train leaves nothing to score", "hold patients out")
-    for one in members:
-        check_unseen(one, test, "ensemble: member")
+    known = set().union(*(check_unseen(one, data, "ensemble: member") for one in members))
     check_licences(experiment)
     settings = experiment.evaluation
     own = [f for f in data.part("train") if settings.tune_on_training and f.source == experiment.holdout]
@@ -223,7 +222,7 @@ def tune_and_score(
     evaluator = Evaluator(
         experiment,
         Targets(package.heads, classes),
-        Outputs(map_names(package.heads, classes), package.tta),
+        Outputs(channel_names(package), package.tta),
         package.stain["reference"],
         CombinedLoss((), package.heads, classes),
         accelerator,
@@ -235,7 +234,7 @@ def tune_and_score(
         log.info("thresholds: %s (%s)", rules, tuned)
     scores, _ = evaluator.score(network, test, rules)
     # As of a model that is scored as it is: nothing was trained here.
-    scores["protocol"] = protocol(experiment, replace(data.split, train=()), len(own), package.name)
+    scores["protocol"] = protocol(experiment, replace(data.split, train=()), len(own), package.name, len(known))
     used = {f.source for f in tuning}
     sources = [one for one in experiment.data if source_name(one) in used]
     return replace(

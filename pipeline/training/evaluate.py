@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from pipeline.evaluation.errors import ERRORS
-from pipeline.evaluation.means import PIXEL_SCORES, SCORES, summarise
-from pipeline.evaluation.metrics import COUNTS
+from pipeline.evaluation.means import PIXEL_SCORES, summarise
+from pipeline.evaluation.metrics import COUNTS, METRICS
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.networks.outputs import Outputs
 from pipeline.training.data import Field
 from pipeline.training.experiment import Experiment
+from pipeline.training.field import at_mpp
 from pipeline.training.losses import CombinedLoss
-from pipeline.training.predict import predict_field, resize_to_model
+from pipeline.training.predict import predict_field
 from pipeline.training.reference import normalise
 from pipeline.training.samples import prepare_field
 from pipeline.training.scoring import batchwise_scores, field_loss, score_maps, type_scores
@@ -77,7 +78,7 @@ class Evaluator:
         network.to(device)
         found = []
         for one in fields:
-            image = self.normalised(resize_to_model(one.image, one.mpp, self.experiment.mpp))
+            image = self.normalised(at_mpp(one.image, one.mpp, self.experiment.mpp))
             found.append(predict_field(network, image, self.outputs, self.window))
         network.cpu()
         return found
@@ -91,7 +92,7 @@ class Evaluator:
         maps = self.maps(network, fields)
         for one, values in zip(fields, maps, strict=True):
             scored = score_maps(values, one, rules, self.channels)
-            row = {name: round(float(scored.scores[name]), 4) for name in (*SCORES, *PIXEL_SCORES)}
+            row = {name: round(float(scored.scores[name]), 4) for name in (*METRICS, *PIXEL_SCORES)}
             row |= {name: int(scored.scores[name]) for name in (*COUNTS, *ERRORS)}
             prepared = prepare_field(one, self.experiment.mpp, spec=self.spec, class_names=self.experiment.class_names)
             row["loss"] = round(field_loss(values, prepared, self.loss), 4)

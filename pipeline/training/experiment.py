@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -272,14 +271,15 @@ class Experiment:
         return InstanceRules(**{**asdict(InstanceRules.default_for(markers, self.mpp)), **self.evaluation.rules})
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of everything that the checkpoints depend on, the number of steps apart."""
+    def learned(self) -> dict[str, Any]:
+        """Everything that the checkpoints depend on, the number of steps apart, as JSON values."""
         kept = asdict(self)
         for name in RESULT_ONLY:
             del kept[name]
         for name in SPEED_ONLY:
             del kept["schedule"][name]
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        value: dict[str, Any] = json.loads(json.dumps(kept))
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Experiment:
@@ -337,7 +337,7 @@ def check_parts(experiment: Experiment) -> None:
         raise PipelineError(f"train: network_args: {error.reason}", error.hint) from None
 
 
-def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> str:
+def protocol(experiment: Experiment, split: Split, tuned: int, start: str, known: int = 0) -> str:
     """How an experiment's scores come about, in words.
 
     Parameters
@@ -350,8 +350,11 @@ def protocol(experiment: Experiment, split: Split, tuned: int, start: str) -> st
         Training fields that thresholds are chosen on.
     start : str
         Name of the model that it starts from.
+    known : int
+        Validation fields of patients whom a model that it starts from, is taught by or is made of knows.
     """
-    others = [f"{len(split.validation)} fields of other patients"] if split.validation else []
+    before = f" ({known} of them known before)" if known else ""
+    others = [f"{len(split.validation)} fields of other patients{before}"] if split.validation else []
     own = [f"{tuned} training fields"] if tuned else []
     chosen = bool(split.train and others) and experiment.schedule.keep != "last"
     if not split.train:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError
@@ -72,6 +73,13 @@ class Field:
                 )
         if not (math.isfinite(self.mpp) and 0.05 <= self.mpp <= 5):
             raise PipelineError(f"field {self.name}: mpp {self.mpp} is no pixel size in µm", "set the source's mpp")
+
+
+def at_mpp(image: np.ndarray, mpp: float, wanted: float) -> np.ndarray:
+    """An image or maps ``(H, W, ...)`` of pixels of `mpp` µm at another pixel size."""
+    factor = mpp / wanted
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
 def guess_mpp(labels: np.ndarray) -> float | None:

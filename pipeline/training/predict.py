@@ -16,13 +16,6 @@ from pipeline.networks.precision import choose_precision
 WINDOWS_AT_ONCE = 8
 
 
-def resize_to_model(image: np.ndarray, mpp: float, model_mpp: float) -> np.ndarray:
-    """Bring a field's image to the model's pixel size."""
-    factor = mpp / model_mpp
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
-
-
 def to_field(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Bring a map or label map ``(h, w)`` to a field's own size by taking the nearest pixel."""
     height, width = shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from pipeline.evaluation.means import bootstrap_interval, patients_of, summarise
 from pipeline.report.training import write_protocol_report
 from pipeline.stage import whole_files
 from pipeline.training.files import read_json, save_json
-
-log = logging.getLogger(__name__)
 
 COLUMNS = ("aji", "aji_plus", "pq", "sq", "dq", "f1", "dice", "iou", "pixel_accuracy", "loss")
 """Scores in the tables."""

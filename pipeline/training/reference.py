@@ -31,7 +31,7 @@ from pipeline.kernels.stain import (
     white_level,
 )
 from pipeline.training.data import load_fields, source_name
-from pipeline.training.field import Field
+from pipeline.training.field import Field, at_mpp
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,9 +154,7 @@ def look_at(one: Field) -> Look:
     """
     pixels = tissue_pixels(one.image)
     stains, lab = fit_stains(pixels, extract_macenko), fit_lab(pixels)
-    factor = one.mpp / FOCUS_MPP
-    size = (max(1, round(one.image.shape[1] * factor)), max(1, round(one.image.shape[0] * factor)))
-    small = cv2.resize(one.image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    small = at_mpp(one.image, one.mpp, FOCUS_MPP)
     edges = cv2.Laplacian(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.CV_32F)[tissue_mask(small)]
     count = len(np.unique(one.labels[one.labels > 0]))
     return Look(

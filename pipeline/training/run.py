@@ -26,6 +26,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network, load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
+from pipeline.predictors import channel_names
 from pipeline.report.training import write_training_report
 from pipeline.training.balance import classes_present, repeats
 from pipeline.training.begin import (
@@ -85,6 +86,8 @@ class Run:
         self.accelerator = accelerator
         self.deadline = deadline or Deadline()
         self.data = load_data(experiment)
+        self.known: set[str] = set()
+        """Validation fields of patients whom the package before or the teacher knows."""
         self.start = self._known_package(experiment, "start_from")
         self.teacher = self._known_package(experiment, "teacher")
         self.origin = {
@@ -112,12 +115,12 @@ class Run:
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
 
     def _known_package(self, experiment: Experiment, role: str) -> ModelPackage | None:
-        """The package of ``start_from`` or ``teacher``; one that knows the patients that are held out is refused."""
+        """The package of ``start_from`` or ``teacher``; see `check_unseen` for one that knows the patients held out."""
         folder = getattr(experiment, role)
         if folder is None:
             return None
         package = ModelPackage.load(Path(folder), verify=True)
-        check_unseen(package, self.data.part("test"), f"train: {role}")
+        self.known |= check_unseen(package, self.data, f"train: {role}")
         if package.licence != experiment.licence:
             log.warning(
                 "the licence of %s, %s, holds for what is trained from it, too; this training states %s",
@@ -154,8 +157,17 @@ class Run:
 
     def _keeps_maps(self, start: ModelPackage) -> bool:
         """Whether thresholds of a package fit: its maps and pixel size are those of the experiment."""
-        maps = map_names(start.heads, [one.name for one in start.classes])
-        return (start.mpp, maps) == (self.experiment.mpp, self.outputs.names)
+        return (start.mpp, channel_names(start)) == (self.experiment.mpp, self.outputs.names)
+
+    @property
+    def rules(self) -> InstanceRules:
+        """Thresholds to begin with: those of the package that is trained on, where they fit, but for what is stated."""
+        one, start = self.experiment, self.start
+        if start is not None and not self.data.split.train:
+            return start.thresholds  # it is scored as it is
+        if start is None or (start.mpp, start.thresholds.markers) != (one.mpp, one.rules.markers):
+            return one.rules
+        return replace(start.thresholds, **one.evaluation.rules)
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
         """Fields as training draws from them: as they are and in the model's stain."""
@@ -205,7 +217,7 @@ class Run:
         """Train in a folder, or take up what is there."""
         one = self.experiment
         job = Job(
-            network, self.loss, self.targets, replace(self.outputs, tta="none"), one.rules, self.evaluator.window,
+            network, self.loss, self.targets, replace(self.outputs, tta="none"), self.rules, self.evaluator.window,
             one.augmentation, one.adversarial,
         )  # fmt: skip
         examined = []
@@ -265,15 +277,13 @@ class Run:
     def protocol(self) -> str:
         """How the scores come about, in words."""
         own = len({f.name for f in self.tuning_fields()} & {*self.data.split.train})
-        return protocol(self.experiment, self.data.split, own, self.start.name if self.start else "")
+        return protocol(self.experiment, self.data.split, own, self.start.name if self.start else "", len(self.known))
 
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
         """Tune thresholds on the validation fields and score the test fields, once."""
         one = self.experiment
         file = self.work / f"evaluation-{one.schedule.steps}.json"
-        rules = one.rules
-        if self.start is not None and not self.data.split.train:
-            rules = self.start.thresholds
+        rules = self.rules
         # All that the scores depend on, checkpoints apart.
         settings = {
             **asdict(one.evaluation),

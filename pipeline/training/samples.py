@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from pipeline.training.data import Field
+from pipeline.training.field import at_mpp
 from pipeline.training.style import random_style, tones
 from pipeline.training.targets import Targets, class_map
 
@@ -172,9 +173,8 @@ def prepare_field(
     taught, share
         A teacher's maps and their share in the targets, see `Targets.of_field`.
     """
-    factor = field.mpp / mpp
-    size = (max(1, round(field.image.shape[1] * factor)), max(1, round(field.image.shape[0] * factor)))
-    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    images = tuple(at_mpp(image, field.mpp, mpp) for image in (field.image, *versions))
+    size = images[0].shape[1::-1]
     labels = types = None
     if spec.crafted:
         # As float, which OpenCV warps; exact up to 2**24.
@@ -182,11 +182,10 @@ def prepare_field(
         types = class_map(field, spec.classes, class_names)
         if types is not None:
             types = cv2.resize(types, size, interpolation=cv2.INTER_NEAREST_EXACT)
-    images = tuple(cv2.resize(image, size, interpolation=how) for image in (field.image, *versions))
     return PreparedField(
         field.name,
         images,
-        np.round(cv2.resize(spec.of_field(field, taught, share), size, interpolation=how) * 255).astype(np.uint8),
+        np.round(at_mpp(spec.of_field(field, taught, share), field.mpp, mpp) * 255).astype(np.uint8),
         spec,
         labels,
         types,

@@ -167,6 +167,11 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
             raise PipelineError(f"split: strata cohort, but {source!r} names no cohorts", "leave strata out")
         rng = np.random.default_rng(seed)
         if settings.method == "one-per-organ":
+            if set(organs) == {""}:
+                log.warning(
+                    "no organ of %s is known: a single patient is for testing (name organs in a table, or set "
+                    "split.method to patients)", source,
+                )  # fmt: skip
             test, validation = _one_per_organ(organs, rng, n_validation)
         else:
             test = _test_patients([f for f in fields if f.source == source], organs, settings, rng)
@@ -289,9 +294,8 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     for one in fields:
         found = []
         for part, entries in lists.items():
-            entry = next((e for e in entries if one.patient == e or one.name.startswith(e)), None)
-            if entry is not None:
-                used.add(entry)
+            if named := [e for e in entries if one.patient == e or one.name.startswith(e)]:
+                used.update(named)
                 found.append(part)
         if len(found) > 1:
             raise PipelineError(f"split: field {one.name} is listed for {' and '.join(found)}", "list it once")

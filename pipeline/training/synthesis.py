@@ -27,6 +27,7 @@ from pipeline.models.licences import strictest
 from pipeline.models.package import ModelPackage
 from pipeline.training.command import SCHEMA, checked_section, in_turn, prepare_process
 from pipeline.training.data import Field, source_name
+from pipeline.training.field import at_mpp
 from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
 from pipeline.training.panel import FOUND, outlined
@@ -170,7 +171,7 @@ def nuclei_of(
 
 
 @dataclass(frozen=True, eq=False)
-class Models:
+class Originals:
     """What the CycleGAN learns from.
 
     Parameters
@@ -194,7 +195,7 @@ class Models:
     mpp: float
 
 
-def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models, dict[str, Any]]:
+def read_originals(training: dict[str, Any], out: Path, size: int) -> tuple[Originals, dict[str, Any]]:
     """Fields for the CycleGAN: those that the experiment trains on, and none that it holds out.
 
     Parameters
@@ -208,7 +209,7 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
 
     Returns
     -------
-    Models
+    Originals
         The fields.
     dict
         Whose they are: split and digest.
@@ -238,9 +239,8 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     images, shapes = [], []
     for one in fields:
         normalised = normalise(one.image, experiment.stain, reference)
-        sides = [round(side * one.mpp / mpp) for side in reversed(one.labels.shape)]
-        how = cv2.INTER_AREA if one.mpp < mpp else cv2.INTER_LINEAR
-        images.append(cv2.resize(one.image if normalised is None else normalised, sides, interpolation=how))
+        images.append(at_mpp(one.image if normalised is None else normalised, one.mpp, mpp))
+        sides = images[-1].shape[1::-1]
         labels = cv2.resize(one.labels.astype(np.float32), sides, interpolation=cv2.INTER_NEAREST_EXACT)
         shapes += nucleus_shapes(labels.astype(np.int32))
     learned_from = [
@@ -255,7 +255,7 @@ def read_models(training: dict[str, Any], out: Path, size: int) -> tuple[Models,
     whose: dict[str, Any] = {"split": data.split.to_json(data.fields), "data": digest_of(fields)}
     if start is not None:
         whose["start_from"] = start.sha256
-    return Models(fields, images, shapes, [one for one in learned_from if one["fields"]], mpp), whose
+    return Originals(fields, images, shapes, [one for one in learned_from if one["fields"]], mpp), whose
 
 
 def own_synthesis(work: Path, settings: SynthesisSettings, training: dict[str, Any], whose: dict[str, Any]) -> None:
@@ -396,22 +396,22 @@ def synthesize(
     from pipeline.training.cyclegan import Tiles, fit_cyclegan, paint
 
     check_out(out)
-    models, whose = read_models(training, out, settings.size)
+    originals, whose = read_originals(training, out, settings.size)
     own_synthesis(work, settings, training, whose)
-    tiles = Tiles(models.images, models.shapes, settings, models.mpp)
+    tiles = Tiles(originals.images, originals.shapes, settings, originals.mpp)
     painter = fit_cyclegan(tiles, settings, work / "cyclegan", accelerator, deadline)
     nuclei = [
-        nuclei_of(settings, models.mpp, models.shapes, np.random.default_rng([settings.seed, number, 1]))
+        nuclei_of(settings, originals.mpp, originals.shapes, np.random.default_rng([settings.seed, number, 1]))
         for number in range(settings.count)
     ]
     made = [paint(painter, one) for one in nuclei]
     record = {
         "fields": settings.count,
         "nuclei": int(sum(one.max() for one in nuclei)),
-        "mpp": models.mpp,
+        "mpp": originals.mpp,
         "seed": settings.seed,
-        "licence": strictest([one["licence"] for one in models.learned_from]),
-        "learned_from": models.learned_from,
+        "licence": strictest([one["licence"] for one in originals.learned_from]),
+        "learned_from": originals.learned_from,
         "settings": asdict(settings),
         "time": read_json(work / "cyclegan" / "time.json"),
         "pipeline": pipeline.__version__,

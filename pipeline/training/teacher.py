@@ -6,7 +6,6 @@ a field and mixed into its targets, so they are warped along with the image and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,11 @@ from torch import nn
 
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network
-from pipeline.networks.outputs import Outputs, map_names
-from pipeline.training.field import Field
-from pipeline.training.predict import predict_field, resize_to_model
+from pipeline.networks.outputs import Outputs
+from pipeline.predictors import channel_names
+from pipeline.training.field import Field, at_mpp
+from pipeline.training.predict import predict_field
 from pipeline.training.reference import normalise
-
-log = logging.getLogger(__name__)
 
 TAUGHT = ("nucleus", "distance", "contour")
 """Maps that a teacher gives; those whose values turn with the image are left to the annotations."""
@@ -56,10 +54,10 @@ class Teacher:
     def maps(self, field: Field) -> dict[str, np.ndarray]:
         """What the teacher sees in a field, by map: float32 ``(H, W)`` of the field's size, 0 to 1."""
         one = self.package
-        image = resize_to_model(field.image, field.mpp, one.mpp)
+        image = at_mpp(field.image, field.mpp, one.mpp)
         stain: Mapping[str, Any] = one.stain
         version = normalise(image, stain["method"], stain["reference"], float(stain.get("strength", 1)))
-        names = map_names(one.heads, [c.name for c in one.classes])
+        names = channel_names(one)
         found = predict_field(self.network, image if version is None else version, Outputs(names, one.tta))
         height, width = field.labels.shape
         return {

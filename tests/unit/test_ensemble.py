@@ -245,6 +245,10 @@ def test_thresholds_and_scores_of_an_experiment(tmp_path: Path, capsys: pytest.C
     assert len(entry["patients"]) == 2
     assert not {one["patient"] for one in both.metrics["images"].values()} & {*entry["patients"]}
 
+    chosen_on = member(tmp_path / "chosen", data=(entry,))
+    told = packed(tmp_path / "told", members[0], chosen_on, more=(f"--experiment={file}", "--device=cpu"))
+    assert told.metrics["protocol"].endswith("chosen on 2 fields of other patients (2 of them known before)")
+
     tested = next(iter(both.metrics["images"].values()))["patient"]
     knows = member(tmp_path / "knows", data=({"name": "monuseg", "licence": "CC0 1.0", "patients": [tested]},))
     arguments = ["ensemble", f"--out={tmp_path / 'leak'}", str(members[0].folder), str(knows.folder)]

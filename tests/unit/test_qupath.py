@@ -268,12 +268,17 @@ def test_patients_of_a_table(tmp_path: Path, slide: Path, source: Write) -> None
     assert again.patient == "P7"
 
 
-def test_a_region_may_hold_what_is_no_nucleus(source: Write) -> None:
+def test_a_region_may_hold_what_is_no_nucleus(source: Write, caplog: pytest.LogCaptureFixture) -> None:
     region = feature(box(0, 0, 300, 300), name="Region*")
     (field,) = of(source(region, empty=True))
     assert field.image.shape == (300, 300, 3) and not field.labels.any()
     with pytest.raises(PipelineError, match=r"field qupath-s-0-0 of qupath holds nuclei, but empty: true"):
         of(source(region, *nuclei(), empty=True))
+    for nowhere in (box(WIDTH, 0, WIDTH + 300, 300), box(0, 0, 20, 300)):
+        caplog.clear()
+        with pytest.raises(PipelineError, match="data source 'qupath' has no field"):
+            of(source(feature(nowhere, name="Region*"), empty=True))
+        assert "s: no region of 32 pixels lies on the slide, which is left out" in caplog.text
 
 
 def test_bad_exports_are_one_line(tmp_path: Path, source: Write) -> None:

@@ -69,6 +69,13 @@ def test_one_patient_an_organ() -> None:
     }  # fmt: skip
 
 
+def test_one_patient_of_organs_that_nobody_named(caplog: pytest.LogCaptureFixture) -> None:
+    split(MANY)
+    assert not caplog.text
+    assert len(split([field(p) for p in "abcdef"]).test) == 1
+    assert "no organ of monuseg is known: a single patient is for testing" in caplog.text
+
+
 @pytest.mark.parametrize(("test", "count"), [(0.3, 9), (0.2, 6)])
 @pytest.mark.parametrize("method", ["patients", "stratified"])
 def test_shares(method: str, test: float, count: int) -> None:
@@ -167,6 +174,9 @@ def test_lists() -> None:
     listed = split(MANY + OTHER, method="lists", test_list=("a0",), train_list=("a1", "a2"), n_validation=1)
     assert patients(MANY, listed.train) | patients(MANY, listed.validation) == {"a1", "a2"}
     assert OTHER[0].name in listed.train
+    # One name may be the beginning of another.
+    tenth = [*MANY, field("a10")]
+    assert split(tenth, method="lists", test_list=("monuseg-a1", "monuseg-a10")).test[-1] == tenth[-1].name
     for test_list, train_list, message in [
         (("zz",), (), "'zz' is no patient"),
         (("a0",), ("a0",), "listed for train and test"),

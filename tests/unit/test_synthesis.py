@@ -33,7 +33,7 @@ from pipeline.training.synthesis import (  # noqa: E402
     SynthesisSettings,
     nuclei_of,
     own_synthesis,
-    read_models,
+    read_originals,
     write_fields,
 )
 
@@ -164,23 +164,23 @@ test_patients.__test__ = False  # type: ignore[attr-defined]
 
 def test_no_pixel_of_those_held_out_is_learned_from(data: Path, tmp_path: Path) -> None:
     for seed in range(3):
-        models, _ = read_models(training(data, seed=seed), tmp_path / "fields", 64)
+        originals, _ = read_originals(training(data, seed=seed), tmp_path / "fields", 64)
         held_out = test_patients(data, seed)
-        assert held_out.isdisjoint(one.patient for one in models.fields)
-        assert len(models.images) == len(models.fields) == 4 - len(held_out)
+        assert held_out.isdisjoint(one.patient for one in originals.fields)
+        assert len(originals.images) == len(originals.fields) == 4 - len(held_out)
 
 
 def test_fields_are_painted_in_the_stain_of_the_model_that_is_trained_on(data: Path, tmp_path: Path) -> None:
     start = Path(__file__).parents[2] / "models" / "default"
     reference = ModelPackage.load(start).stain["reference"]
     train = training(data, stain="macenko", start_from=str(start))
-    models, whose = read_models(train, tmp_path / "fields", 64)
-    for field, image in zip(models.fields, models.images, strict=True):
+    originals, whose = read_originals(train, tmp_path / "fields", 64)
+    for field, image in zip(originals.fields, originals.images, strict=True):
         expected = normalise(field.image, "macenko", reference)
         assert expected is not None
         np.testing.assert_array_equal(image, expected)
-    other, others = read_models({**train, "start_from": None}, tmp_path / "fields", 64)
-    assert not np.array_equal(models.images[0], other.images[0])
+    other, others = read_originals({**train, "start_from": None}, tmp_path / "fields", 64)
+    assert not np.array_equal(originals.images[0], other.images[0])
     own_synthesis(tmp_path / "work", SynthesisSettings(), train, whose)
     (tmp_path / "work" / "cyclegan").mkdir()
     (tmp_path / "work" / "cyclegan" / "last.ckpt").touch()

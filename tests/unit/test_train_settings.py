@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.errors import PipelineError
+from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.data import IMPORTERS
 from pipeline.training.experiment import Experiment, check_parts
@@ -63,6 +64,20 @@ def test_experiments_are_valid(path: Path) -> None:
     assert experiment.name == (f"{path.stem}-retrained" if ships else path.stem)
     assert experiment == Experiment.from_json(config["train"])  # the schema's defaults change nothing
     assert experiment.description
+
+
+def test_what_trains_on_from_a_model_that_ships_is_like_it() -> None:
+    """So that its weights, its stain and its thresholds fit."""
+    seen = set()
+    for path in EXPERIMENTS:
+        one = Experiment.from_json(yaml.safe_load(path.read_text(encoding="utf-8"))["train"])
+        if one.start_from and (ROOT / one.start_from).is_dir():
+            start = ModelPackage.load(ROOT / one.start_from)
+            same = (start.mpp, start.network, start.network_args, start.stain["method"], start.stain["strength"])
+            assert (one.mpp, one.network, one.network_args, one.stain, one.stain_strength) == same, path
+            assert not one.evaluation.rules, path
+            seen.add(path.stem)
+    assert seen == {"breast", "corrected"}
 
 
 @pytest.mark.parametrize(

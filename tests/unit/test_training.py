@@ -32,7 +32,7 @@ from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.balance import classes_present, repeats  # noqa: E402
-from pipeline.training.begin import check_classes, check_licences  # noqa: E402
+from pipeline.training.begin import check_classes, check_licences, load_data  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment, protocol  # noqa: E402
 from pipeline.training.files import read_json  # noqa: E402
@@ -367,16 +367,29 @@ def test_models_that_are_replaced(data: Path, tmp_path: Path) -> None:
     assert after["mean"]["loss"] != before["mean"]["loss"]
 
 
-def test_a_start_that_knows_a_patient_by_another_source(data: Path, tmp_path: Path) -> None:
+def test_a_start_that_knows_a_patient_by_another_source(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     start = replace(
         write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}),
         data=({"name": "theirs", "fields": 9, "patients": [f.patient for f in load_fields(section(data)["data"])]},),
         stain={"method": "none", "reference": {"name": "x"}},
     )
     (tmp_path / "model" / "model.json").write_text(json.dumps(start.to_json()))
-    leaking = section(data, start_from=str(tmp_path / "model"))
+    leaking = Experiment.from_json(section(data, start_from=str(tmp_path / "model"), stain="none"))
     with pytest.raises(PipelineError, match="has learned from"):
-        Run(Experiment.from_json(leaking), tmp_path / "work", "cpu")
+        Run(leaking, tmp_path / "work", "cpu")
+    # Of patients for validation it may know some, and that is said.
+    known = load_data(replace(leaking, start_from=None)).part("validation")[0]
+    (tmp_path / "model" / "model.json").write_text(
+        json.dumps(replace(start, data=({"name": "theirs", "patients": [known.patient]},)).to_json())
+    )
+    run = Run(leaking, tmp_path / "work", "cpu")
+    assert (
+        f"start_from {start.folder} knows the patients of 1 of the 2 validation fields, first {known.name}"
+        in caplog.text
+    )
+    assert "chosen on 2 fields of other patients (1 of them known before), thresholds" in run.protocol()
 
 
 def test_a_start_has_the_encoders_weights(data: Path, tmp_path: Path) -> None:
@@ -596,7 +609,11 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: Path) -> None:
+def test_training_on_is_averaged_with_what_it_began_with(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
     def packed(name: str, **changes: Any) -> tuple[ModelPackage, dict[str, Any]]:
         run_experiment(Experiment.from_json({**on, **changes}), tmp_path / "on", tmp_path / name, "cpu")
         package = ModelPackage.load(tmp_path / name, verify=True)
@@ -617,6 +634,15 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
             f"for 4 steps with all fields{more}"
         )
         assert len(package.data[0]["patients"]) == 6
+    (tmp_path / "on.json").write_text(json.dumps(on))
+    command = [
+        "train",
+        f"--config-json={tmp_path / 'on.json'}",
+        f"--work={tmp_path / 'on'}",
+        f"--out={tmp_path / 'alone'}",
+    ]
+    assert main([*command, "--device=cpu"]) == 0
+    assert any(told.startswith(f"tiny: AJI {start.metrics['mean']['aji']:.3f}") for told in caplog.messages)
     told = Run(Experiment.from_json({**on, "validation": 1, "final_steps": 3}), tmp_path / "told", "cpu")
     assert told.scores_before()["protocol"].endswith("for 4 steps with 5 fields, then 3 with all")
     for name, value in load_network(start).state_dict().items():
@@ -635,11 +661,31 @@ def test_training_on_is_averaged_with_what_it_began_with(data: Path, tmp_path: P
     packed_again = load_network(ModelPackage.load(tmp_path / "same")).state_dict()
     torch.testing.assert_close(packed_again, load_network(start).state_dict())
     as_it_is = Run(Experiment.from_json({**held, "start_share": 0.0}), tmp_path / "as-it-is", "cpu")
-    rules = as_it_is.experiment.rules
-    before, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), rules)
-    assert scores["mean"] == before["mean"]
     own, _ = as_it_is.evaluator.score(load_network(start), as_it_is.data.part("test"), start.thresholds)
+    assert scores["mean"] == own["mean"]
     assert scores["before"] == {"model": "tiny", "mean": own["mean"], "interval_95": own["interval_95"]}
+
+
+def test_thresholds_begin_with_those_of_the_start(data: Path, tmp_path: Path) -> None:
+    start = replace(
+        write_package(tmp_path / "model", "resunet", {"widths": [4, 6, 8]}),
+        thresholds=InstanceRules(nucleus=99, refine=2),
+        stain={"method": "none", "reference": {"name": "x"}},
+    )
+    (tmp_path / "model" / "model.json").write_text(json.dumps(start.to_json()))
+    changes: tuple[tuple[dict[str, Any], InstanceRules], ...] = (
+        ({}, start.thresholds),
+        ({"evaluation": {"rules": {"marker": 77}}}, replace(start.thresholds, marker=77)),
+        ({"heads": ["nucleus", "contour", "distance"]}, start.thresholds),
+        ({"split": {"method": "all-test"}, "evaluation": {"rules": {"marker": 77}}}, start.thresholds),
+        # Not where they do not fit.
+        ({"evaluation": {"rules": {"markers": "nucleus"}}}, InstanceRules.default_for("nucleus")),
+        ({"mpp": 1.0}, InstanceRules.default_for("distance", 1.0)),
+        ({"heads": ["nucleus"]}, InstanceRules.default_for("nucleus")),
+    )
+    for number, (change, expected) in enumerate(changes):
+        one = section(data, start_from=str(tmp_path / "model"), stain="none", **change)
+        assert Run(Experiment.from_json(one), tmp_path / f"{number}", "cpu").rules == expected, change
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -155,7 +155,8 @@ def test_kinds_of_error() -> None:
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """What a training leaves."""
-    from pipeline.evaluation.means import PIXEL_SCORES, SCORES, summarise
+    from pipeline.evaluation.means import PIXEL_SCORES, summarise
+    from pipeline.evaluation.metrics import METRICS
     from pipeline.training.experiment import Experiment
 
     folder = tmp_path / "work"
@@ -167,7 +168,7 @@ def work(tmp_path: Path) -> Path:
         name = f"f{seed}"
         fields.append(Field(name, "s", f"p{seed}", "liver", 0.5, image, labels))
         found[name] = np.roll(labels, 2, axis=0)
-        scores = dict.fromkeys((*SCORES, *PIXEL_SCORES), 0.4 + 0.1 * seed)
+        scores = dict.fromkeys((*METRICS, *PIXEL_SCORES), 0.4 + 0.1 * seed)
         images[name] = scores | dict.fromkeys(ERRORS, 1) | {"loss": 1.0, "organ": ("liver", NASTY)[seed % 2]}
     write_panel(folder / "panel.png", fields, found, images)
     source = {"kind": "labels", "path": "x"}

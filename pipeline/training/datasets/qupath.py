@@ -122,6 +122,13 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
 
 
 def exports(root: Path) -> dict[str, Path]:
+    """QuPath's exports in a folder, or its ``annotations/`` or ``geojson/``, by the names of their slides.
+
+    Raises
+    ------
+    PipelineError
+        When there is none, or two are of one slide.
+    """
     folder = next((f for f in (root / "annotations", root / "geojson") if f.is_dir()), root)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -175,7 +182,10 @@ def qupath(source: Source) -> list[Lazy]:
     classes = _classes(source, [name for _, one in objects.values() for name in one.names])
     fields: list[Lazy] = []
     for entry, one in objects.values():
-        fields += _fields_of(source, entry, one, classes, size)
+        own = list(_fields_of(source, entry, one, classes, size))
+        if not own:
+            log.warning("%s: no region of %d pixels lies on the slide, which is left out", entry.name, MIN_FIELD)
+        fields += own
     return fields
 
 

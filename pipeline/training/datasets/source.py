@@ -240,8 +240,8 @@ def as_labels(labels: np.ndarray) -> np.ndarray:
     if labels.size and labels.min() < 0:
         raise PipelineError(f"a label map holds {labels.min()}", "give positive numbers, 0 is background")
     if labels.dtype.kind in "iu" and int(labels.max(initial=0)) > max(2 * labels.size, 1 << 16):
-        found, index = np.unique(np.r_[labels.dtype.type(0), labels.ravel()], return_inverse=True)
-        labels = (index[1:] + (found[0] != 0)).reshape(labels.shape)
+        index = np.unique(np.r_[labels.dtype.type(0), labels.ravel()], return_inverse=True)[1]
+        labels = index[1:].reshape(labels.shape)
     return np.ascontiguousarray(labels, np.int32)
 
 
