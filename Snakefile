@@ -40,8 +40,7 @@ rule all:
     default_target: True
     input:
         cohort_files(),
-        each_slide("nuclei_geojson"),
-        each_slide("overview"),
-        each_slide("labels_zarr") if config["export"]["labels"] else [],
-        each_slide("classified_geojson") if config["classifier"] is not None else [],
-        each_slide("regions", having="regions"),
+        each_slide("nuclei", "nuclei_geojson", "metrics", "overview"),
+        each_slide("labels", "labels_zarr") if config["export"]["labels"] else [],
+        each_slide("classified", "classified_geojson", "classified_png") if config["classifier"] is not None else [],
+        each_slide("regions", "regions_png", having="regions"),

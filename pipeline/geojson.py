@@ -237,6 +237,8 @@ def read_areas(
         data = path.read_bytes()
         text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
+    except FileNotFoundError:
+        raise SlideError(f"{what} {path} does not exist", "check the path in the slide table") from None
     except OSError as error:
         if of_the_machine(error):
             raise

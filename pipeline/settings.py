@@ -90,12 +90,14 @@ def _coerced(value: Any, schema: dict[str, Any]) -> Any:
 def _lines(error: Any) -> Iterator[str]:
     path = ".".join(str(part) for part in error.absolute_path)
     if error.validator == "additionalProperties":
-        known = sorted(error.schema.get("properties", {}))
+        properties = error.schema.get("properties", {})
+        known, above = sorted(properties), f"{path}." if path else ""
         for key in sorted(set(error.instance) - set(known)):
-            name = f"{path}.{key}" if path else str(key)
-            close = difflib.get_close_matches(str(key), known, 1, 0.6)
-            if close:
-                yield f"unknown setting {name!r} (did you mean {f'{path}.' if path else ''}{close[0]}?)"
+            name = f"{above}{key}"
+            # Of a section, with the section left out; or spelt otherwise.
+            inner = [f"{section}.{key}" for section in known if key in properties[section].get("properties", {})]
+            if likely := inner or difflib.get_close_matches(str(key), known, 1, 0.6):
+                yield f"unknown setting {name!r} (did you mean {' or '.join(above + one for one in likely)}?)"
             else:
                 yield f"unknown setting {name!r} (known: {', '.join(known)})"
     elif error.validator == "required":
@@ -224,7 +226,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """The card of a model package whose weights are the ones it was packed with.
+    """The card of a model package that makes sense, and whose weights are the ones it was packed with.
 
     Parameters
     ----------
@@ -234,7 +236,7 @@ def check_model(folder: Path) -> dict[str, Any]:
     Raises
     ------
     PipelineError
-        When a file is missing, the card is damaged, or the weights do not match it; one line.
+        When a file is missing, the card is damaged or wrong, or the weights do not match it; one line.
     """
     card_path, weights = folder / "model.json", folder / "weights.safetensors"
     for path in (card_path, weights):
@@ -261,6 +263,11 @@ def check_model(folder: Path) -> dict[str, Any]:
             "the package is damaged or was changed: get it again",
         )
     assert isinstance(card, dict)
+    try:
+        from pipeline.models.package import ModelPackage
+    except ImportError:  # NumPy and OpenCV may be in the environment of the jobs alone
+        return card
+    ModelPackage.load(folder)
     return card
 
 

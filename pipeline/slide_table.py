@@ -181,15 +181,15 @@ def name_problem(name: str) -> str | None:
 
 
 def stem(file_name: str) -> str | None:
-    """Slide name of a file, or None when its ending is no slide's.
+    """Slide name of a file, without blanks around it, or None when its ending is no slide's.
 
-    >>> stem("a.b.OME.TIFF"), stem("readme.txt")
+    >>> stem("a.b .OME.TIFF"), stem("readme.txt")
     ('a.b', None)
     """
     lower = file_name.lower()
     for suffix in SUFFIXES:
-        if lower.endswith(suffix) and len(file_name) > len(suffix):
-            return file_name[: -len(suffix)]
+        if lower.endswith(suffix) and (name := file_name[: -len(suffix)].strip()):
+            return name
     return None
 
 
@@ -312,12 +312,25 @@ def from_folder(folder: Path) -> SlideTable:
     return SlideTable(_by_name(found), left_out=", ".join(f"{n} {what}" for what, n in sorted(others.items())))
 
 
+def _delimiter(table: Path, header: str) -> str:
+    """What separates the columns of a table with this first line."""
+    if table.suffix.lower() != ".csv":
+        return "\t"
+    # Spreadsheets write semicolons where the decimal mark is a comma.
+    return ";" if header.count(";") > header.count(",") else ","
+
+
 def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
-    """Cells of each line of a table that holds any, by the line's number."""
+    """Cells of each line of a table that holds any, without empty ones at its end, by the line's number."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter="," if table.suffix.lower() == ".csv" else "\t", strict=True)
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+            reader = csv.reader(stream, delimiter=_delimiter(table, stream.readline()), strict=True)
+            stream.seek(0)
+            lines = [
+                (reader.line_num, cells[:filled])
+                for cells in reader
+                if (filled := max((number for number, cell in enumerate(cells, 1) if cell.strip()), default=0))
+            ]
     except OSError as error:
         raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -325,7 +338,9 @@ def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
             f"{where} is not UTF-8 text", "give a folder, a slide, or a table saved as UTF-8 text (.tsv, .csv)"
         ) from None
     except csv.Error as error:
-        raise PipelineError(f"{where} cannot be parsed: {error}") from None
+        raise PipelineError(
+            f"{where}, line {reader.line_num} cannot be parsed: {error}", "quotes in a quoted cell are written twice"
+        ) from None
     if not lines:
         raise PipelineError(f"{where} is empty", "its first line names the columns: slide, path, ...")
     return lines
@@ -339,7 +354,7 @@ def _check_header(header: Sequence[str], where: str) -> None:
         if column not in header:
             raise PipelineError(
                 f"{where} has no column {column!r}, only {', '.join(map(repr, header))}",
-                "columns are separated by tabs, or by commas in a .csv",
+                "columns are separated by tabs, or by commas or semicolons in a .csv",
             )
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice or "" in header:
@@ -361,16 +376,17 @@ def _entry(row: dict[str, str], base: Path) -> SlideEntry:
     if not row["path"].strip():
         raise PipelineError("no path")
     try:
-        mpp = float(row["mpp"]) if row.get("mpp", "").strip() else None
+        mpp = float(row["mpp"].replace(",", ".")) if row.get("mpp", "").strip() else None
     except ValueError:
         raise PipelineError(f"mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
     files = {column: _place(row[column], base) for column in FILE_COLUMNS if row.get(column, "").strip()}
-    extra = {column: cell for column, cell in row.items() if column not in OWN_COLUMNS}
-    return SlideEntry(row["slide"], _place(row["path"], base), mpp, extra=extra, **files)
+    # A blank that a spreadsheet keeps unseen would make another slide, or another group.
+    extra = {column: cell.strip() for column, cell in row.items() if column not in OWN_COLUMNS}
+    return SlideEntry(row["slide"].strip(), _place(row["path"], base), mpp, extra=extra, **files)
 
 
 def from_table(table: Path) -> SlideTable:
-    """Slides of a table (``.csv`` with commas, anything else with tabs); paths are relative to the table.
+    """Slides of a table (``.csv`` with commas or semicolons, anything else with tabs); paths are relative to the table.
 
     Raises
     ------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import cv2
 import numpy as np
@@ -109,6 +110,9 @@ class InstanceRules:
             raise ValueError(f"refine must be 1 with markers of {self.markers}, got {self.refine}")
         if self.markers not in MARKER_SOURCES:
             raise ValueError(f"markers must be one of {', '.join(MARKER_SOURCES)}, got {self.markers!r}")
+        for name in ("nucleus", "marker", "min_marker", "min_area", "max_hole", "smooth", "depth"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("nucleus", "marker"):
             if not 1 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name} must be within 1 and 255, got {getattr(self, name)}")

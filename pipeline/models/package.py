@@ -160,7 +160,9 @@ class ModelPackage:
         except (KeyError, TypeError, ValueError, OSError) as error:
             if of_the_machine(error):
                 raise
-            raise PipelineError(f"model {folder}: the card is damaged: {error}", "fetch the model again") from None
+            raise PipelineError(
+                f"model {folder}: the card is damaged: {error}", "correct it, or fetch the model again"
+            ) from None
         if not package.weights.is_file():
             raise PipelineError(f"model {folder}: {WEIGHTS} is missing", "fetch the model again")
         if verify and (found := file_sha256(package.weights)) != package.sha256:

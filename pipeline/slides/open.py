@@ -32,8 +32,8 @@ MOST_UNEQUAL = 2
 """How much longer than wide a pixel may be, or the other way round."""
 
 _MPP_HINT = (
-    "give it in the `mpp` column of the slide table, or, for all slides, also those whose files state one: "
-    "--config mpp=NUMBER"
+    "give it in the `mpp` column of the slide table, such as a copy of the results' slides.tsv, or, for all slides, "
+    "also those whose files state one: --config mpp=NUMBER"
 )
 
 _CLASSES: dict[str, type[Slide]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}
@@ -130,6 +130,10 @@ def _open_auto(path: Path) -> Slide | None:
     first = _open_with(path, "openslide")
     if first is not None and not (first.vendor in ("aperio", "generic-tiff") and is_tiff(path)):
         return first
+    if first is None and path.suffix.lower() == ".mrxs":  # without its folder, a JPEG of the overview
+        raise SlideError(
+            f"is a MIRAX slide whose folder {path.stem!r} is missing or damaged", "copy the folder beside the file"
+        )
     try:
         second = _open_with(path, "tiffslide") if first is None or is_tiff(path) else None
     except SlideError:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli, doctor
-from pipeline.settings import file_sha256
+from pipeline.settings import SHIPPED, file_sha256
 
 
 @pytest.fixture
@@ -17,7 +17,8 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"weights")
-    card = {"name": "x", "mpp": 0.5, "licence": "CC0", "sha256": file_sha256(folder / "weights.safetensors")}
+    card = json.loads((SHIPPED / "hematoxylin" / "model.json").read_text(encoding="utf-8"))
+    card |= {"name": "x", "licence": "CC0", "sha256": file_sha256(folder / "weights.safetensors")}
     (folder / "model.json").write_text(json.dumps(card), encoding="utf-8")
     return folder
 

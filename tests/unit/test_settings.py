@@ -51,6 +51,8 @@ def test_every_line_of_config_yaml_that_sets_something_is_explained() -> None:
         ({"sldes": "x"}, "unknown setting 'sldes' .did you mean slides"),
         ({"stain": {"metod": "none"}}, "unknown setting 'stain.metod' .did you mean stain.method"),
         ({"zzz": 1}, "unknown setting 'zzz' .known: "),
+        ({"min_area_um2": 1}, "unknown setting 'min_area_um2' .did you mean tissue.min_area_um2"),
+        ({"keep": True}, "unknown setting 'keep' .did you mean infer.keep or instances.keep or tiles.keep"),
         ({"sldes": "x", "stian": 1, "mpp": -1}, "unknown setting 'sldes'.*and 2 more"),
         ({"stain": {"method": "vahadan"}}, "'stain.method'.*vahadan"),
         ({"mpp": "fast"}, "'mpp' must be number or null, got 'fast'"),
@@ -158,7 +160,8 @@ def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     (tmp_path / "weights.safetensors").write_bytes(b"weights")
-    card = {"name": "x", "sha256": file_sha256(tmp_path / "weights.safetensors")}
+    card = json.loads((ROOT / "models/hematoxylin/model.json").read_text(encoding="utf-8"))
+    card |= {"name": "x", "sha256": file_sha256(tmp_path / "weights.safetensors")}
     (tmp_path / "model.json").write_text(json.dumps(card), encoding="utf-8")
     return tmp_path
 
@@ -185,6 +188,24 @@ def test_incomplete_package_is_refused(package: Path, name: str) -> None:
 def test_damaged_card_is_refused(package: Path, text: str) -> None:
     (package / "model.json").write_text(text, encoding="latin-1")
     with pytest.raises(PipelineError, match="is damaged") as caught:
+        check_model(package)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"nuclues": 140}, "unexpected .*'nuclues'"),
+        ({"nucleus": "140"}, "nucleus must be a number, got '140'"),
+        ({"nucleus": 300}, "nucleus must be within 1 and 255, got 300"),
+        ({"min_area": -1}, "min_area must not be negative, got -1"),
+    ],
+)
+def test_wrong_thresholds_are_found_before_a_run(package: Path, thresholds: dict[str, Any], message: str) -> None:
+    card = check_model(package)
+    card["thresholds"] |= thresholds
+    (package / "model.json").write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(PipelineError, match=rf"the card is damaged: .*{message} \(correct it, or fetch") as caught:
         check_model(package)
     assert "\n" not in str(caught.value)
 

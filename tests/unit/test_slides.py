@@ -615,6 +615,17 @@ def test_a_plain_image_that_is_cut_short(tmp_path: Path, suffix: str, kind: str)
         open_slide(path)
 
 
+def test_a_mirax_slide_without_its_folder_is_no_image(tmp_path: Path) -> None:
+    """The file itself is a JPEG of the overview."""
+    path = tmp_path / "a 1.MRXS"
+    Image.fromarray(picture(300, 200)).save(path, format="JPEG")
+    for made in (False, True):
+        if made:
+            (tmp_path / "a 1").mkdir()
+        with pytest.raises(SlideError, match=r"MIRAX slide whose folder 'a 1' is missing or damaged \(copy the folder"):
+            open_slide(path)
+
+
 def test_huge_plain_image(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)

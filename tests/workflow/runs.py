@@ -87,7 +87,8 @@ def write_toy_model(folder: Path) -> Path:
 
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"no weights")
-    card = {"name": "toy", "mpp": MPP, "licence": "CC0", "sha256": file_sha256(folder / "weights.safetensors")}
+    card = json.loads((ROOT / "models/hematoxylin/model.json").read_text(encoding="utf-8"))
+    card |= {"name": "toy", "mpp": MPP, "licence": "CC0", "sha256": file_sha256(folder / "weights.safetensors")}
     (folder / "model.json").write_text(json.dumps(card), encoding="utf-8")
     return folder
 

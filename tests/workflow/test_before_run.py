@@ -135,6 +135,18 @@ def test_paths_that_cannot_be_folders(tmp_path: Path, toy_model: Path, setting: 
         assert_one_line(done.output, text)
 
 
+def test_the_table_of_the_run_itself_is_refused_and_stays(tmp_path: Path, toy_model: Path) -> None:
+    """Snakemake removes what a job is about to write: whatever had been filled in would be lost."""
+    slides(tmp_path / "s", "a.svs")
+    table = tmp_path / "r" / "slides.tsv"
+    table.parent.mkdir()
+    table.write_text(f"slide\tpath\tmpp\na\t{tmp_path}/s/a.svs\t0.25\n")
+    done = run(tmp_path, {"slides": "r/slides.tsv", "results": str(tmp_path / "r"), "model": str(toy_model)})
+    assert done.code != 0
+    assert_one_line(done.output, "slides: 'r/slides.tsv' is this run's own", "give a copy that lies elsewhere")
+    assert "0.25" in table.read_text()
+
+
 def test_model_that_does_not_match_its_hash(tmp_path: Path, toy_model: Path) -> None:
     slides(tmp_path / "s", "a.svs")
     (toy_model / "weights.safetensors").write_bytes(b"other weights")

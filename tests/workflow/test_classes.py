@@ -68,6 +68,11 @@ def test_classes_of_nuclei_that_are_there(tmp_path: Path, model: Path) -> None:
     assert read_json(tmp_path / "r" / "manifest.json")["classifier"]["name"] == "types"
     assert read_json(tmp_path / "r" / "slides" / "bad" / "classify.json")["failure"]["stage"] == "inspect"
     assert run(tmp_path, config, "-n").nothing
+    # A result that was deleted.
+    away = (tmp_path / "r" / "slides" / "a" / "classified.parquet").rename(tmp_path / "away")
+    plan = run(tmp_path, config, "-n")
+    assert plan.counts == {"classify": 1, "cohort": 1, "all": 1, "total": 3}, plan.output
+    away.rename(tmp_path / "r" / "slides" / "a" / "classified.parquet")
     # Another classifier under the same name and date.
     before = (tmp_path / "types.json").stat()
     text = (tmp_path / "types.json").read_text(encoding="utf-8").replace("small", "tiny!")

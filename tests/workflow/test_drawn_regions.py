@@ -108,7 +108,7 @@ def test_regions_come_change_and_go(tmp_path: Path, model: Path) -> None:
     path.unlink()
     missing = run(tmp_path, config)
     assert missing.code == 0, missing.output
-    assert "No such file or directory" in missing.output
+    assert "does not exist (check the path in the slide table)" in missing.output
     write_regions(path, "Margin")
     plan = run(tmp_path, config, "-n")
     assert plan.counts == {"regions": 1, "cohort": 1, "all": 1, "total": 3}, plan.output

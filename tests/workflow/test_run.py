@@ -150,6 +150,28 @@ def test_second_run_has_nothing_to_do(finished: tuple[Path, Run], config: dict[s
     assert done.nothing, done.output
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("nuclei.parquet", "measure"),
+        ("nuclei.geojson.gz", "export"),
+        ("metrics.json", "summary"),
+        ("overview.png", "summary"),
+    ],
+)
+def test_a_result_that_was_deleted_is_made_anew(
+    finished: tuple[Path, Run], config: dict[str, Any], name: str, first: str
+) -> None:
+    folder, _ = finished
+    result = folder / "out" / "slides" / SVS / name
+    away = result.rename(folder / name)
+    try:
+        plan = run(folder, config, "-n").counts
+    finally:
+        away.rename(result)
+    assert {"cohort", first} <= set(plan), plan
+
+
 def test_what_a_removal_left_of_a_store_has_nothing_done_over(
     finished: tuple[Path, Run], config: dict[str, Any]
 ) -> None:

@@ -50,6 +50,8 @@ def test_warm_start_and_scratch_change_no_byte(tmp_path: Path, model: Path) -> N
         **dict.fromkeys(("settings", "cohort", "all"), 1 * possible()),
         "total": 3 * possible(),
     }
+    (tmp_path / "plain" / "slides" / "a" / "labels.json").unlink()
+    assert run(tmp_path, config | {"results": "plain"}, "-n").counts == {"labels": 1, "all": 1, "total": 2}
 
 
 @pytest.mark.skipif(not possible(), reason="stages cannot be started warm here")

@@ -80,6 +80,10 @@ NEEDS_SLIDES = not any(
 
 SLIDES = None
 try:
+    if RUN.slide_table.resolve() == Path(config["slides"]).resolve():
+        raise PipelineError(
+            f"slides: {config['slides']!r} is this run's own, which it writes anew", "give a copy that lies elsewhere"
+        )
     SLIDES = resolve_slides(config["slides"])
     if workflow.is_main_process and NEEDS_SLIDES:
         CARD = check_model(MODEL)
