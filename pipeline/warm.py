@@ -141,9 +141,9 @@ def ask_server(arguments: list[str]) -> int | None:
             connection.connect(address)
             connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
             connection.sendall(request)
-        except OSError:
+            answer = connection.recv(1)
+        except OSError:  # a server that goes before it has read all of it resets the connection
             return None
-        answer = connection.recv(1)
     # The server has gone, or its child was killed: as a command that was killed.
     return answer[0] if answer else 128 + signal.SIGKILL
 
