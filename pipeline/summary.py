@@ -207,6 +207,7 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "model": model["name"],
         "stages": costs,
         "versions": provenance.versions(),
+        "git": provenance.git_state(),
         "hashes": {"slide": inspect.get("quick_hash"), "model": model["sha256"]},
     }
 
