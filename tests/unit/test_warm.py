@@ -94,11 +94,13 @@ def test_killed_command_ends_its_stage(server: warm.Server, tmp_path: Path) -> N
 def test_killed_stage_ends_its_command(server: warm.Server, tmp_path: Path) -> None:
     with (tmp_path / ".lock-slide.json").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path)
+        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         until(lambda: children(server.process.pid))
         (child,) = children(server.process.pid)
         os.kill(child, signal.SIGKILL)
-        assert command.wait(60) == 128 + signal.SIGKILL
+        _, said = command.communicate(timeout=60)
+    assert command.returncode == 128 + signal.SIGKILL
+    assert said.startswith("error: inspect: its process was killed")
 
 
 @pytest.mark.parametrize(
