@@ -312,6 +312,7 @@ def run_manifest(
                 "quick_hash": cohort.hashes[entry.name],
                 "bytes": _size(entry.path),
                 "nuclei": good[entry.name]["nuclei"] if entry.name in good else None,
+                "code": provenance.code_of(good[entry.name]) if entry.name in good else None,
             }
             for entry in cohort.table
         ],

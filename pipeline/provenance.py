@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -69,6 +70,19 @@ def _versions() -> tuple[tuple[str, str], ...]:
 def versions() -> dict[str, str]:
     """Versions of the pipeline, of Python and of the `PACKAGES` that are installed. Imports none of them."""
     return dict(_versions())
+
+
+def code_of(record: Mapping[str, Any]) -> str:
+    """The code that made a result, by the ``versions`` and the ``git`` that its record has.
+
+    >>> code_of({"versions": {"pipeline": "0.1.0"}, "git": {"commit": "0123456789abcdef", "modified": True}})
+    '0.1.0, commit 0123456789ab with local changes'
+    >>> code_of({"versions": {"pipeline": "0.1.0"}})
+    '0.1.0'
+    """
+    git = record.get("git")
+    commit = f", commit {git['commit'][:12]}" if git else ""
+    return record["versions"]["pipeline"] + commit + (" with local changes" if git and git["modified"] else "")
 
 
 def now() -> str:

@@ -58,7 +58,10 @@ MPP_RANGE = (0.05, 20.0)
 """µm per level-0 pixel that a slide can have."""
 
 SUMMED_BYTES = 1 << 22
-"""Largest file whose content is looked at while a run is planned."""
+"""Largest file whose whole content is looked at while a run is planned."""
+
+END_BYTES = 1 << 16
+"""Bytes at either end of larger ones that are."""
 
 MAX_NAME_BYTES = 200
 """Longest slide name: the name with a suffix has to be a file name."""
@@ -233,13 +236,21 @@ def slide_bytes(path: Path, alone: bool = True) -> int:
 
 
 def content_stamp(path: Path) -> list[int]:
-    """What tells a file's content from another one's: the size of all its files, and a checksum where it is small.
+    """What tells a file's content from another one's: the size of all its files, and a checksum, of a large one's ends.
 
-    Formats without compression have one size whatever they hold; to read large files would take too long for a plan.
+    Formats without compression have one size whatever they hold, and so has a file for which a copy takes the place
+    before it writes; to read large files would take too long for a plan.
     """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= SUMMED_BYTES:
+            content = file.read()
+        else:
+            content = file.read(END_BYTES)
+            file.seek(size - END_BYTES)
+            content += file.read(END_BYTES)
     # Whose DICOM files lie beside one that changes with every slide that comes.
-    size = slide_bytes(path, alone=False)
-    return [size, zlib.crc32(path.read_bytes())] if path.stat().st_size <= SUMMED_BYTES else [size]
+    return [slide_bytes(path, alone=False), zlib.crc32(content)]
 
 
 def _add(found: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:

@@ -203,6 +203,7 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
         "model": model["name"],
         "stages": stage_costs(manifests.values()),
         "versions": provenance.versions(),
+        "git": provenance.git_state(),
         "hashes": {"slide": inspect.get("quick_hash"), "model": model["sha256"]},
     }
 

@@ -141,11 +141,15 @@ def ask_server(arguments: list[str]) -> int | None:
             connection.connect(address)
             connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
             connection.sendall(request)
-        except OSError:
+            answer = connection.recv(1)
+        except OSError:  # a server that goes before it has read all of it resets the connection
             return None
-        answer = connection.recv(1)
-    # The server has gone, or its child was killed: as a command that was killed.
-    return answer[0] if answer else 128 + signal.SIGKILL
+    if answer:
+        return answer[0]
+    # The server has gone, or its child was killed: as a command that was killed, of which a shell would tell.
+    why = "its process was killed, as when memory runs out (run the same command again, with fewer --cores then)"
+    print(f"error: {arguments[0]}: {why}", file=sys.stderr)
+    return 128 + signal.SIGKILL
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:

@@ -9,12 +9,14 @@ import logging
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.progress import duration
+from pipeline.provenance import code_of
 
 log = logging.getLogger(__name__)
 
@@ -324,6 +326,7 @@ def render(
             failed=failed,
             facts=facts,
             manifest=manifest,
+            earlier=Counter(item["code"] for item in manifest["slides"] if item["code"] not in (None, code_of(manifest))),
             model=manifest.get("model") or {},
             settings=json.dumps(manifest.get("config"), indent=2, ensure_ascii=False)
             if manifest.get("config")

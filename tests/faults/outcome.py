@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.layout import RunLayout
 
-TIMES = {"seconds", "peak_rss_mb", "mp_per_s", "nuclei_per_s", "stages"}
-"""Keys of manifests that tell of the machine and the hour."""
+TIMES = {"seconds", "peak_rss_mb", "mp_per_s", "nuclei_per_s", "stages", "git"}
+"""Keys of manifests that tell of the machine, the hour and the checkout."""
 
 
 def timeless(value: Any) -> Any:

@@ -129,6 +129,7 @@ def test_manifest(results: Path) -> None:
     assert [item["status"] for item in manifest["slides"]] == ["ok"] * 3 + ["failed", "waiting"]
     assert manifest["slides"][0]["quick_hash"] == "hash-0"
     assert manifest["slides"][3]["quick_hash"] is None
+    assert [item["code"] for item in manifest["slides"]] == [provenance.code_of(manifest)] * 3 + [None] * 2
     for name, digest in manifest["outputs"].items():
         assert file_sha256(results / name) == digest
     assert not list(results.glob(".part-*"))
@@ -168,7 +169,7 @@ def test_quality_of_slides_of_this_version_and_an_older_one(tmp_path: Path) -> N
         path = RunLayout(tmp_path).slide(name).metrics
         metrics = json.loads(path.read_text())
         if found is None:
-            for key in ("focus", "doubtful_cells", "ink_fraction"):
+            for key in ("focus", "doubtful_cells", "ink_fraction", "git"):
                 del metrics[key]
         else:
             warnings = ["stain: out of focus"] if found is focus else []

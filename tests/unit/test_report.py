@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def manifest(slides: list[str]) -> dict[str, Any]:
         "git": {"commit": "c" * 40, "modified": True},
         "config": {"slides": NASTY},
         "model": {"name": NASTY, "mpp": 0.5, "licence": "CC BY", "sha256": "0" * 64, "description": "d"},
-        "slides": [{"slide": s, "path": f"/x/{s}", "quick_hash": "h" * 64, "status": "ok"} for s in slides],
+        "slides": [{"slide": s, "path": f"/x/{s}", "quick_hash": "h" * 64, "status": "ok", "code": None} for s in slides],
     }
 
 
@@ -78,8 +79,15 @@ class Checker(HTMLParser):
 
 
 def render(
-    tmp_path: Path, rows: list[dict[str, Any]], failed: list[dict[str, str]] | None = None, where: str = "."
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    failed: list[dict[str, str]] | None = None,
+    where: str = ".",
+    codes: Sequence[str] = (),
 ) -> str:
+    record = manifest([item["slide"] for item in rows])
+    for item, code in zip(record["slides"], codes, strict=False):
+        item["code"] = code
     folders = {}
     for index, item in enumerate(rows):
         folder = tmp_path / "slides" / f"s{index} #%"
@@ -89,7 +97,7 @@ def render(
         rows=rows,
         failed=failed or [],
         extra=["group"],
-        manifest=manifest([item["slide"] for item in rows]),
+        manifest=record,
         folders=folders,
         page=tmp_path / where,
     )
@@ -131,6 +139,13 @@ def test_blurred_share_is_a_column_where_it_is_known(tmp_path: Path) -> None:
     html = render(tmp_path, [old, unknown, blurred])
     assert ">Blurred<" in html
     assert 'data-value="62.5">62<' in html
+
+
+def test_slides_that_other_code_has_made_are_told(tmp_path: Path) -> None:
+    rows = [row(name) for name in "abcd"]
+    assert "by other code" not in render(tmp_path, rows)
+    html = render(tmp_path, rows, codes=["0.1.0, commit cccccccccccc with local changes", "0.0.9", "0.0.8", "0.0.9"])
+    assert "<dt>Slides by other code</dt><dd>2 by 0.0.9; 1 by 0.0.8 (" in html
 
 
 def test_bounds_are_told(tmp_path: Path) -> None:

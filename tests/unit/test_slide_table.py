@@ -393,5 +393,11 @@ def test_stamp_tells_contents_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.with_suffix("").mkdir()
         (path.with_suffix("") / "Data0000.dat").write_bytes(bytes(size))
     assert content_stamp(mirax[0]) != content_stamp(mirax[1])
-    monkeypatch.setattr(slide_table, "SUMMED_BYTES", 2)
-    assert content_stamp(truth) == [3]
+    monkeypatch.setattr(slide_table, "SUMMED_BYTES", 4)
+    monkeypatch.setattr(slide_table, "END_BYTES", 2)
+    large = []
+    for content in (b"abcde", b"abcd\0", b"\0bcde", b"ab\0de"):
+        truth.write_bytes(content)
+        large.append(content_stamp(truth))
+    assert len({tuple(stamp) for stamp in large}) == 3  # not what differs in the middle
+    assert large[0] == large[3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio.v3
@@ -92,11 +94,13 @@ def test_killed_command_ends_its_stage(server: warm.Server, tmp_path: Path) -> N
 def test_killed_stage_ends_its_command(server: warm.Server, tmp_path: Path) -> None:
     with (tmp_path / ".lock-slide.json").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path)
+        command = subprocess.Popen(inspect(tmp_path, "slide.json"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         until(lambda: children(server.process.pid))
         (child,) = children(server.process.pid)
         os.kill(child, signal.SIGKILL)
-        assert command.wait(60) == 128 + signal.SIGKILL
+        _, said = command.communicate(timeout=60)
+    assert command.returncode == 128 + signal.SIGKILL
+    assert said.startswith("error: inspect: its process was killed")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +157,21 @@ def test_a_command_that_the_server_turns_away_runs_by_itself(monkeypatch: pytest
         turned_away.start()
         assert warm.ask_server(["x" * (1 << 24)]) is None  # more than a socket holds
         turned_away.join()
+
+
+def test_a_command_in_the_queue_of_a_server_that_goes_runs_by_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    listener.listen()
+    monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "socket"))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(warm.ask_server, ["--version"])
+        assert select.select([listener], [], [], 60)[0]  # it is in the queue
+        time.sleep(0.2)
+        listener.close()
+        assert asked.result(60) is None
 
 
 @pytest.mark.parametrize("name", ["x" * 100, "missing"])

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -
         quoted = '"' + f"{name}".replace('"', '""') + '"'
         path = '"' + f"{name}{suffix}".replace('"', '""') + '"'
         lines.append(f"{quoted}\t{path}\t{MPP if suffix == '.png' else ''}\t{number}.geojson.gz\tG{number}")
+    tomorrow = time.time() + 86400  # as from a file server whose clock is wrong
+    for later in (f"{PNG}.png", "2.geojson.gz"):
+        os.utime(folder / "in" / later, (tomorrow, tomorrow))
     lines.append(f"{MISSING}\tnot-there.svs\t\t\tG9")
     (folder / "in" / "slides.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = run(folder, config)

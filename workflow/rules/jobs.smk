@@ -1,4 +1,7 @@
 # What the rules ask for: inputs, parameters and resources of a job.
+import time
+
+STARTED = time.time()
 
 
 def known(function):
@@ -41,10 +44,11 @@ def input_files(path):
     """`path` as an input, where it can be one.
 
     A file that is missing or may not be read is none: its slide fails, the run goes on. Nor can a path with braces or
-    angle brackets be one: Snakemake would look for wildcards and variables in it.
+    angle brackets be one: Snakemake would look for wildcards and variables in it. Nor one whose time is still to come, as
+    from a file server whose clock is ahead: outputs have to be newer, and the job would fail.
     """
     text = str(path)
-    return [text] if not set("{<") & set(text) and readable(text) else []
+    return [text] if not set("{<") & set(text) and readable(text) and os.path.getmtime(text) <= STARTED else []
 
 
 @known
