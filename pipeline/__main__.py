@@ -1,6 +1,7 @@
 """Entry point of ``python -m pipeline``."""
 
 import importlib.abc
+import io
 import os
 import sys
 
@@ -25,6 +26,8 @@ if sys.argv[1:2] and sys.argv[1] in (*STAGES, "warm-server"):  # in their worker
 
 def run() -> int:
     """Run the command line; a stage in a warm process, where this run has one."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may lack a name's characters
     if "NUCLEUS_PIPELINE_WARM" in os.environ and sys.argv[1:2] and sys.argv[1] in STAGES:
         from pipeline.warm import ask_server
 

@@ -281,7 +281,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         report = {"report": os.path.abspath(write_so_far(args.results, args.slides) / "report.html")}
     if args.json:
-        print(json.dumps(asdict(status) | report, indent=1, ensure_ascii=False))
+        print(json.dumps(asdict(status) | report, indent=1))
     else:
         print(describe(status))
         if report:

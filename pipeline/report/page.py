@@ -306,6 +306,7 @@ def render(
     densities = [row["nuclei_per_mm2"] for row in rows if row["nuclei_per_mm2"] is not None]
     tissue = sum(row["tissue_mm2"] or 0 for row in rows)
     nuclei = sum(row["nuclei"] for row in rows)
+    earlier = Counter(item["code"] for item in manifest["slides"] if item["code"] not in (None, code_of(manifest)))
     facts = [
         ("slides", number(len(rows)), slides_note(len(failed), manifest.get("slides_waiting", 0))),
         ("nuclei", number(nuclei), "in all slides"),
@@ -326,7 +327,7 @@ def render(
             failed=failed,
             facts=facts,
             manifest=manifest,
-            earlier=Counter(item["code"] for item in manifest["slides"] if item["code"] not in (None, code_of(manifest))),
+            earlier=earlier,
             model=manifest.get("model") or {},
             settings=json.dumps(manifest.get("config"), indent=2, ensure_ascii=False)
             if manifest.get("config")

@@ -50,7 +50,9 @@ def manifest(slides: list[str]) -> dict[str, Any]:
         "git": {"commit": "c" * 40, "modified": True},
         "config": {"slides": NASTY},
         "model": {"name": NASTY, "mpp": 0.5, "licence": "CC BY", "sha256": "0" * 64, "description": "d"},
-        "slides": [{"slide": s, "path": f"/x/{s}", "quick_hash": "h" * 64, "status": "ok", "code": None} for s in slides],
+        "slides": [
+            {"slide": s, "path": f"/x/{s}", "quick_hash": "h" * 64, "status": "ok", "code": None} for s in slides
+        ],
     }
 
 

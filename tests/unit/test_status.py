@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.layout import STAGES, RunLayout
 
 NAMES = ("done 1", "done 2", "under way", "bad", "new", "stale")
 START = 1_000_000.0
+ROOT = Path(__file__).parents[2]
 
 
 def finish(results: Path, slide: str, stages: int, start: float) -> None:
@@ -53,6 +56,17 @@ def test_folders_of_slides_that_the_run_no_longer_has_are_named(results: Path) -
         (results / "slides" / name).mkdir()
     text = status.describe(status.run_status(results))
     assert text.splitlines()[-1] == "no longer in the run, but still in its slides/: a%7Bb%7D, c, d and 1 more"
+
+
+@pytest.mark.parametrize(("form", "name"), [("", "ü \\u7ec6"), ("--json", "\\u00fc \\u7ec6")])
+def test_names_that_a_terminal_cannot_show(results: Path, form: str, name: str) -> None:
+    (results / "slides" / "ü 细").mkdir()
+    command = [sys.executable, "-m", "pipeline", "status", str(results), *filter(None, [form])]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert name in done.stdout.decode("latin-1")
 
 
 def test_rate_is_that_of_the_finished_slides(results: Path) -> None:
