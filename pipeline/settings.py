@@ -212,10 +212,9 @@ def check_same_results(made: Path, config: dict[str, Any]) -> None:
         was, given = (Path(one[key]).name if name in ("model", "classifier") else one[key] for one in (then, now))
         if was != given:
             raise PipelineError(
-                f"results: {str(made.parent)!r} was made with {name} {json.dumps(was)}, not {json.dumps(given)}, and "
-                "Snakemake has no records of it here",
-                "start where that run was started, with results= as it was then; or choose another folder, "
-                "--config results=FOLDER; or have all of it done anew, --forceall",
+                f"results: {str(made.parent)!r} was made with {name} {json.dumps(was)}, not {json.dumps(given)}",
+                "Snakemake has no records of it here: start where that run was started, with results= as it was then; "
+                "or choose another folder, --config results=FOLDER; or have all of it done anew, --forceall",
             )
 
 

@@ -171,11 +171,16 @@ def describe(status: Status, most: int | None = None) -> str:
     if more:
         lines.append(f"failed: {more} more")
     if status.strangers:
-        lines.append(f"no longer in the run, but still in its slides/: {_some(status.strangers)}")
+        lines.append(f"no longer in the run, but still in its slides/: {some(status.strangers)}")
     return "\n".join(lines)
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

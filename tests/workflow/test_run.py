@@ -391,6 +391,25 @@ def test_time_that_is_over_fails_the_slide_in_the_last_attempt_alone(
     assert read_json(tmp_path / "r" / "slides" / "a" / "slide.json")["status"] == status
 
 
+def test_finished_slides_that_cannot_be_read_keep_their_results(
+    finished: tuple[Path, Run], config: dict[str, Any]
+) -> None:
+    folder, _ = finished
+    (folder / "in").rename(folder / "unmounted")
+    (folder / "in").mkdir()
+    shutil.copy2(folder / "unmounted" / "slides.tsv", folder / "in")
+    try:
+        plan, other = run(folder, config, "-n"), run(folder, config | {"mpp": 0.3}, "-n")
+    finally:
+        shutil.rmtree(folder / "in")
+        (folder / "unmounted").rename(folder / "in")
+    assert plan.counts == {"cohort": 1, "all": 1, "total": 2}
+    assert "warning: slides: 3 of the finished ones cannot be read now: -dash" in plan.output
+    assert other.code == 1
+    assert "; and 'out' was made with mpp null, not 0.3 (see that" in other.output.splitlines()[-1]
+    assert not run(folder, config, "-n").counts
+
+
 def test_slide_that_turned_up_is_run_alone(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
     folder, _ = finished
     found = folder / "in" / "not-there.svs"

@@ -38,8 +38,8 @@ from pipeline.slide_table import (
     resolve_slides,
     slide_bytes,
 )
-from pipeline.stage import clear_remains
-from pipeline.status import closing_words
+from pipeline.stage import clear_remains, read_manifest
+from pipeline.status import closing_words, some
 from pipeline.warm import possible, start_server
 
 # `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs

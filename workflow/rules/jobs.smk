@@ -144,13 +144,26 @@ def settings_known(wildcards):
     return []
 
 
+@functools.cache
+def gone():
+    """Names of slides that are finished and cannot be read now, as when their file system is not mounted.
+
+    They are asked for nothing: Snakemake would begin them anew, and what would be left is that their files are missing.
+    """
+
+    def finished(metrics):
+        return metrics.is_file() and read_manifest(metrics)["status"] == "ok"
+
+    return [slide.name for slide in slides() if not readable(slide.path) and finished(RUN.slide(slide.name).metrics)]
+
+
 def each_slide(*kinds, having="path"):
-    """Input function for these outputs of every slide that has this column of the slide table."""
+    """Input function for these outputs of every slide that has this column of the slide table and is not `gone`."""
 
     # Names may hold braces: paths from a function are taken as they are.
     @known
     def files(wildcards):
-        chosen = [slide for slide in slides() if getattr(slide, having) is not None]
+        chosen = [slide for slide in slides() if getattr(slide, having) is not None and slide.name not in gone()]
         return [str(getattr(RUN.slide(slide.name), kind)) for slide in chosen for kind in kinds]
 
     return files
@@ -179,6 +192,20 @@ def passing(path, keep):
     """A store that goes away when its readers are done, unless the settings keep it."""
     return path if keep else temp(path)
 
+
+if workflow.is_main_process and NEEDS_SLIDES and SLIDES is not None:
+    try:
+        if gone():
+            told = f"slides: {len(gone())} of the finished ones cannot be read now: {some(gone())}"
+            hint = "see that their folder is mounted, or take them out of the slides"
+            if RUN.settings.is_file():
+                try:
+                    check_same_results(RUN.settings, config)
+                except PipelineError as error:
+                    raise PipelineError(f"{told}; and {error.reason.removeprefix('results: ')}", hint) from None
+            print(f"warning: {told}; they keep their results ({hint})", file=sys.stderr)
+    except PipelineError as error:
+        stop(error)
 
 # A run that was killed, or whose file server refused, while it removed a store that goes away leaves some of it.
 if RESTART is not None and SLIDES is not None:
