@@ -47,7 +47,8 @@ def git_state() -> dict[str, Any] | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        # Jobs beside each other would lock the checkout's index, and commands of its user.
+        command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
