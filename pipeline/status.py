@@ -161,7 +161,8 @@ def describe(status: Status, most: int | None = None) -> str:
         ]
         lines.append("under way: " + ", ".join(parts))
     if left and status.per_hour is not None and status.eta_seconds is not None:
-        lines.append(f"rate: {status.per_hour:.3g} slides/h, about {duration(status.eta_seconds)} left")
+        rate = f"{status.per_hour:,.0f}" if status.per_hour >= 100 else f"{status.per_hour:.3g}"
+        lines.append(f"rate: {rate} slides/h, about {duration(status.eta_seconds)} left")
     if left and status.idle_seconds is not None:
         lines.append(f"last change: {duration(status.idle_seconds)} ago")
     for item in status.failures[:most]:

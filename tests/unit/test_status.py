@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_rate_is_that_of_the_finished_slides(results: Path) -> None:
     found = status.run_status(results, now=START + 6000)
     assert found.per_hour == pytest.approx(2)
     assert found.eta_seconds == pytest.approx(3 * 1800)
+    assert "rate: 2 slides/h" in status.describe(found)
+    assert "rate: 2,520 slides/h" in status.describe(replace(found, per_hour=2520.4))
 
 
 def test_text_and_json(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
