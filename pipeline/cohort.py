@@ -20,8 +20,7 @@ from pipeline.layout import RunLayout, SlideLayout
 from pipeline.lock import held
 from pipeline.settings import file_sha256
 from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import keywords, manifest_failure, read_manifest, whole_files, write_json
-from pipeline.summary import stage_costs
+from pipeline.stage import keywords, manifest_failure, read_manifest, stage_costs, whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

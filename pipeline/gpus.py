@@ -81,7 +81,7 @@ def _take(name: str, stack: ExitStack) -> bool:
             mine = False
         if mine:  # and not removed meanwhile by who had it before
             stack.push(opened.pop_all())
-            stack.callback(path.unlink)
+            stack.callback(path.unlink, missing_ok=True)  # what empties /tmp may have been there
         return mine
 
 

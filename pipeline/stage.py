@@ -72,6 +72,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of each stage by its name."""
+    return {
+        str(manifest["stage"]): {"seconds": manifest["seconds"], "peak_rss_mb": manifest["peak_rss_mb"]}
+        for manifest in manifests
+    }
+
+
 def manifest_failure(manifest: Mapping[str, Any]) -> Failure | None:
     """The failure a manifest tells of, or None when its stage went well."""
     return Failure(**manifest["failure"]) if manifest["status"] == "failed" else None

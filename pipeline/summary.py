@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pipeline.export import DEFAULT_COLOUR, RANKED
 from pipeline.geojson import origin_of
 from pipeline.grid import Grid
 from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage, stage_costs
 
 if TYPE_CHECKING:
     from pipeline.overview import Region
@@ -136,14 +136,6 @@ def percentiles(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
     values = values[np.isfinite(values)]
     found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)
     return {str(q): rounded(value) for q, value in zip(QUANTILES, found, strict=True)}
-
-
-def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory of each stage by its name."""
-    return {
-        str(manifest["stage"]): {"seconds": manifest["seconds"], "peak_rss_mb": manifest["peak_rss_mb"]}
-        for manifest in manifests
-    }
 
 
 def warnings_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -86,6 +86,14 @@ def test_environment_is_as_before() -> None:
     assert gpus.LENT not in os.environ
 
 
+def test_lock_that_was_cleared_away_is_no_error() -> None:
+    """As by what empties /tmp during a training of days."""
+    with gpus.borrow("cuda"):
+        for lock in gpus.lock_folder().iterdir():
+            lock.unlink()
+    assert os.environ[gpus.VISIBLE] == "3,5"
+
+
 def test_jobs_inside_one_job_of_a_scheduler_share_its_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where snakemake itself was submitted, or several slides go into one job. Others may have the same numbers."""
     taken = []
