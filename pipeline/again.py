@@ -1,4 +1,4 @@
-"""A run that has lost a store to damage starts once more by itself, so that the store is made anew.
+"""A run that has lost a store to damage starts once more by itself, so that the store is made again.
 
 The stage that finds a store damaged removes it and fails. Within a run Snakemake would not make it again: the stage
 that did is finished. A mark stays in its place, at which further tries of the job end at once. When the run has ended,
@@ -38,18 +38,18 @@ def note_damage(store: Path) -> None:
             stream.write(f"{store}\n")
         with suppress(FileNotFoundError):  # another job that found the same takes the mark away, and leaves its own
             store.mkdir(exist_ok=True)
-            (store / _MARK).write_text("The next run makes this store anew.\n", encoding="utf-8")
+            (store / _MARK).write_text("The next run makes this store again.\n", encoding="utf-8")
 
 
 def how_anew() -> str:
     """What to do where a store was damaged."""
     if os.environ.get(NOTES):
-        return "run the same command again, where it does not start by itself: then it is made anew"
+        return "run the same command again, where it does not start by itself: then it is made again"
     return "run the stage that makes it again, then this one"
 
 
 def is_marked(store: Path) -> bool:
-    """Whether a store was damaged, and has not been made anew yet."""
+    """Whether a store was damaged, and has not been made again yet."""
     return (store / _MARK).is_file()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KIND = "nucleus classifier"
 """What the file says it is."""
 
-ANEW = "make it anew: python -m pipeline classifier"
+ANEW = "make it again: python -m pipeline classifier"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class Classifier:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise PipelineError(f"{str(path)!r} is no classifier", "make one: python -m pipeline classifier")
+            raise PipelineError(f"{str(path)!r} is not a classifier", "make one: python -m pipeline classifier")
         try:
             if tuple(found["features"]) != kernel.FEATURES:
                 raise PipelineError(

@@ -62,7 +62,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
             raise PipelineError(
                 f"{nuclei} holds nuclei of model {about['model']['name']!r}, the classifier {classifier.name!r} knows "
                 f"those of {classifier.model['name']!r}",
-                "make it anew with nuclei of this model: python -m pipeline classifier",
+                "make it again with nuclei of this model: python -m pipeline classifier",
             )
         about["classes"] = [{"name": one.name, "color": list(one.color)} for one in classifier.classes]
         about["classifier"] = {"name": classifier.name, "sha256": classifier.sha256}

@@ -85,8 +85,8 @@ _HINTS = {
     errno.EROFS: "choose another folder",
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
-    errno.EIO: "see to the disk or the file server and run the same command again",
-    errno.ESTALE: "see to the file server and run the same command again",
+    errno.EIO: "check the disk or the file server and run the same command again",
+    errno.ESTALE: "check the file server and run the same command again",
 }
 
 

@@ -49,7 +49,7 @@ class SlideError(PipelineError):
 
 
 class DamagedStore(PipelineError):
-    """A store between two stages is not what was written. The stage that finds out removes it, to be made anew.
+    """A store between two stages is not what was written. The stage that finds out removes it, to be made again.
 
     Parameters
     ----------

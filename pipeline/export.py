@@ -53,7 +53,7 @@ MEASUREMENTS = {
 """Columns of the table and what they are called in QuPath, in this order."""
 
 RANKED = tuple(name for name in MEASUREMENTS if name != "orientation")
-"""Those that have percentiles: half a turn is no turn, so angles of axes have neither a least nor a middle one."""
+"""Those that have percentiles: half a turn is not a turn, so angles of axes have neither a least nor a middle one."""
 
 SHOWN = MEASUREMENTS | {"class_probability": "Class probability"}
 """The same with those that only some tables have."""

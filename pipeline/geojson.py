@@ -50,7 +50,7 @@ def read_geojson(path: Path) -> Any:
     except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:
         if of_the_machine(error):
             raise
-        raise PipelineError(f"{path} is no GeoJSON: {error}", "is it damaged?") from None
+        raise PipelineError(f"{path} is not GeoJSON: {error}", "is it damaged?") from None
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
     try:
         yield value
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        raise PipelineError(f"{path} is no {what}: {type(error).__name__} {error}", hint) from None
+        raise PipelineError(f"{path} is not {what}: {type(error).__name__} {error}", hint) from None
 
 
 def iter_features(value: Any) -> Iterator[dict[str, Any]]:
@@ -87,7 +87,7 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
     Raises
     ------
     KeyError, TypeError, AttributeError
-        When `value` is no GeoJSON.
+        When `value` is not GeoJSON.
     """
     if isinstance(value, list):  # as QuPath wrote once
         for item in value:
@@ -196,7 +196,7 @@ def no_areas(what: str, path: Path, why: str) -> SlideError:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def read_areas(
@@ -236,7 +236,7 @@ def read_areas(
     try:
         data = path.read_bytes()
         text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are no coordinates
+        value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are not coordinates
     except FileNotFoundError:
         raise SlideError(f"{what} {path} does not exist", "check the path in the slide table") from None
     except OSError as error:
@@ -266,5 +266,5 @@ def read_areas(
     ) as error:
         raise no_areas(what, path, f"no GeoJSON ({type(error).__name__}: {error})") from None
     if any(not np.isfinite(shapely.get_coordinates(polygons)).all() for _, polygons in found):
-        raise no_areas(what, path, "coordinates that are no numbers")
+        raise no_areas(what, path, "coordinates that are not numbers")
     return found

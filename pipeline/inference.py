@@ -287,7 +287,7 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     digest = hashlib.sha256()
     for number, part in enumerate(parts, start=1):
         link_chunks(part, path, "maps")
-        made = MapStore.open(part)  # read here, so that a part that is damaged is the one that is made anew
+        made = MapStore.open(part)  # read here, so that a part that is damaged is the one that is made again
         for row in _rows_of(Part(number, len(parts)), grid, windows):
             for rows, columns in _chunks(store, grid, row):
                 size = columns.stop - columns.start, rows.stop - rows.start

@@ -116,7 +116,9 @@ def _arrays(value: Any, path: Path) -> dict[str, np.ndarray]:
         content = found[0]
         if all(isinstance(k, str) and isinstance(v, _Array) for k, v in content.items()):
             return {name: array.build() for name, array in content.items()}
-    raise PipelineError(f"{path} holds Python objects that are no dict of arrays", "save the array of instances alone")
+    raise PipelineError(
+        f"{path} holds Python objects that are not a dict of arrays", "save the array of instances alone"
+    )
 
 
 def read_label_map(path: Path) -> np.ndarray:

@@ -115,7 +115,7 @@ def lock_run(folder: Path) -> IO[str] | None:
             file.close()
             raise PipelineError(
                 f"results: {str(path)!r} cannot be locked: {error.strerror}",
-                "see to the file system, or choose another folder: --config results=FOLDER",
+                "check the file system, or choose another folder: --config results=FOLDER",
             ) from None
         locked = False
     try:
@@ -207,7 +207,7 @@ def _take(path: Path) -> IO[str]:
             if error.errno not in _GONE:  # a full disk
                 path.unlink(missing_ok=True)
             raise
-        # What the name stands for, read anew: inodes are answered from memory, or by name, on some file systems.
+        # What the name stands for, read again: inodes are answered from memory, or by name, on some file systems.
         if path.read_text(encoding="utf-8") != mine:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         opened.pop_all()

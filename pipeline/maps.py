@@ -83,7 +83,7 @@ class MapStore:
         except (KeyError, ValueError, TypeError, FileNotFoundError) as error:  # other OSErrors are the machine's
             if is_sealed(Path(path)) and not isinstance(error, FileNotFoundError):
                 raise DamagedStore(Path(path), str(error)) from None
-            raise PipelineError(f"{path} is no store of maps: {error}", "delete it and run again") from None
+            raise PipelineError(f"{path} is not a store of maps: {error}", "delete it and run again") from None
 
     def write(self, x: int, y: int, pixels: np.ndarray) -> None:
         """Write a whole chunk, from any thread.
@@ -103,7 +103,7 @@ class MapStore:
         channels, rows, columns = self.array.chunks
         shape = channels, min(rows, self.grid.height - y), min(columns, self.grid.width - x)
         if x % columns or y % rows or pixels.shape != shape:
-            raise ValueError(f"{pixels.shape} at ({x}, {y}) is no whole chunk of {self.array.chunks}")
+            raise ValueError(f"{pixels.shape} at ({x}, {y}) is not a whole chunk of {self.array.chunks}")
         if not pixels.any():
             return  # as empty chunks are
         if pixels.shape[1:] != (rows, columns):

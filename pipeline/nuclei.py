@@ -69,9 +69,9 @@ def open_nuclei(path: Path) -> pq.ParquetFile:
     except (OSError, pa.ArrowException) as error:
         if of_the_machine(error):
             raise
-        raise PipelineError(f"{path} is no table of nuclei: {error}", "delete it and run again") from None
+        raise PipelineError(f"{path} is not a table of nuclei: {error}", "delete it and run again") from None
     if META_KEY not in (file.schema_arrow.metadata or {}):
-        raise PipelineError(f"{path} is no table of nuclei", "give the nuclei.parquet of a run")
+        raise PipelineError(f"{path} is not a table of nuclei", "give the nuclei.parquet of a run")
     return file
 
 

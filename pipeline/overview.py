@@ -43,6 +43,9 @@ CROP_UM = 128.0
 MAP_WIDTH, CROP_WIDTH = 5.475, (13 - 2 * MARGIN - 2 * 0.4) / 3
 """Inches, on a figure 13 inches wide."""
 
+LEGEND_LETTERS = 30
+"""Letters of a class name that the legend shows."""
+
 COLOUR_MAP = "magma"
 
 Contour = tuple[npt.NDArray[np.float64], Sequence[int]]
@@ -281,7 +284,8 @@ def draw(
     """
     grid = tiles.grid
     wide, tall = map_size(grid.width, grid.height, (MAP_WIDTH, 5.2), 4.2)  # of both maps
-    with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.5) as figure:
+    columns, rows = legend_layout([name for name, _ in legend])
+    with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.3 + 0.2 * rows) as figure:
         heading(figure, slide, "   ·   ".join(facts))
         _draw_tissue(figure, (MARGIN, 1.3, wide, tall), tiles, rings, regions)
         density = density_map(
@@ -298,7 +302,7 @@ def draw(
             note = "no further region with nuclei" if len(centroids) else "no nuclei on this slide"
             write(figure, left + width / 2, top + height / 2, note, ha="center", color=MUTED, fontsize=10)
         if len(legend) > 1:
-            _draw_legend(figure, legend)
+            _draw_legend(figure, legend, columns)
 
 
 def _draw_tissue(
@@ -356,15 +360,28 @@ def _draw_crop(figure: Figure, box: Box, title: str, tiles: Tiles, region: Regio
     scale_bar(axes, mpp)
 
 
-def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Sequence[int]]]) -> None:
+def legend_layout(names: Sequence[str]) -> tuple[int, int]:
+    """Columns and rows of a legend of these names below the panels.
+
+    >>> legend_layout(["Nucleus"]), legend_layout(["Tumour", "Stroma", "Immune"])
+    ((1, 1), (3, 1))
+    >>> legend_layout(["Non-neoplastic epithelial cell"] * 8)
+    (4, 2)
+    """
+    inches = 0.45 + 0.078 * max((min(len(name), LEGEND_LETTERS) for name in names), default=0)
+    columns = max(1, min(len(names), int(2 * (MAP_WIDTH + 0.2) / inches)))
+    return columns, max(1, -(-len(names) // columns))
+
+
+def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Sequence[int]]], columns: int) -> None:
     from matplotlib.patches import Rectangle
 
     shown = figure.legend(
         [Rectangle((0, 0), 1, 1, fc=hex_code(colour), ec="none") for _, colour in legend],
-        [shorten(name, 30) for name, _ in legend],
+        [shorten(name, LEGEND_LETTERS) for name, _ in legend],
         loc="lower left",
         bbox_to_anchor=(MARGIN / 13 - 0.003, 0.003),
-        ncols=min(8, len(legend)),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         handlelength=0.9,

@@ -44,7 +44,7 @@ class Part:
         Raises
         ------
         PipelineError
-            When it is no part.
+            When it is not a part.
         """
         number, _, total = text.partition("/")
         try:

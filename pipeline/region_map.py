@@ -51,7 +51,7 @@ def draw_regions(
     from matplotlib.collections import LineCollection
     from PIL import Image
 
-    # In µm, as the slide is seen where pixels are no squares.
+    # In µm, as the slide is seen where pixels are not squares.
     wide_um, high_um = size[0] * mpp[0], size[1] * mpp[1]
     wide, tall = map_size(wide_um, high_um, (8.3, 7.0), 3.2)
     shown = counts[:SHOWN]

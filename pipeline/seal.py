@@ -129,7 +129,7 @@ def check_kept(store: Path, which: tuple[int, int] | None) -> None:
     if which_store(store) != which:
         raise PipelineError(
             f"{store} was taken away while it was read",
-            "see that no job of an earlier run is left, and run the same command again",
+            "check that no job of an earlier run is left, and run the same command again",
         )
     _check_files(store, _read_seal(store)[0])
 

@@ -214,7 +214,7 @@ def check_same_results(made: Path, config: dict[str, Any]) -> None:
             raise PipelineError(
                 f"results: {str(made.parent)!r} was made with {name} {json.dumps(was)}, not {json.dumps(given)}",
                 "Snakemake has no records of it here: start where that run was started, with results= as it was then; "
-                "or choose another folder, --config results=FOLDER; or have all of it done anew, --forceall",
+                "or choose another folder, --config results=FOLDER; or have all of it done again, --forceall",
             )
 
 
@@ -250,7 +250,7 @@ def check_model(folder: Path) -> dict[str, Any]:
         stated = str(card["sha256"])
     except OSError as error:
         raise PipelineError(
-            f"model {str(folder)!r}: cannot read {card_path.name}: {error.strerror}", "see to the file"
+            f"model {str(folder)!r}: cannot read {card_path.name}: {error.strerror}", "check the file"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise PipelineError(f"model {str(folder)!r}: {card_path.name} is damaged", "get the package again") from None
@@ -258,7 +258,7 @@ def check_model(folder: Path) -> dict[str, Any]:
         found = file_sha256(weights)
     except OSError as error:
         raise PipelineError(
-            f"model {str(folder)!r}: cannot read {weights.name}: {error.strerror}", "see to the file"
+            f"model {str(folder)!r}: cannot read {weights.name}: {error.strerror}", "check the file"
         ) from None
     if found != stated:
         raise PipelineError(

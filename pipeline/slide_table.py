@@ -23,6 +23,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout, folder_name
+from pipeline.stage import read_manifest, whole_files
 
 SUFFIXES = (
     ".ome.tiff",
@@ -78,6 +79,11 @@ def could_be_read(slide: str) -> bool:
         return False
 
 
+def readable(path: str | Path) -> bool:
+    """Whether a file is there and may be read."""
+    return os.path.isfile(path) and os.access(path, os.R_OK)
+
+
 @dataclass(frozen=True)
 class SlideEntry:
     """One slide of a run.
@@ -98,7 +104,7 @@ class SlideEntry:
     Raises
     ------
     PipelineError
-        When the name cannot be a folder's name or `mpp` is no slide's.
+        When the name cannot be a folder's name or `mpp` is not a slide's.
     """
 
     name: str
@@ -188,7 +194,7 @@ def name_problem(name: str) -> str | None:
 
 
 def stem(file_name: str) -> str | None:
-    """Slide name of a file, without blanks around it, or None when its ending is no slide's.
+    """Slide name of a file, without blanks around it, or None when its ending is not a slide's.
 
     >>> stem("a.b .OME.TIFF"), stem("readme.txt")
     ('a.b', None)
@@ -299,7 +305,7 @@ def from_folder(folder: Path) -> SlideTable:
         with os.scandir(folder) as listed:
             folders = {file.name: file.is_dir() for file in listed}
     except OSError as error:
-        raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}", "see to the folder") from None
+        raise PipelineError(f"slides: cannot list {str(folder)!r}: {error.strerror}", "check the folder") from None
     names = sorted(name for name in folders if not name.startswith("."))
     hamamatsu = [name[:-4] for name in names if name.lower().endswith((".vms", ".vmu"))]
     pictures = tuple(f"{slide}{mark}" for slide in hamamatsu for mark in "._(")
@@ -347,7 +353,7 @@ def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
                 if (filled := max((number for number, cell in enumerate(cells, 1) if cell.strip()), default=0))
             ]
     except OSError as error:
-        raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}", "see to the file") from None
+        raise PipelineError(f"slides: cannot read {str(table)!r}: {error.strerror}", "check the file") from None
     except UnicodeDecodeError:
         raise PipelineError(
             f"{where} is not UTF-8 text", "give a folder, a slide, or a table saved as UTF-8 text (.tsv, .csv)"
@@ -393,7 +399,7 @@ def _entry(row: dict[str, str], base: Path) -> SlideEntry:
     try:
         mpp = float(row["mpp"].replace(",", ".")) if row.get("mpp", "").strip() else None
     except ValueError:
-        raise PipelineError(f"mpp is no number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
+        raise PipelineError(f"mpp is not a number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
     files = {column: _place(row[column], base) for column in FILE_COLUMNS if row.get(column, "").strip()}
     # A blank that a spreadsheet keeps unseen would make another slide, or another group.
     extra = {column: cell.strip() for column, cell in row.items() if column not in OWN_COLUMNS}
@@ -469,8 +475,6 @@ def _as_text(table: SlideTable) -> str:
 
 def write_table(table: SlideTable, out: Path) -> None:
     """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
-    from pipeline.stage import whole_files
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_files(out) as (staged,):
         staged.write_text(_as_text(table), encoding="utf-8", newline="")
@@ -483,7 +487,7 @@ def renew_table(table: SlideTable, out: Path) -> None:
 
 
 def check_apart(setting: str, table: SlideTable, run: RunLayout) -> None:
-    """Refuse files that a run would remove and write anew, as they lie where its results go.
+    """Refuse files that a run would remove and write again, as they lie where its results go.
 
     Parameters
     ----------
@@ -545,9 +549,36 @@ def check_same_slides(table: SlideTable, run: RunLayout) -> None:
                 raise PipelineError(
                     f"slide {entry.name!r}: {str(run.results)!r} was made with {column} {was}, not {given}, and "
                     "Snakemake has no records of it here",
-                    f"delete {str(made)!r} to have it done anew; or start where that run was started, with "
+                    f"delete {str(made)!r} to have it done again; or start where that run was started, with "
                     "results= as it was then",
                 )
+
+
+def out_of_reach(table: SlideTable, run: RunLayout) -> dict[str, Path]:
+    """Finished slides of which a file cannot be read, as when its file system is not mounted.
+
+    A run asks them for nothing, so that they keep their results.
+
+    Parameters
+    ----------
+    table : SlideTable
+        The slides.
+    run : RunLayout
+        The run, with their results.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        By the slide's name, the first such file: the slide's own, its tissue mask, truth or regions.
+    """
+    found = {}
+    for entry in table:
+        files = (getattr(entry, column) for column in ("path", *FILE_COLUMNS))
+        lost = next((file for file in files if file is not None and not readable(file)), None)
+        metrics = run.slide(entry.name).metrics
+        if lost is not None and metrics.is_file() and read_manifest(metrics)["status"] == "ok":
+            found[entry.name] = lost
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

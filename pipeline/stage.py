@@ -68,7 +68,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PipelineError(f"{path} is damaged: {error}", "delete it and run again") from None
     if not isinstance(manifest, dict) or manifest.get("status") not in ("ok", "failed"):
-        raise PipelineError(f"{path} is no stage manifest", "delete it and run again")
+        raise PipelineError(f"{path} is not a stage manifest", "delete it and run again")
     return manifest
 
 
@@ -305,7 +305,7 @@ def run_stage(
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
     PipelineError
-        When a store of an earlier stage is damaged. It is removed, so that the next run makes it anew. When one was
+        When a store of an earlier stage is damaged. It is removed, so that the next run makes it again. When one was
         taken away while `body` read it. When the time is over, and the job is tried again.
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)

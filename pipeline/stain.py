@@ -204,8 +204,7 @@ def resolve_method(
     method = model.stain.get("method", "none") if requested == "model" else requested
     if method not in kernel.METHODS:
         raise PipelineError(f"no such stain method: {method!r}", f"one of {', '.join(METHODS)}")
-    if method == "vahadane" and method not in staintools_backend.extractors():
-        raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
+    staintools_backend.check_method(method)
     if strength is None:
         strength = float(model.stain.get("strength", 1.0)) if requested == "model" else 1.0
     if strength == 0:

@@ -29,7 +29,8 @@ from pipeline.kernels.stain import OWN_EXTRACTORS, Extractor, StainFitError
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install staintools spams-bin, or the extra `stain` of this package"
+INSTALL = "pip install --no-deps staintools spams-bin"
+"""Without staintools' dependencies: its OpenCV would take the place of the one without displays."""
 
 VAHADANE_ITERATIONS = 1000
 """Mini-batches of 512 pixels of the dictionary learning; from then on the vectors move by less than 0.01."""
@@ -114,8 +115,24 @@ def vahadane(rgb: np.ndarray) -> np.ndarray:
 def _require(name: str) -> Any:
     module = _module(name)
     if module is None:
-        raise PipelineError("stain method vahadane needs staintools and SPAMS, which cannot be imported", INSTALL)
+        raise _missing()
     return module
+
+
+def _missing() -> PipelineError:
+    return PipelineError("stain method vahadane needs staintools and SPAMS, which cannot be imported", INSTALL)
+
+
+def check_method(method: str) -> None:
+    """Refuse a stain method whose extractor is not installed.
+
+    Raises
+    ------
+    PipelineError
+        For Vahadane's, where staintools or SPAMS is missing.
+    """
+    if method == "vahadane" and not available():
+        raise _missing()
 
 
 def extractors() -> dict[str, Extractor]:

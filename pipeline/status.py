@@ -99,7 +99,7 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
     Raises
     ------
     PipelineError
-        When the folder is no results folder, or a manifest is damaged.
+        When the folder is not a results folder, or a manifest is damaged.
     """
     layout = RunLayout(results)
     if slides is None and not layout.slide_table.is_file():
@@ -208,7 +208,7 @@ def closing_words(results: Path, failed: bool) -> str:
     Raises
     ------
     PipelineError
-        When the folder is no results folder, or a manifest is damaged.
+        When the folder is not a results folder, or a manifest is damaged.
     """
     layout, now = RunLayout(results), time.time()
     status = run_status(results, now=now)

@@ -36,7 +36,7 @@ BAND_PIXELS = 1 << 24
 """Pixels that are compared at once."""
 
 FRAME = 50
-"""An annotation of more than so many times the median area of a file's outlines is no nucleus."""
+"""An annotation of more than so many times the median area of a file's outlines is not a nucleus."""
 
 _POLYGONS_AT_ONCE = 50_000
 
@@ -217,7 +217,7 @@ def _kinds(content: Any, labels: np.ndarray, path: Path) -> np.ndarray | None:
     if whole.shape != labels.shape or np.any(whole != kinds) or whole.min(initial=0) < 0:
         shape = " x ".join(map(str, kinds.shape))
         raise PipelineError(
-            f"{path}: the classes are no whole numbers from 0 on, one for each pixel of the instances ({shape})",
+            f"{path}: the classes are not whole numbers from 0 on, one for each pixel of the instances ({shape})",
             "save both maps of one image",
         )
     return whole
@@ -355,9 +355,9 @@ def _polygon_batches(
         for ring in (ring for part in parts for ring in part):
             corners = np.array(ring, np.float64)
             if corners.ndim != 2 or corners.shape[1] < 2:
-                raise ValueError("a ring is no list of points")
+                raise ValueError("a ring is not a list of points")
             if not (np.abs(corners[:, :2]) < MAX_COORDINATE).all():
-                raise ValueError("a corner is no number of pixels")
+                raise ValueError("a corner is not a number of pixels")
             points.append(corners[:, :2] + origin)
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
@@ -367,7 +367,7 @@ def _polygon_batches(
     if others and not any_polygon:
         raise ValueError(f"found a {others[0]}")
     if others:
-        log.warning("%d objects that are no polygons are left out, first a %s", len(others), others[0])
+        log.warning("%d objects that are not polygons are left out, first a %s", len(others), others[0])
     if polygons:
         yield len(polygons), _outlines(points, polygons)
 

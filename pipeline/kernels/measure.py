@@ -245,7 +245,7 @@ class StainSums:
     matrix : numpy.ndarray
         Stain matrix, ``(2, 3)``, rows hematoxylin and eosin.
     white : numpy.ndarray, optional
-        OD of the glass in each channel, ``(3,)``, which is no stain; none without it.
+        OD of the glass in each channel, ``(3,)``, which is not a stain; none without it.
     """
 
     SCALE = 4096

@@ -5,7 +5,7 @@ Conventions
 Optical density is natural, ``OD = -ln((I + 1) / 256)`` for an 8-bit value ``I``: 255 is exactly 0, 0 is ``ln 256``, and
 nothing has to be excepted. The way back is ``I = 256 exp(-OD) - 1`` with OD clamped to 0..ln 256 and the result rounded
 to the nearest integer, ties to even. A pixel is tissue when the mean OD of its channels is at least `TISSUE_OD` and
-green is absorbed at least `INK_RATIO` times as much as red (it is no ink). Stain matrices hold one unit vector a row,
+green is absorbed at least `INK_RATIO` times as much as red (it is not ink). Stain matrices hold one unit vector a row,
 hematoxylin first, then eosin: ``OD = concentrations @ matrix``. Lab is CIE L*a*b* of sRGB under D65, L in 0..100.
 """
 
@@ -29,7 +29,7 @@ WHITE_SHARE = 0.005
 """Share of the pixels that are brighter than what counts as glass."""
 
 WHITE_OD = 0.1
-"""Mean OD from which the brightest pixels are no glass."""
+"""Mean OD from which the brightest pixels are not glass."""
 
 INK_RATIO = 0.7
 """OD of green over OD of red below which a pixel is blue or green ink: no mixture of hematoxylin and eosin is so."""

@@ -181,7 +181,7 @@ def remove_small(mask: np.ndarray, pixels: float) -> np.ndarray:
 
 
 def fill_small(mask: np.ndarray, pixels: float) -> np.ndarray:
-    """Fill 4-connected holes of a bool mask that are smaller than a number of pixels; bays at the edge are no holes."""
+    """Fill 4-connected holes of a bool mask of fewer than a number of pixels; bays at the edge are not holes."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
     small = stats[:, cv2.CC_STAT_AREA] < pixels
     left, top = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_TOP]

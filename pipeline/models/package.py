@@ -168,7 +168,7 @@ class ModelPackage:
         if verify and (found := file_sha256(package.weights)) != package.sha256:
             raise PipelineError(
                 f"model {folder}: the weights' sha256 is {found[:12]}…, the card says {package.sha256[:12]}…",
-                "fetch the model again or pack it anew",
+                "fetch the model again or pack it again",
             )
         return package
 

@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ImageNetNormalise(nn.Module):
     """Bring RGB in [0, 1] to the mean and standard deviation of ImageNet.
 
-    The constants are no part of the state, so packages do not carry them.
+    The constants are not part of the state, so packages do not carry them.
     """
 
     mean: Tensor

@@ -78,7 +78,7 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
                 raise
     if slide is None:
         raise SlideError(
-            "is no slide that OpenSlide, tiffslide or Pillow can read"
+            "is not a slide that OpenSlide, tiffslide or Pillow can read"
             if reader == "auto"
             else f"{reader} cannot read this file",
             "check that the file is a whole-slide image or an image" if reader == "auto" else "try `reader: auto`",
@@ -91,7 +91,7 @@ def _check_file(path: Path, before: bool) -> None:
         if path.is_dir():
             raise SlideError(f"{path.name} is a folder, not a slide file", "give the slide's file")
         if path.exists() and not path.is_file():
-            raise SlideError(f"{path.name} is no regular file", "give the slide's file")
+            raise SlideError(f"{path.name} is not a regular file", "give the slide's file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise SlideError("file is empty", "copy the slide again")
@@ -104,7 +104,7 @@ def _check_file(path: Path, before: bool) -> None:
         if isinstance(error, FileNotFoundError):
             if path.is_symlink():
                 raise SlideError(
-                    f"{path} is a link to {path.readlink()}, which does not exist", "mend the link"
+                    f"{path} is a link to {path.readlink()}, which does not exist", "fix the link"
                 ) from None
             raise SlideError(f"{path} does not exist", "check the path in the slide table") from None
         if isinstance(error, PermissionError):

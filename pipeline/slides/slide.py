@@ -232,7 +232,7 @@ def gone(path: Path, error: OSError) -> PipelineError:
     """What to raise where a file can no longer be read."""
     return PipelineError(
         f"{path} could be read before, and now: {error.strerror or error}",
-        "see that its folder is mounted, and run the same command again",
+        "check that its folder is mounted, and run the same command again",
     )
 
 

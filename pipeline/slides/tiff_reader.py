@@ -228,7 +228,7 @@ def _size(series: Any) -> tuple[int, int]:
 
 
 def _fourth_is_nothing(page: Any) -> bool:
-    """Whether the fourth sample is no transparency, nor the black of CMYK, but of a kind that its writer left open."""
+    """Whether the fourth sample is not transparency, nor the black of CMYK, but of a kind that its writer left open."""
     extra = [int(value) for value in page.extrasamples[:1]]
     return int(page.samplesperpixel) == 4 and int(page.photometric) != 5 and extra not in ([1], [2])
 
@@ -241,7 +241,7 @@ def _without_fourth(pixels: np.ndarray, page: Any) -> np.ndarray:
 
 
 def main_image(tif: Any) -> tuple[int, int]:
-    """The largest image of a TIFF, open in tifffile, that is no label, macro or thumbnail.
+    """The largest image of a TIFF, open in tifffile, that is not a label, macro or thumbnail.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Adversarial training: a discriminator beside the network, and what it makes of the network's output.
 
 The trainer optimises the network as in any training; the discriminator has an optimiser of its own, steps inside the
-network's training step, and is no part of the module's weights: what is averaged, kept as the best and packed is the
+network's training step, and is not part of the module's weights: what is averaged, kept as the best and packed is the
 network alone. Checkpoints hold both.
 """
 

@@ -295,7 +295,7 @@ def gather(
             raise PipelineError(f"{first} and {path} are of one slide, {slide}", "keep one of them")
         objects = read_objects(path, colours, origin_of(read_manifest(layout.slide(slide).inspect), origin))
         if text := stub_text(nuclei):
-            raise PipelineError(f"{path.name}: {text}", "mend the slide, or take the export away")
+            raise PipelineError(f"{path.name}: {text}", "fix the slide, or take the export away")
         with open_nuclei(nuclei) as file:
             table = file.read(columns=list(Measured.COLUMNS))
         here = about_nuclei(table.schema)["model"]
@@ -533,7 +533,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline classifier``."""
     if not args.annotations.is_dir():
-        raise PipelineError(f"--annotations {str(args.annotations)!r} is no folder", "give the folder of the exports")
+        raise PipelineError(
+            f"--annotations {str(args.annotations)!r} is not a folder", "give the folder of the exports"
+        )
     made = make_classifier(args.out.stem, *gather(args.results, args.annotations, args.origin))
     made.save(args.out)
     print("\n".join(table(made.scores)))

@@ -36,12 +36,12 @@ def factor_of(member: ModelPackage, mpp: float) -> int:
     Raises
     ------
     PipelineError
-        When it is no whole number.
+        When it is not a whole number.
     """
     factor = round(member.mpp / mpp)
     if abs(member.mpp / mpp - factor) > 1e-6:
         raise PipelineError(
-            f"model {member.folder} works at {member.mpp:g} µm/px, which is no whole multiple of {mpp:g}",
+            f"model {member.folder} works at {member.mpp:g} µm/px, which is not a whole multiple of {mpp:g}",
             "join models whose pixel sizes are multiples of the finest one",
         )
     return factor
@@ -53,8 +53,8 @@ def check_alike(members: Sequence[ModelPackage]) -> None:
     Raises
     ------
     PipelineError
-        When there are fewer than two, one finds instances itself or is no network, or they differ in heads, classes or
-        stain; one line.
+        When there are fewer than two, one finds instances itself or is not a network, or they differ in heads, classes
+        or stain; one line.
     """
     if len(members) < 2:
         raise PipelineError(f"an ensemble of {len(members)} model", "name at least two")
@@ -71,7 +71,7 @@ def check_alike(members: Sequence[ModelPackage]) -> None:
                 "join models that give maps",
             )
         if one.network not in NETWORKS and one.network != ENSEMBLE:
-            raise PipelineError(f"model {one.folder}: {one.network} is no network", "join trained networks")
+            raise PipelineError(f"model {one.folder}: {one.network} is not a network", "join trained networks")
         for what, value in traits(one).items():
             if value != first[what]:
                 raise PipelineError(
@@ -148,13 +148,13 @@ def take_apart(package: ModelPackage) -> list[tuple[ModelPackage, bytes]]:
     Raises
     ------
     PipelineError
-        When it is no ensemble.
+        When it is not an ensemble.
     """
     from safetensors.torch import load, save
 
     if package.network != ENSEMBLE or not package.members:
         raise PipelineError(
-            f"model {package.folder} is no ensemble", "name a package that `python -m pipeline ensemble` has packed"
+            f"model {package.folder} is not an ensemble", "name a package that `python -m pipeline ensemble` has packed"
         )
     state, card = load(package.weights.read_bytes()), package.to_json()
     found = []

@@ -72,7 +72,7 @@ class Field:
                     "give every class a name",
                 )
         if not (math.isfinite(self.mpp) and 0.05 <= self.mpp <= 5):
-            raise PipelineError(f"field {self.name}: mpp {self.mpp} is no pixel size in µm", "set the source's mpp")
+            raise PipelineError(f"field {self.name}: mpp {self.mpp} is not a pixel size in µm", "set the source's mpp")
 
 
 def at_mpp(image: np.ndarray, mpp: float, wanted: float) -> np.ndarray:

@@ -23,7 +23,7 @@ def craft_distance(labels: np.ndarray) -> np.ndarray:
     """Distance to the instance's own border, 1 at its deepest point, 0 outside.
 
     Every instance is transformed by itself, so that the value falls to nearly 0 where two nuclei touch. The field's
-    edge is no border: samples that reach beyond it are mirrored there, and show such a nucleus whole.
+    edge is not a border: samples that reach beyond it are mirrored there, and show such a nucleus whole.
 
     Parameters
     ----------

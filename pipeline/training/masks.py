@@ -84,7 +84,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Height and width from ``WIDTHxHEIGHT``."""
     match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", text.strip())
     if match is None or "0" in (match[1].lstrip("0") or "0", match[2].lstrip("0") or "0"):
-        raise PipelineError(f"--size {text!r} is no size", "write WIDTHxHEIGHT, as in 1000x1000")
+        raise PipelineError(f"--size {text!r} is not a size", "write WIDTHxHEIGHT, as in 1000x1000")
     return int(match[2]), int(match[1])
 
 

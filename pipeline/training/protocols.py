@@ -34,7 +34,7 @@ def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         if any(len(row) != 4 for classes in counts for row in classes.values()):
             raise PipelineError(
                 f"{folder}/evaluation.json: an older version of the pipeline has counted the classes",
-                "delete evaluation*.json in that folder and run again: the network is scored anew, not trained",
+                "delete evaluation*.json in that folder and run again: the network is scored again, not trained",
             )
         runs[name] = {
             "evaluation": evaluation,

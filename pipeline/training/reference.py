@@ -45,7 +45,7 @@ MIN_TISSUE = 0.7
 """Least share of tissue in a reference."""
 
 QUANTILE = 0.25
-"""Quantile of sharpness and of nuclear area below which a field is no reference."""
+"""Quantile of sharpness and of nuclear area below which a field is not a reference."""
 
 THUMBNAIL = 176
 
@@ -100,7 +100,7 @@ class Candidate:
     look : Look or None
         None where the stain cannot be fitted.
     refused : tuple of str
-        Why it is no reference; empty for those that may be.
+        Why it is not a reference; empty for those that may be.
     distance : float or None
         To the median of all fields, see `colour_space`.
     nearest : str or None
@@ -298,10 +298,8 @@ def select_references(fields: Sequence[Field], k: int = 1) -> Selection:
 def _extractors(method: str) -> dict[str, Extractor]:
     found: dict[str, Extractor] = {"macenko": extract_macenko}
     if method == "vahadane":
-        known = staintools_backend.extractors()
-        if method not in known:
-            raise PipelineError("stain method vahadane needs staintools and SPAMS", staintools_backend.INSTALL)
-        found[method] = known[method]
+        staintools_backend.check_method(method)
+        found[method] = staintools_backend.vahadane
     return found
 
 
@@ -316,7 +314,7 @@ def stain_reference(one: Field, method: str = "macenko") -> dict[str, Any]:
     try:
         return fit_reference(one.image, _extractors(method))
     except StainFitError as error:
-        raise NoReferenceError(f"{one.name} is no stain reference: {error}", "choose another field") from None
+        raise NoReferenceError(f"{one.name} is not a stain reference: {error}", "choose another field") from None
 
 
 def choose_reference(
@@ -354,7 +352,7 @@ def choose_reference(
         name = selection.chosen[0]
     chosen = next((one for one in fields if one.name == name), None)
     if chosen is None:
-        raise PipelineError(f"the stain reference {name!r} is no training field", "give a field's name, or auto")
+        raise PipelineError(f"the stain reference {name!r} is not a training field", "give a field's name, or auto")
     return chosen, stain_reference(chosen, method)
 
 
@@ -478,7 +476,7 @@ def _sources(args: argparse.Namespace) -> list[dict[str, Any]]:
             (text for text, (kind, _, path) in zip(args.data, pairs, strict=True) if not (kind and path)), None
         )
         if wrong is not None:
-            raise PipelineError(f"{wrong!r} is no data source", "write KIND=FOLDER, as in labels=data/mine")
+            raise PipelineError(f"{wrong!r} is not a data source", "write KIND=FOLDER, as in labels=data/mine")
         sources = [{"kind": kind, "path": path, "name": Path(path).name or kind} for kind, _, path in pairs]
     if not sources:
         raise PipelineError("no data source is given", "write KIND=FOLDER, or --config-json FILE")
@@ -490,7 +488,7 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.training.files import read_json
 
     if args.count < 1:
-        raise PipelineError(f"--count {args.count} is no number of references", "at least 1")
+        raise PipelineError(f"--count {args.count} is not a number of references", "at least 1")
     fields = load_fields(_sources(args))
     if args.split is not None:
         split = read_json(args.split)
@@ -504,5 +502,5 @@ def main(args: argparse.Namespace) -> int:
         served = sum(one.nearest == name for one in selection.candidates)
         print(f"{name}: nearest to {served} of {len(fields)} fields")
     refused = sum(bool(one.refused) for one in selection.candidates)
-    print(f"{refused} of {len(fields)} fields are no candidates; reasons in {args.out / 'reference.json'}")
+    print(f"{refused} of {len(fields)} fields are not candidates; reasons in {args.out / 'reference.json'}")
     return 0

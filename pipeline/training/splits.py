@@ -84,7 +84,7 @@ class SplitSettings:
         if self.strata not in STRATA:
             raise PipelineError(f"split: strata {self.strata!r}", f"choose from {', '.join(STRATA)}")
         if not 0 < self.test < 1:
-            raise PipelineError(f"split: test {self.test} is no share", "use a number between 0 and 1")
+            raise PipelineError(f"split: test {self.test} is not a share", "use a number between 0 and 1")
         if self.folds < 2 or not 0 <= self.fold < self.folds:
             raise PipelineError(
                 f"split: fold {self.fold} of {self.folds}", "use at least 2 folds, numbered from 0 to one less"
@@ -308,7 +308,7 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
             parts["train"].append(one.name)
     unknown = [e for entries in lists.values() for e in entries if e not in used]
     if unknown:
-        raise PipelineError(f"split: {unknown[0]!r} is no patient and begins no field's name", "correct the list")
+        raise PipelineError(f"split: {unknown[0]!r} is not a patient and begins no field's name", "correct the list")
     patient = {f.name: f.patient for f in fields}
     if n_validation and not lists["validation"]:
         rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source)

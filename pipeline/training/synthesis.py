@@ -203,7 +203,7 @@ def read_originals(training: dict[str, Any], out: Path, size: int) -> tuple[Orig
     training : dict
         The ``train:`` section.
     out : pathlib.Path
-        Folder of the synthetic fields, which is no source of itself; nor is any other such folder.
+        Folder of the synthetic fields, which is not a source of itself; nor is any other such folder.
     size : int
         Side of the tiles.
 

@@ -1,7 +1,7 @@
 """What the losses compare a network's output with, and how it travels from the fields to them.
 
 Maps that keep their values when a sample is turned, mirrored or zoomed (nucleus, distance, contour, seam) are crafted
-once a field and warped along with the image. What does not (h/v, classes, instances) is crafted anew from the warped
+once a field and warped along with the image. What does not (h/v, classes, instances) is crafted again from the warped
 label map, so that the h/v maps of a mirrored nucleus point the right way. Samples are uint8 throughout.
 """
 

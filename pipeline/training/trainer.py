@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Learner(lightning.LightningModule):
-    """What a trainer trains, ended by a loss that is no number."""
+    """What a trainer trains, ended by a loss that is not a number."""
 
     network: nn.Module
     _last: tuple[int, Tensor] | None = None
@@ -351,5 +351,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first = " ".join(str(error).split())[:120]
-        raise PipelineError(f"checkpoint {path} cannot be read: {first}", "delete it to begin anew") from None
+        raise PipelineError(f"checkpoint {path} cannot be read: {first}", "delete it to begin again") from None
     return checkpoint

@@ -30,7 +30,7 @@ atexit.register(print, "cleaned up")
 if "damage" in sys.argv and (start == 1 or "always" in sys.argv):
     for name in ("tiles.zarr", "tiles.zarr", "maps.zarr"):
         note_damage(Path(name))
-    Path("maps.zarr", "DAMAGED.txt").unlink()  # as when it was made anew
+    Path("maps.zarr", "DAMAGED.txt").unlink()  # as when it was made again
 try:
     for name in {"INT", "TERM"}.intersection(sys.argv):
         os.kill(os.getpid(), getattr(signal, f"SIG{name}"))

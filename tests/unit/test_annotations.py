@@ -229,7 +229,7 @@ def test_masks_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([str(tmp_path / "absent")], "is missing"),
         ([str(path)], "a.xml: no image a.* in"),
         ([str(path), "--images", str(tmp_path / "damaged.png")], "damaged.png cannot be read"),
-        ([str(path), "--size", "big"], "--size 'big' is no size"),
+        ([str(path), "--size", "big"], "--size 'big' is not a size"),
         ([str(path), "--size", "90000x90000"], "are too many"),
     ]:
         assert cli(["masks", arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 2
@@ -242,7 +242,7 @@ def test_masks_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("text", ["", "0x5", "5x00", "5", "-5x5", "5x5x5", "5.0x5"])
 def test_sizes(text: str) -> None:
     assert parse_size("1000x800") == (800, 1000)
-    with pytest.raises(PipelineError, match="is no size"):
+    with pytest.raises(PipelineError, match="is not a size"):
         parse_size(text)
 
 

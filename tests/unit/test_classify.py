@@ -168,7 +168,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "other"}, "is no classifier"),
+        ({"kind": "other"}, "is not a classifier"),
         ({"features": ["area"]}, "of another version"),
         ({"weights": [[1.0, 2.0]]}, "weights must be"),
         ({"mean": [None] * len(kernel.FEATURES)}, "damaged"),
@@ -199,7 +199,7 @@ def test_what_is_no_classifier_is_one_line(tmp_path: Path, content: bytes | None
     path = tmp_path / "c.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PipelineError, match="is missing" if content is None else "is no classifier"):
+    with pytest.raises(PipelineError, match="is missing" if content is None else "is not a classifier"):
         check_classifier(path, MODEL)
 
 

@@ -84,8 +84,8 @@ def test_our_errors_are_one_line(
     ("number", "what"),
     [
         (errno.ENOSPC, "No space left on device (make room there and run the same command again)"),
-        (errno.EIO, "Input/output error (see to the disk or the file server and run the same command again)"),
-        (errno.ESTALE, "Stale file handle (see to the file server and run the same command again)"),
+        (errno.EIO, "Input/output error (check the disk or the file server and run the same command again)"),
+        (errno.ESTALE, "Stale file handle (check the file server and run the same command again)"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(

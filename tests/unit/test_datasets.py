@@ -126,9 +126,9 @@ def test_empty_folders_are_one_line(tmp_path: Path) -> None:
     fails("conic", tmp_path, r"images\.npy is missing")
     fails("monusac", tmp_path, "no XML under")
     fails("nuinsseg", tmp_path, "no folder ORGAN/tissue images")
-    fails("nucls", tmp_path, "images is no folder")
-    fails("monuseg", tmp_path, "images is no folder")
-    fails("labels", tmp_path / "absent", "absent is no folder")
+    fails("nucls", tmp_path, "images is not a folder")
+    fails("monuseg", tmp_path, "images is not a folder")
+    fails("labels", tmp_path / "absent", "absent is not a folder")
     (tmp_path / "images").mkdir()
     fails("labels", tmp_path, "no images in")
 
@@ -278,7 +278,7 @@ def test_table_tells_patients(tmp_path: Path) -> None:
         ("field,patient\nf0,A\n", "field 'f1' of labels is not in its table"),
         ("field\tpatient\nf0\tA\n", "no column 'field'"),
         ("field,patient\nf0,A\nf0,B\n", "line 3: field 'f0' is there twice"),
-        ("field,mpp\nf0,fine\n", "mpp is no number: 'fine'"),
+        ("field,mpp\nf0,fine\n", "mpp is not a number: 'fine'"),
     ]:
         table.write_text(text)
         fails("labels", root, reason, table=str(table))

@@ -116,7 +116,7 @@ def test_taken_apart_members_are_what_they_were(
     assert main(["ensemble", "--apart", f"--out={tmp_path / 'parts'}", str(both.folder)]) == 0
     for one in pair:
         assert ModelPackage.load(tmp_path / "parts" / one.name, verify=True) == one
-    for models, words in (([pair[0]], "no ensemble"), ([both], "holds a model"), (pair, "with 2 models")):
+    for models, words in (([pair[0]], "is not an ensemble"), ([both], "holds a model"), (pair, "with 2 models")):
         assert main(["ensemble", "--apart", f"--out={tmp_path / 'parts'}", *(str(m.folder) for m in models)]) == 2
         assert words in capsys.readouterr().err
 
@@ -203,8 +203,8 @@ def test_what_has_no_mean_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
             "differ in stain normalisation",
         ),
         "classes": (member(tmp_path / "classes", classes=(NucleusClass("Cell", (1, 2, 3)),)), "differ in classes"),
-        "mpp": (member(tmp_path / "mpp", mpp=0.3), "works at 0.5 µm/px, which is no whole multiple of 0.3"),
-        "rules": (replace(a, network="hematoxylin", network_args={}), "hematoxylin is no network"),
+        "mpp": (member(tmp_path / "mpp", mpp=0.3), "works at 0.5 µm/px, which is not a whole multiple of 0.3"),
+        "rules": (replace(a, network="hematoxylin", network_args={}), "hematoxylin is not a network"),
         "boxes": (replace(a, network="maskrcnn-small", network_args={}), "maskrcnn-small finds instances itself"),
     }
     for one, message in others.values():

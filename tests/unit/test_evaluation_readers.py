@@ -285,13 +285,13 @@ def write_bad(folder: Path) -> dict[str, Path]:
         ("colour.png", "coloured picture"),
         ("text.png", "cannot be read"),
         ("text.tif", "cannot be read"),
-        ("text.geojson", "is no GeoJSON"),
-        ("cut.geojson.gz", "is no GeoJSON"),
+        ("text.geojson", "is not GeoJSON"),
+        ("cut.geojson.gz", "is not GeoJSON"),
         ("point.geojson", "found a Point"),
-        ("ring.geojson", "no GeoJSON of polygons"),
-        ("far.geojson", "no number of pixels"),
-        ("nowhere.geojson", "no GeoJSON of polygons: KeyError 'geometry'"),
-        ("table.parquet", "no table of nuclei"),
+        ("ring.geojson", "not GeoJSON of polygons"),
+        ("far.geojson", "not a number of pixels"),
+        ("nowhere.geojson", "not GeoJSON of polygons: KeyError 'geometry'"),
+        ("table.parquet", "not a table of nuclei"),
         ("note.txt", "unknown kind of file"),
         ("absent.png", "is missing"),
     ],
@@ -578,7 +578,7 @@ def test_classes_of_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for kind in (kinds[:-1], kinds - 1, kinds + 0.5):
         both = {"inst_map": labels, "type_map": kind}
         np.save(tmp_path / "bad.npy", both, allow_pickle=True)  # type: ignore[arg-type]
-        with pytest.raises(PipelineError, match=r"bad\.npy: the classes are no whole numbers .*one for each pixel"):
+        with pytest.raises(PipelineError, match=r"bad\.npy: the classes are not whole numbers .*one for each pixel"):
             readers.load(tmp_path / "bad.npy")
 
 

@@ -302,5 +302,5 @@ def test_what_is_no_table_is_one_line(tmp_path: Path) -> None:
     paths = RunLayout(tmp_path).slide("a")
     paths.root.mkdir(parents=True)
     paths.nuclei.write_text("nonsense")
-    with pytest.raises(PipelineError, match="no table of nuclei"):
+    with pytest.raises(PipelineError, match="not a table of nuclei"):
         write_labels(paths.nuclei, tmp_path / "a.zarr")

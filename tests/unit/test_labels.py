@@ -111,7 +111,7 @@ def test_bad_sources_are_one_line(tmp_path: Path) -> None:
         ({"kind": "labels", "path": other}, "the image is"),
         ({"kind": "labels", "path": empty}, "no images"),
         ({"kind": "labels", "path": nothing, "mpp": 0.5}, "hold no nucleus"),
-        ({"kind": "labels", "path": tmp_path / "absent"}, "is no folder"),
+        ({"kind": "labels", "path": tmp_path / "absent"}, "is not a folder"),
         ({"kind": "magic", "path": half}, "unknown kind"),
     ]:
         with pytest.raises(PipelineError, match=message):

@@ -114,7 +114,7 @@ PLACES = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 100.0)]
             ],
             ["", "", "A", "Immune cells", "lost 0 0"],
         ),
-        # What is no class of nuclei.
+        # What is not a class of nuclei.
         (
             [
                 feature(box(90, 90, 500, 120), "Region*"),
@@ -149,7 +149,7 @@ def test_exports_that_count_from_the_scan(tmp_path: Path) -> None:
 )
 def test_what_is_no_export_is_one_line(tmp_path: Path, value: Any) -> None:
     (tmp_path / "a.geojson").write_text(json.dumps(value))
-    with pytest.raises(PipelineError, match="is no GeoJSON of QuPath") as raised:
+    with pytest.raises(PipelineError, match="is not GeoJSON of QuPath") as raised:
         learning.read_objects(tmp_path / "a.geojson", {})
     assert "\n" not in str(raised.value)
 
@@ -251,7 +251,7 @@ def test_a_slide_without_results_and_two_models(tmp_path: Path, capsys: pytest.C
     assert main(words) == 2
     assert "slide 'b' was run with another model" in capsys.readouterr().err
     assert main([*words[:2], f"--annotations={tmp_path / 'nowhere'}", words[3]]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert main(["classifier", f"--results={tmp_path / 'ann'}", *words[2:]]) == 2
     assert "has no slides.tsv" in capsys.readouterr().err
     path.write_text("slide 'b' failed at tissue: too white")

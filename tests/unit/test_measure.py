@@ -175,7 +175,7 @@ def test_hulls_are_those_of_geos(sets: list[list[tuple[int, int]]], shift: int) 
 
 
 def test_outlines_off_the_lattice_have_hulls_too() -> None:
-    # The second is no outline of the stage before: its points lie anywhere.
+    # The second is not an outline of the stage before: its points lie anywhere.
     square, odd = shapely.box(10, 10, 14, 12), shapely.Polygon([(0, 0), (4.1, 0), (2.3, 1), (4, 4.7), (0, 4)])
     found = shapes(square, odd)["solidity"]
     assert found == pytest.approx([1, odd.area / odd.convex_hull.area])

@@ -134,7 +134,7 @@ def test_parts_give_the_bytes_of_the_whole(
         assert not (tmp_path / "m").exists()
     write_json(manifest_of(parts[1]), as_it_was)
     assert main(join) == 0
-    # A part that is damaged is the one that goes, to be made anew.
+    # A part that is damaged is the one that goes, to be made again.
     chunk = next(path for path in (parts[2] / "maps" / "c").rglob("*") if path.is_file())
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 4

@@ -293,12 +293,12 @@ def test_bad_exports_are_one_line(tmp_path: Path, source: Write) -> None:
             {},
             "2 of 3 nuclei lie outside the slide of 700 x 520",
         ),
-        ([feature(box(0, 0, 400, 400)), *nuclei()], {}, r"the object at \(0, 0\) of 10000 µm² is no nucleus"),
+        ([feature(box(0, 0, 400, 400)), *nuclei()], {}, r"the object at \(0, 0\) of 10000 µm² is not a nucleus"),
         ([feature({"type": "LineString", "coordinates": [[0, 0], [5, 5]]}, name="Region*")], {}, "encloses nothing"),
-        ([{"type": "Feature", "properties": {}}], {}, "no GeoJSON of QuPath: KeyError 'geometry'"),
-        ([feature({"type": "Polygon", "coordinates": [["a"]]})], {}, "no GeoJSON of QuPath"),
-        ([feature({"type": "Polygon", "coordinates": [[[0, 0], [1e300, 0], [1, 1]]]})], {}, "no list of points"),
-        ([feature({"type": "Polygon"})], {}, "no GeoJSON of QuPath: KeyError 'coordinates'"),
+        ([{"type": "Feature", "properties": {}}], {}, "not GeoJSON of QuPath: KeyError 'geometry'"),
+        ([feature({"type": "Polygon", "coordinates": [["a"]]})], {}, "not GeoJSON of QuPath"),
+        ([feature({"type": "Polygon", "coordinates": [[[0, 0], [1e300, 0], [1, 1]]]})], {}, "not a list of points"),
+        ([feature({"type": "Polygon"})], {}, "not GeoJSON of QuPath: KeyError 'coordinates'"),
         ([region], {"field_size": 5}, "field_size 5"),
         ([region], {"regions": [""]}, "regions name nothing"),
         ([region], {"slides": str(tmp_path / "absent")}, "does not exist"),
@@ -318,7 +318,7 @@ def test_unmatched_and_damaged_files_are_one_line(tmp_path: Path, source: Write)
         of(good)
     (annotations / "other.geojson").unlink()
     (annotations / "s.geojson").write_bytes(b'{"type": "FeatureCollection", "features": [')
-    with pytest.raises(PipelineError, match="is no GeoJSON"):
+    with pytest.raises(PipelineError, match="is not GeoJSON"):
         of(good)
     (annotations / "s.geojson.gz").write_bytes(gzip.compress(b"[]")[:10])
     with pytest.raises(PipelineError, match="are of one slide"):

@@ -98,9 +98,9 @@ def test_no_reference_is_one_line() -> None:
     grey = Field("g", "s", "g", "", 0.5, np.full((50, 50, 3), 128, np.uint8), np.ones((50, 50), np.int32))
     with pytest.raises(PipelineError, match="no training field's stain can be fitted"):
         select_references([grey])
-    with pytest.raises(PipelineError, match="g is no stain reference"):
+    with pytest.raises(PipelineError, match="g is not a stain reference"):
         stain_reference(grey)
-    with pytest.raises(PipelineError, match="'x' is no training field"):
+    with pytest.raises(PipelineError, match="'x' is not a training field"):
         choose_reference([field("a")], "x")
 
 
@@ -206,8 +206,8 @@ def test_command(fields: list[Field], tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     for arguments, reason in [
         ([], "no data source is given"),
-        (["labels"], "'labels' is no data source"),
-        (["labels=/absent"], "is no folder"),
+        (["labels"], "'labels' is not a data source"),
+        (["labels=/absent"], "is not a folder"),
         (["magic=/"], "unknown kind of training data 'magic'"),
         ([f"labels={tmp_path / 'mine'}", "--count", "0"], "--count 0"),
         (options, "has none of these fields"),

@@ -1,4 +1,4 @@
-"""Damage to stores between the stages is found, and what is damaged goes, to be made anew."""
+"""Damage to stores between the stages is found, and what is damaged goes, to be made again."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_stage_that_finds_out_removes_it(
     flip(path / chunk, 9)
     monkeypatch.setenv(NOTES, str(path.parent / "notes"))
     with pytest.raises(
-        PipelineError, match=r"slide 'a', next: .* was damaged and has been removed: .*made anew\)"
+        PipelineError, match=r"slide 'a', next: .* was damaged and has been removed: .*made again\)"
     ) as e:
         run_stage("next", "a", manifest=path.parent / "next.json", body=lambda staged: {"sum": int(read(path).sum())})
     assert "\n" not in str(e.value)
@@ -133,7 +133,7 @@ def test_the_stage_that_finds_out_removes_it(
     def never(staged: dict[str, Path]) -> dict[str, Any]:
         raise AssertionError
 
-    # Tried again, the job ends at once; the stage that made the store makes it anew.
+    # Tried again, the job ends at once; the stage that made the store makes it again.
     with pytest.raises(PipelineError, match=r"slide 'a', next: .* was damaged \(run the same command again"):
         run_stage("next", "a", manifest=path.parent / "next.json", body=never, stores={path: path.parent / "made.json"})
 

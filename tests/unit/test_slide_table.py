@@ -162,7 +162,7 @@ def test_csv_of_a_spreadsheet_whose_decimal_mark_is_a_comma(tmp_path: Path) -> N
         ("Slide\tPath\na\tb\n", "column 'Slide' is not read .*write it 'slide'"),
         ("slide\tpath\na\tb\tc\n", "line 2: 3 cells, but 2 columns"),
         ("slide\tpath\na\t\n", "line 2: no path"),
-        ("slide\tpath\tmpp\na\tb\t0,25 µm\n", "line 2: mpp is no number: '0,25 µm'"),
+        ("slide\tpath\tmpp\na\tb\t0,25 µm\n", "line 2: mpp is not a number: '0,25 µm'"),
         ("slide\tpath\n \tb\n", "line 2: .* the name is empty"),
         ("slide\tpath\tmpp\na\tb\t-1\n", "line 2: .* mpp -1 is not plausible"),
         ("slide\tpath\tmpp\na\tb\t30\n", "mpp 30 is not plausible, slides have 0.05 to 20 µm/px"),

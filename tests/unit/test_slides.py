@@ -488,7 +488,7 @@ def cut(path: Path, share: float) -> Path:
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 0.6, 0.9, 0.99])
 def test_truncated(tmp_path: Path, kind: str, share: float) -> None:
     path = cut(slide_file(tmp_path, kind), share)
-    with pytest.raises(SlideError, match=r"truncated|is no slide") as caught:
+    with pytest.raises(SlideError, match=r"truncated|is not a slide") as caught:
         open_slide(path)
     assert "\n" not in str(caught.value)
 
@@ -518,8 +518,8 @@ def test_not_a_slide(tmp_path: Path) -> None:
     empty.touch()
     assert reason(empty) == "file is empty"
     text = tmp_path / "text.svs"
-    text.write_text("This is no slide.\n" * 100)
-    assert "no slide that OpenSlide, tiffslide or Pillow can read" in reason(text)
+    text.write_text("This is not a slide.\n" * 100)
+    assert "not a slide that OpenSlide, tiffslide or Pillow can read" in reason(text)
     folder = tmp_path / "folder.svs"
     folder.mkdir()
     assert reason(folder) == "folder.svs is a folder, not a slide file"
@@ -529,7 +529,7 @@ def test_not_a_slide(tmp_path: Path) -> None:
     assert reason(link) == f"{link} is a link to gone.svs, which does not exist"
     pipe = tmp_path / "pipe.svs"
     os.mkfifo(pipe)
-    assert "no regular file" in reason(pipe)
+    assert "not a regular file" in reason(pipe)
     noise = tmp_path / "noise.svs"
     noise.write_bytes(b"II*\x00" + np.random.default_rng(0).bytes(5000))
     reason(noise)

@@ -98,7 +98,7 @@ def test_stratified_takes_from_every_cohort() -> None:
         assert [sum(p.startswith(c) for p in tested) for c in sizes] == [1, 4, 2]
         assert {p.rstrip("0123456789") for p in patients(fields, found.validation)} == {"crag", "glas"}
         drawn.append(found.test)
-    assert len(set(drawn)) > 5  # each seed draws anew
+    assert len(set(drawn)) > 5  # each seed draws again
     with pytest.raises(PipelineError, match="strata cohort, but 'monuseg' names no cohorts"):
         split(MANY, method="stratified", strata="cohort")
 
@@ -178,7 +178,7 @@ def test_lists() -> None:
     tenth = [*MANY, field("a10")]
     assert split(tenth, method="lists", test_list=("monuseg-a1", "monuseg-a10")).test[-1] == tenth[-1].name
     for test_list, train_list, message in [
-        (("zz",), (), "'zz' is no patient"),
+        (("zz",), (), "'zz' is not a patient"),
         (("a0",), ("a0",), "listed for train and test"),
     ]:
         with pytest.raises(PipelineError, match=message):
@@ -236,7 +236,7 @@ def test_fold_without_nuclei() -> None:
         ([field("a")], {}, "no field is left for train"),
         (MANY, {"method": "guess"}, "unknown method 'guess'"),
         (MANY, {"method": "folds", "folds": 3, "fold": 3}, "fold 3 of 3"),
-        (MANY, {"test": 1.0}, "no share"),
+        (MANY, {"test": 1.0}, "not a share"),
         (MANY, {"method": "lists"}, "without a test_list"),
     ],
 )

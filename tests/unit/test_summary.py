@@ -230,7 +230,7 @@ def test_a_file_server_that_fails_over_the_truth(
 def test_a_truth_of_lists_within_lists_is_no_geojson(tmp_path: Path) -> None:
     nuclei = summary.Nuclei.open(testing.write_slide(tmp_path, "s", count=1).nuclei)
     (tmp_path / "t.geojson").write_bytes(b"[" * 1000 + b"]" * 1000)  # as deep as the parser goes
-    with pytest.raises(SlideError, match="is no GeoJSON of polygons"):
+    with pytest.raises(SlideError, match="is not GeoJSON of polygons"):
         summary.evaluate_slide(nuclei, tmp_path / "t.geojson", (2400, 1800))
 
 

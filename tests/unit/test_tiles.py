@@ -374,7 +374,7 @@ def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for y in range(0, 500, 40):
         for x in range(0, 500, 40):
             reader.read(x, y, 100, 100)
-    assert len(read) == len(set(read)) == 25 - 1  # of the corner that is no tissue, none
+    assert len(read) == len(set(read)) == 25 - 1  # of the corner that is not tissue, none
 
 
 def test_tiles_stay_for_threads_that_are_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_small_parts_and_holes() -> None:
     assert remove_small(~full, 1).sum() == 0
     edge = ~np.eye(4, dtype=bool)
     edge[1:3] = True
-    assert not fill_small(edge, 9)[0, 0], "a bay at the edge is no hole"
+    assert not fill_small(edge, 9)[0, 0], "a bay at the edge is not a hole"
 
 
 def test_background_ignores_pale_tissue() -> None:

@@ -73,7 +73,7 @@ def finished(
     write_slide(folder / "whole.svs", seed=2, size=(1536, 1280))
     whole = (folder / "whole.svs").read_bytes()
     (slides / "empty.svs").write_bytes(b"")
-    (slides / "text.svs").write_text("This is no slide.\n" * 50, encoding="utf-8")
+    (slides / "text.svs").write_text("This is not a slide.\n" * 50, encoding="utf-8")
     (slides / "cut at 30 %.svs").write_bytes(whole[: len(whole) * 3 // 10])
     (slides / "cut at 90 %.svs").write_bytes(whole[: len(whole) * 9 // 10])
     claim_size(slides / "huge.tif", 10**6)

@@ -108,5 +108,5 @@ def test_a_classifier_that_does_not_fit_ends_before_anything_runs(tmp_path: Path
     assert missing.code != 0
     assert "error: classifier 'types.json' is missing (make one: python -m pipeline classifier)" in missing.output
     (tmp_path / "types.json").write_text(json.dumps({"kind": "nucleus classifier", "model": {"sha256": "0"}}))
-    assert "error: classifier 'types.json' is damaged: 'features' (make it anew" in run(tmp_path, config).output
+    assert "error: classifier 'types.json' is damaged: 'features' (make it again" in run(tmp_path, config).output
     assert not (tmp_path / "r" / "slides").exists()

@@ -404,10 +404,24 @@ def test_finished_slides_that_cannot_be_read_keep_their_results(
         shutil.rmtree(folder / "in")
         (folder / "unmounted").rename(folder / "in")
     assert plan.counts == {"cohort": 1, "all": 1, "total": 2}
-    assert "warning: slides: 3 of the finished ones cannot be read now: -dash" in plan.output
+    assert "warning: slides: 3 of the finished ones have files that cannot be read now: -dash" in plan.output
     assert other.code == 1
-    assert "; and 'out' was made with mpp null, not 0.3 (see that" in other.output.splitlines()[-1]
+    assert "; and 'out' was made with mpp null, not 0.3 (check that" in other.output.splitlines()[-1]
     assert not run(folder, config, "-n").counts
+
+
+def test_a_finished_slide_whose_known_nuclei_are_missing_keeps_its_results(
+    finished: tuple[Path, Run], config: dict[str, Any]
+) -> None:
+    folder, _ = finished
+    truth = folder / "in" / "0.geojson.gz"
+    truth.rename(folder / "elsewhere")
+    try:
+        plan = run(folder, config, "-n")
+    finally:
+        (folder / "elsewhere").rename(truth)
+    assert "summary" not in plan.counts
+    assert f"warning: slides: 1 of the finished ones have files that cannot be read now: {SVS} ({truth})" in plan.output
 
 
 def test_slide_that_turned_up_is_run_alone(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
@@ -435,7 +449,7 @@ def test_settings_changed_from_elsewhere_are_not_overlooked(
     assert run(tmp_path, here | {"stain": {"method": "none"}}, "-n", "--forceall").counts["stain"] == len(GOOD) + 1
     table = (folder / "in" / "slides.tsv").read_text(encoding="utf-8").replace(f'.png"\t{MPP}\t', '.png"\t0.25\t')
     (folder / "in" / "finer.tsv").write_text(table, encoding="utf-8")
-    for options in (["-n"], []):  # before the table of the run is written anew
+    for options in (["-n"], []):  # before the table of the run is written again
         other = run(tmp_path, here | {"slides": str(folder / "in" / "finer.tsv")}, *options)
         assert other.code != 0
         (line,) = [line for line in other.output.splitlines() if line.startswith("error: ")]

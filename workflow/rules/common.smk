@@ -34,11 +34,13 @@ from pipeline.slide_table import (
     check_apart,
     check_same_slides,
     content_stamp,
+    out_of_reach,
+    readable,
     renew_table,
     resolve_slides,
     slide_bytes,
 )
-from pipeline.stage import clear_remains, read_manifest
+from pipeline.stage import clear_remains
 from pipeline.status import closing_words, some
 from pipeline.warm import possible, start_server
 
@@ -179,7 +181,7 @@ onerror:
     damaged = [] if RESTART is None else RESTART.end()
     if damaged:
         print(
-            f"{', '.join(map(str, damaged))} had been damaged: the same command starts once more, to make it anew",
+            f"{', '.join(map(str, damaged))} had been damaged: the same command starts once more, to make it again",
             file=sys.stderr,
         )
 

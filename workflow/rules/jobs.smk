@@ -35,11 +35,6 @@ def slide_name(wildcards):
     return entry(wildcards).name
 
 
-def readable(path):
-    """Whether a file is there and may be read."""
-    return os.path.isfile(path) and os.access(path, os.R_OK)
-
-
 def input_files(path):
     """`path` as an input, where it can be one.
 
@@ -121,7 +116,7 @@ def settings_known(wildcards):
     """No input, but an end where settings or slides differ from those of the results, and Snakemake would not see it.
 
     Its records are in the working directory, by the path that the results had. Where it has none, nor would it see that
-    slides came or went: the table is written anew before it looks at it.
+    slides came or went: the table is written again before it looks at it.
     """
     try:
         # Slides together with something else, as snakemake all train.
@@ -146,15 +141,8 @@ def settings_known(wildcards):
 
 @functools.cache
 def gone():
-    """Names of slides that are finished and cannot be read now, as when their file system is not mounted.
-
-    They are asked for nothing: Snakemake would begin them anew, and what would be left is that their files are missing.
-    """
-
-    def finished(metrics):
-        return metrics.is_file() and read_manifest(metrics)["status"] == "ok"
-
-    return [slide.name for slide in slides() if not readable(slide.path) and finished(RUN.slide(slide.name).metrics)]
+    """`out_of_reach` of this run: Snakemake would begin them again, and what would be left is that files are missing."""
+    return out_of_reach(slides(), RUN)
 
 
 def each_slide(*kinds, having="path"):
@@ -196,8 +184,9 @@ def passing(path, keep):
 if workflow.is_main_process and NEEDS_SLIDES and SLIDES is not None:
     try:
         if gone():
-            told = f"slides: {len(gone())} of the finished ones cannot be read now: {some(gone())}"
-            hint = "see that their folder is mounted, or take them out of the slides"
+            which = some([f"{name} ({path})" for name, path in gone().items()])
+            told = f"slides: {len(gone())} of the finished ones have files that cannot be read now: {which}"
+            hint = "check that the folder is mounted and the path is right, or take them out of the slides"
             if RUN.settings.is_file():
                 try:
                     check_same_results(RUN.settings, config)

@@ -58,7 +58,7 @@ wildcard_constraints:
 def mark(folder):
     """The file that tells Snakemake that a training has put its package into a folder.
 
-    The package itself is no output: Snakemake would remove the one before, before the new one is there.
+    The package itself is not an output: Snakemake would remove the one before, before the new one is there.
     """
     return str(Path(folder) / ".trained")
 
@@ -96,7 +96,7 @@ def evaluations(group, names):
     return [str(RUN.training(f"{group}/{name}") / "evaluation.json") for name in names]
 
 
-# Where the packages of trainings go that are no part of a protocol, and the trainings.
+# Where the packages of trainings go that are not part of a protocol, and the trainings.
 PACKAGES = {"train": (Path("models") / NAME, RUN.training(NAME))}
 if FINAL is not None:
     PACKAGES["crossval"] = (Path("models") / f"{NAME}-cv", RUN.training(f"{NAME}/final"))

@@ -94,7 +94,7 @@ use rule train_settings as synthesis_settings with:
         settings=as_json(SYNTHESIS),
 
 
-# The checkpoint lies beside the fields, which Snakemake removes before they are made anew.
+# The checkpoint lies beside the fields, which Snakemake removes before they are made again.
 rule synthetic_fields:
     input:
         settings=rules.synthesis_settings.output.settings,

@@ -128,13 +128,13 @@ def _organs(path: Path, count: int) -> list[str]:
 def _pannuke_field(source: Source, images: np.ndarray, masks: np.ndarray, index: int, fold: str, organ: str) -> Field:
     stack = np.asarray(masks[index])
     if not np.isfinite(stack).all():
-        raise PipelineError(f"mask {index} of {fold} holds values that are no numbers", "copy it again")
+        raise PipelineError(f"mask {index} of {fold} holds values that are not numbers", "copy it again")
     labels = np.zeros(stack.shape[:2], np.int32)
     types = np.zeros(stack.shape[:2], np.uint8)
     for channel in range(len(PANNUKE_CLASSES)):
         layer = np.rint(stack[..., channel]).astype(np.int64)
         new = (layer > 0) & (labels == 0)
-        # Numbers may begin anew in every channel.
+        # Numbers may begin again in every channel.
         labels[new] = int(labels.max()) + np.unique(layer[new], return_inverse=True)[1] + 1
         types[new] = channel + 1
     return source.field(

@@ -53,7 +53,7 @@ MIN_MPP = 0.2
 """Slides of finer pixels are read at 0.25 µm."""
 
 MAX_NUCLEUS_UM2 = 2000.0
-"""Area from which an outline is no nucleus (one of 50 µm across)."""
+"""Area from which an outline is not a nucleus (one of 50 µm across)."""
 
 ENOUGH = 20
 """Nuclei of a field that must be darker than what lies around them: by 15 grey levels they are in any of 180 fields."""
@@ -88,7 +88,7 @@ def polygon(geometry: Any) -> Any:
         arrays = [np.array(ring, np.float64) for ring in rings]
         for ring in arrays:
             if ring.ndim != 2 or ring.shape[1] < 2 or not (np.abs(ring[:, :2]) < MAX_COORDINATE).all():
-                raise ValueError("a ring is no list of points")
+                raise ValueError("a ring is not a list of points")
         arrays = [ring[:, :2] for ring in arrays if len(ring) >= 3]
         if arrays and (part := repair(shapely.Polygon(arrays[0], arrays[1:]))) is not None:
             parts.append(part)
@@ -282,7 +282,7 @@ def _check_sizes(entry: SlideEntry, nuclei: list[Any], pixel_um2: float) -> None
     if len(areas) and areas.max() > MAX_NUCLEUS_UM2:
         x, y = nuclei[int(areas.argmax())].bounds[:2]
         raise PipelineError(
-            f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is no nucleus",
+            f"{entry.name}: the object at ({x:.0f}, {y:.0f}) of {areas.max():.0f} µm² is not a nucleus",
             "classify it as Region* where it outlines what is annotated, as Ignore* otherwise",
         )
 

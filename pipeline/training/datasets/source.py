@@ -91,10 +91,10 @@ class Source:
             )
         path = Path(value["path"]).expanduser()
         if not path.is_dir():
-            raise PipelineError(f"{path} is no folder", f"set the path of the data source {name!r}")
+            raise PipelineError(f"{path} is not a folder", f"set the path of the data source {name!r}")
         limit = value.get("limit")
         if limit is not None and not (isinstance(limit, int) and limit > 0):
-            raise PipelineError(f"data source {name!r}: limit {limit!r} is no positive number of fields")
+            raise PipelineError(f"data source {name!r}: limit {limit!r} is not a positive number of fields")
         table = value.get("table")
         return cls(
             kind=str(value["kind"]),
@@ -202,7 +202,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
         try:
             float(kept["mpp"] or 1)
         except ValueError:
-            raise PipelineError(f"table {path}, line {line}: mpp is no number: {kept['mpp']!r}") from None
+            raise PipelineError(f"table {path}, line {line}: mpp is not a number: {kept['mpp']!r}") from None
         rows[kept.pop("field")] = kept
     return rows
 
@@ -236,7 +236,7 @@ def as_labels(labels: np.ndarray) -> np.ndarray:
         When numbers are negative or none.
     """
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise PipelineError("a label map holds values that are no numbers", "give whole numbers, 0 is background")
+        raise PipelineError("a label map holds values that are not numbers", "give whole numbers, 0 is background")
     if labels.size and labels.min() < 0:
         raise PipelineError(f"a label map holds {labels.min()}", "give positive numbers, 0 is background")
     if labels.dtype.kind in "iu" and int(labels.max(initial=0)) > max(2 * labels.size, 1 << 16):
@@ -270,7 +270,7 @@ def images_in(folder: Path) -> list[Path]:
         When there is none.
     """
     if not folder.is_dir():
-        raise PipelineError(f"{folder} is no folder", "check the path of the data source")
+        raise PipelineError(f"{folder} is not a folder", "check the path of the data source")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not found:
         raise PipelineError(f"no images in {folder}", "check the path of the data source")
