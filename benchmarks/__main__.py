@@ -38,14 +38,14 @@ ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {
     "memory": scale.memory,
     "million": scale.million,
 }
-"""The benchmarks by name."""
+"""Benchmarks by name."""
 
 NOT_ALWAYS = ("cohort", "memory", "million")
-"""Minutes each: only when named."""
+"""Benchmarks that take minutes each and run only when named."""
 
 
 def environment() -> dict[str, object]:
-    """What the figures depend on besides the code."""
+    """Describe what the figures depend on besides the code: machine, load and versions of libraries."""
     names = ("numpy", "opencv-python-headless", "scikit-image", "torch", "zarr", "shapely", "pyarrow", "orjson")
     return {
         "machine": platform.machine(),
@@ -57,7 +57,7 @@ def environment() -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; arguments as on the command line."""
+    """Run the benchmarks; `argv` defaults to the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"what to measure: {', '.join(ROWS)}; default: all but the long ones")
     parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     rows = args.rows or [name for name in ROWS if name not in NOT_ALWAYS]
     figures: list[Figure] = []
-    # What runs in this process does so as in the stages' commands; those of other programs are left alone.
+    # Set up memory in this process as the stages' commands do, but do not pass it on to the processes started here.
     if share_heap():
         del os.environ["MALLOC_ARENA_MAX"]
     start = time.perf_counter()

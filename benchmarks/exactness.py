@@ -1,4 +1,4 @@
-"""What tiling does to nuclei: ways to put tiles together again, and the pipeline's, on the same maps."""
+"""Measure what tiling does to nuclei: the pipeline and other ways to put tiles together, on the same maps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {"full": (6144, 1024), "quick": (1536, 512)}
 """Side of the maps and of a tile, in pixels."""
 
 MARGIN = 64
-"""Overlap of tiles, and half the width of strips over their borders, in pixels."""
+"""Margin around tiles that overlap, and half the width of strips over tile borders, in pixels."""
 
 
 WAYS = (
@@ -39,7 +39,7 @@ WAYS = (
     "strips over borders",
     "the pipeline",
 )
-"""Ways to put tiles together, as they are named in the table."""
+"""Names of the ways to put tiles together, as in the table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,9 @@ class Nucleus:
     Parameters
     ----------
     y, x : int
-        First row and column of its box.
+        First row and column of its bounding box.
     mask : numpy.ndarray
-        bool: its pixels within the box.
+        bool, shape of the box: the nucleus' pixels.
     """
 
     y: int
@@ -60,29 +60,29 @@ class Nucleus:
 
     @property
     def bottom(self) -> int:
-        """Row after the last."""
+        """Row after the last one of the box."""
         return self.y + self.mask.shape[0]
 
     @property
     def right(self) -> int:
-        """Column after the last."""
+        """Column after the last one of the box."""
         return self.x + self.mask.shape[1]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """How found nuclei differ from known ones.
+    """Numbers of differences between found and known nuclei, which match if their IoU is above 0.5.
 
     Parameters
     ----------
     lost : int
-        Known nuclei that no found one stands for: none covers the same pixels by more than half of both together.
+        Known nuclei without a match.
     doubled : int
-        Found nuclei beyond the first that stand for the same known one.
+        Found nuclei that match a known one, beyond the first match of each.
     changed : int
-        Known nuclei that are there, but not with the same pixels.
+        Known nuclei with a match, but none of exactly the same pixels.
     invented : int
-        Found nuclei that stand for none: pieces, or several in one.
+        Found nuclei without a match, such as pieces of nuclei, or several in one.
     """
 
     lost: int
@@ -92,7 +92,7 @@ class Damage:
 
 
 def damage(known: np.ndarray, found: list[Nucleus]) -> Damage:
-    """Compare nuclei with a label map of known ones."""
+    """Compare found nuclei with a label map of known ones."""
     areas = np.bincount(known.ravel())
     hits, same = np.zeros(len(areas), np.int64), np.zeros(len(areas), bool)
     invented = 0
@@ -110,7 +110,7 @@ def damage(known: np.ndarray, found: list[Nucleus]) -> Damage:
 
 
 class Tiling:
-    """Nuclei of maps, tile by tile.
+    """Ways to find the nuclei of maps tile by tile.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ class Tiling:
     rules : InstanceRules
         Thresholds.
     tile : int
-        Side of a tile.
+        Side of a tile in pixels.
     """
 
     def __init__(self, maps: np.ndarray, rules: InstanceRules, tile: int) -> None:
@@ -128,7 +128,7 @@ class Tiling:
         self.corners = [(y, x) for y in range(0, self.height, tile) for x in range(0, self.width, tile)]
 
     def window(self, y0: int, x0: int, y1: int, x1: int, scaled: bool = False) -> list[Nucleus]:
-        """Nuclei of a window, cut to the slide; `scaled`: by the extremes of the window's maps."""
+        """Nuclei of a window, which is cut to the slide; if `scaled`, its maps are first stretched to 0..255."""
         y0, x0, y1, x1 = max(y0, 0), max(x0, 0), min(y1, self.height), min(x1, self.width)
         window = self.maps[:, y0:y1, x0:x1]
         if scaled:
@@ -139,12 +139,12 @@ class Tiling:
         return [Nucleus(y0 + box[0].start, x0 + box[1].start, labels[box] == label) for label, box in boxes if box]
 
     def cut(self) -> list[Nucleus]:
-        """Tiles side by side."""
+        """Nuclei of tiles side by side, cut at their borders."""
         side = self.tile
         return [n for y, x in self.corners for n in self.window(y, x, y + side, x + side)]
 
     def centred(self, scaled: bool = False) -> list[Nucleus]:
-        """Tiles that overlap; a nucleus belongs to the tile that its centre lies in."""
+        """Nuclei of overlapping tiles; a nucleus belongs to the tile that its centre lies in."""
         found = []
         for y, x in self.corners:
             for n in self.window(y - MARGIN, x - MARGIN, y + self.tile + MARGIN, x + self.tile + MARGIN, scaled):
@@ -155,10 +155,11 @@ class Tiling:
         return found
 
     def strips(self) -> list[Nucleus]:
-        """Tiles side by side, then strips over their borders, then squares over the crossings of strips.
+        """Nuclei of tiles side by side, then of strips over their borders, then of squares over the strips' crossings.
 
-        The scheme of TIAToolbox's engines (its ``NucleusInstanceSegmentor``, four kinds of tiles), with boxes as there:
-        nuclei in a tile's margin give way to those of the strip over the border, which drops what touches its sides.
+        This is the scheme of TIAToolbox's engines (its ``NucleusInstanceSegmentor``, four kinds of tiles), and decides
+        by bounding boxes as they do: nuclei within the margin of a tile are replaced by those of the strip over the
+        border, of which those that touch its sides are dropped.
         """
         m, side, found = MARGIN, self.tile, []
         inner_y, inner_x = range(side, self.height, side), range(side, self.width, side)
@@ -189,14 +190,14 @@ class Tiling:
 
 
 def _crosses(n: Nucleus, top: int, left: int, bottom: int, right: int) -> bool:
-    """Whether a nucleus' box meets the outline of a square."""
+    """Whether the box of a nucleus meets the outline of a square."""
     if n.bottom <= top or n.y > bottom or n.right <= left or n.x > right:
         return False
     return not (n.y > top and n.bottom <= bottom and n.x > left and n.right <= right)
 
 
 def of_table(table: pa.Table) -> list[Nucleus]:
-    """Nuclei of a table with their runs."""
+    """Nuclei of a table that has their pixels as runs: row, start and end."""
     found = []
     for runs in table.column("runs").to_pylist():
         rows, starts, ends = np.array(runs, np.int64).reshape(-1, 3).T
@@ -209,7 +210,7 @@ def of_table(table: pa.Table) -> list[Nucleus]:
 
 
 def seams(options: Options) -> Iterator[Figure]:
-    """Nuclei that differ from those of the maps taken whole, for ways of tiling that are in use and for ours."""
+    """Nuclei that differ from those of the whole maps, for common ways of tiling and for the pipeline."""
     folder = options.place("seams")
     package = ModelPackage.load(options.model)
     rules = not_refined(package).thresholds
@@ -234,7 +235,7 @@ def seams(options: Options) -> Iterator[Figure]:
 
 
 def _digests(folder: Path, package: ModelPackage, several: int) -> Figure:
-    """How many different files come of blocks, halos, workers and orders."""
+    """Count the different files that result from different blocks, halos, numbers of workers and block orders."""
     digests = set()
     runs = [(256, 16, 1), (512, 128, several), (1000, 64, 2), (2048, 128, 1), (100_000, 0, 1)]
     in_order = census.slide_blocks
@@ -246,7 +247,7 @@ def _digests(folder: Path, package: ModelPackage, several: int) -> Figure:
 
         with (
             mock.patch.object(census, "slide_blocks", shuffled),
-            mock.patch.object(census, "WORKER_MEGAPIXELS", 0.1),  # as many processes as are asked for
+            mock.patch.object(census, "WORKER_MEGAPIXELS", 0.1),  # so low that all workers asked for are started
         ):
             write_instances(folder / "maps.zarr", package, out, slide="s", block=block, halo=halo, workers=workers)
         digests.add(hashlib.sha256(out.read_bytes()).hexdigest())

@@ -1,4 +1,4 @@
-"""Measuring: CPU seconds, wall seconds, memory of a process and its children; figures and their table."""
+"""Measure CPU seconds, wall seconds and memory of a process and its children; collect figures and tabulate them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, beside its limit.
+    """One measured number with its limit.
 
     Parameters
     ----------
     row, what : str
-        Benchmark, and what was measured.
+        Name of the benchmark, and what was measured.
     value : float
         The number.
     unit : str
         Its unit.
     ceiling : float, optional
-        The limit, measured in the same run, in the same unit.
+        The limit in the same unit, measured in the same run.
     of : str
         What the limit is.
     target : str
-        What the ratio or the value ought to be, e.g. ``"ratio >= 0.7"`` or ``"value <= 2000"``.
+        Bound on the ratio or the value, e.g. ``"ratio >= 0.7"`` or ``"value <= 2000"``; empty for none.
     note : str
         Sizes and conditions.
     """
@@ -51,12 +51,12 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Value over limit."""
+        """Value divided by the limit; None without a limit."""
         return None if not self.ceiling else self.value / self.ceiling
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met, None without one."""
+        """Whether the target is met; None without a target."""
         if not self.target:
             return None
         name, relation, bound = self.target.split()
@@ -65,18 +65,18 @@ class Figure:
         return found >= float(bound) if relation == ">=" else found <= float(bound)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the figure as plain JSON values."""
         return asdict(self) | {"ratio": self.ratio, "met": self.met}
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What some work took.
+    """Time that some work took.
 
     Parameters
     ----------
     cpu, wall : float
-        CPU seconds of all threads and finished children, and seconds.
+        CPU seconds of all threads and finished children, and wall seconds.
     """
 
     cpu: float
@@ -84,7 +84,7 @@ class Spent:
 
 
 def spent(work: Callable[[], Any]) -> tuple[Any, Spent]:
-    """Do some work in this process; its result and what it took."""
+    """Call `work` in this process; return its result and the time it took."""
     start, before = time.perf_counter(), _cpu()
     result = work()
     return result, Spent(_cpu() - before, time.perf_counter() - start)
@@ -96,30 +96,33 @@ def _cpu() -> float:
 
 
 def best(work: Callable[[], Any], times: int) -> tuple[Any, Spent]:
-    """The least that some work takes in several tries; on a shared machine the rest is the others'."""
+    """Call `work` several times; return its last result and the least time it took.
+
+    On a shared machine, what exceeds the least time is due to other processes.
+    """
     [(result, least)] = best_in_turns([work], times)
     return result, least
 
 
 def best_in_turns(works: Sequence[Callable[[], Any]], times: int) -> list[tuple[Any, Spent]]:
-    """The same for several that are compared: in turns, as a machine's speed changes from one minute to the next."""
+    """Do `best` for several works that are compared, in turns, as a machine's speed changes from minute to minute."""
     tries = list(zip(*([spent(work) for work in works] for _ in range(times)), strict=True))
     return [(one[-1][0], Spent(min(t.cpu for _, t in one), min(t.wall for _, t in one))) for one in tries]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took.
+    """Time and memory that a command took.
 
     Parameters
     ----------
     cpu, wall : float
-        CPU seconds with all children, and seconds.
+        CPU seconds including all children, and wall seconds.
     rss_mb : float
-        Most memory that it and its children held at one time, shared pages counted once a process.
+        Peak memory of the command and its children together, in MB; a shared page counts once for each process.
     path : float
-        CPU seconds of the command's own process and of its busiest child: what it would take at least on a machine that
-        does nothing else, with a core for each.
+        CPU seconds of the command's own process and of its busiest child: the least that the command could take on an
+        idle machine with a core for each process.
     own : float
         CPU seconds of the command's own process.
     """
@@ -132,12 +135,12 @@ class Run:
 
 
 def run_command(command: Sequence[str | Path]) -> Run:
-    """Run a command and watch it.
+    """Run a command and measure its time and memory.
 
     Raises
     ------
     RuntimeError
-        When it fails; the message ends with what it wrote.
+        When the command fails; the message ends with the command's output.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
@@ -153,7 +156,7 @@ def run_command(command: Sequence[str | Path]) -> Run:
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {output[-2000:]}")
     own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # Workers that are forked from a server are nobody's children in the end: their time is what was seen of it.
+    # rusage may miss workers that are forked from a server: for these, count the time that was last observed.
     others = [seconds for pid, seconds in watched.cpu.items() if pid != process.pid]
     cpu = max(own, watched.cpu.get(process.pid, 0.0) + sum(others))
     path = cpu - sum(others) + max(others, default=0.0)
@@ -161,14 +164,14 @@ def run_command(command: Sequence[str | Path]) -> Run:
 
 
 class _Watched:
-    """Memory and CPU time of a process and its children, looked at ten times a second."""
+    """Memory and CPU time of a process and its children, sampled ten times a second."""
 
     def __init__(self) -> None:
         self.peak = 0
         self.cpu: dict[int, float] = {}
 
     def watch(self, pid: int) -> None:
-        """Look until the process ends."""
+        """Sample until the process ends."""
         try:
             top = psutil.Process(pid)
             while top.is_running() and top.status() != psutil.STATUS_ZOMBIE:
@@ -187,12 +190,12 @@ class _Watched:
 
 
 def stage(name: str, *arguments: str | Path, **options: Any) -> Run:
-    """Run one stage as the workflow does; options as ``key=value``."""
+    """Run one stage in a process of its own, as the workflow does; ``key=value`` becomes the option ``--key=value``."""
     return run_command([sys.executable, "-m", "pipeline", name, *arguments, *_listed(options)])
 
 
 def stage_here(name: str, **options: Any) -> Run:
-    """Run one stage in this process."""
+    """Run one stage in this process; its memory is not measured."""
     from pipeline import cli
 
     status, took = spent(lambda: cli.main([name, *_listed(options)]))
@@ -208,7 +211,7 @@ HEAD = ("benchmark", "what", "value", "limit", "ratio", "target", "")
 
 
 def table(figures: Iterable[Figure], head: bool = True) -> str:
-    """The figures as text, a line each."""
+    """Format figures as a text table, one line each."""
     lines = [HEAD] if head else []
     for f in figures:
         limit = "" if f.ceiling is None else f"{_short(f.ceiling)} {f.of}".strip()

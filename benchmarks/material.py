@@ -1,6 +1,7 @@
-"""What the benchmarks work on: one painted field of tissue, repeated over stores and slides of any size.
+"""Make inputs for the benchmarks: one painted field of tissue, repeated over stores and slides of any size.
 
-Stores and slides are sparse where there is no tissue, so that a slide of 100,000 x 80,000 pixels takes some 100 MB.
+Empty tiles take no space in stores, and equal tiles of a slide are stored once, so that a slide of 100,000 x 80,000
+pixels takes some 100 MB.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pipeline.lattice import CELL
 from pipeline.maps import MapStore
 
 SIDE = 2048
-"""Side of the field in pixels, and of the squares of tissue on a slide."""
+"""Side of the field, and of the squares of tissue on a slide, in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A field of tissue with what a good model says of it.
+    """A field of tissue with its nuclei, and maps like those of a good model.
 
     Parameters
     ----------
@@ -46,14 +47,14 @@ class Field:
 
 @lru_cache(2)
 def field(mpp: float, density: float = 5000.0, seed: int = 3) -> Field:
-    """Paint a field.
+    """Paint a field full of tissue.
 
     Parameters
     ----------
     mpp : float
         µm per pixel.
     density : float
-        Nuclei per mm².
+        Approximate number of nuclei per mm².
     seed : int
         The same seed gives the same field.
     """
@@ -70,7 +71,7 @@ def field(mpp: float, density: float = 5000.0, seed: int = 3) -> Field:
 
 
 def tissue_squares(width: int, height: int, share: float) -> np.ndarray:
-    """Squares of `SIDE` pixels that are tissue, bool ``(rows, columns)``: a block in the middle of about this share."""
+    """Which squares of `SIDE` pixels are tissue, bool ``(rows, columns)``: a central block of about this share."""
     rows, columns = -(-height // SIDE), -(-width // SIDE)
     chosen = np.zeros((rows, columns), bool)
     down = max(1, min(rows, round(rows * share**0.5)))
@@ -81,13 +82,13 @@ def tissue_squares(width: int, height: int, share: float) -> np.ndarray:
 
 
 def active_cells(squares: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Cells of these squares, bool, as the stores have them."""
+    """Lattice cells that lie in these squares, bool ``(rows, columns)``, as the stores need them."""
     cells = np.kron(squares, np.ones((SIDE // CELL, SIDE // CELL), bool))
     return np.ascontiguousarray(cells[: -(-height // CELL), : -(-width // CELL)])
 
 
 def _chunks(squares: np.ndarray, width: int, height: int, side: int) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """Chunks of `side` in these squares: where in the store, and where in the field."""
+    """Chunks of `side` pixels in these squares: rows and columns in the store, then in the field."""
     for row, column in np.argwhere(squares):
         for y in range(row * SIDE, min((row + 1) * SIDE, height), side):
             for x in range(column * SIDE, min((column + 1) * SIDE, width), side):
@@ -97,7 +98,7 @@ def _chunks(squares: np.ndarray, width: int, height: int, side: int) -> Iterator
 
 
 def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> int:
-    """Write a store of maps of a slide with this share of tissue; the pixels of tissue."""
+    """Write a store of maps of a slide with this share of tissue; return the number of tissue pixels."""
     squares = tissue_squares(width, height, share)
     grid = Grid(width, height, mpp, 1.0, 1.0)
     cells = active_cells(squares, width, height)
@@ -110,7 +111,7 @@ def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, sh
 
 
 def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, share: float, tile: int = 1024) -> None:
-    """Write a store of tiles of the same slide."""
+    """Write a store of tiles of a slide with this share of tissue."""
     from pipeline.tile_store import create_tiles
 
     squares = tissue_squares(width, height, share)
@@ -120,7 +121,7 @@ def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, s
 
 
 def write_manifests(folder: Path, width: int, height: int, mpp: float) -> None:
-    """Write the manifests of the stages that such stores stand for."""
+    """Write the manifests of the stages that would have made these stores."""
     grid = Grid(width, height, mpp, 1.0, 1.0).to_json()
     transform = {"method": "none"}
     manifests: dict[str, dict[str, Any]] = {
@@ -141,7 +142,7 @@ def _write_manifest(folder: Path, name: str, value: dict[str, Any]) -> None:
 
 
 def write_tissue(folder: Path, width: int, height: int, mpp: float, share: float) -> None:
-    """Write what the stage `tissue` says of such a slide."""
+    """Write the manifest and the GeoJSON of the stage `tissue` for a slide with this share of tissue."""
     squares = tissue_squares(width, height, share)
     rows, columns = (np.flatnonzero(squares.any(axis=axis)) for axis in (1, 0))
     left, right = int(columns[0]) * SIDE, min((int(columns[-1]) + 1) * SIDE, width)
@@ -154,14 +155,14 @@ def write_tissue(folder: Path, width: int, height: int, mpp: float, share: float
     _write_manifest(folder, "tissue", area)
 
 
-# A slide as a pyramidal TIFF whose tiles are shared: each different tile is in the file once.
+# A slide is a pyramidal TIFF in which each distinct tile is stored once and shared by all places that show it.
 
 _TILE = 256
 _LEVELS = (1, 4, 16)
 
 
 def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> None:
-    """Write an Aperio-style slide with this share of tissue, a BigTIFF of JPEG tiles, levels /4 and /16."""
+    """Write an Aperio-style slide with this share of tissue: a BigTIFF of JPEG tiles with levels /4 and /16."""
     from imagecodecs import jpeg_encode
 
     def encode(pixels: np.ndarray) -> bytes:
@@ -183,8 +184,8 @@ def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, s
                         known[key] = _append(file, encode(make()))
                     places.append(known[key])
             images.append(_Image(width // factor, height // factor, places))
-        # After level 0 Aperio's files have a thumbnail in strips; without it tifffile takes the next level for one, and
-        # the slide falls to OpenSlide, which reads more slowly.
+        # Aperio's files have a thumbnail in strips after level 0. Without it tifffile would take the next level for the
+        # thumbnail, and the slide would be read by OpenSlide, which is slower.
         tissue = np.where(squares[..., None], field.rgb.mean(axis=(0, 1)), 243).astype(np.uint8)
         thumbnail = cv2.resize(tissue, (_TILE, max(1, _TILE * height // width)), interpolation=cv2.INTER_NEAREST)
         place = _append(file, encode(thumbnail))
@@ -194,7 +195,7 @@ def write_slide(path: Path, field: Field, width: int, height: int, mpp: float, s
 
 @dataclass(frozen=True)
 class _Image:
-    """An image of a TIFF file, and where its tiles, or its only strip, lie: offsets and sizes in bytes."""
+    """An image of a TIFF file, with offset and size in bytes of each of its tiles, or of its only strip."""
 
     width: int
     height: int
@@ -203,7 +204,7 @@ class _Image:
 
 
 def _append(file: io.BufferedWriter, data: bytes) -> tuple[int, int]:
-    """Write at the end of a file: where, and how many bytes."""
+    """Write data at the current end of a file; return its offset and size in bytes."""
     place = file.tell(), len(data)
     file.write(data)
     return place
@@ -212,7 +213,7 @@ def _append(file: io.BufferedWriter, data: bytes) -> tuple[int, int]:
 def _tile(
     small: np.ndarray, squares: np.ndarray, factor: int, row: int, column: int
 ) -> tuple[bytes, Callable[[], np.ndarray]]:
-    """What a tile is known by, and how to paint it."""
+    """Key of a tile, equal for tiles of the same pixels, and a function that paints the tile."""
     side = SIDE // factor
     y, x = row * _TILE, column * _TILE
     rows, columns = np.arange(y, y + _TILE) // side, np.arange(x, x + _TILE) // side

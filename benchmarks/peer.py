@@ -1,4 +1,4 @@
-"""The same slide and network through another toolbox, which needs an environment of its own."""
+"""Compare the pipeline with TIAToolbox, which needs an environment of its own, on the same slide and network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.models.package import ModelPackage
 
 
 def tiatoolbox(options: Options) -> Iterator[Figure]:
-    """A slide that is all tissue, to GeoJSON, through TIAToolbox' nucleus engine and through the pipeline."""
+    """A slide full of tissue to GeoJSON, through TIAToolbox's nucleus engine and through the pipeline."""
     if options.peer is None:
         print("tiatoolbox: skipped, give --peer the Python of an environment with tiatoolbox", file=sys.stderr)
         return
@@ -35,7 +35,7 @@ def tiatoolbox(options: Options) -> Iterator[Figure]:
     (folder / "settings.json").write_text(json.dumps(settings))
     theirs = run_command([options.peer, ROOT / "benchmarks/tiatoolbox_run.py", folder / "settings.json"])
     seconds = json.loads((folder / "seconds.json").read_text())
-    # With the other's numbers, and without the overview, which it does not draw.
+    # With the toolbox's precision, and without the overview, which the toolbox does not draw.
     ours = all_stages(folder, options.model, options.cores, slide, summary=False, precision="float32")
     features = [
         json.loads(gzip.decompress((folder / "nuclei.geojson.gz").read_bytes())),
@@ -53,7 +53,7 @@ def tiatoolbox(options: Options) -> Iterator[Figure]:
         write_instances, folder / "maps.zarr", package, folder / "again.parquet", slide="s", block=2048, halo=128,
         workers=1,
     )  # fmt: skip
-    _, alone = best(work, 2)  # theirs is without imports as well
+    _, alone = best(work, 2)  # the toolbox's time is without imports as well
     yield Figure(
         "tiatoolbox", "maps to polygons, seconds by the clock", seconds["post_process_wsi"], "s", alone.wall,
         f"the pipeline on one core; its stage, start included: {ours['instances'].wall:.1f} s", "ratio >= 10",
@@ -63,12 +63,12 @@ def tiatoolbox(options: Options) -> Iterator[Figure]:
 
 
 def trace(package: ModelPackage, path: Path) -> None:
-    """Write a package's network as TorchScript: RGB in 0 to 1, float32 ``(N, 3, H, W)``, to maps in 0 to 1."""
+    """Write a package's network as TorchScript, from RGB in 0 to 1, float32 ``(N, 3, H, W)``, to maps in 0 to 1."""
     import torch
 
     from pipeline.models.weights import load_network
 
     network = torch.nn.Sequential(load_network(package), torch.nn.Sigmoid()).eval()
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old, and needs nothing on the other side
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but loads without the network's code
         torch.jit.trace(network, torch.rand(1, 3, package.patch, package.patch)).save(str(path))

@@ -1,4 +1,4 @@
-"""Memory and time against the size of the slide and the number of nuclei."""
+"""Measure how memory and time grow with the size of the slide and the number of nuclei."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = (100_000, 80_000)
 
 
 def memory(options: Options) -> Iterator[Figure]:
-    """Most memory of each stage on a slide of 100,000 x 80,000 px, less that on one of 10,000 x 8,000; 10 % tissue."""
+    """Peak memory of each stage on a slide of 100,000 x 80,000 px minus that on one of 10,000 x 8,000; 10 % tissue."""
     held: dict[str, dict[str, float]] = {}
     for name, (width, height) in {"small": SMALL, "large": LARGE}.items():
         if name == "large" and options.quick:
@@ -26,7 +26,7 @@ def memory(options: Options) -> Iterator[Figure]:
         runs = all_stages(folder, BASELINE)
         held[name] = {key: run.rss_mb for key, run in runs.items()}
         shutil.rmtree(folder)
-        # A network is too slow for all of it: a strip as wide as the slide has the same buffers.
+        # A network is too slow for the whole slide, but needs the same buffers for a strip as wide as the slide.
         folder = options.place(f"network-{name}")
         material.write_tiles(folder / "tiles.zarr", material.field(0.5), width // 2, 512, 0.5, 0.02)
         material.write_manifests(folder, width // 2, 512, 0.5)
@@ -44,7 +44,11 @@ def memory(options: Options) -> Iterator[Figure]:
 
 
 def million(options: Options) -> Iterator[Figure]:
-    """Nuclei by the million through instances, measure, export and summary, two workers where a stage takes several."""
+    """Up to a million nuclei through instances, measure, export and summary, with two workers if a stage can have them.
+
+    The figures are the CPU time and peak memory of the stages, the sizes of their files, and the growth of the CPU time
+    per nucleus from few nuclei to many.
+    """
     field = material.field(0.5)
     per_square = int(field.labels.max())
     took: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Speed of each stage beside the limit that is set by what it cannot do without."""
+"""Measure the speed of each stage, beside a limit: the speed of the work that it cannot avoid, done alone."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ BASELINE = ROOT / "models/hematoxylin"
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure.
+    """Options of the benchmarks.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Where to put what is worked on.
+        Folder for inputs and results.
     quick : bool
-        Small inputs.
+        Whether to use small inputs.
     model : pathlib.Path
         Model package for the rows with a network.
     slide : pathlib.Path, optional
-        Slide for the rows `tiles` and `slide`; a synthetic one without it.
+        Slide for the rows `tiles`, `slide`, `slide-gpu` and `tiatoolbox`; a synthetic one by default.
     peer : pathlib.Path, optional
-        Python of an environment with TIAToolbox, for the row `tiatoolbox`.
+        Python interpreter of an environment with TIAToolbox, for the row `tiatoolbox`.
     cores : int
-        CPU cores that may be used.
+        Number of CPU cores that may be used.
     precision : str
-        Numbers that networks compute with, see `pipeline.networks.precision.PRECISIONS`.
+        Number format that networks compute in, see `pipeline.networks.precision.PRECISIONS`.
     count : int
-        Slides of the row `cohort`.
+        Number of slides of the row `cohort`.
     """
 
     folder: Path
@@ -65,24 +65,24 @@ class Options:
     count: int = 40
 
     def slide_file(self, folder: Path, side: int, share: float, mpp: float = 0.25) -> tuple[Path, str]:
-        """The slide that was given, or a synthetic one in `folder`; and what it is."""
+        """Return the path of the given slide, or of a synthetic one written to `folder`, and a description of it."""
         if self.slide is not None:
             return self.slide.absolute(), f"{self.slide.name}"
         material.write_slide(folder / "slide.svs", material.field(0.25), side, side, mpp, share)
         return folder / "slide.svs", f"{side} x {side} px JPEG at {mpp:g} µm/px, {100 * share:.0f} % tissue"
 
     def place(self, name: str) -> Path:
-        """A new folder."""
+        """Create a new folder and return its path."""
         path = self.folder / name
         path.mkdir(parents=True)
         return path
 
 
 def tiles_row(options: Options) -> Iterator[Figure]:
-    """Slide to tiles at 0.5 µm/px, against decoding the same windows: by whole pixels, and by weighted ones."""
+    """Slide to tiles, against decoding the same windows alone, at a whole and at a fractional ratio of pixel sizes."""
     yield _slide_to_tiles(options, "slide to tiles", 0.25, "ratio >= 0.7")
     if options.slide is None:
-        # As scanners have it: hardly any has 0.25 to the last digit.
+        # Hardly any scanner has exactly 0.25 µm/px, so that most slides need weighted averages.
         yield _slide_to_tiles(options, "slide at 0.2525 µm/px to tiles", 0.2525, "ratio >= 0.4")
 
 
@@ -113,7 +113,7 @@ def _slide_to_tiles(options: Options, name: str, mpp: float, target: str) -> Fig
     runs = itertools.count()
 
     def run() -> dict[str, Any]:
-        out = folder / f"{next(runs)}.zarr"  # a place of its own: none has to remove what another made
+        out = folder / f"{next(runs)}.zarr"  # a new path, so that no run has to remove an earlier run's store
         return module.run_tiles(
             "s", folder / "slide.json", folder / "tissue.json", folder / "tissue.geojson", options.model,
             out.with_suffix(".json"), out, workers=1,
@@ -132,7 +132,7 @@ def _slide_to_tiles(options: Options, name: str, mpp: float, target: str) -> Fig
             for window in wanted:
                 slide.read(*window)
 
-    keep_freed_memory()  # for both: the stage does so
+    keep_freed_memory()  # as the stage does; here for both
     (manifest, ours), (_, limit) = best_in_turns([run, decode], 6)
     megapixels = sum(w * h for _, _, _, w, h in wanted) / 1e6
     return Figure(
@@ -142,7 +142,7 @@ def _slide_to_tiles(options: Options, name: str, mpp: float, target: str) -> Fig
 
 
 def tissue_options(folder: Path) -> dict[str, Any]:
-    """Options of the stage `tissue` for a slide whose manifest is in `folder`: those of the settings."""
+    """Options of the stage `tissue` for a slide whose manifest is in `folder`, with the default settings."""
     settings = check_settings({}, load_schema(ROOT / "workflow/schemas/config.schema.yaml"))["tissue"]
     return {
         "slide": "s", "inspect": folder / "slide.json", "mpp": settings["mpp"], "min_area": settings["min_area_um2"],
@@ -152,7 +152,7 @@ def tissue_options(folder: Path) -> dict[str, Any]:
 
 
 def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
-    """Tiles to maps, against the network's forward pass alone on the same windows."""
+    """Tiles to maps, against the network's forward pass alone on windows of the same tiles."""
     from pipeline.allocator import keep_freed_memory
     from pipeline.inference import active_windows, infer_slide
     from pipeline.predictors import choose_predictor, one_result
@@ -200,7 +200,7 @@ def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
 
 
 def _forward_alone(predictor: Any, batches: Sequence[np.ndarray]) -> Callable[[], None]:
-    """The network on batches of windows, which on a GPU are there already."""
+    """Return a function that runs the network on batches of windows; on a GPU, the batches are loaded beforehand."""
     if predictor.busy is None:
 
         def on_cpu() -> None:
@@ -221,7 +221,7 @@ def _forward_alone(predictor: Any, batches: Sequence[np.ndarray]) -> Callable[[]
 
 
 def infer_gpu(options: Options) -> Iterator[Figure]:
-    """The same on a GPU, where there is one."""
+    """Tiles to maps on a GPU, as in `infer`; skipped on machines without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -231,7 +231,7 @@ def infer_gpu(options: Options) -> Iterator[Figure]:
 
 
 class _NoNetwork:
-    """As if a GPU made maps of no work: each window's are cut from those of the field."""
+    """Predictor that stands for a GPU that takes no time: the maps of each window are cut from those of the field."""
 
     per_pass = batch = 64
     network = None
@@ -245,7 +245,8 @@ class _NoNetwork:
         return self
 
     def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
-        strips = [replace(strip, pixels=strip.pixels.copy()) for strip in strips]  # to memory that a GPU copies
+        # Copy, as a GPU's predictor does into the memory that the GPU reads from.
+        strips = [replace(strip, pixels=strip.pixels.copy()) for strip in strips]
         return lambda: lambda: (self._window(*place) for strip in strips for place in strip.places)
 
     def _window(self, row: int, column: int) -> np.ndarray:
@@ -258,7 +259,7 @@ class _NoNetwork:
 
 
 def infer_host(options: Options) -> Iterator[Figure]:
-    """Tiles to maps where the network takes no time, against the libraries' work on each tile and each map once."""
+    """Tiles to maps without a network, against the libraries' work alone: each tile decoded, each map encoded once."""
     from pipeline.allocator import keep_freed_memory
     from pipeline.inference import infer_slide
     from pipeline.maps import MapStore
@@ -303,8 +304,8 @@ def infer_host(options: Options) -> Iterator[Figure]:
         "infer-host", "tiles to maps but the network", megapixels / ours.cpu, "MP/s a core", megapixels / limit.cpu,
         "libraries alone", "ratio >= 0.4", note,
     )  # fmt: skip
-    # Hardly any pixels, and just as many windows, tiles and chunks: what is left is Python, of which all threads
-    # together do no more than one could.
+    # With as many windows, tiles and chunks but hardly any pixels, the time left is that of Python itself, which
+    # threads cannot share.
     scaled = replace(package, patch=package.patch // small, overlap=package.overlap // small)
     few, python = run("small", scaled, side // small, 1024 // small)
     yield Figure(
@@ -314,12 +315,12 @@ def infer_host(options: Options) -> Iterator[Figure]:
 
 
 def not_refined(package: ModelPackage) -> ModelPackage:
-    """A model whose nuclei are made on the pixels of its maps, as those that they are compared with."""
+    """Return the package without refinement: nuclei are made on the pixels of its maps, as those compared with are."""
     return replace(package, thresholds=replace(package.thresholds, refine=1))
 
 
 def instances(options: Options) -> Iterator[Figure]:
-    """Maps to the table of nuclei, against components and a watershed of the whole maps at once."""
+    """Maps to the table of nuclei, against connected components and a watershed on the whole maps at once."""
     from skimage.measure import label
     from skimage.segmentation import watershed
 
@@ -328,7 +329,7 @@ def instances(options: Options) -> Iterator[Figure]:
     from pipeline.maps import MapStore
 
     folder = options.place("instances")
-    keep_freed_memory()  # for both: the stage does so
+    keep_freed_memory()  # as the stage does; here for both
     side = 4096 if options.quick else 8192
     refined = ModelPackage.load(options.model)
     package = not_refined(refined)
@@ -361,11 +362,11 @@ def instances(options: Options) -> Iterator[Figure]:
             "instances", "the same on pixels of half the size", side**2 / 1e6 / fine.cpu, "MP/s a core", note=note
         )
     if options.quick:
-        return  # starting workers would take longer than what they do
+        return  # starting workers would take longer than their work
     side = 16384
     material.write_maps(folder / "large.zarr", material.field(package.mpp), side, side, package.mpp, 1.0)
     runs: dict[int, Run] = {}
-    for workers in (1, 2, 1, 2):  # of two each the quicker one
+    for workers in (1, 2, 1, 2):  # keep the quicker of two runs each
         run = stage(
             "instances", slide="s", maps=folder / "large.zarr", model=options.model,
             out=folder / f"{workers}-large.parquet", workers=workers,
@@ -387,11 +388,11 @@ REGIONPROPS = (
     "centroid", "area", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity", "solidity",
     "orientation", "intensity_mean", "intensity_std",
 )  # fmt: skip
-"""Columns of scikit-image that say what the stage `measure` says."""
+"""Properties of scikit-image that correspond to the columns of the stage `measure`."""
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """Nuclei measured, all columns, against scikit-image's regionprops_table with the same."""
+    """Measurement of nuclei, all columns, against scikit-image's regionprops_table with the same properties."""
     from skimage.measure import regionprops_table
 
     from pipeline.allocator import keep_freed_memory
@@ -426,7 +427,7 @@ def measure(options: Options) -> Iterator[Figure]:
 
 
 def export(options: Options) -> Iterator[Figure]:
-    """nuclei.parquet to gzipped GeoJSON, against orjson and zlib on features that are there already."""
+    """nuclei.parquet to gzipped GeoJSON, against orjson and zlib alone on features that are ready in memory."""
     import orjson
 
     from pipeline import export as module
@@ -462,7 +463,7 @@ def export(options: Options) -> Iterator[Figure]:
 
 
 def whole(options: Options) -> Iterator[Figure]:
-    """A whole slide, stage by stage as the workflow runs them, against the forward pass alone."""
+    """A whole slide, stage by stage as in the workflow, against the network's forward pass alone."""
     folder = options.place("slide")
     package = ModelPackage.load(options.model)
     path, what = options.slide_file(folder, 4096 if options.quick else 16384, 0.5)
@@ -489,33 +490,33 @@ def all_stages(
     device: str = "cpu",
     run: Callable[..., Run] = stage,
 ) -> dict[str, Run]:
-    """Run the stages of one slide.
+    """Run all stages of one slide.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Where to put what they write.
+        Folder for the results.
     model : pathlib.Path
         Model package.
     workers : int
-        Cores that they may use.
+        Number of cores that a stage may use.
     slide : pathlib.Path, optional
-        The slide; without it ``slide.svs`` in `folder`.
+        File of the slide; by default ``slide.svs`` in `folder`.
     mpp : float, optional
-        Its pixel size, where its file tells none.
+        µm per level-0 pixel, for a file that does not state it.
     summary : bool
-        Also the last stage, which draws the overview.
+        Whether to run the last stage, which draws the overview, as well.
     precision : str
-        Numbers that the network computes with.
+        Number format that the network computes in.
     device : {"cpu", "cuda"}
-        Where it runs.
+        Device that the network runs on.
     run : callable
-        What runs a stage; by default each in a process of its own.
+        Function that runs a stage; by default each stage runs in a process of its own.
 
     Returns
     -------
     dict of str to Run
-        What each stage took.
+        Time and memory of each stage.
     """
     names = ("slide", "tissue", "tiles", "stain", "maps", "instances", "measure", "export")
     f = {name: folder / f"{name}.json" for name in names}
@@ -555,7 +556,7 @@ def all_stages(
 
 
 def whole_gpu(options: Options) -> Iterator[Figure]:
-    """The same slide where the network runs on a GPU: what each stage takes by the clock, and what limits the slide."""
+    """A whole slide with the network on a GPU: wall time of its stages, against the GPU's busy time alone."""
     import torch
 
     if not torch.cuda.is_available():
@@ -575,7 +576,7 @@ def whole_gpu(options: Options) -> Iterator[Figure]:
 
 
 def summary_options(folder: Path) -> dict[str, Any]:
-    """Options of the stage `summary` for a slide whose results are in `folder`, under the names that they have here."""
+    """Options of the stage `summary` for a slide whose results are in `folder`, named as by `all_stages`."""
     manifests = {name: folder / f"{'slide' if name == 'inspect' else name}.json" for name in MANIFESTS}
     return manifests | {
         "nuclei": folder / "nuclei.parquet", "tissue_geojson": folder / "tissue.geojson",
@@ -584,7 +585,7 @@ def summary_options(folder: Path) -> dict[str, Any]:
 
 
 def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precision: str) -> tuple[float, str]:
-    """CPU seconds of the network alone on the windows of a slide's tiles, and the numbers that it computed with."""
+    """CPU seconds of the network alone on all windows of a slide, extrapolated from a few, and its precision."""
     from pipeline.inference import active_windows
     from pipeline.kernels.blend import PatchGrid
     from pipeline.predictors import choose_predictor, one_result
@@ -603,7 +604,7 @@ def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precisio
 
 
 def startup(options: Options) -> Iterator[Figure]:
-    """What it costs to take a slide of one tile through all stages, and how much of it is the start of processes."""
+    """A slide of one tile through all stages, against only starting as many processes."""
     from PIL import Image
 
     bare = min(run_command([sys.executable, "-c", "import pipeline.cli"]).cpu for _ in range(3))
@@ -619,7 +620,7 @@ def startup(options: Options) -> Iterator[Figure]:
 
 
 def cohort(options: Options) -> Iterator[Figure]:
-    """Many tiny slides through the workflow on two cores, stages started cold and warm, against their work alone."""
+    """Many tiny slides through the workflow on two cores, with and without warm start, against their work alone."""
     from PIL import Image
 
     count = 2 if options.quick else options.count
@@ -628,7 +629,7 @@ def cohort(options: Options) -> Iterator[Figure]:
     for number in range(count):
         y, x = 100 * (number % 8), 100 * (number // 8 % 8)
         Image.fromarray(field.rgb[y : y + 1000, x : x + 1000]).save(slides / f"{number:03}.png")
-    # The second slide of a process: its libraries are there.
+    # Run the slide twice in this process and keep the second run, when all libraries are loaded.
     tries = [
         all_stages(options.place(f"cohort-here-{number}"), BASELINE, slide=slides / "000.png", mpp=0.5, run=stage_here)
         for number in range(2)

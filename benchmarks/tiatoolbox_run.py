@@ -1,9 +1,10 @@
-"""A slide through TIAToolbox' nucleus engine with a network of ours; run by the Python of an environment that has it.
+"""Take a slide through TIAToolbox's nucleus engine with a network of the pipeline.
 
     python tiatoolbox_run.py SETTINGS.json
 
-The settings are written by `benchmarks.peer`. What is not the network is the toolbox' own: reading, merging, tiles and
-seams, properties of nuclei, GeoJSON. As in its HoVer-Net, nuclei come from a watershed over a tile.
+The script runs with the Python of an environment that has TIAToolbox; `benchmarks.peer` starts it and writes the
+settings. Everything but the network and the watershed is the toolbox's own: reading, merging, tiles and seams,
+properties of nuclei, GeoJSON. As in its HoVer-Net, nuclei come from a watershed over a tile.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SECONDS: dict[str, float] = {}
 
 
 def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, its seconds added up under a name."""
+    """Wrap a function so that its wall seconds are added up in `SECONDS` under a name."""
 
     def inner(*args: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -42,14 +43,15 @@ def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Wrapped(ModelABC):
-    """A traced network that gives a nucleus and a distance map.
+    """A traced network that returns a nucleus map and a distance map, as a model of the toolbox.
 
     Parameters
     ----------
     network : torch.jit.ScriptModule
-        RGB in 0 to 1 to maps in 0 to 1.
+        Network from RGB in 0 to 1 to maps in 0 to 1.
     rules : dict
-        Thresholds of the maps, 0 to 255: ``nucleus``, ``marker``, ``min_marker``, ``min_area``.
+        Thresholds of the maps, 0 to 255, ``nucleus`` and ``marker``, and least areas in pixels, ``min_marker`` and
+        ``min_area``.
     """
 
     def __init__(self, network: Any, rules: dict[str, int]) -> None:
@@ -58,19 +60,19 @@ class Wrapped(ModelABC):
         self.tasks = ["nuclei_segmentation"]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps of images."""
+        """Return the maps of a batch of images."""
         return self.network(images)
 
     @staticmethod
     def infer_batch(model: Any, batch: Any, *, device: str) -> tuple[np.ndarray, np.ndarray]:
-        """Both maps of a batch of patches, each (N, H, W, 1)."""
+        """Return both maps of a batch of patches, each (N, H, W, 1)."""
         images = torch.as_tensor(batch).to(device, torch.float32).permute(0, 3, 1, 2).contiguous() / 255
         with torch.inference_mode():
             maps = timed("forward", model.network)(images).permute(0, 2, 3, 1).contiguous().numpy()
         return maps[..., :1], maps[..., 1:2]
 
     def postproc(self, raw_maps: list[Any], offset: tuple[int, int] = (0, 0)) -> tuple[dict[str, Any], ...]:
-        """Nuclei of a tile."""
+        """Find the nuclei of a tile; return them in the form that the toolbox expects."""
         import dask.array as da
 
         nucleus, distance = (np.asarray(m)[..., 0] * 255 for m in raw_maps)
@@ -96,7 +98,7 @@ class Wrapped(ModelABC):
 
 
 def main() -> None:
-    """Run the engine over the slide; seconds of its parts, and the file it left."""
+    """Run the engine over the slide, and write the wall seconds of its parts as JSON beside its results."""
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     for name in ("infer_wsi", "post_process_wsi", "save_predictions"):

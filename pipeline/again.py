@@ -1,9 +1,9 @@
-"""A run that has lost a store to damage starts once more by itself, so that the store is made again.
+"""Automatic restart of a run that has lost a store to damage, so that the store is made again.
 
-The stage that finds a store damaged removes it and fails. Within a run Snakemake would not make it again: the stage
-that did is finished. A mark stays in its place, at which further tries of the job end at once. When the run has ended,
-its process becomes the same command once more, with its number, its terminal, and in the end its exit code. Imported
-while Snakemake parses the workflow.
+The stage that finds a damaged store removes it and fails. Within the same run Snakemake would not make the store again,
+because the stage that made it is finished. A mark is left in place of the store, at which retries of the job fail at
+once. When the run has ended, its process replaces itself (``exec``) with the same command and so keeps its process
+number and its terminal; its exit code is that of the second run. Imported while Snakemake parses the workflow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 NOTES = "NUCLEI_DAMAGED"
-"""Environment variable with the file in which stages note what they have removed."""
+"""Environment variable with the path of the file in which stages note the damaged stores that they have removed."""
 
 _SECOND = "NUCLEI_SECOND_RUN"
 
@@ -29,27 +29,27 @@ _MARK = "DAMAGED.txt"
 
 
 def note_damage(store: Path) -> None:
-    """Note that a damaged store has been removed, where a run wants to know of it, and leave a mark in its place.
+    """Note that a damaged store has been removed, and leave a mark in its place; without `NOTES`, do nothing.
 
-    Without one, each time that the job is tried again it would wait until the store appears.
+    Without the mark, each retry of the job would wait for the store to appear.
     """
     if os.environ.get(NOTES):
         with open(os.environ[NOTES], "a", encoding="utf-8") as stream:
             stream.write(f"{store}\n")
-        with suppress(FileNotFoundError):  # another job that found the same takes the mark away, and leaves its own
+        with suppress(FileNotFoundError):  # another job that found the same damage removes this mark and leaves its own
             store.mkdir(exist_ok=True)
             (store / _MARK).write_text("The next run makes this store again.\n", encoding="utf-8")
 
 
 def how_anew() -> str:
-    """What to do where a store was damaged."""
+    """Return a hint for the user on how to make a damaged store again."""
     if os.environ.get(NOTES):
         return "run the same command again, where it does not start by itself: then it is made again"
     return "run the stage that makes it again, then this one"
 
 
 def is_marked(store: Path) -> bool:
-    """Whether a store was damaged, and has not been made again yet."""
+    """Whether a mark stands in place of a store: it was damaged and has not been made again yet."""
     return (store / _MARK).is_file()
 
 
@@ -62,12 +62,12 @@ def _noted(notes: Path) -> list[Path]:
 
 
 def clear_marks(notes: Path) -> None:
-    """Before a run looks at what there is: take away what stands for damaged stores.
+    """Remove the marks of damaged stores, before a run looks at the existing files.
 
     Parameters
     ----------
     notes : pathlib.Path
-        The file of `NOTES`; it goes, too.
+        The file that `NOTES` names; it is removed, too.
     """
     for store in _noted(notes):
         shutil.rmtree(store)
@@ -75,12 +75,12 @@ def clear_marks(notes: Path) -> None:
 
 
 class Restart:
-    """Starts this process' command once more.
+    """Run this process's command once more when it ends, if stores were damaged.
 
     Parameters
     ----------
     notes : pathlib.Path
-        The file of `NOTES`.
+        The file that `NOTES` names.
     command : sequence of str, optional
         The command, by default the one that this process was started with.
     """
@@ -91,9 +91,9 @@ class Restart:
         self._begun = self._wanted = self._stopped = False
 
     def begin(self) -> None:
-        """When the jobs of a run are about to start."""
+        """Prepare for a restart. To be called when the jobs of a run are about to start."""
         self._begun = True
-        atexit.register(self._start)  # what is registered after it is done before it
+        atexit.register(self._start)  # functions that are registered later run before it
         for number in (signal.SIGINT, signal.SIGTERM):
             self._watch(number)
 
@@ -109,13 +109,13 @@ class Restart:
             signal.signal(number, noted)
 
     def end(self) -> list[Path]:
-        """When a run has ended with failures.
+        """Decide whether to restart. To be called when a run has ended with failures.
 
         Returns
         -------
         list of pathlib.Path
-            The stores because of which it starts again as soon as this process ends. None: it does not, as when it was
-            stopped or is the second one.
+            The damaged stores because of which the command starts once more as soon as this process ends. Empty if it
+            does not, e.g. because the run was stopped or is itself the second one.
         """
         stores = _noted(self.notes)
         self._wanted = bool(stores) and self._begun and not self._stopped and _SECOND not in os.environ

@@ -1,4 +1,4 @@
-"""How the C library keeps memory: little of it for stages, and all of it where large buffers come and go."""
+"""Settings of glibc's memory allocator: save memory in stages, or save time where large buffers come and go."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _set_options(options: dict[int, int]) -> bool:
 def share_heap() -> bool:
     """Let the threads of this process and of its children share one heap.
 
-    By default glibc gives each thread one of its own, in which what was freed stays for this thread alone: on a large
-    slide 150 MB more for `infer`, 80 MB for `instances`. Stages take memory in large pieces, so threads hardly wait for
-    each other.
+    By default, glibc gives each thread a heap of its own, whose freed memory only that thread can use again. On a large
+    slide that costs `infer` 150 MB and `instances` 80 MB. Stages allocate memory in large pieces, so their threads
+    hardly wait for each other.
 
     Returns
     -------
     bool
-        Whether it took effect; False on other systems and C libraries, and where the environment has its own number.
+        Whether it took effect; False on other systems and C libraries, and if the environment sets MALLOC_ARENA_MAX.
     """
     if "MALLOC_ARENA_MAX" in os.environ:  # set by the user, or by the process that started this one
         return False
@@ -45,9 +45,9 @@ def share_heap() -> bool:
 def keep_freed_memory() -> bool:
     """Let the process keep freed memory for the next buffer instead of giving it back to the system.
 
-    By default glibc takes each large buffer from the system and gives it back when it is freed, so the layers of every
-    window are paid for in page faults: a fifth of the CPU time of the default model, and of that of measuring nuclei.
-    Call it before memory is taken.
+    By default, glibc gets each large buffer from the system and returns it when it is freed, so the layers of every
+    window cause page faults: a fifth of the CPU time of the default model, and of that of measuring nuclei. Call this
+    function before memory is allocated.
 
     Returns
     -------

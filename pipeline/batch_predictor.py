@@ -1,4 +1,4 @@
-"""A network on a GPU: batches of windows, whose colours are changed and whose maps are blended there."""
+"""Run a network on a GPU in batches of windows; colours are transformed and maps blended on the GPU as well."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class DeviceBlender:
-    """What `pipeline.kernels.blend.Blender` does, on a GPU and batch by batch.
+    """Blend windows as `pipeline.kernels.blend.Blender` does, but on a GPU and batch by batch.
 
-    Calls of its own for each window's edges would take longer than the network. Sums of integers, so the results are
-    the same.
+    Edges are joined for whole runs of windows, because separate calls for each window would take longer than the
+    network. The sums are of integers, so the results equal those of `Blender`.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class DeviceBlender:
     largest : bool
         As for `Blender`.
     device : torch.device
-        Where the maps are.
+        Device that holds the maps.
     """
 
     def __init__(self, grid: PatchGrid, largest: bool, device: torch.device) -> None:
@@ -42,26 +42,26 @@ class DeviceBlender:
         self._largest = largest
         self._weights = torch.from_numpy(blend_weights(grid.patch, grid.overlap)).to(device)
         self._sum = weight_sum(grid.overlap)
-        # By column: the lower edge of its last window, and that window's row.
+        # For each column, the lower edge of the last window that was added there, and the row of that window.
         self._edges: Tensor | None = None
         self._rows = np.full(grid.columns, -2)
         self._left: Tensor | None = None
         self._last = (-2, -2)
 
     def add(self, places: Places, maps: Tensor) -> Tensor:
-        """Add windows.
+        """Add a batch of windows.
 
         Parameters
         ----------
         places : sequence of (int, int)
-            Their rows and columns; windows come in raster order.
+            Rows and columns of the windows, which come in raster order.
         maps : torch.Tensor
             uint8 ``(N, C, patch, patch)``.
 
         Returns
         -------
         torch.Tensor
-            uint8 ``(N, C, stride, stride)``: the pixels of each that no later window reaches.
+            uint8 ``(N, C, stride, stride)``: the pixels of each window that no later one reaches.
         """
         stride, overlap = self.grid.stride, self.grid.overlap
         total = maps.int() if self._largest else maps * self._weights
@@ -75,7 +75,7 @@ class DeviceBlender:
             if self._left is not None and self._last == (row, first - 1):
                 self._join(run[0, ..., :overlap], self._left)
             self._join(run[1:, ..., :overlap], right[start : end - 1])
-            # Those below windows that were there; told here, for asking the device would wait for the network.
+            # Windows with a neighbour above. Looked up on the host, as asking the device would wait for the network.
             for _, begin, below in runs([(0, int(i)) for i in np.flatnonzero(self._rows[columns] == row - 1)]):
                 edges = self._edges[first + begin : first + begin + below]
                 self._join(run[begin : begin + below, ..., :overlap, :stride], edges)
@@ -94,22 +94,22 @@ class DeviceBlender:
 
 
 class BatchPredictor:
-    """Batches of one size on a GPU, which blends them as well.
+    """Predictor that runs batches of one size on a GPU and blends them there.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Gives logits ``(N, C, H, W)`` for images in [0, 1].
+        Returns logits ``(N, C, H, W)`` for images in [0, 1].
     device : str
         ``cuda``, or ``cpu`` for comparison.
     batch : int
-        Windows a forward pass; halves itself when the device runs out of memory.
+        Windows per forward pass; halved whenever the device runs out of memory.
     outputs : Outputs
-        What its logits mean.
+        How logits become maps.
     precision : torch.dtype
-        What it computes with.
+        Type of the numbers that the network computes with.
     threads : int
-        CPU threads that make a slide's table of colours.
+        CPU threads that compute a slide's table of colours.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class BatchPredictor:
 
     @property
     def busy(self) -> float | None:
-        """Seconds in which a GPU was at a batch."""
+        """Seconds in which the GPU was computing; None on a CPU."""
         return self._busy if self.on_gpu else None
 
     def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
@@ -149,11 +149,11 @@ class BatchPredictor:
         return np.asarray(self.maps(self.load(patches)).cpu())
 
     def load(self, patches: np.ndarray) -> Tensor:
-        """Windows on the device, uint8 ``(N, H, W, 3)``."""
+        """Copy windows to the device, uint8 ``(N, H, W, 3)``."""
         return torch.from_numpy(patches).to(self.device)
 
     def maps(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Maps uint8 ``(N, C, H, W)`` of windows on the device, in as many passes as its memory needs."""
+        """Maps uint8 ``(N, C, H, W)`` of windows on the device, in as many passes as its memory requires."""
         done: list[Tensor] = []
         start = 0
         while start < len(x):
@@ -161,7 +161,7 @@ class BatchPredictor:
             try:
                 found = self.forward(part, colours)
             except (torch.OutOfMemoryError, MemoryError):
-                found = None  # and on, for only then are the layers of this pass given up
+                found = None  # go on outside this block: within it, the error keeps the pass's layers in memory
             if found is not None:
                 done.append(found)
                 start += len(part)
@@ -177,14 +177,22 @@ class BatchPredictor:
         return done[0] if len(done) == 1 else torch.cat(done)
 
     def forward(self, x: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Maps of at most `batch` windows, their colours changed first; one shape always, so that the same kernels run.
+        """Maps of at most `batch` windows in one forward pass.
+
+        Fewer windows are padded to a full batch: with one shape, the same kernels always run.
 
         Parameters
         ----------
         x : torch.Tensor
             uint8 ``(N, H, W, 3)``.
         colours : torch.Tensor, optional
-            For every colour another one, see `pipeline.kernels.stain.StainTransform.table`; four bytes are an int32.
+            The colour that replaces each colour, int32 ``(256**3,)``: `pipeline.kernels.stain.StainTransform.table`
+            with its four bytes taken as one number. By default colours stay as they are.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8 ``(N, C, H, W)``.
         """
         if colours is not None:
             red, green, blue = x.int().unbind(-1)
@@ -198,14 +206,14 @@ class BatchPredictor:
             return maps.mul(255).round().to(torch.uint8)[:count]
 
     def computed(self, seconds: float) -> None:
-        """Note for how long a batch kept the GPU."""
+        """Add the seconds that a batch took on the GPU to `busy`."""
         self._busy += seconds
 
 
 class _BatchSlide:
-    """See `SlideMaps`; for `BatchPredictor`.
+    """`SlideMaps` of a `BatchPredictor`.
 
-    Strips go to the device as they are; their colours are transformed and windows cut out of them there.
+    Strips are copied to the device as they are. There, windows are cut out of them and their colours transformed.
     """
 
     def __init__(self, predictor: BatchPredictor, grid: PatchGrid, transform: StainTransform) -> None:
@@ -214,17 +222,17 @@ class _BatchSlide:
         self._blender = DeviceBlender(grid, isinstance(predictor.network, FindsInstances), predictor.device)
         self._colours: Tensor | None = None
         if transform.method != "none":
-            # By table, for a device's own logarithms and powers would round in another way.
+            # Look colours up in a table computed on the CPU: logarithms and powers round differently on a GPU.
             with ThreadPoolExecutor(predictor.threads) as pool:
                 table = transform.table(pool.map)
             self._colours = torch.from_numpy(table.view(np.int32).reshape(-1)).to(predictor.device)
-        # Strips are copied while the batch before is computed.
+        # A stream of their own lets strips be copied while the batch before them is computed.
         self._copies = torch.cuda.Stream(predictor.device) if predictor.on_gpu else None
 
     def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
         """See `SlideMaps`."""
         if self._predictor.on_gpu:
-            # Memory that the GPU copies by itself; the same size for all full batches, so that it is used again.
+            # Pinned memory, from which the GPU copies by itself. All full batches have one size, so torch reuses it.
             size = self._grid.patch**2 * 3 * sum(strip.count for strip in strips)
             room = np.asarray(torch.empty(size, dtype=torch.uint8, pin_memory=True))
             moved, start = [], 0
@@ -240,7 +248,7 @@ class _BatchSlide:
         places = [place for strip in strips for place in strip.places]
         try:
             return self._begun(places, strips)
-        except (torch.OutOfMemoryError, MemoryError):  # not of a forward pass: that halves itself
+        except (torch.OutOfMemoryError, MemoryError):  # not from a forward pass: that halves the batch itself
             raise PipelineError(
                 f"{self._predictor.device} is out of memory: {len(places)} windows at once do not fit",
                 f"set infer.batch to {max(1, len(places) // 4)} or less",
@@ -259,7 +267,7 @@ class _BatchSlide:
             done.copy_(blended, non_blocking=True)
             ended.record()
 
-        def finish(_copied_from: Sequence[Strip] = strips) -> Iterator[np.ndarray]:  # which have to stay until then
+        def finish(_copied_from: Sequence[Strip] = strips) -> Iterator[np.ndarray]:  # keeps the strips alive
             ended.synchronize()
             self._predictor.computed(started.elapsed_time(ended) / 1000)
             return iter(np.asarray(done))
@@ -267,7 +275,7 @@ class _BatchSlide:
         return finish
 
     def _windows(self, strips: Sequence[Strip]) -> Tensor:
-        """Windows on the device, uint8 ``(N, H, W, 3)``."""
+        """Copy strips to the device and cut the windows out of them, uint8 ``(N, H, W, 3)``."""
         patch, stride, device = self._grid.patch, self._grid.stride, self._predictor.device
         count = sum(strip.count for strip in strips)
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():

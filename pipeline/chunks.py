@@ -1,4 +1,4 @@
-"""Chunks of zarr arrays, compressed and written from many threads at once."""
+"""Compress and write chunks of zarr arrays from many threads at once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 @dataclass(frozen=True)
 class ChunkFiles:
-    """Whole chunks of uint8, as files that are those zarr would write: lz4, then a checksum.
+    """Write whole uint8 chunks as the same files that zarr would write: lz4, then a checksum.
 
-    zarr takes 1 to 2 ms of Python a chunk, in which all other threads wait: more than a GPU takes for its windows.
+    zarr itself spends 1 to 2 ms per chunk in Python code, during which all other threads wait; a GPU computes the
+    windows of a chunk in less.
 
     Parameters
     ----------
     level : int
-        How hard lz4 tries, 1 to 9.
+        Compression level of lz4, 1 to 9.
     """
 
     level: int
 
     @property
     def compressors(self) -> tuple[BloscCodec, Crc32cCodec]:
-        """What `zarr.Group.create_array` is given as ``compressors``."""
+        """Codecs to pass to `zarr.Group.create_array` as ``compressors``."""
         return BloscCodec(typesize=1, cname="lz4", clevel=self.level, shuffle="noshuffle"), Crc32cCodec()
 
     def write(self, array: Path, index: tuple[int, ...], pixels: np.ndarray) -> None:
@@ -38,9 +39,9 @@ class ChunkFiles:
         array : pathlib.Path
             Folder of the array.
         index : tuple of int
-            The chunk's place among the chunks, one number an axis.
+            Index of the chunk along each axis.
         pixels : numpy.ndarray
-            uint8, the chunk's own shape.
+            uint8, of the full shape of a chunk.
         """
         data: Any = np.ascontiguousarray(pixels)
         for codec in (Blosc(cname="lz4", clevel=self.level, shuffle=Blosc.NOSHUFFLE), CRC32C()):

@@ -1,4 +1,4 @@
-"""Command line: ``python -m pipeline STAGE ...``. Each stage's module is imported only when it is asked for."""
+"""Command line: ``python -m pipeline COMMAND ...``. Only the module of the given command is imported."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Command:
     Parameters
     ----------
     module : str
-        Module that holds it.
+        Module that implements it.
     help : str
-        What it does, one line.
+        What it does, in one line.
     add_arguments, main : str
-        Names of its two functions.
+        Names of the module's functions that declare the command's arguments and that run it.
     """
 
     module: str
@@ -91,7 +91,7 @@ _HINTS = {
 
 
 def overview() -> str:
-    """The help text: every command with its line."""
+    """Return the help text, with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [
         "usage: python -m pipeline COMMAND ...",
@@ -113,7 +113,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     name : str
         A key of `COMMANDS`.
     arguments : sequence of str
-        What follows it on the command line.
+        The arguments that follow it on the command line.
 
     Returns
     -------
@@ -124,9 +124,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
     if name in STAGES:
         share_heap()
-        # There is hardly any linear algebra in stages, but OpenBLAS starts a thread a core, which waits busily for it.
+        # Stages have hardly any linear algebra, but OpenBLAS starts one thread per core, and these busy-wait for it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # Imports make objects by the hundred thousand, none of them garbage, and Python would look at them many times.
+        # Imports create hundreds of thousands of objects that all stay, and the collector would scan them many times.
         gc.set_threshold(50_000)
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0: done; 1: the system refused something (disk full, no permission) or the command found something wrong;
+        0: success; 1: the system refused something (disk full, no permission), or the command found a problem;
         2: a wrong setting, file or option; 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone, as in `... | head`.
+        # The reader of standard output has ended, as in `... | head`.
         sys.stderr.close()
         return 1
     except OSError as error:

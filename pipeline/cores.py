@@ -1,4 +1,4 @@
-"""Processor cores."""
+"""Number of processor cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: a cluster or a container may give it fewer than the machine has."""
+    """Return the number of cores that this process may run on, e.g. those that a cluster or container has given it."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

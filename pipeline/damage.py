@@ -1,7 +1,8 @@
-"""Damage to a slide's file: tiles of it that cannot be decoded, and those that a decoder took for a picture.
+"""Damage to a slide's file: native tiles that cannot be decoded, and those that decode to something else than scanned.
 
-What cannot be decoded is white and listed. What decodes to something else is told by comparing two levels of the
-pyramid (`disagreement`) or, where there is one level alone, by jumps at the borders of the file's tiles (`torn_cells`).
+Tiles that cannot be decoded are left white and listed. The others are found by comparing two levels of the pyramid
+(`disagreement`) or, where no level is fit for that, by jumps of the image at the borders of native tiles
+(`torn_cells`). A native tile is what the file stores as one piece: see `pipeline.slides.slide.Slide.tile_size`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,28 @@ _COMPARE = 16
 """Side, in grid pixels, of the squares whose means are compared between two levels."""
 
 _COMPARE_GREY = 24
-"""Difference of two such means, in grey levels, that resampling and compression do not make."""
+"""Difference between two such means, in grey levels, that resampling and compression alone do not cause."""
 
 _COMPARE_SQUARES = 2
-"""So many of the 16 squares of a cell that differ make the cell doubtful."""
+"""Number of the 16 squares of a cell that must differ for the cell to be doubtful."""
 
 Jump = tuple[int, int, bool]
-"""Where the picture jumps at a border of tiles: see `border_jumps`."""
+"""A jump of the image at a border of tiles: x, y and direction as in `border_jumps`, or with the column and row of the
+tile to the right of the border (or below it) in place of x and y."""
 
 
 class Tolerant:
-    """A slide whose native tiles that cannot be decoded are white and noted; so are jumps between them, if wanted."""
+    """A slide that can be read despite damage: native tiles that cannot be decoded are white.
+
+    Parameters
+    ----------
+    slide : Slide
+        The slide.
+    unreadable : set of tuple of int
+        Receives level, column and row of each tile that cannot be decoded.
+    jumps : list of tuple of (int, int, bool), optional
+        Receives the jumps at the borders of tiles, see `border_jumps`; by default they are not searched for.
+    """
 
     def __init__(self, slide: Slide, unreadable: set[tuple[int, int, int]], jumps: list[Jump] | None = None) -> None:
         self._slide = slide
@@ -48,7 +60,7 @@ class Tolerant:
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         if self._jumps is None:
             return self._read(level, x, y, w, h)
-        # With what is around: whether a border of this window jumps must not depend on where the window ends.
+        # Read the surroundings as well: whether a border jumps must not depend on where the window ends.
         (across, down), size = self._slide.tile_size(level), self._slide.levels[level]
         x0, x1 = surroundings(x, x + w, across, size.width)
         y0, y1 = surroundings(y, y + h, down, size.height)
@@ -80,7 +92,26 @@ class Tolerant:
 def unreadable_windows(
     tiles: set[tuple[int, int, int]], slide: Slide, grid: Grid, active: np.ndarray
 ) -> tuple[list[list[int]], float]:
-    """Grid windows of native tiles that cannot be read, where they meet active cells, and their share of those."""
+    """List the unreadable native tiles that meet active cells.
+
+    Parameters
+    ----------
+    tiles : set of tuple of int
+        Level, column and row of native tiles.
+    slide : Slide
+        The slide.
+    grid : Grid
+        The slide's grid.
+    active : numpy.ndarray
+        bool lattice of the active cells.
+
+    Returns
+    -------
+    windows : list of list of int
+        The tiles' windows ``[x, y, width, height]`` in grid pixels, ordered from the top.
+    share : float
+        Share of the pixels of active cells that lie in these windows.
+    """
     rects = []
     covered = 0
     cells = active.astype(np.uint8)
@@ -103,7 +134,7 @@ def unreadable_windows(
 
 
 def cells_near(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
-    """Cells that grid windows touch, and their neighbours: resampling reaches over."""
+    """Cells that grid windows touch, and their neighbours, into which resampling carries the pixels of the windows."""
     cells = np.zeros(shape, bool)
     for x, y, w, h in rects:
         rows = slice(max(0, y // CELL - 1), -(-(y + h) // CELL) + 1)
@@ -112,13 +143,13 @@ def cells_near(rects: list[list[int]], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def cell_at(level: Level, grid: Grid, x: int, y: int) -> tuple[int, int]:
-    """Row and column of the cell that holds the middle of a level's pixel."""
+    """Row and column of the cell that holds the centre of pixel ``(x, y)`` of a level."""
     across, down = level.scale_x / grid.scale_x / CELL, level.scale_y / grid.scale_y / CELL
     return int((y + 0.5) * down), int((x + 0.5) * across)
 
 
 def torn_cells(sides: set[Jump], slide: Slide, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
-    """Cells of the native tiles that jump at their borders."""
+    """Cells that lie in torn native tiles: those with jumps at two or more of their borders, see `torn_tiles`."""
     index = best_level(slide.levels, grid)
     level, (across, down) = slide.levels[index], slide.tile_size(index)
     cells = np.zeros(shape, bool)
@@ -130,9 +161,10 @@ def torn_cells(sides: set[Jump], slide: Slide, grid: Grid, shape: tuple[int, ...
 
 
 def comparable_level(slide: Slide, grid: Grid) -> int | None:
-    """The level to compare the one that is read with: the finest that is at least 3.5 times coarser, if there is one.
+    """The level to compare with the level that is read; None when there is none.
 
-    Finer ones cost too much, coarser ones hold too few pixels in a square to be compared.
+    It is the finest one that is at least 3.5 times coarser: finer ones take too long to read. Levels of more than 8
+    grid pixels per pixel have too few pixels in a square to be compared.
     """
     own = slide.levels[best_level(slide.levels, grid)]
     fit = [
@@ -144,28 +176,28 @@ def comparable_level(slide: Slide, grid: Grid) -> int | None:
 
 
 def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: int, y0: int) -> np.ndarray:
-    """Where pixels are not what another level of the slide shows.
+    """Find cells whose pixels differ from what another level of the slide shows.
 
-    A decoder takes most damage to a JPEG tile for a picture. What tells is that the levels of a pyramid are stored
-    apart, so that damage to one leaves the other as it was.
+    Most damage to a JPEG tile decodes without an error. But the levels of a pyramid are stored separately, so that
+    damage to one leaves the other as it was.
 
     Parameters
     ----------
     slide : Slide
         The slide.
     level : int
-        The other level.
+        Index of the other level.
     grid : Grid
         The slide's grid.
     pixels : numpy.ndarray
-        RGB, uint8, shape (h, w, 3), of the grid.
+        RGB, uint8, shape (h, w, 3), of a window of the grid.
     x0, y0 : int
-        Their place, multiples of 64.
+        Left and top of the window in grid pixels, multiples of 64.
 
     Returns
     -------
     numpy.ndarray
-        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ; all where the other level cannot be decoded.
+        bool, shape (ceil(h / 64), ceil(w / 64)): cells that differ; all cells when the other level cannot be decoded.
     """
     h, w = (size // _COMPARE for size in pixels.shape[:2])
     cells = np.zeros((-(-pixels.shape[0] // CELL), -(-pixels.shape[1] // CELL)), bool)

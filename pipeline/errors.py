@@ -1,4 +1,4 @@
-"""Errors that users see: one line that names the thing, the value and what to do."""
+"""Errors that users see: one line that names what is wrong, its value and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_THE_MACHINE = frozenset(
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether an error is one for which a file is not to blame: of a disk, a file server or a limit."""
+    """Whether an error comes from a disk, a file server or a system limit, so that the file itself is not to blame."""
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
@@ -45,18 +45,18 @@ class PipelineError(Exception):
 
 
 class SlideError(PipelineError):
-    """One slide's data cannot be processed. The slide ends in ``failed.tsv``; the others go on."""
+    """One slide's data cannot be processed. The slide is listed in ``failed.tsv``, and the others go on."""
 
 
 class DamagedStore(PipelineError):
-    """A store between two stages is not what was written. The stage that finds out removes it, to be made again.
+    """A store between two stages is not as it was written. The stage that finds out removes it, to be made again.
 
     Parameters
     ----------
     path : pathlib.Path
         The store's folder.
     why : str
-        One line.
+        What is damaged, in one line.
     """
 
     def __init__(self, path: Path, why: str) -> None:
@@ -65,4 +65,4 @@ class DamagedStore(PipelineError):
         self.why = why
 
     def __reduce__(self) -> tuple[type[DamagedStore], tuple[Path, str]]:
-        return type(self), (self.path, self.why)  # it travels between processes
+        return type(self), (self.path, self.why)  # so that it can be pickled, to be sent between processes

@@ -1,8 +1,8 @@
-"""GPUs of this machine, lent to one process each.
+"""Assign the GPUs of this machine to processes, each to one at a time.
 
-Snakemake counts how many GPU jobs run at a time, but does not say which GPU is whose. Here each job takes one that no
-other job has: a lock on a file, which the system gives up with the process, however that ends. So do those that run
-beside each other in one SLURM job, among the GPUs that it was given.
+Snakemake limits how many GPU jobs run at a time, but does not assign a GPU to each. Here each job takes a GPU that no
+other job has, by locking a file; the system releases the lock when the process ends, however it ends. Jobs that run
+beside each other in one SLURM job share its GPUs in the same way.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SCHEDULER = ("SLURM_JOB_ID", "SLURM_STEP_ID")
-"""Variables that tell of a scheduler's job and step, each of which may number its GPUs from 0."""
+"""Environment variables with a scheduler's job and step, each of which may number its GPUs from 0."""
 
 LENT = "NUCLEUS_PIPELINE_GPUS"
-"""Variable that tells the processes of a job, as those of a training on several GPUs, that it has its GPUs."""
+"""Environment variable that is set once a job has its GPUs, for child processes as in a training on several GPUs."""
 
 TRY_EVERY_S = 0.5
 SAY_EVERY_S = 60.0
 
 
 def present(devices: Path = Path("/dev")) -> list[str]:
-    """The GPUs that this process may use: what CUDA_VISIBLE_DEVICES names, else all of the machine.
+    """Return the GPUs that this process may use: those that CUDA_VISIBLE_DEVICES names, else all of the machine.
 
     Parameters
     ----------
@@ -42,20 +42,20 @@ def present(devices: Path = Path("/dev")) -> list[str]:
     Returns
     -------
     list of str
-        Numbers, or names as NVIDIA's driver gives them (``GPU-...``, ``MIG-...``); empty without a GPU.
+        Numbers, or names that NVIDIA's driver gives (``GPU-...``, ``MIG-...``); empty without a GPU.
     """
     visible = os.environ.get(VISIBLE)
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
-        # CUDA ignores what follows an invalid entry; -1 and nothing hide all GPUs.
+        # CUDA ignores all entries from the first invalid one on, such as -1 or an empty one.
         return names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]
-    # CUDA counts the devices it finds, whatever their own numbers are.
+    # CUDA numbers the devices that it finds from 0, whatever the numbers in their names are.
     found = [path for path in devices.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()]
     return [str(index) for index in range(len(found))]
 
 
 def lock_folder() -> Path:
-    """Folder of the locks, this user's alone.
+    """Return the folder of this user's lock files, which is created if missing.
 
     Raises
     ------
@@ -79,25 +79,25 @@ def _take(name: str, stack: ExitStack) -> bool:
             mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
-        if mine:  # and not removed meanwhile by who had it before
+        if mine:  # locked, and the path still leads to this file: the previous holder may have removed it meanwhile
             stack.push(opened.pop_all())
-            stack.callback(path.unlink, missing_ok=True)  # what empties /tmp may have been there
+            stack.callback(path.unlink, missing_ok=True)  # a cleaner of /tmp may have removed it
         return mine
 
 
 @contextmanager
 def borrow(device: str, count: int = 1) -> Iterator[list[str]]:
-    """Have GPUs for oneself: CUDA_VISIBLE_DEVICES names them alone, until the end.
+    """Reserve GPUs for this process: CUDA_VISIBLE_DEVICES names only these until the context ends.
 
-    To be entered before CUDA is asked for anything. Waits while too few are free. Nothing is done where there is no
-    GPU, where none is wanted, and inside another job's process.
+    Enter it before the first use of CUDA. It waits while too few GPUs are free. It does nothing if the machine has no
+    GPU, if `device` is ``"cpu"``, and in a child process of a job that has its GPUs already.
 
     Parameters
     ----------
     device : {"auto", "cuda", "cpu"}
-        The setting.
+        The setting ``device``.
     count : int
-        GPUs wanted.
+        Number of GPUs wanted.
 
     Yields
     ------
@@ -133,7 +133,7 @@ def borrow(device: str, count: int = 1) -> Iterator[list[str]]:
 def _wait(names: list[str], count: int, stack: ExitStack) -> list[str]:
     start = said = time.monotonic()
     while True:
-        # All or none: two jobs that hold one each and want two would wait for ever.
+        # All or none: two jobs that each hold one GPU and want two would wait for ever.
         with ExitStack() as attempt:
             mine: list[str] = []
             for name in names:

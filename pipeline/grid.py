@@ -1,4 +1,4 @@
-"""The slide's grid: pixels of the model's size, anchored at the slide's (0, 0)."""
+"""The slide's grid: pixels of the model's mpp, anchored at the slide's (0, 0)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Grid:
         )
 
     def finer(self, factor: int) -> Grid:
-        """The same with each pixel divided into ``factor x factor``."""
+        """The same grid with each pixel divided into ``factor x factor``."""
         scale_x, scale_y = self.scale_x / factor, self.scale_y / factor
         return Grid(self.width * factor, self.height * factor, self.mpp / factor, scale_x, scale_y)
 

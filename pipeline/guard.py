@@ -1,4 +1,4 @@
-"""Work in a process of its own, with a time limit, so that a library that hangs or crashes takes nothing with it."""
+"""Run work in a separate process with a time limit, so that a library that hangs or crashes does no further harm."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipeline.errors import PipelineError, SlideError
 log = logging.getLogger(__name__)
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-"""Signals by which a library ends over data that it cannot cope with."""
+"""Signals that end a process when a library crashes on data that it cannot handle."""
 
 SHARE = 0.9
-"""Share of a job's time that the work may take: a scheduler must not end the job before."""
+"""Share of a job's time limit that the work may take, so that it ends before the scheduler kills the job."""
 
 _PR_SET_PDEATHSIG = 1
-_TELL = signal.SIGUSR1  # the child writes where it is
+_TELL = signal.SIGUSR1  # makes the child print its stack traces
 _SLICE = 1.0
 
 
 def tried_again(attempt: str) -> bool:
-    """Whether a job comes once more when this attempt fails, given as its number and the number of all.
+    """Whether a job is tried again if this attempt fails, which is given as ``NUMBER/TOTAL``.
 
     >>> tried_again("1/3"), tried_again("3/3"), tried_again("1/1")
     (True, False, False)
@@ -41,17 +41,17 @@ def tried_again(attempt: str) -> bool:
 
 
 def guarded(work: Callable[[], Any], minutes: float | None, again: bool = False) -> Any:
-    """Do some work on a slide in a forked process.
+    """Run some work on a slide in a forked process.
 
     Parameters
     ----------
     work : callable
-        What to do; what it returns can be pickled.
+        The work; its return value must be picklable.
     minutes : float or None
-        Minutes that the job may take; the work gets nine tenths of them, not counting time for which the machine or
-        the whole job was suspended. None: no limit, and no process of its own.
+        Minutes that the job may take. The work gets nine tenths of them, not counting time for which the machine or the
+        whole job was suspended. If None, there is no limit, and the work runs in this process.
     again : bool
-        Whether the job is tried again when it fails, with more time. Then time that is over is not the slide's fault.
+        Whether the job is tried again with more time if it fails. If so, running out of time is not the slide's fault.
 
     Returns
     -------
@@ -61,9 +61,10 @@ def guarded(work: Callable[[], Any], minutes: float | None, again: bool = False)
     Raises
     ------
     SlideError
-        When the time is over, or the process was ended by a crash of a library.
+        When the time is over, or when a library crashed.
     PipelineError
-        When it was ended from outside, as for want of memory, or when the time is over and the job is tried again.
+        When the process was killed from outside, e.g. for lack of memory, or when the time is over and the job is tried
+        again.
     """
     if minutes is None:
         return work()
@@ -112,12 +113,12 @@ def _ended(status: int) -> PipelineError:
 
 
 def _receive(reader: int, seconds: float) -> bytes | None:
-    """All that comes through a pipe, or None when the time is over."""
+    """Read a pipe to its end, or return None if the time runs out first."""
     parts: list[bytes] = []
     while seconds > 0:
         start = time.monotonic()
         ready = select.select([reader], [], [], min(seconds, _SLICE))[0]
-        # A slice that took longer was one in which this process did not run either.
+        # If a slice took much longer, this process was suspended in the meantime: do not count that time.
         seconds -= min(time.monotonic() - start, 2 * _SLICE)
         if ready:
             part = os.read(reader, 1 << 16)
@@ -128,12 +129,12 @@ def _receive(reader: int, seconds: float) -> bytes | None:
 
 
 def _in_child(work: Callable[[], Any], pipe: IO[bytes], parent: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however that ends
+    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, however it ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before the line above
         os._exit(1)
-    # To the log, whatever `sys.stderr` is: where a library crashed or hangs. Off first: where it is on, it would not
-    # take back signals that a library has reset (Lightning does).
+    # Print where a library crashed or hangs to the log, whatever `sys.stderr` is. Disable it first: if it is already
+    # enabled, enabling it again would not restore signal handlers that a library has reset (Lightning does).
     faulthandler.disable()
     faulthandler.enable(file=2)
     faulthandler.register(_TELL, file=2)

@@ -1,8 +1,8 @@
-"""Inference stage: tiles through the network, window by window, into blended maps.
+"""Stage ``infer``: run the network over the slide's tiles, window by window, and store the blended maps.
 
-Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tiles' size. Reading runs
-ahead in threads, a bounded number of batches deep, and so does stain normalisation where no GPU does it; while a batch
-is written the next ones are under way.
+Windows lie on a fixed grid that the model package sets, so the maps do not depend on the tile size. Threads read a
+bounded number of batches ahead and, where no GPU does it, normalise their stain. While one batch is written, the next
+ones are computed.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from pipeline.tile_store import RasterReader, TileStore
 log = logging.getLogger(__name__)
 
 MOST_READERS = 8
-"""Threads that read for a GPU."""
+"""Most threads that read tiles for a GPU."""
 
 GPU_WRITERS = 4
 """Threads that compress maps while a GPU computes."""
 
 MOST_WAITING = 8 * GPU_WRITERS
-"""Chunks that may wait to be written, more than a batch has; when there are more, the first is waited for."""
+"""Most chunks that wait to be written, more than a batch has; beyond that, the writer waits for the oldest."""
 
 UNDER_WAY = 3
-"""Batches that are begun before the first of them is waited for, so that a GPU has work while that one is written."""
+"""Batches that are begun before the first is waited for, so that the GPU has work while that one is written."""
 
 HELD_FOR_GPU = 128 * 3 * 1024**2
-"""Bytes of tiles that are held for a GPU: two rows of them on a slide of 65,536 pixels across."""
+"""Bytes of decoded tiles that are kept for a GPU: two rows of tiles on a slide 65,536 grid pixels wide."""
 
 CHUNK_COLUMNS = 4
-"""Windows in a chunk of the maps."""
+"""Width of a chunk of the maps, in strides of the windows; a chunk is one stride high."""
 
 
 def active_windows(grid: PatchGrid, active: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Rows and columns, in raster order, of the windows that hold an active cell.
+    """Yield row and column, in raster order, of each window that touches an active cell.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def active_windows(grid: PatchGrid, active: np.ndarray) -> Iterator[tuple[int, i
     active : numpy.ndarray
         bool lattice.
     """
-    # Sums over rectangles of cells by a summed-area table.
+    # A summed-area table gives the number of active cells in any rectangle.
     table = np.zeros((active.shape[0] + 1, active.shape[1] + 1), np.int64)
     table[1:, 1:] = active.cumsum(0).cumsum(1)
 
@@ -92,9 +92,9 @@ def _batches(windows: Iterator[tuple[int, int]], size: int) -> Iterator[Places]:
 
 
 class MapWriter:
-    """Write what windows finish as whole chunks, and hash them on the way.
+    """Assemble the blended pixels of windows into whole chunks, hash these and write them.
 
-    Held are the chunks of one row of windows in which there are windows.
+    Only one row of chunks is kept in memory, and of it only the chunks that windows reach.
 
     Parameters
     ----------
@@ -103,11 +103,12 @@ class MapWriter:
     grid : PatchGrid
         The windows.
     rows : range, optional
-        Rows of chunks to write; the others are dropped.
+        Rows of chunks to write; other rows are dropped. By default all are written.
     hashing : concurrent.futures.Executor, optional
-        A thread that masks and hashes chunks, in order.
+        Executor of one thread, which masks and hashes chunks in order.
     writing : concurrent.futures.Executor, optional
-        Threads that then compress and write them; a bounded number waits. Without both, `add` does it all.
+        Executor whose threads then compress and write the chunks; at most `MOST_WAITING` of them wait. Unless both
+        executors are given, the calling thread does all of this itself.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class MapWriter:
         self.grid = grid
         self.rows = range(grid.rows) if rows is None else rows
         self.digest = hashlib.sha256()
-        # Chunks by their first column. A row of windows ends the chunks above it and begins its own in their places.
+        # Chunks by their first column. A row of windows completes the chunks of the row above it; as each of them is
+        # written, the chunk below takes its key.
         self._held: dict[int, np.ndarray] = {}
         self._row = -1
         self._written = 0
@@ -132,7 +134,7 @@ class MapWriter:
         self._writing: deque[Future[None]] = deque()
 
     def add(self, row: int, column: int, pixels: np.ndarray) -> None:
-        """Take the pixels that `Blender.add` gave for a window."""
+        """Take the pixels that `Blender.add` returned for a window; windows come in raster order."""
         if row != self._row:
             self._begin(row)
         left, overlap = column * self.grid.stride - self.grid.overlap, self.grid.overlap
@@ -141,7 +143,7 @@ class MapWriter:
         self._waiting.append((left, pixels[:, overlap:]))
 
     def close(self) -> None:
-        """Write what is held."""
+        """Write all chunks that are still in memory, and wait until they are on disk."""
         self._begin(self._row + 2)
         while self._writing:
             self._writing.popleft().result()
@@ -156,7 +158,7 @@ class MapWriter:
             self._writing.popleft().result()
 
     def _hashed(self, rows: slice, columns: slice, held: np.ndarray | None) -> np.ndarray:
-        """A chunk's pixels, 0 outside active cells, which are part of the hash then."""
+        """Add a chunk to the hash; return its pixels, which are 0 outside active cells."""
         shape = len(self.store.channels), rows.stop - rows.start, columns.stop - columns.start
         if held is None:
             held = np.zeros(shape, np.uint8)
@@ -169,7 +171,7 @@ class MapWriter:
     def _begin(self, row: int) -> None:
         width = self.store.grid.width
         self._write_until(width)
-        if row > self._row + 1:  # the chunks of a row without windows below are complete
+        if row > self._row + 1:  # no windows in the row below the last one: the chunks of the last one are complete
             self._row, self._written = self._row + 1, 0
             self._write_until(width)
         self._row, self._written = row, 0
@@ -187,7 +189,7 @@ class MapWriter:
             ]
 
     def _write_until(self, end: int) -> None:
-        """Write the chunks that the row of windows has ended left of column `end`; let begin what waits there."""
+        """Write the chunks of the row above up to column `end`; begin those below them with the pixels that wait."""
         width, stride = self.store.grid.width, self.grid.stride
         while self._written < width:
             rows, columns = _chunk(self.store, self.grid, self._row - 1, self._written)
@@ -203,7 +205,7 @@ class MapWriter:
 
 
 def _mask(store: MapStore, rows: slice, columns: slice) -> np.ndarray | None:
-    """Pixels of active cells; None when all are."""
+    """Which pixels of a chunk lie in active cells, bool; None when all do."""
     top, left = rows.start // CELL, columns.start // CELL
     cells = store.active[top : -(-rows.stop // CELL), left : -(-columns.stop // CELL)]
     if cells.all():
@@ -227,7 +229,7 @@ def _is_active(store: MapStore, rows: slice, columns: slice) -> bool:
 
 
 def _chunks(store: MapStore, grid: PatchGrid, chunk_row: int) -> Iterator[tuple[slice, slice]]:
-    """Places of the chunks of a row that hold active cells."""
+    """Yield rows and columns of each chunk in a row of chunks that holds active cells."""
     for left in range(0, store.grid.width, CHUNK_COLUMNS * grid.stride):
         place = _chunk(store, grid, chunk_row, left)
         if _is_active(store, *place):
@@ -240,7 +242,10 @@ def _add_chunk(digest: hashlib._Hash, rows: slice, columns: slice, pixels: np.nd
 
 
 def _check_kinds(manifests: Sequence[dict[str, Any]]) -> None:
-    """See that the maps of all parts were computed alike: `auto` depends on the machine, and seams would show it."""
+    """Raise an error unless all parts have the same precision and kind of device: else seams would show in the maps.
+
+    With the setting ``auto`` both depend on the machine.
+    """
     first: dict[str, int] = {}
     for manifest in manifests:
         kind = f"{manifest['precision']} on {'a CPU' if manifest['device'] == 'cpu' else 'a GPU'}"
@@ -254,12 +259,12 @@ def _check_kinds(manifests: Sequence[dict[str, Any]]) -> None:
 
 
 def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, path: Path) -> dict[str, Any]:
-    """Put the maps of all parts of a slide together.
+    """Join the maps of all parts of a slide.
 
     Parameters
     ----------
     parts : sequence of pathlib.Path
-        Their stores, in order.
+        The parts' stores, in order.
     tiles : TileStore
         The slide's pixels.
     package : ModelPackage
@@ -275,9 +280,10 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     Raises
     ------
     PipelineError
-        When some were computed with other numbers or on another kind of device than the others.
+        When a part is missing or was made with other settings, or when precision or kind of device differ between
+        parts.
     DamagedStore
-        When a part is not as it was made.
+        When a part's files have changed or gone since it was made.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     manifests = read_parts(parts, grid=tiles.grid.to_json(), model=_about_model(package))
@@ -287,7 +293,7 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
     digest = hashlib.sha256()
     for number, part in enumerate(parts, start=1):
         link_chunks(part, path, "maps")
-        made = MapStore.open(part)  # read here, so that a part that is damaged is the one that is made again
+        made = MapStore.open(part)  # read from the part, so that the error for a damaged chunk names the part
         for row in _rows_of(Part(number, len(parts)), grid, windows):
             for rows, columns in _chunks(store, grid, row):
                 size = columns.stop - columns.start, rows.stop - rows.start
@@ -305,7 +311,7 @@ def gather_maps(parts: Sequence[Path], tiles: TileStore, package: ModelPackage, 
 
 
 def _rows_of(part: Part, grid: PatchGrid, windows: Sequence[tuple[int, int]]) -> range:
-    """A part's rows of chunks."""
+    """Rows of chunks that a part computes; parts have about the same number of windows."""
     return part.of(np.bincount([row for row, _ in windows], minlength=grid.rows))
 
 
@@ -321,7 +327,10 @@ def _about_model(package: ModelPackage) -> dict[str, Any]:
 def _finished(
     batches: Iterator[Places], read: Callable[[Places], Future[Callable[[], Finish]]], most: int
 ) -> Iterator[tuple[Places, Iterator[np.ndarray]]]:
-    """Batches in order, each with what `Finish` gives of it; up to `most` are read ahead, and `UNDER_WAY` begun."""
+    """Yield each batch in order, with the blended pixels of its windows.
+
+    Up to `most` batches are read ahead, and `UNDER_WAY` of those that have been read are begun.
+    """
     ahead: deque[tuple[Places, Future[Callable[[], Finish]]]] = deque()
     begun: deque[tuple[Places, Finish]] = deque()
     while True:
@@ -345,30 +354,30 @@ def infer_slide(
     part: Part | None = None,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Run a slide's tiles through a network.
+    """Run a network over a slide's tiles and store the maps.
 
     Parameters
     ----------
     tiles : TileStore
         The slide's pixels.
     transform : StainTransform
-        Its stain normalisation.
+        The slide's stain normalisation.
     predictor : Predictor
         The network.
     package : ModelPackage
-        Its package.
+        The network's package.
     path : pathlib.Path
         The store of maps to write.
     part : Part, optional
-        Write this part's rows of chunks alone.
+        Write only this part's rows of chunks.
     threads : int
-        CPU threads that read, where a GPU computes.
+        CPU threads that read while a GPU computes, within 2 and `MOST_READERS`; without a GPU, two threads read.
 
     Returns
     -------
     dict
-        What the manifest says of the run: windows, megapixels, rates, the maps' hash; ``gpu_busy``, the share of the
-        time in which a GPU computed, where one did.
+        Entries of the manifest: windows, megapixels, rate and the maps' hash; where a GPU computes, also ``gpu_busy``,
+        the share of the time in which it did.
     """
     grid = PatchGrid(tiles.grid.width, tiles.grid.height, package.patch, package.overlap)
     active = np.asarray(tiles.active, bool)
@@ -377,7 +386,7 @@ def infer_slide(
     rows = range(grid.rows)
     if part is not None:
         rows = _rows_of(part, grid, windows)
-        # The windows below share the last chunks' lower ends.
+        # The row of windows below the part overlaps the lower ends of its last chunks.
         windows = [window for window in windows if rows.start <= window[0] <= rows.stop]
     if isinstance(predictor.network, FindsInstances):
         predictor.network.margin = grid.overlap // 2
@@ -462,7 +471,7 @@ def run_infer(
     slide : str
         Name of the slide.
     tiles, zarr : pathlib.Path
-        What the stage ``tiles`` wrote.
+        Manifest and store of the stage ``tiles``.
     stain : pathlib.Path
         Manifest of the stage ``stain``.
     model : pathlib.Path
@@ -472,18 +481,18 @@ def run_infer(
     device, precision, batch
         See `pipeline.predictors.choose_predictor`.
     threads : int
-        CPU threads; 0 is one a core.
+        CPU threads; 0 means one per core.
     part : Part, optional
-        Compute this part of the slide alone.
+        Compute only this part of the slide.
     parts : sequence of pathlib.Path
-        Stores of all parts, to be put together; nothing is computed then.
+        Stores of all parts; when given, they are joined and nothing is computed.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
     dict
-        The manifest, with what `infer_slide` tells.
+        The manifest, with the entries that `infer_slide` returns.
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
@@ -500,7 +509,7 @@ def run_infer(
                 cores = threads or available_cores()
                 predictor, about = choose_predictor(package, device, batch, cores, precision)
                 found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
-                found |= about | {"batch": predictor.per_pass}  # smaller than set where memory ran out
+                found |= about | {"batch": predictor.per_pass}  # smaller than the setting where memory ran out
         log.info(
             "slide %r: %.1f MP at %s MP/s on %s, %s",
             slide, found["megapixels"], found["mp_per_s"], found["device"], found["precision"],

@@ -1,6 +1,6 @@
-"""The lattice of cells of a grid: what is tissue, decided once, apart from any tile size.
+"""The lattice of cells of a grid: which cells are active, that is, close to tissue.
 
-Only the pixels of active cells are stored and looked at, so that nothing depends on how a slide is cut into tiles.
+Only pixels of active cells are stored and analysed. Cells have one fixed size, so no result depends on the tile size.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def lattice_shape(grid: Grid) -> tuple[int, int]:
 
 
 def active_pixels(active: np.ndarray, grid: Grid) -> int:
-    """Pixels of active cells; of a block's, as many as if it lay in the slide's corner."""
+    """Number of grid pixels in active cells; a block of the lattice counts as if it began at the slide's (0, 0)."""
     heights = np.minimum(CELL, grid.height - CELL * np.arange(active.shape[0]))
     widths = np.minimum(CELL, grid.width - CELL * np.arange(active.shape[1]))
     return int(heights @ active @ widths)
 
 
 def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int = 1) -> np.ndarray:
-    """Cells that touch tissue.
+    """Cells that touch tissue, and their neighbours.
 
     Parameters
     ----------
@@ -41,19 +41,19 @@ def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int =
     grid : Grid
         The slide's grid.
     margin_cells : int
-        Cells added on each side.
+        Number of cells added on each side.
 
     Returns
     -------
     numpy.ndarray
-        bool, shape (ceil(height / 64), ceil(width / 64)). Exact: a cell counts however little of it is tissue.
+        bool, shape (ceil(height / 64), ceil(width / 64)). Exact: a cell counts even if only a sliver of it is tissue.
     """
     import shapely
 
     rows, columns = lattice_shape(grid)
     active = np.zeros((rows, columns), bool)
     box = shapely.box(0, 0, grid.width * grid.scale_x, grid.height * grid.scale_y)
-    # Even-odd filling below wants polygons that do not overlap.
+    # The even-odd rule of `_inside` needs polygons that do not overlap.
     area = shapely.intersection(shapely.union_all(list(tissue)), box) if len(tissue) else None
     if area is not None and not area.is_empty:
         polygons = [part for part in shapely.get_parts(area) if part.geom_type == "Polygon" and not part.is_empty]
@@ -72,7 +72,7 @@ def active_cells(tissue: Sequence[BaseGeometry], grid: Grid, margin_cells: int =
 
 
 def _crossed(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Cells that edges run through; coordinates in cells, shape (n, 2), x first."""
+    """Cells that edges run through; `start` and `end` are in cells, shape (n, 2), x first."""
     edges, ts = [np.arange(len(start)), np.arange(len(start))], [np.zeros(len(start)), np.ones(len(start))]
     for axis in (0, 1):
         low, high = np.minimum(start[:, axis], end[:, axis]), np.maximum(start[:, axis], end[:, axis])
@@ -85,7 +85,7 @@ def _crossed(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.
     edge, t = np.concatenate(edges), np.concatenate(ts)
     order = np.lexsort((t, edge))
     edge, t = edge[order], t[order]
-    # Between two crossings an edge stays in one cell: that of the middle.
+    # Between two crossings of cell borders an edge stays in one cell, the one that holds the midpoint.
     same = edge[1:] == edge[:-1]
     edge, t = edge[1:][same], ((t[1:] + t[:-1]) / 2)[same]
     points = start[edge] + t[:, None] * (end[edge] - start[edge])
@@ -97,9 +97,9 @@ def _crossed(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.
 
 
 def _inside(start: np.ndarray, end: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Cells whose centre lies inside the rings, by the even-odd rule; those that no edge crosses are exact."""
+    """Cells whose centre lies inside the rings, by the even-odd rule; exact for cells that no edge crosses."""
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
-    first = np.ceil(low - 0.5).astype(np.int64)  # rows whose centre line the edge crosses, low end included
+    first = np.ceil(low - 0.5).astype(np.int64)  # first row whose centre line the edge crosses, low end included
     count = np.maximum(np.ceil(high - 0.5).astype(np.int64) - first, 0)
     edge = np.repeat(np.arange(len(start)), count)
     row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)

@@ -1,6 +1,6 @@
-"""The one place that knows the file names of a run.
+"""Paths of all files of a run. No other module knows their names.
 
-Imported while Snakemake parses the workflow, so it depends on the standard library alone.
+Imported while Snakemake parses the workflow, so it depends only on the standard library.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ STAGES = ("inspect", "tissue", "tiles", "stain", "infer", "instances", "measure"
 """Per-slide stages in the order in which they run."""
 
 OPTIONAL_STAGES = ("labels", "classify", "regions")
-"""Further ones, which run where the settings or the slide table ask for them. No stage above waits for them."""
+"""Per-slide stages that run only if the settings or the slide table ask for them. None of `STAGES` waits for them."""
 
 
 def folder_name(slide: str) -> str:
-    """Name of a slide's results folder: the slide's own, but for braces and angle brackets.
+    """Name of a slide's results folder: the slide's own name, with braces and angle brackets escaped.
 
     Snakemake would read ``{b}`` as a wildcard and ``<b>`` as a path variable.
 
@@ -27,7 +27,7 @@ def folder_name(slide: str) -> str:
 
 
 class _File:
-    """A file of a slide's results folder."""
+    """Descriptor of a file in a slide's results folder; on a layout it gives the file's path."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,11 +76,11 @@ class SlideLayout:
     overview = _File("overview.png")
 
     def part(self, stage: str, part: str) -> Path:
-        """Store of one part of a stage of a huge slide, `part` being ``1-of-4``; its manifest ends in ``.json``."""
+        """Store of one part of a stage of a huge slide; `part` is such as ``1-of-4``. Its manifest adds ``.json``."""
         return self.root / "parts" / f"{stage}-{part}.zarr"
 
     def parts(self) -> list[Path]:
-        """The stores of parts that are there; those that are being written are not."""
+        """Stores of parts that exist, without those that are still being written."""
         return sorted(self.root.glob("parts/[!.]*.zarr"))
 
 
@@ -114,7 +114,7 @@ class RunLayout:
 
     @property
     def slide_table(self) -> Path:
-        """The slides of the run as they were resolved from the configuration (tsv)."""
+        """Table of the run's slides, as resolved from the setting ``slides`` (tsv)."""
         return self.results / "slides.tsv"
 
     @property
@@ -124,24 +124,24 @@ class RunLayout:
 
     @property
     def damaged(self) -> Path:
-        """Damaged stores that stages of the last run have removed, a line each; not there where there were none."""
+        """List of the damaged stores that stages of the last run have removed, one per line; missing if none were."""
         return self.results / ".damaged"
 
     @property
     def unreadable(self) -> Path:
-        """Slides that could not be read when the last run started, a line each."""
+        """List of the slides that could not be read when the last run started, one per line."""
         return self.results / ".unreadable"
 
     def training(self, name: str) -> Path:
-        """Folder for checkpoints, logs and scores of training the model `name`."""
+        """Folder for checkpoints, logs and scores of the training `name`."""
         return self.results / "training" / name
 
     def training_settings(self, name: str) -> Path:
-        """The settings of that training (JSON)."""
+        """Settings of the training `name` (JSON)."""
         return self.results / "training" / f"{name}.json"
 
     def synthesis(self, name: str) -> Path:
-        """Folder of the synthetic fields `name` (``fields``) and of what learns to paint them."""
+        """Folder of the synthetic fields `name` (in ``fields``) and of the training of the network that paints them."""
         return self.results / "synthesis" / name
 
     @property

@@ -1,4 +1,7 @@
-"""Locks that end with the process that holds them, however it ends. Imported while Snakemake parses the workflow."""
+"""File locks that are released when the process that holds them ends, however it ends.
+
+Imported while Snakemake parses the workflow.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 RUN_LOCK = ".lock"
-"""File in a results folder that its run holds locked."""
+"""Name of the file in a results folder that the folder's run holds locked."""
 
 OWNER = "NUCLEI_RUN"
-"""Environment variable of a run's jobs: what the run has written into its lock."""
+"""Environment variable of a run's jobs with the text that the run has written into its lock file."""
 
 RESULTS = "NUCLEI_RESULTS"
-"""Environment variable of the jobs: the results folder."""
+"""Environment variable of a run's jobs with the folder of that lock file."""
 
 _LOOKING_ONLY = {
     "-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary", "-S", "-D", "--detailed-summary",
@@ -35,18 +38,18 @@ _LOOKING_ONLY = {
     "--list-untracked", "--lu", "--list-conda-envs", "--conda-create-envs-only", "--generate-unit-tests",
     "--archive", "--print-compilation", "--containerize", "--draft-notebook", "--edit-notebook", "-h", "--help",
 }  # fmt: skip
-"""Options of Snakemake with which no job runs."""
+"""Snakemake options with which it runs no jobs."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 _GONE = {errno.ESTALE, errno.ENOENT}
-"""What comes of a lock file that its holder, perhaps on another machine, has removed since it was looked up."""
+"""Error numbers for a lock file that its holder, perhaps on another machine, removed after it had been opened."""
 
 _ATTEMPTS, _PAUSE_S = 600, 0.1
 
 
 def runs_jobs(arguments: Sequence[str]) -> bool:
-    """Whether Snakemake runs jobs when it is given these arguments.
+    """Whether Snakemake runs jobs if it is given these arguments.
 
     >>> [runs_jobs(line.split()) for line in ("--cores 2", "-n", "-np all", "-c2 --config name=-n", "--dag")]
     [True, False, False, True, False]
@@ -65,7 +68,7 @@ def _holder(file: IO[str]) -> str:
 def _sign(file: IO[str]) -> str:
     file.seek(0)
     file.truncate()
-    # The time tells runs apart that have the same number: a run that starts once more keeps it, containers all have 1.
+    # The time distinguishes runs with the same process number: a restarted run keeps it, and in containers all have 1.
     text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat()}\n"
     file.write(text)
     file.flush()
@@ -73,23 +76,23 @@ def _sign(file: IO[str]) -> str:
 
 
 def lock_run(folder: Path) -> IO[str] | None:
-    """Take a results folder for a run, for as long as this process lives.
+    """Lock a results folder for a run, for as long as this process lives.
 
     Parameters
     ----------
     folder : pathlib.Path
-        The results folder; made where there is none.
+        The results folder; created if missing.
 
     Returns
     -------
     file or None
-        The lock: keep it. None where the file system has no locks; the run's name is in the file all the same, so
-        that the jobs of an earlier one end.
+        The lock file; the caller keeps it open. None if the file system has no locks. The run is named in the file all
+        the same, so that jobs of an earlier run end.
 
     Raises
     ------
     PipelineError
-        When another run holds it, or the folder cannot be written.
+        When another run holds the lock, or the folder cannot be written or locked.
     """
     path = folder / RUN_LOCK
     try:
@@ -133,7 +136,7 @@ def lock_run(folder: Path) -> IO[str] | None:
 
 
 def owner(folder: Path) -> str:
-    """What the last run in a results folder has written into its lock; empty where there was none."""
+    """Return the text that the last run in a results folder has written into its lock file; empty if there is none."""
     try:
         return " ".join((folder / RUN_LOCK).read_text(encoding="utf-8").split())
     except FileNotFoundError:
@@ -141,14 +144,14 @@ def owner(folder: Path) -> str:
 
 
 def check_owner() -> None:
-    """Check that a job is of the last run in its results folder, as `OWNER` and `RESULTS` tell.
+    """Check that this job belongs to the last run in its results folder, by the variables `OWNER` and `RESULTS`.
 
-    One that waited longer than its run lived would take away and write again what a later run has made.
+    A job that outlives its run would remove and overwrite results of a later run.
 
     Raises
     ------
     PipelineError
-        When another run has begun since.
+        When another run has begun since then.
     """
     mine, folder = os.environ.get(OWNER), os.environ.get(RESULTS)
     if mine and folder and (last := owner(Path(folder))) and mine != last:
@@ -160,17 +163,17 @@ def check_owner() -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever has it; the file is gone afterwards.
+    """Hold a lock file, after waiting for any process that holds it. The file is removed afterwards.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file; its folder exists. Where the file system has no locks, nothing is held.
+        The file; its folder must exist. If the file system has no locks, nothing is held.
 
     Raises
     ------
     PipelineError
-        When another run has begun meanwhile, see `check_owner`.
+        When another run has begun in the meantime, see `check_owner`.
     """
     file = None
     for left in reversed(range(_ATTEMPTS)):
@@ -193,7 +196,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _take(path: Path) -> IO[str]:
-    """Wait for a lock file; fails with one of `_GONE` where its holder has removed it meanwhile."""
+    """Wait for a lock file and return it locked. Raises an error of `_GONE` if its holder has removed it meanwhile."""
     with ExitStack() as opened:
         file = opened.enter_context(path.open("a+", encoding="utf-8"))
         try:
@@ -207,7 +210,8 @@ def _take(path: Path) -> IO[str]:
             if error.errno not in _GONE:  # a full disk
                 path.unlink(missing_ok=True)
             raise
-        # What the name stands for, read again: inodes are answered from memory, or by name, on some file systems.
+        # Check that the path still leads to the locked file. Inode numbers are not compared, because some file systems
+        # answer them from a cache or by name.
         if path.read_text(encoding="utf-8") != mine:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         opened.pop_all()

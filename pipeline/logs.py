@@ -1,4 +1,4 @@
-"""Logging of the command line: messages to standard error, third parties kept quiet."""
+"""Logging of the command line: the pipeline's messages go to standard error, noisy libraries are silenced."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def configure(verbose: bool = False) -> None:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
-    for name in ("tifffile", "tiffslide", "PIL"):  # what matters of damaged images ends in an error of ours
+    for name in ("tifffile", "tiffslide", "PIL"):  # damaged images that matter raise an error of the pipeline
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -32,7 +32,9 @@ class MapStore:
     channels : tuple of str
         Name of each map, e.g. ``nucleus``, ``distance``, ``type:Lymphocyte``.
     active : numpy.ndarray
-        bool lattice of the cells that were looked at.
+        bool lattice of the active cells; only these have maps.
+    array : zarr.Array
+        The maps.
     """
 
     path: Path
@@ -45,7 +47,7 @@ class MapStore:
     def create(
         cls, path: Path, grid: Grid, channels: tuple[str, ...], active: np.ndarray, chunk: tuple[int, int]
     ) -> MapStore:
-        """Make an empty store whose chunks are ``chunk`` (rows, columns) pixels."""
+        """Create an empty store with chunks of ``chunk`` (rows, columns) pixels."""
         group = zarr.create_group(path, attributes={"grid": grid.to_json(), "channels": list(channels), "cell": CELL})
         array = group.create_array(
             "maps",
@@ -60,12 +62,12 @@ class MapStore:
 
     @classmethod
     def open(cls, path: Path) -> MapStore:
-        """Open a store.
+        """Open a store for reading.
 
         Raises
         ------
         PipelineError
-            When there is none or it is damaged.
+            When it is missing, no store of maps, or damaged.
         """
         check_seal(Path(path))
         try:
@@ -80,32 +82,32 @@ class MapStore:
                 np.asarray(group["active"][:], bool),  # type: ignore[index]
                 group["maps"],
             )
-        except (KeyError, ValueError, TypeError, FileNotFoundError) as error:  # other OSErrors are the machine's
+        except (KeyError, ValueError, TypeError, FileNotFoundError) as error:  # other OSErrors are the machine's fault
             if is_sealed(Path(path)) and not isinstance(error, FileNotFoundError):
                 raise DamagedStore(Path(path), str(error)) from None
             raise PipelineError(f"{path} is not a store of maps: {error}", "delete it and run again") from None
 
     def write(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """Write a whole chunk, from any thread.
+        """Write a whole chunk; safe from any thread.
 
         Parameters
         ----------
         x, y : int
-            Where the chunk begins.
+            Left and top of the chunk in grid pixels.
         pixels : numpy.ndarray
-            uint8 ``(C, rows, columns)``, as far as the slide reaches.
+            uint8 ``(C, rows, columns)``: the chunk, cut off at the slide's right and lower edges.
 
         Raises
         ------
         ValueError
-            When they are not a whole chunk.
+            When the pixels are not a whole chunk.
         """
         channels, rows, columns = self.array.chunks
         shape = channels, min(rows, self.grid.height - y), min(columns, self.grid.width - x)
         if x % columns or y % rows or pixels.shape != shape:
             raise ValueError(f"{pixels.shape} at ({x}, {y}) is not a whole chunk of {self.array.chunks}")
         if not pixels.any():
-            return  # as empty chunks are
+            return  # a chunk without a file reads as 0
         if pixels.shape[1:] != (rows, columns):
             pixels = np.pad(pixels, ((0, 0), (0, rows - pixels.shape[1]), (0, columns - pixels.shape[2])))
         _CHUNKS.write(self.path / "maps", (0, y // rows, x // columns), pixels)
@@ -125,7 +127,7 @@ class MapStore:
             try:
                 part = self.array[:, y0:y1, x0:x1]
             except (MemoryError, OSError):
-                raise  # of the machine, not of the store
+                raise  # the machine's fault, not the store's
             except Exception as error:  # zarr's codecs raise many kinds
                 if is_sealed(self.path):
                     raise DamagedStore(self.path, f"{type(error).__name__}: {error}") from None
@@ -134,7 +136,7 @@ class MapStore:
         return result
 
     def is_active(self, x: int, y: int, width: int, height: int) -> bool:
-        """Whether a window holds any pixel that was looked at."""
+        """Whether a window touches an active cell."""
         rows = slice(max(y, 0) // CELL, -(-(y + height) // CELL))
         columns = slice(max(x, 0) // CELL, -(-(x + width) // CELL))
         return bool(self.active[rows, columns].any())
@@ -142,7 +144,7 @@ class MapStore:
 
 @dataclass(frozen=True, eq=False)
 class FineMaps:
-    """The maps of a store on pixels of half the size, see `pipeline.kernels.instances.refined`.
+    """The maps of a store, interpolated to pixels of half the size: see `pipeline.kernels.instances.refined`.
 
     Parameters
     ----------
@@ -169,7 +171,7 @@ class FineMaps:
         x0, y0 = max(x, 0), max(y, 0)
         x1, y1 = min(x + width, 2 * grid.width), min(y + height, 2 * grid.height)
         if x0 < x1 and y0 < y1:
-            # A pixel more all round: it has a part in the value of the next one. At the slide's edge there is none.
+            # Read one pixel more on each side, except at the slide's edge: interpolation uses neighbouring pixels.
             left, top = max(x0 // 2 - 1, 0), max(y0 // 2 - 1, 0)
             right, bottom = min((x1 + 1) // 2 + 1, grid.width), min((y1 + 1) // 2 + 1, grid.height)
             fine = refined(self.store.read(left, top, right - left, bottom - top))
@@ -178,7 +180,7 @@ class FineMaps:
         return result
 
     def is_active(self, x: int, y: int, width: int, height: int) -> bool:
-        """Whether a window holds any pixel that was looked at, or that is next to such a one."""
+        """Whether a window touches an active cell, or lies next to one so that its maps may be other than 0."""
         left, top = x // 2 - 1, y // 2 - 1
         return self.store.is_active(left, top, (x + width + 1) // 2 + 1 - left, (y + height + 1) // 2 + 1 - top)
 
@@ -187,6 +189,6 @@ Maps = MapStore | FineMaps
 
 
 def open_maps(path: Path, refine: int) -> Maps:
-    """Open a store for nuclei to be made of its maps, on pixels of half the size with `refine` of 2."""
+    """Open a store to find nuclei in its maps: as they are with `refine` 1, on pixels of half the size with 2."""
     store = MapStore.open(path)
     return store if refine == 1 else FineMaps(store)

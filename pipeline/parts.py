@@ -1,7 +1,7 @@
-"""Parts of a huge slide: the work of a stage spread over several jobs, with the result of a single one.
+"""Parts of a huge slide: a stage's work is split over several jobs, with the same result as from one job.
 
-A part does some of a stage's blocks and leaves its store beside its manifest (``NAME.json`` and ``NAME``); the stage
-itself, given the parts, puts them together.
+A part processes some of a stage's blocks and writes a store ``NAME`` with the manifest ``NAME.json`` beside it. The
+stage itself, given all parts, joins them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.stage import read_manifest
 
 @dataclass(frozen=True)
 class Part:
-    """One of several parts.
+    """One of the parts into which a stage's work is split.
 
     Parameters
     ----------
     number, total : int
-        Which it is, from 1 on, and of how many.
+        Number of the part, from 1, and number of all parts.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """From ``2/4``.
+        """Parse text such as ``2/4``.
 
         Raises
         ------
         PipelineError
-            When it is not a part.
+            When the text does not name a part.
         """
         number, _, total = text.partition("/")
         try:
@@ -53,12 +53,12 @@ class Part:
             raise PipelineError(f"part {text!r}", "give the number and the count of parts, such as 2/4") from None
 
     def of(self, weights: Sequence[int] | np.ndarray) -> range:
-        """Items that are this part's.
+        """Return the indices of the items that belong to this part.
 
         Parameters
         ----------
         weights : sequence of int
-            Work of each item. All parts together have each item once, in order, and about the same work.
+            Work of each item. Each item belongs to one part, in order, and all parts have about the same work.
         """
         ends = np.cumsum(np.asarray(weights, np.int64))
         total = int(ends[-1]) if len(ends) else 0
@@ -71,31 +71,31 @@ class Part:
         return range(bound(self.number - 1), bound(self.number))
 
     def to_json(self) -> list[int]:
-        """As plain JSON values."""
+        """Return number and total as plain JSON values."""
         return [self.number, self.total]
 
 
 def manifest_of(part: Path) -> Path:
-    """Manifest beside a part's store."""
+    """Return the path of the manifest beside a part's store."""
     return part.with_name(f"{part.name}.json")
 
 
 def read_parts(parts: Sequence[Path], **expected: Any) -> list[dict[str, Any]]:
-    """Manifests of all parts of a slide.
+    """Read the manifests of all parts of a slide, after checking the parts.
 
     Parameters
     ----------
     parts : sequence of pathlib.Path
-        Their stores, in order.
+        The stores of the parts, in order.
     **expected
-        What all of them must have been made with.
+        Entries that each manifest must have, e.g. the settings that the parts were made with.
 
     Raises
     ------
     PipelineError
-        When one is missing or was made with other settings.
+        When a part is missing, out of order, or was made with other settings.
     DamagedStore
-        When one is not as it was made.
+        When the store of a part is damaged.
     """
     found = [read_manifest(manifest_of(part)) for part in parts]
     for part in parts:
@@ -112,7 +112,7 @@ def read_parts(parts: Sequence[Path], **expected: Any) -> list[dict[str, Any]]:
 
 
 def link_chunks(part: Path, store: Path, array: str) -> None:
-    """Put the chunks of a part's zarr array into another store, without copying where the file system can do that."""
+    """Add the chunks of a part's zarr array to another store, as hard links where possible, else as copies."""
     for folder, _, names in os.walk(part / array / "c"):
         target = store / Path(folder).relative_to(part)
         target.mkdir(parents=True, exist_ok=True)

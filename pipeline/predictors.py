@@ -1,4 +1,4 @@
-"""What makes maps of windows: a network on CPU threads or on a GPU, or a method without a network."""
+"""Predictors, which compute maps of windows: a network on CPU threads or on a GPU, or a method without a network."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PASS_PIXELS = 64 * 320**2
-"""Pixels of the windows of a batch at most, and of a forward pass on a GPU: enough to fill a large one."""
+"""Most pixels in the windows of a batch, and of a forward pass on a GPU: enough to keep a large GPU busy."""
 
 Places = Sequence[tuple[int, int]]
 """Rows and columns of windows, in raster order."""
 
 Finish = Callable[[], Iterator[np.ndarray]]
-"""Waits for what was begun; gives what `pipeline.kernels.blend.Blender.add` says of each window."""
+"""Waits for a batch that was begun; returns the pixels of each window as `pipeline.kernels.blend.Blender.add` does."""
 
 
 @dataclass(frozen=True, eq=False)
 class Strip:
-    """Neighbouring windows of a row, and the pixels that they lie in.
+    """Neighbouring windows of a row, and the pixels that they cover.
 
     Parameters
     ----------
     row, column : int
-        Place of the first.
+        Row and column of the first window.
     count : int
-        How many.
+        Number of windows.
     pixels : numpy.ndarray
-        uint8 ``(patch, (count - 1) * stride + patch, 3)``, as the tiles have them.
+        uint8 ``(patch, (count - 1) * stride + patch, 3)``, in the slide's own colours.
     """
 
     row: int
@@ -61,7 +61,7 @@ class Strip:
 
 
 def runs(places: Places) -> Iterator[tuple[int, int, int]]:
-    """Neighbours among windows in raster order: row and column of the first, and how many they are."""
+    """Yield each run of neighbouring windows: row and column of the first, and their number."""
     start = 0
     for end in range(1, len(places) + 1):
         row, column = places[end - 1]
@@ -71,13 +71,16 @@ def runs(places: Places) -> Iterator[tuple[int, int, int]]:
 
 
 class SlideMaps(Protocol):
-    """The maps of one slide in the making."""
+    """Computes the maps of one slide, batch by batch."""
 
     def prepare(self, strips: Sequence[Strip]) -> Callable[[], Finish]:
-        """Make a batch ready, in any thread.
+        """Prepare a batch; safe from any thread.
 
-        What is returned begins with it, without waiting. It is called in raster order, from one thread; windows are
-        blended in that order.
+        Returns
+        -------
+        callable
+            Begins to compute the batch and returns at once. To be called from one thread, in raster order of the
+            batches: windows are blended in the order of these calls.
         """
 
 
@@ -87,7 +90,7 @@ def choose_device(name: str) -> str:
     Raises
     ------
     PipelineError
-        When CUDA is asked for and there is none.
+        When CUDA is asked for and not available.
     """
     import torch
 
@@ -100,18 +103,18 @@ def choose_device(name: str) -> str:
 
 
 class Predictor(Protocol):
-    """What makes maps of windows.
+    """Computes maps of windows.
 
-    Parameters
+    Attributes
     ----------
     batch : int
-        Windows that it is given at once.
+        Windows in a batch.
     per_pass : int
         Windows in a forward pass.
     network : torch.nn.Module, optional
-        The network, where there is one.
+        The network; None for a method without one.
     busy : float, optional
-        Seconds in which a GPU was at a batch; None on a CPU.
+        Seconds in which a GPU was computing; None on a CPU.
     """
 
     @property
@@ -127,27 +130,28 @@ class Predictor(Protocol):
     def busy(self) -> float | None: ...
 
     def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
-        """Begin with a slide whose windows lie on a grid and whose colours are to be transformed."""
+        """Start a slide, given the grid of its windows and the transform of its colours."""
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
-        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)`` as they are."""
+        """Maps uint8 ``(N, C, H, W)``, 255 is probability 1, of windows uint8 ``(N, H, W, 3)``, colours unchanged."""
 
 
 class WindowPredictor:
-    """One window at a time, on several threads: what comes out of a window depends on nothing else.
+    """Predictor that computes each window by itself, several at once on threads.
 
-    On CPUs this is also faster than batches, whose layers outgrow the caches.
+    The maps of a window thus depend on nothing but the window. On CPUs this is also faster than batches, whose layers
+    outgrow the caches.
 
     Parameters
     ----------
     maps : callable
-        Makes uint8 maps ``(C, H, W)`` of a window uint8 ``(H, W, 3)``.
+        Returns the uint8 maps ``(C, H, W)`` of a window uint8 ``(H, W, 3)``.
     threads : int
-        Windows at once.
+        Windows that are computed at once.
     batch : int
-        Windows that it is given at once.
+        Windows in a batch; 0 means four per thread.
     network : torch.nn.Module, optional
-        The network behind it.
+        The network that `maps` runs.
     """
 
     per_pass = 1
@@ -171,7 +175,7 @@ class WindowPredictor:
 
 
 class _WindowSlide:
-    """See `SlideMaps`; for `WindowPredictor`."""
+    """`SlideMaps` of a `WindowPredictor`."""
 
     def __init__(
         self,
@@ -206,22 +210,22 @@ class _WindowSlide:
                 before.result()
             return [self._blender.add(*place, one.result()) for place, one in zip(places, running, strict=True)]
 
-        # In the same threads, after the windows: a thread more than cores costs more than it gains.
+        # On the same pool, queued behind the windows: one thread more than there are cores costs more than it gains.
         blended = self._blended = self._pool.submit(blend)
         return lambda: iter(blended.result())
 
 
 def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as a function from a window to its maps, for `WindowPredictor`.
+    """Return a function that computes the maps of a window by a network, for `WindowPredictor`.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Gives logits ``(N, C, H, W)`` for images in [0, 1].
+        Returns logits ``(N, C, H, W)`` for images in [0, 1].
     outputs : Outputs
-        What its logits mean.
+        How logits become maps.
     precision : torch.dtype
-        What it computes with.
+        Type of the numbers that the network computes with.
     """
     import torch
 
@@ -238,9 +242,9 @@ def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype)
 
 @contextmanager
 def one_result() -> Iterator[None]:
-    """Let torch choose kernels that give the same bits in every run on the same machine, on one thread of the CPU.
+    """Make torch give the same bits in every run on the same machine: deterministic kernels, one CPU thread.
 
-    Undone at the end, but for ``CUBLAS_WORKSPACE_CONFIG``, which is read once, when CUDA starts.
+    All settings are restored at the end, except ``CUBLAS_WORKSPACE_CONFIG``, which is read only when CUDA starts.
     """
     import torch
 
@@ -249,12 +253,12 @@ def one_result() -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), cudnn.benchmark, torch.get_num_threads()
     filled = memory.fill_uninitialized_memory
-    # Warned of, not refused: a network may hold an operation that has no such kernel. `use_deterministic_algorithms`
-    # does the same, but imports the compiler first, which takes longer than all else before the first window.
+    # Only a warning: a network may contain an operation without a deterministic kernel. `use_deterministic_algorithms`
+    # does the same, but first imports the compiler, which takes longer than all else before the first window.
     torch.set_deterministic_debug_mode("warn")
-    memory.fill_uninitialized_memory = False  # which costs time and is for finding bugs
+    memory.fill_uninitialized_memory = False  # filling takes time and only helps to find bugs
     cudnn.benchmark = False
-    torch.set_num_threads(1)  # a thread a window; over the weights, more would but wait for each other
+    torch.set_num_threads(1)  # windows run on threads of their own; for the weights, more only wait for each other
     try:
         yield
     finally:
@@ -267,16 +271,17 @@ def one_result() -> Iterator[None]:
 def choose_predictor(
     package: ModelPackage, device: str, batch: int, threads: int, precision: str = "auto"
 ) -> tuple[Predictor, dict[str, Any]]:
-    """A package's predictor, and what the manifest says of it: ``device`` and ``precision``.
+    """Build a package's predictor; return it with its ``device`` and ``precision`` for the manifest.
 
     Parameters
     ----------
     package : ModelPackage
         The model.
     device : {"auto", "cpu", "cuda"}
-        Where it shall run.
+        Where to run the network.
     batch : int
-        Windows at once; 0 chooses by device. No more than make up `PASS_PIXELS`, or on a CPU four a thread.
+        Windows in a batch; 0 chooses by device. At most as many as `PASS_PIXELS` holds or, on a CPU where this is
+        more, four per thread.
     threads : int
         CPU threads.
     precision : str

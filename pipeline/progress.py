@@ -1,4 +1,4 @@
-"""Progress of long stages: a bar with rate and ETA on a terminal, a line now and then in a log file."""
+"""Progress of long stages: a bar with rate and ETA on a terminal, else a log message once a minute."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import TracebackType
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 60.0
-"""Seconds between two progress lines where there is no terminal."""
+"""Seconds between progress messages when there is no terminal."""
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them, in two units at most.
+    """Format seconds for people, in at most two units.
 
     >>> [duration(s) for s in (None, 59.4, 61, 7300, 200000)]
     ['–', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h']
@@ -29,7 +29,7 @@ def duration(seconds: float | None) -> str:
 
 
 class Progress:
-    """Count work done and show it.
+    """Count finished work and show the progress.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What made a result: versions and the state of the code."""
+"""Provenance of a result: versions of packages and the state of the code that made it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ PACKAGES = (
 
 @cache
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that the package lies in, or None where there is no checkout or no git.
+    """Return the commit of the checkout that holds this package, or None without a checkout or git.
 
     Returns
     -------
     dict or None
-        ``commit`` (str) and ``modified`` (bool: tracked files differ from it).
+        ``commit`` (str) and ``modified`` (bool: whether tracked files differ from that commit).
     """
     root = Path(pipeline.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
-        # Jobs beside each other would lock the checkout's index, and commands of its user.
+        # Without locks: jobs that run at the same time would lock the index against each other and against the user.
         command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
@@ -69,12 +69,12 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the pipeline, of Python and of the `PACKAGES` that are installed. Imports none of them."""
+    """Return the versions of the pipeline, of Python and of installed `PACKAGES`, without importing them."""
     return dict(_versions())
 
 
 def code_of(record: Mapping[str, Any]) -> str:
-    """The code that made a result, by the ``versions`` and the ``git`` that its record has.
+    """Describe the code that made a result, by the entries ``versions`` and ``git`` of its record.
 
     >>> code_of({"versions": {"pipeline": "0.1.0"}, "git": {"commit": "0123456789abcdef", "modified": True}})
     '0.1.0, commit 0123456789ab with local changes'
@@ -87,5 +87,5 @@ def code_of(record: Mapping[str, Any]) -> str:
 
 
 def now() -> str:
-    """The time in UTC to the second, as ISO 8601."""
+    """Return the current time in UTC to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

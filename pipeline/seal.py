@@ -1,7 +1,7 @@
-"""Seals of stores: what a stage wrote, noted beside it, so that what goes missing or changes later is found.
+"""Seals of stores: a list of the files that a stage wrote, by which missing or changed files are found later.
 
-Chunks of a store carry their own checksums, which find damage when they are read. The seal covers the rest: a chunk
-that is gone would read as empty, and the descriptions of arrays have no checksum.
+The chunks of a store carry checksums, which reveal damage when they are read. The seal covers the rest: a missing chunk
+would read as empty, and the metadata of arrays has no checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SEAL = "seal.json"
 """Name of the seal in a store's folder."""
 
 _SUMMED = ("zarr.json", "active", "sums", "doubtful")
-"""Files, and folders of files, without a checksum of their own. Nor have those that are in no folder."""
+"""Names of files and folders without checksums of their own. Files at the top level of a store have none either."""
 
 
 def _files(store: Path) -> list[str]:
@@ -42,12 +42,12 @@ def _sums(store: Path, files: list[str]) -> dict[str, int]:
 
 
 def write_seal(store: Path) -> int:
-    """Note which files a finished store has.
+    """Write the seal of a finished store: its files, and checksums of those that have none of their own.
 
     Returns
     -------
     int
-        CRC-32 of the seal. It goes into the stage's manifest, so that a seal that is gone is missed.
+        CRC-32 of the seal. It goes into the stage's manifest, so that a missing seal is noticed.
     """
     files = _files(store)
     value: dict[str, Any] = {"files": files, "sums": _sums(store, files)}
@@ -58,7 +58,7 @@ def write_seal(store: Path) -> int:
 
 
 def check_sealed(store: Path, seal: int) -> None:
-    """Check that a store, where there is one, carries the seal that it was given.
+    """Check that a store has the seal that it was given. A store that does not exist passes.
 
     Parameters
     ----------
@@ -70,20 +70,20 @@ def check_sealed(store: Path, seal: int) -> None:
     Raises
     ------
     DamagedStore
-        When it carries none or another one.
+        When its seal is missing or differs.
     """
     try:
         found = zlib.crc32((store / SEAL).read_bytes())
     except FileNotFoundError:
         if not store.is_dir():
-            return  # that is for its reader to say
+            return  # the reader of the store reports that
         raise DamagedStore(store, f"{SEAL} is missing") from None
     if found != seal:
         raise DamagedStore(store, f"{SEAL} is not what was written")
 
 
 def is_whole(store: Path, seal: int) -> bool:
-    """Whether a store carries the seal that it was given, and has all of its files."""
+    """Whether a store has the seal that it was given, and all files that the seal lists."""
     try:
         check_sealed(store, seal)
         _check_files(store, _read_seal(store)[0])
@@ -93,14 +93,14 @@ def is_whole(store: Path, seal: int) -> bool:
 
 
 def is_sealed(store: Path) -> bool:
-    """Whether a store is one that a stage finished."""
+    """Whether a store has a seal, i.e. whether a stage finished it."""
     return (store / SEAL).is_file()
 
 
 def which_store(store: Path) -> tuple[int, int] | None:
-    """What tells a sealed store from another one at its place; None where there is none."""
+    """Return a value that differs for another sealed store at the same path; None if there is no seal."""
     try:
-        with (store / SEAL).open("rb") as file:  # opened, as file servers' clients may answer for a name from memory
+        with (store / SEAL).open("rb") as file:  # opened, as clients of file servers may cache what a path stands for
             found = os.fstat(file.fileno())
     except FileNotFoundError:
         return None
@@ -108,21 +108,21 @@ def which_store(store: Path) -> tuple[int, int] | None:
 
 
 def check_kept(store: Path, which: tuple[int, int] | None) -> None:
-    """Check that a store is still there, whole, after it was read: what goes meanwhile reads as empty.
+    """Check after a store was read that it is still complete: chunks that disappear meanwhile read as empty.
 
     Parameters
     ----------
     store : pathlib.Path
         The store.
     which : tuple of int or None
-        What `which_store` returned before. None: nothing is checked.
+        What `which_store` returned before the store was read. If None, nothing is checked.
 
     Raises
     ------
     PipelineError
-        When it has gone, or another one is in its place.
+        When the store is missing, or another one is in its place.
     DamagedStore
-        When files of it have gone.
+        When some of its files are missing.
     """
     if which is None:
         return
@@ -135,12 +135,12 @@ def check_kept(store: Path, which: tuple[int, int] | None) -> None:
 
 
 def check_seal(store: Path) -> None:
-    """Check that a store has the files that it was sealed with; one without a seal passes.
+    """Check that a store has the files that it was sealed with. A store without a seal passes.
 
     Raises
     ------
     DamagedStore
-        When a file is missing or is not what it was.
+        When a file is missing or has changed.
     """
     if not is_sealed(store):
         return
@@ -164,6 +164,6 @@ def _read_seal(store: Path) -> tuple[list[str], dict[str, int]]:
 
 
 def _check_files(store: Path, files: list[str]) -> None:
-    missing = sorted({*files} - {*_files(store)})  # others may be there: Snakemake leaves one of its own
+    missing = sorted({*files} - {*_files(store)})  # further files are fine: Snakemake adds one of its own
     if missing:
         raise DamagedStore(store, f"{len(missing)} of its {len(files)} files are missing, the first: {missing[0]}")

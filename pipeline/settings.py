@@ -1,6 +1,6 @@
-"""Checks of a run's settings before anything runs: the configuration and the model package's files.
+"""Checks of a run's settings and of its model package before any job runs.
 
-Run while Snakemake parses the workflow: no heavy imports here.
+Imported while Snakemake parses the workflow, so it has no heavy imports.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 SHIPPED = Path(__file__).parents[1] / "models"
-"""Folder of the model packages that ship."""
+"""Folder of the model packages that ship with the pipeline."""
 
 CHANGES_RESULTS = (
     "model", "mpp", "reader", "tissue.mpp", "tissue.min_area_um2", "tissue.min_hole_um2", "tiles.max_unreadable",
     "stain.method", "stain.strength", "infer.precision", "export.origin", "classifier",
 )  # fmt: skip
-"""Settings with which the results of slides would be others."""
+"""Settings that change the results of slides."""
 
 
 def load_schema(path: Path) -> dict[str, Any]:
-    """Read a JSON schema in YAML; a ``$ref`` to another file stands for what that one holds.
+    """Read a JSON schema from a YAML file; a ``$ref`` to another file is replaced by that file's schema.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def _from_text(value: str) -> Any:
 
 
 def _coerced(value: Any, schema: dict[str, Any]) -> Any:
-    """`value` with the schema's defaults, and with numbers and booleans that came as text from the command line.
+    """Return `value` with the schema's defaults, and with text and numbers converted to the types of the schema.
 
-    ``snakemake --config 'tiles={tile: 512}'`` gives every nested value as text. ``~/`` is the home folder.
+    ``snakemake --config 'tiles={tile: 512}'`` passes every nested value as text. A leading ``~/`` is expanded.
     """
     if isinstance(value, dict):
         known, other = schema.get("properties", {}), schema.get("additionalProperties")
@@ -72,9 +72,10 @@ def _coerced(value: Any, schema: dict[str, Any]) -> Any:
         return filled
     if isinstance(value, list):
         return [_coerced(item, schema.get("items", {})) for item in value]
-    if isinstance(value, str) and value.startswith("~/"):  # not every shell sees it, and none in a file of settings
+    # Not every shell expands ~/ in an argument such as slides=~/scans, and nothing expands it in a settings file.
+    if isinstance(value, str) and value.startswith("~/"):
         return os.path.expanduser(value)
-    if not schema and isinstance(value, str):  # arguments that no schema knows
+    if not schema and isinstance(value, str):  # a value that the schema does not describe
         return _from_text(value)
     types = schema.get("type", [])
     types = {types} if isinstance(types, str) else set(types)
@@ -94,7 +95,7 @@ def _lines(error: Any) -> Iterator[str]:
         known, above = sorted(properties), f"{path}." if path else ""
         for key in sorted(set(error.instance) - set(known)):
             name = f"{above}{key}"
-            # Of a section, with the section left out; or spelt otherwise.
+            # Suggest settings of sections, in case the section was left out, or else a similar name.
             inner = [f"{section}.{key}" for section in known if key in properties[section].get("properties", {})]
             if likely := inner or difflib.get_close_matches(str(key), known, 1, 0.6):
                 yield f"unknown setting {name!r} (did you mean {' or '.join(above + one for one in likely)}?)"
@@ -116,7 +117,7 @@ def _lines(error: Any) -> Iterator[str]:
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[str]:
-    """Of numbers that no limit of a schema holds back: NaN is neither below nor above any."""
+    """Yield a message for each number that is not finite: NaN passes all limits of a schema."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{path}.{key}" if path else str(key))
@@ -125,7 +126,7 @@ def _not_finite(value: Any, path: str = "") -> Iterator[str]:
 
 
 def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The settings with defaults filled in.
+    """Return the settings with defaults filled in, after checking them.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
     Raises
     ------
     PipelineError
-        For the first unknown key or wrong value; one line that names it.
+        When a key is unknown or a value is wrong; one line that names the first.
     """
     from jsonschema import Draft202012Validator
 
@@ -155,25 +156,25 @@ def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
 
 
 def check_folder(setting: str, path: Path) -> None:
-    """Refuse a folder for results that cannot be one, as a file is in its place or above it.
+    """Refuse a path for a folder if it, or one of its parents, is a file.
 
     Parameters
     ----------
     setting : str
         Name of the setting.
     path : pathlib.Path
-        Its value. It need not exist.
+        Its value. The folder need not exist.
 
     Raises
     ------
     PipelineError
-        When there is a file; one line that names it.
+        When there is such a file; one line that names it.
     """
     for place in (path, *path.parents):
         try:
             found = place.stat()
         except OSError:
-            continue  # missing, or hidden behind what is looked at next
+            continue  # missing, or unreachable because of a parent, which is looked at next
         if not stat.S_ISDIR(found.st_mode):
             raise PipelineError(
                 f"setting {setting!r}: {str(place)!r} is a file, not a folder",
@@ -183,22 +184,23 @@ def check_folder(setting: str, path: Path) -> None:
 
 
 def check_same_results(made: Path, config: dict[str, Any]) -> None:
-    """Refuse to go on with results of other settings, for where Snakemake has no records of how they were made.
+    """Refuse to continue a run whose results were made with other settings.
 
-    It would take them for what the settings of now ask for, and add slides that are unlike them.
+    It is for results of which Snakemake has no records: it would take them for up to date, and add slides that are
+    processed differently.
 
     Parameters
     ----------
     made : pathlib.Path
-        The settings that they were made with, ``settings.json`` in the results folder.
+        The settings that the results were made with, ``settings.json`` in the results folder.
     config : dict
-        The settings of now.
+        The current settings.
 
     Raises
     ------
     PipelineError
-        When one of `CHANGES_RESULTS` is another; one line that names the first. Where model and classifier lie is no
-        matter.
+        When one of `CHANGES_RESULTS` differs; one line that names the first. For model and classifier, only the name of
+        the folder or file counts, not where it lies.
     """
     try:
         earlier = json.loads(made.read_text(encoding="utf-8"))
@@ -207,8 +209,9 @@ def check_same_results(made: Path, config: dict[str, Any]) -> None:
     for name in CHANGES_RESULTS:
         section, _, key = name.rpartition(".")
         then, now = (settings.get(section, {}) if section else settings for settings in (earlier, config))
+        # The setting may be newer than the results. Without a classifier then or now, results of two cannot mix.
         if key not in then or (name == "classifier" and None in (then[key], now[key])):
-            continue  # the setting is newer than the results; what no classifier has made is missing, and will be made
+            continue
         was, given = (Path(one[key]).name if name in ("model", "classifier") else one[key] for one in (then, now))
         if was != given:
             raise PipelineError(
@@ -219,18 +222,18 @@ def check_same_results(made: Path, config: dict[str, Any]) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """The card of a model package that makes sense, and whose weights are the ones it was packed with.
+    """Return the card of a model package, after checking the card and the checksum of the weights.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Holds ``model.json`` and ``weights.safetensors``.
+        The package, with ``model.json`` and ``weights.safetensors``.
 
     Raises
     ------
@@ -268,14 +271,14 @@ def check_model(folder: Path) -> dict[str, Any]:
     assert isinstance(card, dict)
     try:
         from pipeline.models.package import ModelPackage
-    except ImportError:  # NumPy and OpenCV may be in the environment of the jobs alone
+    except ImportError:  # NumPy and OpenCV may be installed only in the environment of the jobs
         return card
     ModelPackage.load(folder)
     return card
 
 
 def check_stain(card: dict[str, Any], folder: Path, method: str, strength: float | None) -> None:
-    """Refuse a method of stain normalisation that the model has no reference for.
+    """Refuse a method of stain normalisation for which the model has no reference.
 
     Parameters
     ----------
@@ -289,10 +292,10 @@ def check_stain(card: dict[str, Any], folder: Path, method: str, strength: float
     Raises
     ------
     PipelineError
-        When there is none; one line.
+        When the model has none; one line.
     """
     reference = (card.get("stain") or {}).get("reference") or {}
-    # Vahadane does with Macenko's: both describe the same two dyes.
+    # Vahadane can use a Macenko reference: both describe the same two dyes.
     enough = {method, "macenko"} if method == "vahadane" else {method}
     if method not in ("model", "none") and strength != 0 and enough.isdisjoint(reference):
         raise PipelineError(
@@ -302,7 +305,7 @@ def check_stain(card: dict[str, Any], folder: Path, method: str, strength: float
 
 
 def check_licence(card: dict[str, Any], folder: Path, accepted: Sequence[str]) -> None:
-    """Refuse a model by the licence of its weights.
+    """Refuse a model whose weights have a licence that is not accepted.
 
     Parameters
     ----------
@@ -311,7 +314,8 @@ def check_licence(card: dict[str, Any], folder: Path, accepted: Sequence[str]) -
     folder : pathlib.Path
         The package.
     accepted : sequence of str
-        Licences as the card may name them, in any case, ``*`` for any text; none: all are.
+        Accepted licences, as named in the card, in upper or lower case, with ``*`` for any text. If empty, all are
+        accepted.
 
     Raises
     ------

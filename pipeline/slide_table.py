@@ -1,7 +1,7 @@
-"""The slides of a run: what the setting ``slides`` (a folder or a table) stands for.
+"""Find the slides of a run from the setting ``slides``: a folder, a table or a single slide.
 
-Run while Snakemake parses the workflow, in the main process and again in cluster jobs: it decodes no slide,
-and depends on the standard library.
+Runs while Snakemake parses the workflow, in the main process and again in each cluster job, so it decodes no slide and
+depends only on the standard library.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ SUFFIXES = (
     ".jpg",
     ".jpeg",
 )
-"""File name endings of slides in a folder, without regard to case. The longest match is taken off the name."""
+"""File name endings of slides, in any case. The first that matches is taken off the name; longer ones come first."""
 
 FILE_COLUMNS = ("tissue", "truth", "regions")
-"""Columns that name a further file of a slide."""
+"""Columns of a slide table that name further files of a slide."""
 
 OWN_COLUMNS = ("slide", "path", "mpp", *FILE_COLUMNS)
 """Columns of a slide table that the pipeline reads; any further ones are carried into the cohort table."""
 
 FIRST_MANIFEST = {"path": "inspect", "mpp": "inspect", "tissue": "tissue", "truth": "metrics", "regions": "regions"}
-"""Of each of them that says how a slide's results are made, the manifest of the first stage that depends on it."""
+"""Columns that affect a slide's results, each with the manifest (in `SlideLayout`) of the first stage that uses it."""
 
 MPP_RANGE = (0.05, 20.0)
-"""µm per level-0 pixel that a slide can have."""
+"""Plausible range of a slide's pixel size, in µm per level-0 pixel."""
 
 SUMMED_BYTES = 1 << 22
-"""Largest file whose whole content is looked at while a run is planned."""
+"""Size in bytes of the largest slide file that `content_stamp` reads as a whole."""
 
 END_BYTES = 1 << 16
-"""Bytes at either end of larger ones that are."""
+"""Bytes that `content_stamp` reads at each end of a larger file."""
 
 MAX_NAME_BYTES = 200
-"""Longest slide name: the name with a suffix has to be a file name."""
+"""Longest slide name: with a suffix it must still be a valid file name."""
 
 UNREADABLE = "NUCLEI_UNREADABLE"
-"""Environment variable with the file in which a run has noted which slides could not be read when it started."""
+"""Environment variable with the path of the file that lists the slides that could not be read when the run started."""
 
 
 def could_be_read(slide: str) -> bool:
-    """Whether the run knows that the slide of this name could be read when it started."""
+    """Whether the slide of this name could be read when the run started; False if that is not known."""
     try:
         return slide not in Path(os.environ[UNREADABLE]).read_text(encoding="utf-8").split("\n")
     except (KeyError, FileNotFoundError):
@@ -80,7 +80,7 @@ def could_be_read(slide: str) -> bool:
 
 
 def readable(path: str | Path) -> bool:
-    """Whether a file is there and may be read."""
+    """Whether a file exists and may be read."""
     return os.path.isfile(path) and os.access(path, os.R_OK)
 
 
@@ -93,9 +93,9 @@ class SlideEntry:
     name : str
         Name of the slide and of its results folder.
     path : pathlib.Path
-        Absolute path of the slide; it need not exist (a slide that is missing fails, the others go on).
+        Absolute path of the slide; it need not exist (a missing slide fails, and the others go on).
     mpp : float or None
-        Pixel size in µm that the table states.
+        Pixel size in µm, if the table states it.
     tissue, truth, regions : pathlib.Path or None
         The user's own tissue mask (GeoJSON), known nuclei (GeoJSON or label map) and annotated regions (GeoJSON).
     extra : dict of str to str
@@ -104,7 +104,7 @@ class SlideEntry:
     Raises
     ------
     PipelineError
-        When the name cannot be a folder's name or `mpp` is not a slide's.
+        When the name cannot be a folder's name, or `mpp` is outside `MPP_RANGE`.
     """
 
     name: str
@@ -127,7 +127,7 @@ class SlideEntry:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as plain JSON values."""
+        """Return the entry as plain JSON values."""
         files = {column: getattr(self, column) for column in FILE_COLUMNS}
         return {
             "slide": self.name,
@@ -149,7 +149,7 @@ class SlideTable:
     columns : tuple of str
         Names of the further columns.
     left_out : str
-        What else there is in the folder, by ending, such as ``1 .qptiff, 2 .xml, 3 folder(s)``.
+        Other files of the folder, counted by ending, such as ``1 .qptiff, 2 .xml, 3 folder(s)``.
     """
 
     entries: dict[str, SlideEntry]
@@ -187,14 +187,14 @@ def name_problem(name: str) -> str | None:
         return "is not valid UTF-8"
     if size > MAX_NAME_BYTES:
         return f"is longer than {MAX_NAME_BYTES} bytes"
-    # Snakemake takes it for an endless loop. The count spares most names the search.
+    # Snakemake takes such a name for an endless recursion. The count avoids the search for most names.
     if name.count(name[-1]) >= 20 and (found := re.search(r"(.+?)\1{19}$", name)):
         return f"ends in {found[1]!r} 20 times or more"
     return None
 
 
 def stem(file_name: str) -> str | None:
-    """Slide name of a file, without blanks around it, or None when its ending is not a slide's.
+    """Slide name of a file, without surrounding blanks, or None if its ending is not in `SUFFIXES`.
 
     >>> stem("a.b .OME.TIFF"), stem("readme.txt")
     ('a.b', None)
@@ -216,14 +216,14 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def slide_bytes(path: Path, alone: bool = True) -> int:
-    """Size of a slide in all of its files, as far as their names tell; no file is opened.
+    """Total size of a slide's files in bytes, found by their names; no file is opened.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file that names the slide; 0 when it is missing.
+        The slide's main file; the size is 0 if it is missing.
     alone : bool
-        Whether the run has no other slide in this folder. Then all DICOM files there are taken for one slide's.
+        Whether the run has no other slide in this folder. If so, all DICOM files there are counted as the slide's.
     """
     try:
         total = path.stat().st_size if path.is_file() else 0
@@ -232,7 +232,7 @@ def slide_bytes(path: Path, alone: bool = True) -> int:
     kind = path.suffix.lower()
     if not total or kind not in (".mrxs", ".vms", ".vmu", ".dcm"):
         return total
-    if kind == ".mrxs":  # a folder of the same name has the pixels
+    if kind == ".mrxs":  # the pixels are in a folder of the same name
         return total + sum(_sizes(path.with_suffix("")).values())
     beside = {name: size for name, size in _sizes(path.parent).items() if name != path.name}
     if kind == ".dcm":
@@ -242,10 +242,10 @@ def slide_bytes(path: Path, alone: bool = True) -> int:
 
 
 def content_stamp(path: Path) -> list[int]:
-    """What tells a file's content from another one's: the size of all its files, and a checksum, of a large one's ends.
+    """Return the size of a slide's files and a checksum of its main file, as a stamp of their content.
 
-    Formats without compression have one size whatever they hold, and so has a file for which a copy takes the place
-    before it writes; to read large files would take too long for a plan.
+    Size alone is not enough: uncompressed formats have the same size whatever they hold, and so has a file for which a
+    copy reserves space before it writes. Of a large file only the ends are read, as this runs while a run is planned.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -255,12 +255,12 @@ def content_stamp(path: Path) -> list[int]:
             content = file.read(END_BYTES)
             file.seek(size - END_BYTES)
             content += file.read(END_BYTES)
-    # Whose DICOM files lie beside one that changes with every slide that comes.
+    # Other DICOM files in the folder are not counted: the stamp would change with each slide that is added there.
     return [slide_bytes(path, alone=False), zlib.crc32(content)]
 
 
 def _add(found: dict[str, SlideEntry], entry: SlideEntry, where: str) -> None:
-    """Take in a slide under the name of its results folder."""
+    """Add a slide to `found`, by the name of its results folder; refuse a second one of that name."""
     other = found.setdefault(folder_name(entry.name), entry)
     if other is not entry:
         raise PipelineError(
@@ -273,33 +273,33 @@ def _by_name(found: dict[str, SlideEntry]) -> dict[str, SlideEntry]:
     return {entry.name: entry for entry in found.values()}
 
 
-# Study and series stand side by side in the header of each file.
+# The header of each DICOM file has the UIDs of study and series side by side.
 _DICOM_SERIES = re.compile(
     rb"\x20\x00\x0d\x00(?:UI..|..\0\0)[0-9.]+[\0 ]?\x20\x00\x0e\x00(?:UI..|..\0\0)([0-9.]+)", re.DOTALL
 )
 
 
 def _dicom_series(path: Path) -> tuple[bytes, ...]:
-    """All series that the beginning of a DICOM file names, its own among them; empty where there is none."""
+    """UIDs of all series that the start of a DICOM file names, including its own; empty if there are none."""
     try:
         if not path.is_file():
             return ()
         with path.open("rb") as file:
             return tuple(_DICOM_SERIES.findall(file.read(1 << 16)))
-    except OSError:  # its stage tells
+    except OSError:  # the stage that reads the file reports it
         return ()
 
 
 def from_folder(folder: Path) -> SlideTable:
-    """Slides of a folder, sorted by file name; hidden files and other endings are left out.
+    """Return the slides of a folder, sorted by file name, without hidden files and files with other endings.
 
-    So are further files of a slide in several: of a DICOM series all but the first, and pictures that belong to a
-    ``.vms`` or ``.vmu``. `SlideTable.left_out` tells of the other files, and of folders.
+    Further files of a slide that consists of several are left out as well: all but the first of a DICOM series, and the
+    images that belong to a ``.vms`` or ``.vmu``. `SlideTable.left_out` counts the other files and folders.
 
     Raises
     ------
     PipelineError
-        When the folder cannot be listed, holds no slide, or two slides have one stem.
+        When the folder cannot be listed, holds no slide, or two slides have the same stem.
     """
     try:
         with os.scandir(folder) as listed:
@@ -317,7 +317,7 @@ def from_folder(folder: Path) -> SlideTable:
         if name.startswith(pictures) and (slide is None or lower.endswith((".jpg", ".jpeg"))):
             continue
         if slide is None:
-            if f"{name}.mrxs" not in folders:  # whose pixels are in the folder
+            if f"{name}.mrxs" not in folders:  # else the folder has the pixels of that slide
                 others["folder(s)" if folders[name] else Path(lower).suffix or "without an ending"] += 1
             continue
         if lower.endswith(".dcm") and (own := _dicom_series(folder / name)):
@@ -334,15 +334,15 @@ def from_folder(folder: Path) -> SlideTable:
 
 
 def _delimiter(table: Path, header: str) -> str:
-    """What separates the columns of a table with this first line."""
+    """Return the separator of a table's columns; `header` is its first line."""
     if table.suffix.lower() != ".csv":
         return "\t"
-    # Spreadsheets write semicolons where the decimal mark is a comma.
+    # Spreadsheets write semicolons in locales where the decimal mark is a comma.
     return ";" if header.count(";") > header.count(",") else ","
 
 
 def _lines(table: Path, where: str) -> list[tuple[int, list[str]]]:
-    """Cells of each line of a table that holds any, without empty ones at its end, by the line's number."""
+    """Return line number and cells of each line that is not blank, without empty cells at the line's end."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=_delimiter(table, stream.readline()), strict=True)
@@ -384,16 +384,16 @@ def _check_header(header: Sequence[str], where: str) -> None:
 
 
 def _place(cell: str, base: Path) -> Path:
-    """The path that a cell of a table in the folder `base` names."""
+    """Return the absolute path that a table's cell names; relative ones start at the table's folder `base`."""
     if cell.startswith("~/"):
         cell = os.path.expanduser(cell)
-    # A blank at a name's end may belong to it, but hardly ever does.
+    # Surrounding blanks hardly ever belong to a file's name, but they may.
     path, stripped = (Path(os.path.abspath(base / text)) for text in (cell, cell.strip()))
     return stripped if stripped.exists() and not path.exists() else path
 
 
 def _entry(row: dict[str, str], base: Path) -> SlideEntry:
-    """The slide that a row of a table in the folder `base` tells of."""
+    """Return the slide that a table's row describes; `base` is the table's folder."""
     if not row["path"].strip():
         raise PipelineError("no path", "name the slide's file")
     try:
@@ -401,18 +401,20 @@ def _entry(row: dict[str, str], base: Path) -> SlideEntry:
     except ValueError:
         raise PipelineError(f"mpp is not a number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
     files = {column: _place(row[column], base) for column in FILE_COLUMNS if row.get(column, "").strip()}
-    # A blank that a spreadsheet keeps unseen would make another slide, or another group.
+    # An invisible blank from a spreadsheet would make another slide, or another group.
     extra = {column: cell.strip() for column, cell in row.items() if column not in OWN_COLUMNS}
     return SlideEntry(row["slide"].strip(), _place(row["path"], base), mpp, extra=extra, **files)
 
 
 def from_table(table: Path) -> SlideTable:
-    """Slides of a table (``.csv`` with commas or semicolons, anything else with tabs); paths are relative to the table.
+    """Return the slides of a table (``.csv`` with commas or semicolons, anything else with tabs).
+
+    Relative paths start at the table's folder.
 
     Raises
     ------
     PipelineError
-        When the table cannot be read, lacks a column, or a row is wrong; it names the line.
+        When the table cannot be read, lacks a column, or a row is wrong; the message names the line.
     """
     where = f"slide table {str(table)!r}"
     (_, first), *rows = _lines(table, where)
@@ -439,7 +441,7 @@ def from_table(table: Path) -> SlideTable:
 
 
 def resolve_slides(setting: str | Path) -> SlideTable:
-    """The slides that the setting ``slides`` stands for.
+    """Return the slides that the setting ``slides`` stands for.
 
     Parameters
     ----------
@@ -449,7 +451,7 @@ def resolve_slides(setting: str | Path) -> SlideTable:
     Raises
     ------
     PipelineError
-        When there is none, or something is wrong with it; one line.
+        When the path does not exist, or the folder or table is wrong; one line.
     """
     path = Path(os.path.abspath(Path(setting).expanduser()))
     if path.is_dir():
@@ -474,34 +476,34 @@ def _as_text(table: SlideTable) -> str:
 
 
 def write_table(table: SlideTable, out: Path) -> None:
-    """Write the resolved table (tsv, absolute paths); `resolve_slides` reads it again to the same table."""
+    """Write the resolved table (tsv, absolute paths). `resolve_slides` reads the same table from it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_files(out) as (staged,):
         staged.write_text(_as_text(table), encoding="utf-8", newline="")
 
 
 def renew_table(table: SlideTable, out: Path) -> None:
-    """Write the table where there is one of other slides, or of none that can be read."""
+    """Rewrite the file `out` if it exists and does not hold this table."""
     if out.is_file() and out.read_bytes() != _as_text(table).encode():
         write_table(table, out)
 
 
 def check_apart(setting: str, table: SlideTable, run: RunLayout) -> None:
-    """Refuse files that a run would remove and write again, as they lie where its results go.
+    """Refuse slides and further files that lie among the run's results, where the run would overwrite them.
 
     Parameters
     ----------
     setting : str
         The setting ``slides``.
     table : SlideTable
-        What it stands for.
+        The slides that it stands for.
     run : RunLayout
         The run.
 
     Raises
     ------
     PipelineError
-        For the first one; one line.
+        When there is such a file; one line that names the first.
     """
     real = functools.cache(os.path.realpath)
     if os.path.realpath(Path(setting).expanduser()) == real(run.slide_table):
@@ -518,27 +520,27 @@ def check_apart(setting: str, table: SlideTable, run: RunLayout) -> None:
 
 
 def check_same_slides(table: SlideTable, run: RunLayout) -> None:
-    """Refuse to go on with results of slides of which the table tells something else now.
+    """Refuse to continue a run if the slide table now states something else about slides that have results.
 
-    For where Snakemake has no records of how they were made, as `pipeline.settings.check_same_results`.
+    Like `pipeline.settings.check_same_results`, it is for results of which Snakemake has no records.
 
     Parameters
     ----------
     table : SlideTable
-        The slides of now.
+        The current slides.
     run : RunLayout
-        The run, with the table that its results were made of.
+        The run, with the table that its results were made from.
 
     Raises
     ------
     PipelineError
-        For the first one; one line. Where its files lie is no matter, nor is what has not been made yet, nor are gone
-        regions.
+        When a column of `FIRST_MANIFEST` differs; one line that names the first such slide. It may differ if only the
+        folder of a file changed, if no results that depend on it exist yet, or if regions were taken out of the table.
     """
     try:
         earlier = from_table(run.slide_table).entries
     except PipelineError:
-        return  # there is none that can be read
+        return  # there is no readable table
     for entry in table:
         for column, stage in FIRST_MANIFEST.items() if entry.name in earlier else ():
             found = [getattr(one, column) for one in (earlier[entry.name], entry)]
@@ -555,9 +557,9 @@ def check_same_slides(table: SlideTable, run: RunLayout) -> None:
 
 
 def out_of_reach(table: SlideTable, run: RunLayout) -> dict[str, Path]:
-    """Finished slides of which a file cannot be read, as when its file system is not mounted.
+    """Return the finished slides that have a file that cannot be read, e.g. because a file system is not mounted.
 
-    A run asks them for nothing, so that they keep their results.
+    A run requests no outputs of these slides, so that they keep their results.
 
     Parameters
     ----------
@@ -569,7 +571,7 @@ def out_of_reach(table: SlideTable, run: RunLayout) -> dict[str, Path]:
     Returns
     -------
     dict of str to pathlib.Path
-        By the slide's name, the first such file: the slide's own, its tissue mask, truth or regions.
+        The first such file of each slide, by the slide's name: the slide itself, its tissue mask, truth or regions.
     """
     found = {}
     for entry in table:

@@ -1,9 +1,8 @@
-"""What every per-slide stage shares: whole outputs or none, failure as data, timing.
+"""Code that all per-slide stages share: they write all of their outputs or none, and record failures and costs.
 
-A stage writes into staged paths beside the final ones; they are renamed together once the stage has finished. A
-slide whose data cannot be processed gets a manifest with ``"status": "failed"`` and, in place of each other output,
-a stub that says why (no reader takes it for a result), so that the later stages pass the failure on and the run as
-a whole goes on.
+A stage writes to staged paths beside the final ones, which are renamed together once the stage has finished. If a
+slide's data cannot be processed, its manifest has ``"status": "failed"``, and each other output is replaced by a stub
+that says why and that no reader takes for a result. Later stages pass the failure on, and the run as a whole goes on.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class Failure:
     Parameters
     ----------
     stage : str
-        The stage that found out.
+        The stage that failed.
     reason : str
-        One line.
+        What is wrong, in one line.
     hint : str
-        One line: what to do, may be empty.
+        What to do about it, in one line; may be empty.
     """
 
     stage: str
@@ -59,7 +58,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises
     ------
     PipelineError
-        When the file is missing or no manifest.
+        When the file is missing or is not a manifest.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +72,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory of each stage by its name."""
+    """Return seconds and peak memory (MB) of each stage, by the stage's name."""
     return {
         str(manifest["stage"]): {"seconds": manifest["seconds"], "peak_rss_mb": manifest["peak_rss_mb"]}
         for manifest in manifests
@@ -81,7 +80,7 @@ def stage_costs(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 
 def manifest_failure(manifest: Mapping[str, Any]) -> Failure | None:
-    """The failure a manifest tells of, or None when its stage went well."""
+    """Return the failure that a manifest records, or None if its stage succeeded."""
     return Failure(**manifest["failure"]) if manifest["status"] == "failed" else None
 
 
@@ -91,9 +90,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; nothing happens when there is none.
+    """Remove a file or a folder, if it exists.
 
-    On NFS a folder stays, with a warning, as long as a process of this machine has a file in it open.
+    On NFS, a folder in which a process of this machine has a file open stays, with a warning.
     """
     if path.is_dir() and not path.is_symlink():
         try:
@@ -115,7 +114,10 @@ def peak_rss_mb() -> float:
 
 
 def _peak_kb() -> int | None:
-    """Peak of this program alone: on Linux `getrusage` goes on counting from the process that started it."""
+    """Peak memory of this program alone, None where there is no ``/proc``.
+
+    On Linux, `getrusage` starts from the peak of the process that started this one.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -128,24 +130,24 @@ def _is_store(path: Path) -> bool:
 
 
 def _staged(path: Path) -> Path:
-    # The suffix stays last: writers choose the format by it.
+    # The suffix stays at the end: writers choose the format by it.
     return path.with_name(f".part-{os.getpid()}-{path.name}")
 
 
 def _set_aside(path: Path) -> None:
-    """Remove a folder that is in the way, in such a way that its name never stands for half of it."""
+    """Remove a folder. It is renamed first, so that a half-removed folder never has the original name."""
     if path.is_dir() and not path.is_symlink():
         old = path.with_name(f".part-{os.getpid()}.old-{path.name}")
-        with suppress(FileNotFoundError):  # another job that found the same damage was faster
+        with suppress(FileNotFoundError):  # another job found the same damage and was faster
             path.rename(old)
         remove(old)
 
 
-_STUB = "slide "  # no parquet, GeoJSON or gzip file begins so
+_STUB = "slide "  # no Parquet, GeoJSON or gzip file begins like this
 
 
 def _write_stub(staged: Path, text: str) -> None:
-    remove(staged)  # what there is of it
+    remove(staged)  # the stage may have written some of it
     staged.parent.mkdir(parents=True, exist_ok=True)
     if _is_store(staged):
         staged.mkdir()
@@ -154,30 +156,31 @@ def _write_stub(staged: Path, text: str) -> None:
 
 
 def stub_text(path: Path) -> str | None:
-    """What stands in place of an output whose slide failed, None where the output is there."""
+    """Return the text of the stub that replaces an output of a failed slide, or None for a real output."""
     with path.open("rb") as file:
         start = file.read(4096)
     return start.decode("utf-8", "replace").strip() if start.startswith(_STUB.encode()) else None
 
 
 def remove_leftovers(outputs: Iterable[Path]) -> None:
-    """Remove what killed processes have left of outputs that they staged."""
+    """Remove staged outputs that killed processes have left behind."""
     for path in outputs:
         for leftover in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
             remove(leftover)
 
 
 def clear_remains(store: Path, made: Path) -> None:
-    """Remove a store of which only some is left, as when its removal was cut off.
+    """Remove a store of which only some files are left, e.g. because its removal was interrupted.
 
-    It would look like one that is newer than what was made of it: that would be made again, fail and be missing.
+    It would look newer than the results that were made from it. Snakemake would make these again, which would fail, and
+    the results would be lost.
 
     Parameters
     ----------
     store : pathlib.Path
         The store.
     made : pathlib.Path
-        The manifest of its stage; it may have gone before the store.
+        The manifest of its stage. If it is missing, the store is removed.
     """
     if not store.is_dir() or is_marked(store):
         return
@@ -189,9 +192,9 @@ def clear_remains(store: Path, made: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Write out a file, so that a machine that stops has no half of it under its final name.
+    """Flush a file to disk, so that a machine that crashes never leaves half of it under its final name.
 
-    Stores have their seal and the checksums of their chunks for that.
+    Stores are skipped: their seal and the checksums of their chunks reveal such damage.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -200,9 +203,10 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def whole_files(*paths: Path, shared: bool = False) -> Iterator[list[Path]]:
-    """Where to write files, which take their places together once all are written, in this order.
+    """Yield staged paths to write files to. Once all are written, they are renamed to `paths`, in this order.
 
-    Those that several processes may write at once are `shared`: what is staged there may be another's.
+    Files are `shared` if several processes may write them at once. Then staged files that other processes have left are
+    not removed, because those processes may still be at work.
     """
     if not shared:
         remove_leftovers(paths)
@@ -221,9 +225,9 @@ def whole_files(*paths: Path, shared: bool = False) -> Iterator[list[Path]]:
 def add_stage_arguments(
     parser: argparse.ArgumentParser, *, reads_slide: bool = False, slide: str | None = None
 ) -> None:
-    """Options that all stages have, and those of a stage that reads the slide's file.
+    """Add the options that all stages have and, with `reads_slide`, those of a stage that reads the slide's file.
 
-    Where `slide` is given, the option may be left out and the slide is called so.
+    If `slide` is given, it is the default of ``--slide``, which may then be left out.
     """
     parser.add_argument("--slide", required=slide is None, default=slide, help="name of the slide")
     parser.add_argument(
@@ -241,7 +245,10 @@ def add_stage_arguments(
 
 
 def add_origin_argument(parser: argparse.ArgumentParser) -> None:
-    """The option of stages whose GeoJSON goes to QuPath or comes from there, see `pipeline.geojson.origin_of`."""
+    """Add ``--origin``, for stages that read GeoJSON from QuPath or write it for QuPath.
+
+    See `pipeline.geojson.origin_of`.
+    """
     parser.add_argument(
         "--origin", choices=("slide", "bounds"), default="slide",
         help="corner from which coordinates for QuPath, or from it, count: of level 0, or of the scan (default: slide)",
@@ -249,7 +256,7 @@ def add_origin_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of a command as keywords of its function, whose parameters have the same names."""
+    """Return a command's options as keyword arguments of its function, whose parameters have the same names."""
     return {name: value for name, value in vars(args).items() if name != "verbose"}
 
 
@@ -266,7 +273,7 @@ def run_stage(
     minutes: float | None = None,
     again: bool = False,
 ) -> dict[str, Any]:
-    """Run one stage of one slide. One process at a time does so; another one waits.
+    """Run one stage of one slide, after waiting for any other process that runs the same.
 
     Parameters
     ----------
@@ -277,21 +284,22 @@ def run_stage(
     manifest : pathlib.Path
         The stage's JSON manifest, written last.
     body : callable
-        Gets a dict of staged paths, one for each of `outputs`, writes them, and returns what the manifest shall hold.
+        Gets a dict with a staged path for each of `outputs`, writes them, and returns further entries for the manifest.
         Raises `SlideError` when the slide's data is at fault.
     outputs : mapping of str to pathlib.Path
-        The other outputs by a name.
+        The other outputs, by the names that `body` knows them by.
     upstream : sequence of pathlib.Path
-        Manifests of earlier stages; when one tells of a failure, it is passed on and `body` is not run.
+        Manifests of earlier stages. If one records a failure, it is passed on and `body` is not run.
     stores : mapping of pathlib.Path to pathlib.Path
-        Stores of earlier stages that `body` reads, and the manifest of each, which tells of the store's seal.
+        Stores of earlier stages that `body` reads, each with the manifest that holds the checksum of its seal.
     on_bad_slide : {"continue", "stop"}
-        Whether a bad slide is data or an error.
+        Whether a bad slide is recorded as failed or raises an error.
     minutes : float, optional
-        Minutes that the job may take. With it, `body` runs in a process of its own, and a slide over which a library
+        Minutes that the job may take. If given, `body` runs in a process of its own, and a slide over which a library
         hangs or crashes is a bad slide; see `pipeline.guard`.
     again : bool
-        Whether the job is tried again with more time, when these are over: then it fails, and the slide is not bad yet.
+        Whether the job is tried again with more time if `minutes` are over. In that case the job fails instead of the
+        slide.
 
     Returns
     -------
@@ -305,8 +313,8 @@ def run_stage(
     SlideError
         When the slide is bad and `on_bad_slide` is ``"stop"``.
     PipelineError
-        When a store of an earlier stage is damaged. It is removed, so that the next run makes it again. When one was
-        taken away while `body` read it. When the time is over, and the job is tried again.
+        When a store of an earlier stage is damaged; it is removed, so that the next run makes it again. Also when a
+        store was removed while `body` read it, and when the time is over and the job is tried again.
     """
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with held(manifest.with_name(f".lock-{manifest.name}")):
@@ -359,18 +367,21 @@ def run_stage(
 
 @contextmanager
 def _intact(stores: Mapping[Path, Path], who: str) -> Iterator[None]:
-    """Look at the stores that a stage reads, each with its manifest, before it does and after; remove a damaged one."""
+    """Check the stores that a stage reads, before and after it reads them, and remove a damaged one.
+
+    `stores` maps each store to the manifest of its stage. `who` names slide and stage in messages.
+    """
     try:
         for store, made in stores.items():
             if is_marked(store):
-                note_damage(store)  # again: two machines that note at once may lose a line
+                note_damage(store)  # once more: if two machines note damage at once, a line may be lost
                 raise PipelineError(f"{who}: {store} was damaged", how_anew())
             if (seal := read_manifest(made).get("seals", {}).get(store.name)) is not None:
                 check_sealed(store, seal)
         read = {store: which_store(store) for store in stores}
         try:
             yield
-        finally:  # nor is a slide bad whose pixels went
+        finally:  # after errors too: a slide is not bad because its store went missing while it was read
             for store, which in read.items():
                 check_kept(store, which)
     except DamagedStore as error:

@@ -1,8 +1,8 @@
-"""Stage ``stain``: one colour transform for the whole slide, towards the reference that the model package carries.
+"""Stage ``stain``: fit one colour transform for the whole slide, towards the reference of the model package.
 
-The transform is fitted on tissue pixels of cells that lie spread over the slide; which cells depends on the tissue
-alone, so neither the tile size nor the number of workers has a say. A slide whose colours do not determine its stains
-is left as it is, with a warning in the manifest. The same cells tell how sharp the slide is.
+The transform is fitted to tissue pixels of cells that are spread over the slide. The choice of cells depends only on
+the tissue, not on the tile size or the number of workers. A slide whose colours do not determine its stains is left as
+it is, with a warning in the manifest. The same cells show how sharp the slide is.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ METHODS = ("model", *kernel.METHODS)
 """Values of ``--method``; ``model`` is what the model package was trained with."""
 
 SAMPLE_PIXELS = 200_000
-"""Tissue pixels that a fit is made on."""
+"""Number of tissue pixels to which a transform is fitted."""
 
 SAMPLE_CELLS = 4096
-"""Most cells looked at for them."""
+"""Most cells that are read to find these pixels."""
 
 LEAST_JUDGED = 20
-"""Cells with edges below which nothing is said of a slide's focus."""
+"""Fewest cells with edges from which a slide's focus is judged."""
 
 MOST_BLURRED = 1 / 3
-"""Share of them out of focus above which the slide gets a warning."""
+"""Share of these cells that may be out of focus before the slide gets a warning."""
 
 _CELLS_AT_ONCE = 256
 _BLOCK_CELLS = 1024 // CELL
@@ -57,10 +57,10 @@ _PREVIEW_SIZE = 256
 
 
 def spread_order(count: int) -> np.ndarray:
-    """An order of 0..count-1 of which every beginning is spread evenly.
+    """Order the numbers 0..count-1 so that the first of them, however many, are spread evenly.
 
-    Steps of the golden ratio, the sequence of lowest discrepancy of its kind; no rhythm of rows can fall in step with
-    it.
+    They follow multiples of the golden ratio, the sequence of lowest discrepancy of its kind. It does not fall in step
+    with the rows of a lattice.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def spread_order(count: int) -> np.ndarray:
 
 
 def _cell_window(grid: Grid, cell: np.ndarray, size: int) -> tuple[int, int, int, int]:
-    """Window ``x, y, width, height`` of side `size` (less on a small grid) about a cell, within the grid."""
+    """Window ``x, y, width, height`` of side `size` (less on a small grid) around a cell, within the grid."""
     width, height = min(size, grid.width), min(size, grid.height)
     x = min(max(0, int(cell[1]) * CELL + CELL // 2 - width // 2), grid.width - width)
     y = min(max(0, int(cell[0]) * CELL + CELL // 2 - height // 2), grid.height - height)
@@ -81,19 +81,19 @@ def _cell_window(grid: Grid, cell: np.ndarray, size: int) -> tuple[int, int, int
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What cells spread over a slide show.
+    """Pixels and measurements of cells that are spread over a slide.
 
     Parameters
     ----------
     rgb : numpy.ndarray
         Tissue pixels, uint8, shape ``(n, 3)``.
     cells : int
-        Lattice cells looked at.
+        Number of cells that were read.
     white : numpy.ndarray
-        OD of the glass in them, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
+        OD of the glass in the cells, float64, shape ``(3,)``, see `pipeline.kernels.stain.white_level`.
     blur : list of float
-        Width of the edges, µm, in each cell that is tissue for the greater part and has edges, see
-        `pipeline.kernels.focus.edge_blur`; of a slide of coarser pixels than that can judge, none.
+        Width of the edges in µm, see `pipeline.kernels.focus.edge_blur`, for each cell that is mostly tissue and has
+        edges. Empty when the slide's pixels are too coarse to judge.
     """
 
     rgb: np.ndarray
@@ -103,14 +103,14 @@ class Sample:
 
 
 def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> Sample:
-    """Look at cells spread over a slide.
+    """Sample cells that are spread over a slide.
 
     Parameters
     ----------
     tiles : Tiles
         The slide's tiles.
     pixels : int
-        How many tissue pixels are wanted; there are fewer where the slide has fewer.
+        Number of tissue pixels wanted. The sample has fewer when `SAMPLE_CELLS` cells do not hold as many.
     """
     cells = np.argwhere(tiles.active)
     order = spread_order(len(cells))[:SAMPLE_CELLS]
@@ -138,7 +138,7 @@ def sample_tissue(tiles: Tiles, pixels: int = SAMPLE_PIXELS) -> Sample:
 
 
 def _read_cells(tiles: Tiles, cells: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The pixels of each of some cells, with its place among them; those that lie together are read together."""
+    """Yield the index of each cell in `cells`, and its pixels; cells that lie close together are read at once."""
     block = cells // _BLOCK_CELLS
     order = np.lexsort(block.T[::-1])
     for members in np.split(order, np.flatnonzero(np.diff(block[order], axis=0).any(axis=1)) + 1):
@@ -152,7 +152,7 @@ def _read_cells(tiles: Tiles, cells: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
 
 def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
-    """How sharp a slide is.
+    """Judge how sharp a slide is.
 
     Parameters
     ----------
@@ -162,9 +162,9 @@ def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
     Returns
     -------
     focus : dict
-        JSON values: ``cells`` (how many were judged), ``blur_um`` (the median width of their edges) and
-        ``blurred_share`` (the share of them whose edges are wider than `pipeline.kernels.focus.BLURRED_UM`); None below
-        `LEAST_JUDGED` cells.
+        JSON values: ``cells`` (the number of cells in `blur`), ``blur_um`` (the median width of their edges) and
+        ``blurred_share`` (the share of cells whose edges are wider than `pipeline.kernels.focus.BLURRED_UM`). The last
+        two are None below `LEAST_JUDGED` cells.
     warnings : list of str
         One line when more than `MOST_BLURRED` of the cells are out of focus.
     """
@@ -183,16 +183,16 @@ def judge_focus(blur: Sequence[float]) -> tuple[dict[str, Any], list[str]]:
 def resolve_method(
     requested: str, model: ModelPackage, strength: float | None
 ) -> tuple[str, str, float, dict[str, Any]]:
-    """What a request means with a model; see `fit_slide`.
+    """Resolve the requested method and strength for a model; see `fit_slide`.
 
     Returns
     -------
     method : str
         One of `pipeline.kernels.stain.METHODS`.
     target : str
-        The entry of the model's reference that it aims at.
+        The entry of the model's reference that the method aims at.
     strength : float
-        How far towards it.
+        How far towards the target, 0 to 1.
     reference : dict
         The model's reference, with an entry for the method.
 
@@ -212,7 +212,7 @@ def resolve_method(
     reference = model.stain.get("reference") or {}
     target = method
     if method == "vahadane" and method not in reference and "macenko" in reference:
-        # Both describe the same two dyes; a package made without staintools has Macenko's vectors alone.
+        # Both describe the same two dyes; a package made without staintools has only Macenko's vectors.
         target = "macenko"
         reference = {**reference, method: reference[target]}
     if method != "none" and method not in reference:
@@ -242,20 +242,20 @@ def fit_slide(
     model : ModelPackage
         The model whose stain is the target.
     strength : float, optional
-        How far towards the target, 0 to 1; None is as far as the model wants it with method ``model``
-        (and further for stains that it does not know, see `pipeline.kernels.stain.adapted_strength`), else 1.
+        How far towards the target, 0 to 1. None means 1 or, with method ``model``, the model's own strength, raised for
+        stains that the model does not know (see `pipeline.kernels.stain.adapted_strength`).
     white : numpy.ndarray, optional
-        OD of the slide's glass, float64, shape ``(3,)``; None is none.
+        OD of the slide's glass, float64, shape ``(3,)``; None means 0.
 
     Returns
     -------
     transform : StainTransform
         The transform.
     payload : dict
-        JSON values for the manifest: ``requested``, ``method`` (the one in effect), ``strength``, ``transform``,
-        ``source`` (the slide's own fit), ``target`` (the entry of the model's reference), ``stains`` (the slide's own
-        stain vectors by Macenko, for measurements, or None) and ``white`` (OD of its glass), which do not depend on
-        the method, ``extractor``, ``warnings``.
+        JSON values for the manifest: ``requested``; ``method`` (the one in effect); ``strength``; ``transform``;
+        ``source`` (the slide's own fit); ``target`` (the entry of the model's reference); ``stains`` (the slide's own
+        stain vectors by Macenko, for measurements, or None) and ``white`` (OD of the slide's glass), neither of which
+        depends on the method; ``extractor``; ``warnings``.
 
     Raises
     ------
@@ -317,7 +317,7 @@ def run_stain(
     slide : str
         Name of the slide.
     tiles, zarr : pathlib.Path
-        What the stage ``tiles`` wrote.
+        Manifest and store of the stage ``tiles``.
     model : pathlib.Path
         Folder of the model package.
     out, png : pathlib.Path
@@ -325,15 +325,14 @@ def run_stain(
     method : str
         One of `METHODS`.
     strength : float, optional
-        How far towards the reference; None is as far as the model wants it with method ``model``, else 1.
+        How far towards the reference, 0 to 1; see `fit_slide` for None.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
     dict
-        The manifest, with what `fit_slide` tells, ``focus`` (see `judge_focus`) and ``samples`` (``pixels``,
-        ``cells``).
+        The manifest: the payload of `fit_slide`, ``focus`` (see `judge_focus`) and ``samples`` (``pixels``, ``cells``).
     """
     package = ModelPackage.load(model)
 
@@ -364,7 +363,7 @@ def run_stain(
 
 
 def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    """What to measure a slide's stains with.
+    """Stain vectors and colour of the glass with which to measure a slide's stains.
 
     Parameters
     ----------
@@ -378,7 +377,7 @@ def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, s
     white : numpy.ndarray
         OD of the glass, float64, shape ``(3,)``.
     origin : {"slide", "ruifrok"}
-        Whether they are the slide's own or the typical ones.
+        Whether the vectors are the slide's own or the typical ones.
     """
     stains, white = manifest.get("stains"), np.array(manifest.get("white", (0, 0, 0)), np.float64)
     if stains:
@@ -387,7 +386,7 @@ def stain_matrix(manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, s
 
 
 def preview_windows(tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
-    """Windows ``x, y, width, height`` that show what a slide's tissue looks like, up to six, and their pixels."""
+    """Yield up to six windows ``x, y, width, height`` that show what a slide's tissue looks like, and their pixels."""
     cells = np.argwhere(tiles.active)
     chosen = cells[np.sort(spread_order(len(cells))[: 4 * _PREVIEWS])]
     shown: list[tuple[int, int]] = []
@@ -398,7 +397,7 @@ def preview_windows(tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], n
             if any(max(abs(window[0] - x), abs(window[1] - y)) < _PREVIEW_SIZE // 2 for x, y in shown):
                 continue
             rgb = tiles.read(*window)
-            # Much tissue, and something to see on it.
+            # Prefer windows with much tissue and much contrast.
             score = float(kernel.tissue_mask(rgb).mean()) * float(cv2.meanStdDev(rgb)[1].mean())
             if score > best_score:
                 best, best_score = (window, rgb), score
@@ -410,7 +409,7 @@ def preview_windows(tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], n
 def draw_preview(
     tiles: Tiles, transform: kernel.StainTransform, payload: Mapping[str, Any], model: ModelPackage
 ) -> Image:
-    """Picture of crops of the slide before and after the transform.
+    """Draw crops of the slide before and after the transform.
 
     Parameters
     ----------
@@ -419,7 +418,7 @@ def draw_preview(
     transform : StainTransform
         The transform.
     payload : mapping
-        What `fit_slide` told.
+        The payload of `fit_slide`.
     model : ModelPackage
         The model whose stain is the target.
 
@@ -434,7 +433,7 @@ def draw_preview(
     ink, quiet, paper = (34, 34, 40), (110, 110, 120), (250, 250, 252)
     windows = list(preview_windows(tiles))
     count = max(1, len(windows))
-    # A warning needs some width, even beside a single crop.
+    # Wide enough for a warning, even with a single crop.
     width = max(margin + label + count * (side + gap) - gap + margin, 900)
     image = Image.new("RGB", (width, head + (2 * (side + gap) - gap if windows else 20) + margin), paper)
     draw = ImageDraw.Draw(image)

@@ -1,13 +1,14 @@
-"""The one place that imports staintools and, through it, SPAMS (GPL-3): an extra of the installation.
+"""Stain matrices by staintools and SPAMS (GPL-3), which are optional and imported nowhere else.
 
-Only its stain matrix extractors are used, once a slide. What has to be known of staintools 2.1.2:
+Only the stain matrix extractors of staintools are used, once per slide. This module works around some properties of
+staintools 2.1.2:
 
-- ``import staintools`` needs SPAMS for Macenko too, and imports pyplot: most of a stage's start. Its modules
-  are imported without it;
-- extractors want an image, ``(H, W, 3)``, and turn its zeros into ones in place: they get a copy;
-- an image without dark pixels raises its own ``TissueMaskException``, others ``AssertionError``;
-- Vahadane's dictionary learning runs for one second of wall-clock time, so its answer depends on the machine's load: it
-  is given a fixed number of iterations and one thread here, on pixels in a fixed order.
+- ``import staintools`` needs SPAMS even for Macenko, and imports pyplot, which takes most of the stage's start-up time.
+  Its submodules are therefore imported without running the package itself.
+- Extractors need an image, ``(H, W, 3)``, and change its zeros to ones in place. They are given a copy.
+- For an image without dark pixels they raise ``TissueMaskException``, for other unfit images ``AssertionError``.
+- Vahadane's dictionary learning runs for one second of wall-clock time, so that its result depends on the load of the
+  machine. Here it runs for a fixed number of iterations on one thread, over pixels in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from pipeline.kernels.stain import OWN_EXTRACTORS, Extractor, StainFitError
 log = logging.getLogger(__name__)
 
 INSTALL = "pip install --no-deps staintools spams-bin"
-"""Without staintools' dependencies: its OpenCV would take the place of the one without displays."""
+"""Installs both without their dependencies, as staintools' OpenCV would replace the headless one."""
 
 VAHADANE_ITERATIONS = 1000
-"""Mini-batches of 512 pixels of the dictionary learning; from then on the vectors move by less than 0.01."""
+"""Mini-batches of 512 pixels in the dictionary learning; after these, the vectors move by less than 0.01."""
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def _module(name: str) -> types.ModuleType | None:
         if "staintools" not in sys.modules and (spec := importlib.util.find_spec("staintools")):
             sys.modules["staintools"] = importlib.util.module_from_spec(spec)  # known, but not executed
         return importlib.import_module(f"staintools.stain_extraction.{name}")
-    except Exception as error:  # a broken binary of SPAMS raises all sorts
+    except Exception as error:  # a broken binary of SPAMS raises many kinds
         log.debug("staintools cannot be imported: %r", error)
         return None
 
@@ -53,7 +54,7 @@ def available() -> bool:
 
 
 def version() -> str | None:
-    """Version of staintools, None where it cannot be imported."""
+    """Version of staintools; None when it cannot be imported."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -67,7 +68,7 @@ def _extract(extractor: Any, rgb: np.ndarray) -> np.ndarray:
     try:
         matrix = extractor.get_stain_matrix(np.array(rgb, np.uint8)[None])
     except Exception as error:
-        # Its own exceptions, LinAlgError and assertions alike: these pixels do not do.
+        # Its own exceptions, LinAlgError and AssertionError all mean that these pixels do not show the stains.
         raise StainFitError(f"staintools: {str(error) or type(error).__name__}") from None
     return np.asarray(matrix, np.float64)
 
@@ -90,6 +91,8 @@ def macenko(rgb: np.ndarray) -> np.ndarray:
     ------
     StainFitError
         When staintools finds no stains.
+    PipelineError
+        When staintools is not installed.
     """
     module = _require("macenko_stain_extractor")
     return _extract(module.MacenkoStainExtractor, rgb)
@@ -106,7 +109,7 @@ def vahadane(rgb: np.ndarray) -> np.ndarray:
         When staintools or SPAMS is not installed.
     """
     module = _require("vahadane_stain_extractor")
-    # SPAMS starts from the first pixels that it is given and steps through the rest: let them be a fair mixture.
+    # SPAMS starts from the first pixels and steps through the rest in order: shuffled, all of them are a fair sample.
     rgb = np.asarray(rgb)[np.random.default_rng(0).permutation(len(rgb))]
     with _steady_learning(module):
         return _extract(module.VahadaneStainExtractor, rgb)
@@ -124,19 +127,19 @@ def _missing() -> PipelineError:
 
 
 def check_method(method: str) -> None:
-    """Refuse a stain method whose extractor is not installed.
+    """Raise an error for a stain method whose extractor is not installed.
 
     Raises
     ------
     PipelineError
-        For Vahadane's, where staintools or SPAMS is missing.
+        For ``vahadane``, when staintools or SPAMS is missing.
     """
     if method == "vahadane" and not available():
         raise _missing()
 
 
 def extractors() -> dict[str, Extractor]:
-    """Stain matrix extraction by method: staintools' two where it is installed, else our own Macenko alone."""
+    """Stain matrix extractors by method: both of staintools where it is installed, else only our own Macenko."""
     if not available():
         return dict(OWN_EXTRACTORS)
     return {"macenko": macenko, "vahadane": vahadane}

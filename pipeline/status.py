@@ -1,4 +1,4 @@
-"""``python -m pipeline status RESULTS``: how far a run has come, while it is under way or after it."""
+"""Command ``status``: report how far a run has come, while it is under way or after it has ended."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipeline.slide_table import resolve_slides
 from pipeline.stage import manifest_failure, read_manifest
 
 RATE_SLIDES = 100
-"""The rate is that of so many slides finished last."""
+"""Number of most recently finished slides over which the rate is measured."""
 
 FAILURES_TOLD = 10
-"""How many failed slides a run names at its end."""
+"""Largest number of failed slides that a run lists at its end."""
 
 SO_FAR = "so-far"
 """Folder, in the results folder, for the tables and the report of an unfinished run."""
@@ -35,19 +35,19 @@ class Status:
     Parameters
     ----------
     slides, finished, failed : int
-        Slides of the run, those with metrics, and those that cannot be processed.
+        Numbers of slides in the run, of slides with all of their results, and of slides that cannot be processed.
     stages : dict of str to int
-        Slides that are under way, by the last stage that they have behind them; ``waiting`` has not begun.
+        Numbers of all other slides by the last stage that they have completed; ``waiting`` counts those without any.
     per_hour : float or None
-        Finished and failed slides an hour, over the latest ones; None before there are two.
+        Slides, finished or failed, per hour, over the last `RATE_SLIDES` of them; None before there are two.
     eta_seconds : float or None
-        Time for the slides that are left, at that rate.
+        Time for the remaining slides at that rate.
     idle_seconds : float or None
-        Time since a stage of any slide ended.
+        Time since a stage of any slide last ended.
     failures : tuple of dict
         ``slide``, ``stage``, ``reason`` and ``hint`` of each failed slide.
     strangers : tuple of str
-        Folders of slides that the run no longer has.
+        Names of results folders of slides that are no longer in the run.
     """
 
     slides: int
@@ -62,15 +62,15 @@ class Status:
 
 
 def stage_manifests(paths: SlideLayout) -> list[Path]:
-    """Manifests of a slide's stages, in order."""
+    """Return the manifests of a slide's `STAGES`, in order."""
     own = {"infer": paths.maps, "summary": paths.metrics}
     return [own.get(stage) or getattr(paths, stage) for stage in STAGES]
 
 
 def stages_done(paths: SlideLayout) -> tuple[int, float | None]:
-    """How many stages a slide has behind it, and when the last one ended (seconds since the epoch).
+    """Return how many stages a slide has completed, and when the last of them ended (seconds since the epoch).
 
-    A manifest that is older than the one before it is of an earlier run and will be made again.
+    A manifest that is older than that of the stage before is from an earlier run and will be made again.
     """
     ended: float | None = None
     for count, path in enumerate(stage_manifests(paths)):
@@ -85,16 +85,16 @@ def stages_done(paths: SlideLayout) -> tuple[int, float | None]:
 
 
 def run_status(results: Path, slides: str | None = None, now: float | None = None) -> Status:
-    """Look at a run's results folder. Nothing is written.
+    """Return the status of a run from its results folder. Nothing is written.
 
     Parameters
     ----------
     results : pathlib.Path
         The results folder.
     slides : str, optional
-        The run's ``slides`` setting; without it, the table that the run wrote.
+        The run's ``slides`` setting; by default, the table that the run wrote.
     now : float, optional
-        Seconds since the epoch.
+        Current time in seconds since the epoch.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
 
 
 def describe(status: Status, most: int | None = None) -> str:
-    """The status as lines for a terminal, with `most` of the failures at most."""
+    """Return the status as lines for a terminal, listing at most `most` failures."""
     left = status.slides - status.finished - status.failed
     total = "1 slide" if status.slides == 1 else f"{status.slides} slides"
     lines = [f"{total}: {status.finished} finished, {status.failed} failed, {left} to go"]
@@ -177,7 +177,7 @@ def describe(status: Status, most: int | None = None) -> str:
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are.
+    """Return the first names, and how many more there are.
 
     >>> some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -196,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def closing_words(results: Path, failed: bool) -> str:
-    """What a run says last: how far it has come, what to do about it, and where to look.
+    """Return the last message of a run: how far it has come, what to do next, and where to look.
 
     Parameters
     ----------
@@ -220,14 +220,14 @@ def closing_words(results: Path, failed: bool) -> str:
     if status.failed:
         lines.append("mend what failed and start the same command again: it works on these slides alone")
         lines.append(f"all that failed: {os.path.abspath(layout.failed)}")
-    # Not one of an earlier run, where this one was to make something else.
+    # A report that is older than the last stage is from an earlier run, as when this one was asked for other outputs.
     if layout.report.is_file() and now - layout.report.stat().st_mtime <= (status.idle_seconds or 0):
         lines.append(f"report: {os.path.abspath(layout.report)}")
     return "\n".join(lines)
 
 
 def write_so_far(results: Path, slides: str | None = None) -> Path:
-    """Write tables and report of the slides that are finished, apart from those of the whole run.
+    """Write tables and report of the slides that are finished so far, separate from those of the whole run.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
     -------
     pathlib.Path
         The folder with ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``, and
-        ``regions.tsv`` and ``regions.parquet`` where slides have regions.
+        with ``regions.tsv`` and ``regions.parquet`` if slides have regions.
     """
     from pipeline.cohort import run_cohort
     from pipeline.slide_table import write_table

@@ -23,7 +23,7 @@ _CHUNKS = ChunkFiles(level=1)
 
 
 class Tiles(Protocol):
-    """A slide's pixels, as those who measure and draw want them: a `TileStore`, or an array in its place."""
+    """What measuring and drawing need of a slide's pixels: a `TileStore`, or an array wrapped to look like it."""
 
     @property
     def grid(self) -> Grid:
@@ -31,16 +31,16 @@ class Tiles(Protocol):
 
     @property
     def active(self) -> np.ndarray:
-        """The lattice's cells that hold pixels, bool."""
+        """bool lattice of the cells that hold pixels."""
 
     def read(self, x: int, y: int, w: int, h: int, /) -> np.ndarray:
         """A window in grid pixels, RGB, uint8, shape (h, w, 3)."""
 
 
 def reflect(start: int, n: int, size: int) -> np.ndarray:
-    """Indices of `n` places from `start` on an axis of `size`, reflected at its ends.
+    """Indices of `n` pixels from `start` along an axis of `size`, reflected at its ends.
 
-    The edge pixel is repeated, as by ``numpy.pad(..., mode="symmetric")``, however far outside.
+    The edge pixel is repeated, as by ``numpy.pad(..., mode="symmetric")``. Indices may lie any distance outside.
 
     Returns
     -------
@@ -52,12 +52,12 @@ def reflect(start: int, n: int, size: int) -> np.ndarray:
 
 
 def create_tiles(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
-    """Make an empty store.
+    """Create an empty store.
 
     Returns
     -------
     zarr.Array
-        Its pixels, uint8 ``(height, width, 3)``, a chunk for each tile of `tile` x `tile` grid pixels; 255 at first.
+        Its pixels, uint8 ``(height, width, 3)``, filled with 255; one chunk per tile of `tile` x `tile` grid pixels.
     """
     import zarr
 
@@ -74,16 +74,16 @@ def create_tiles(path: Path, grid: Grid, active: np.ndarray, tile: int) -> Any:
 
 
 def write_tile(path: Path, row: int, column: int, pixels: np.ndarray) -> None:
-    """Write a tile into a store, from any thread that writes no other into the same place.
+    """Write a tile into a store; safe from several threads that write different tiles.
 
     Parameters
     ----------
     path : pathlib.Path
         The store.
     row, column : int
-        Which of its tiles.
+        Place of the tile among the tiles.
     pixels : numpy.ndarray
-        uint8, shape (tile, tile, 3), whole at the grid's edge too. A white one takes no space.
+        uint8, shape (tile, tile, 3), in full size at the grid's edge too. A tile that is all white is not stored.
     """
     if pixels.min() < 255:
         _CHUNKS.write(path / "rgb", (row, column, 0), pixels)
@@ -91,7 +91,7 @@ def write_tile(path: Path, row: int, column: int, pixels: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class TileStore:
-    """Pixels of a slide's grid as stage ``tiles`` stored them; safe to read from several threads.
+    """Pixels of a slide as the stage ``tiles`` stored them; safe to read from several threads.
 
     Parameters
     ----------
@@ -141,10 +141,10 @@ class TileStore:
         Parameters
         ----------
         x, y, w, h : int
-            Window in grid pixels. Where it reaches outside the grid, pixels come by reflection at the grid's edge
-            (the edge pixel repeated), so that a patch at the slide's edge sees more of the same tissue, not a border.
+            Window in grid pixels. Outside the grid, pixels are reflected at its edge (the edge pixel is repeated), so
+            that a patch at the slide's edge shows more of the same tissue instead of a border.
         window : callable, optional
-            What reads windows within the grid: `window`, or another that gives the same.
+            Function that reads windows within the grid; by default the method `window`.
 
         Returns
         -------
@@ -162,7 +162,7 @@ class TileStore:
         columns, rows = reflect(x, w, self.grid.width), reflect(y, h, self.grid.height)
         x0, y0 = int(columns.min()), int(rows.min())
         pixels = window(x0, y0, int(columns.max()) + 1, int(rows.max()) + 1)[rows - y0]
-        # Pixel by pixel only what is outside: the rest would take as long as everything else that is done to it.
+        # Only columns outside the grid are copied by index: to do so with all would double the time spent on a window.
         left = min(max(-x, 0), w)
         right = max(left, min(self.grid.width - x, w))
         out = np.empty((h, w, 3), np.uint8)
@@ -178,32 +178,32 @@ class TileStore:
             return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         try:
             return np.asarray(self._rgb[y0:y1, x0:x1])
-        except Exception as error:  # zarr's codecs raise what they like over a damaged chunk
+        except Exception as error:  # zarr's codecs raise many kinds over a damaged chunk
             raise _damaged(self.path, error) from None
 
 
 class RasterReader:
-    """Reads windows of a store in raster order, from several threads, and decodes each tile once.
+    """Read windows of a store in raster order, from several threads, and decode each tile only once.
 
-    Tiles are held up to a limit, at which those above a window give way to its own; where there are none above, a tile
-    is decoded for each window.
+    Decoded tiles are kept up to a limit. Once it is reached, tiles above a window make room for those of the window;
+    when none are left above, a tile is decoded anew for every window that needs it.
 
     Parameters
     ----------
     store : TileStore
-        What is read.
+        The store to read.
     memory : int
-        Bytes of tiles that are held at most; four tiles are, however large.
+        Most bytes of decoded tiles that are kept; four tiles are kept however large they are.
     """
 
     def __init__(self, store: TileStore, memory: int = 12 * 3 * 1024**2) -> None:
         self.store = store
-        self.limit = max(4, memory // (3 * store.tile**2))  # four meet in a corner
+        self.limit = max(4, memory // (3 * store.tile**2))  # four tiles meet at a corner
         self._held: dict[tuple[int, int], Future[np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def read(self, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """Read a window that does not lie more than a tile above an earlier one; see `TileStore.read`."""
+        """Read a window that lies at most one tile above any earlier one; see `TileStore.read`."""
         return self.store.read(x, y, w, h, self._window)
 
     def _window(self, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
@@ -223,12 +223,12 @@ class RasterReader:
         return out
 
     def _tile(self, row: int, column: int, first: int) -> np.ndarray | None:
-        """A tile, or None where there is no room; `first` is the window's first row of tiles."""
+        """Return a tile, or None where there is no room for it; `first` is the window's first row of tiles."""
         with self._lock:
             found = self._held.get((row, column))
             if found is None:
                 if len(self._held) >= self.limit:
-                    # Not before: other threads may still be at the rows above.
+                    # Tiles above are dropped only now: until then, other threads may still need them.
                     above = next((key for key in self._held if key[0] < first), None)
                     if above is None:
                         return None
@@ -249,7 +249,7 @@ class RasterReader:
 
 def _damaged(path: Path, error: Exception) -> Exception:
     if isinstance(error, (MemoryError, OSError)):
-        return error  # of the machine, not of the store
+        return error  # the machine's fault, not the store's
     why = f"{type(error).__name__}: {error}"
     if is_sealed(path):
         return DamagedStore(path, why)

@@ -1,4 +1,4 @@
-"""Stage ``tiles``: the slide's tissue at the model's pixel size, stored once, as a sparse zarr array on the grid."""
+"""Stage ``tiles``: store the slide's tissue at the model's mpp, once, as a sparse zarr array on the slide's grid."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ from pipeline.tissue import read_tissue
 log = logging.getLogger(__name__)
 
 MOST_ENLARGED = 4
-"""How much coarser than the model a slide may be."""
+"""Largest ratio of the slide's mpp to the model's mpp; coarser slides are refused."""
 
 ENLARGED_WELL = 2.2
-"""Up to here no warning: slides of a 20x objective, some 0.5 µm/px, before a model of 0.25."""
+"""Ratio up to which there is no warning: slides of a 20x objective, some 0.5 µm/px, with a model of 0.25 µm/px."""
 
 MOST_READERS = 16
-"""Reader threads, where their number is not given."""
+"""Most reader threads when their number is not given."""
 
 _SUPER_PIXELS = 10_000_000
 """Level pixels that a reader decodes at once: 30 MB of RGB."""
@@ -65,11 +65,11 @@ def model_mpp(model: Path) -> float:
 
 
 Block = tuple[slice, slice]
-"""Tiles that are read together: rows and columns of the lattice."""
+"""Rows and columns of the lattice whose tiles are read together."""
 
 
 def _blocks(active: np.ndarray, shape: tuple[int, int]) -> list[Block]:
-    """Blocks of a shape in grid pixels (whole tiles) that hold active cells."""
+    """Blocks of `shape` grid pixels (whole tiles) that hold active cells."""
     rows, columns = (
         [slice(at, at + side // CELL) for at in range(0, size, side // CELL)]
         for size, side in zip(active.shape, shape, strict=True)
@@ -80,7 +80,7 @@ def _blocks(active: np.ndarray, shape: tuple[int, int]) -> list[Block]:
 def _super_shape(slide: Slide, grid: Grid, tile: int) -> tuple[int, int]:
     """Height and width of a super-tile in grid pixels: whole tiles, about `_SUPER_PIXELS` of the level read.
 
-    Wide where the level lies in strips, each of which is decoded once for every super-tile that meets it.
+    It is wide where the level is stored in strips, as each strip is decoded once for every super-tile that meets it.
     """
     index = best_level(slide.levels, grid)
     level = slide.levels[index]
@@ -91,7 +91,7 @@ def _super_shape(slide: Slide, grid: Grid, tile: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """What came of reading a slide, or a part of it: see `_Writer`."""
+    """Result of reading a slide or a part of it: what `_Writer` collected, and the seconds that it took."""
 
     sums: np.ndarray
     doubtful: np.ndarray | None
@@ -102,7 +102,7 @@ class _Read:
 
 
 class _Writer:
-    """Reads blocks of a slide and writes their tiles, in any number of threads."""
+    """Read blocks of a slide and write their tiles, in any number of threads."""
 
     def __init__(self, pool: SlidePool, grid: Grid, active: np.ndarray, tile: int, store: Path) -> None:
         self.pool, self.grid, self.active, self.tile, self.store = pool, grid, active, tile, store
@@ -113,15 +113,15 @@ class _Writer:
         self.native = slide.tile_size(self.level)
         self.other_level = comparable_level(slide, grid)
         self.doubtful = np.zeros(active.shape, bool)
-        # Strips of a few rows have no borders to speak of.
+        # Tiles smaller than `RUN`, such as strips of a few rows, have borders too short to be judged.
         self.jumps: set[Jump] | None = set() if self.other_level is None and min(self.native) >= RUN else None
         self.tiles = 0
         self._lock = threading.Lock()
 
     def block(self, block: Block) -> float:
-        """Read and write one block; the megapixels of its active cells."""
+        """Read and write one block; return the megapixels of its active cells."""
         cells = self.active[block]
-        # Only the part that holds tissue is read.
+        # Read only the rectangle around the active cells.
         rows, columns = np.nonzero(cells.any(axis=1))[0], np.nonzero(cells.any(axis=0))[0]
         top, left = block[0].start, block[1].start
         y0, x0 = (top + int(rows[0])) * CELL, (left + int(columns[0])) * CELL
@@ -148,12 +148,15 @@ class _Writer:
         return active_pixels(cells, self.grid) / 1e6
 
     def _sides(self, level: Level, jumps: list[Jump]) -> set[Jump]:
-        """Tiles that jump on the left or at the top, of jumps at active cells: every cut of the slide knows these."""
+        """Native tiles that jump at their left or upper border, from jumps in active cells.
+
+        These are the same however the slide is cut into blocks.
+        """
         across, down = self.native
         return {(x // across, y // down, left) for x, y, left in jumps if self.active[cell_at(level, self.grid, x, y)]}
 
     def _whiten(self, pixels: np.ndarray, x0: int, y0: int) -> None:
-        """White where no cell is active; sums of those that are."""
+        """Make cells white that are not active; store a checksum of each active one in `sums`."""
         h, w = pixels.shape[:2]
         for row in range(y0 // CELL, -(-(y0 + h) // CELL)):
             for column in range(x0 // CELL, -(-(x0 + w) // CELL)):
@@ -196,7 +199,7 @@ def _read(
 
 
 def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress) -> None:
-    """Do all blocks on a pool of threads, few in flight at a time."""
+    """Read and write all blocks on a pool of threads; at most one more is in flight than there are threads."""
     if workers == 1:
         for block in blocks:
             progress.advance(writer.block(block))
@@ -218,7 +221,7 @@ def _run(writer: _Writer, blocks: list[Block], workers: int, progress: Progress)
 
 
 def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> dict[str, Any]:
-    """Add to a part's store what `_gather` wants of it besides the pixels; what its manifest tells."""
+    """Add to a part's store what `_gather` needs besides the pixels; return the entries of its manifest."""
     import zarr
 
     group = zarr.open_group(store, mode="r+")
@@ -237,7 +240,7 @@ def _store_part(done: _Read, part: Part, grid: Grid, tile: int, store: Path) -> 
 
 
 def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: np.ndarray) -> _Read:
-    """Put the stores of all parts together."""
+    """Join the stores of all parts."""
     import zarr
 
     sums = np.zeros(active.shape, np.uint32)
@@ -261,12 +264,12 @@ def _gather(parts: Sequence[Path], grid: Grid, tile: int, store: Path, active: n
 def _damage(
     slide: str, done: _Read, info: dict[str, Any], grid: Grid, active: np.ndarray, max_unreadable: float
 ) -> dict[str, Any]:
-    """What the manifest tells of tiles of the file that do not decode, or not to what was scanned.
+    """Entries of the manifest about native tiles that cannot be decoded or that look damaged.
 
     Raises
     ------
     SlideError
-        When more than a share of `max_unreadable` of the tissue does not decode.
+        When a share of the tissue larger than `max_unreadable` cannot be decoded.
     """
     with reopen(info) as handle:
         rects, share = unreadable_windows(done.unreadable, handle, grid, active)
@@ -294,7 +297,7 @@ def _damage(
 
 
 def _warnings(mpp: float, doubtful: np.ndarray, active: np.ndarray, grid: Grid, *, compared: bool) -> list[str]:
-    """What makes a slide's results less sure: pixels too coarse for the model, cells that look damaged."""
+    """Warnings about pixels too coarse for the model and about cells that look damaged."""
     warnings = []
     if mpp / grid.mpp > ENLARGED_WELL:
         warnings.append(
@@ -336,28 +339,28 @@ def run_tiles(
     parts: Sequence[Path] = (),
     **how: Any,
 ) -> dict[str, Any]:
-    """Store the tissue of a slide at a model's pixel size.
+    """Store the tissue of a slide at the mpp of a model.
 
     Parameters
     ----------
     slide : str
         Name of the slide.
     inspect, tissue, geojson : pathlib.Path
-        ``slide.json``, ``tissue.json`` and ``tissue.geojson`` of the stages before.
+        ``slide.json``, ``tissue.json`` and ``tissue.geojson`` of the previous stages.
     model : pathlib.Path
-        Model package, for its pixel size.
+        Model package, which sets the mpp.
     out, zarr : pathlib.Path
         The outputs: manifest and store.
     tile : int
-        Side of a stored tile in grid pixels, a multiple of 64. The pixels are the same for every size.
+        Side of a stored tile in grid pixels, a multiple of 64. It does not change the pixels.
     workers : int, optional
-        Reader threads; by default one a core, at most `MOST_READERS`.
+        Reader threads; by default one per core, at most `MOST_READERS`.
     max_unreadable : float
-        Share of the tissue's pixels that may be unreadable. They are white then, and listed.
+        Largest share of the tissue's pixels that may be unreadable. Such pixels are left white and listed.
     part : Part, optional
-        Store this part of the slide alone.
+        Store only this part of the slide.
     parts : sequence of pathlib.Path
-        Stores of all parts, to be put together; nothing is read from the slide then.
+        Stores of all parts; when given, they are joined and no pixels are read from the slide.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
@@ -369,7 +372,7 @@ def run_tiles(
     Raises
     ------
     PipelineError
-        For a wrong setting.
+        When a setting is out of range.
     """
     if tile < CELL or tile % CELL:
         raise PipelineError(f"tile {tile} is not a multiple of {CELL}", f"give {CELL}, 512, 1024, ...")
@@ -426,7 +429,7 @@ def run_tiles(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command line of the stage."""
+    """Declare the stage's arguments."""
     add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--tissue", required=True, type=Path, metavar="TISSUE.JSON", help="manifest of stage tissue")

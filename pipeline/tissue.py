@@ -1,4 +1,4 @@
-"""Stage ``tissue``: where on the slide there is tissue."""
+"""Stage ``tissue``: find where the slide holds tissue."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _SMALL_PIXELS = 100_000_000
 
 
 def read_view(slide: Slide, grid: Grid) -> tuple[np.ndarray, float, float]:
-    """The whole slide on a coarse grid, read in aligned blocks.
+    """Read the whole slide on a coarse grid, in aligned blocks.
 
     Returns
     -------
     rgb : numpy.ndarray
-        uint8, shape (grid.height, grid.width, 3). Blocks that cannot be decoded are white.
+        uint8, shape (grid.height, grid.width, 3). Parts of blocks that cannot be decoded are white.
     unreadable : float
-        Share of blocks that could not be decoded, from this level or any finer one.
+        Share of blocks, counting parts of them, that could not be decoded from the best level or any finer one.
     finer : float
-        Share of blocks that a finer level had to show.
+        Share of blocks, counting parts of them, that had to be read from a finer level.
     """
     index = best_level(slide.levels, grid)
     across = down = _block_side(slide.levels[index], grid)
-    if slide.in_strips(index):  # each is decoded once for every block that meets it
+    if slide.in_strips(index):  # wide blocks: each strip is decoded once for every block that it meets
         across, down = across * down // 32, 32
     rgb = np.full((grid.height, grid.width, 3), 255, np.uint8)
     blocks, bad, finer = 0, 0.0, 0.0
@@ -70,9 +70,14 @@ def _block_side(level: Level, grid: Grid) -> int:
 
 
 def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> tuple[float, float]:
-    """A block in 8 by 8 pieces, some of which cannot be decoded; the shares that no level and a finer one showed.
+    """Read a block that cannot be decoded as a whole in 8 by 8 pieces, from finer levels where that is necessary.
 
-    What one level of a pyramid has lost, a finer one may still have: a damaged overview costs no tissue.
+    What one level of a pyramid has lost, a finer one may still have, so that a damaged overview costs no tissue.
+
+    Returns
+    -------
+    unreadable, finer : float
+        Share of the pieces that no level could show, and of those that only a finer level could.
     """
     own = slide.levels[best_level(slide.levels, grid)].scale_x
     finer = [i for i, level in enumerate(slide.levels) if level.usable and level.scale_x < own * (1 - 1e-6)]
@@ -91,7 +96,7 @@ def _read_pieces(slide: Slide, grid: Grid, rgb: np.ndarray, x: int, y: int, w: i
 
 
 def _read_level(slide: Slide, level: int, grid: Grid, rgb: np.ndarray, x: int, y: int, w: int, h: int) -> bool:
-    """Read a window of a view through one level; False, and white, where it cannot be decoded."""
+    """Read a window of a view from one level; when it cannot be decoded, make it white and return False."""
     side = _block_side(slide.levels[level], grid)
     one = OneLevel(slide, level)
     try:
@@ -115,31 +120,31 @@ def polygons_of(mask: np.ndarray, scale_x: float, scale_y: float, width: float, 
     scale_x, scale_y : float
         Level-0 pixels per pixel of the mask.
     width, height : float
-        Size of level 0; polygons are cut there.
+        Size of level 0, at whose edges polygons are cut.
 
     Returns
     -------
     list of shapely polygons
-        Valid, with holes, in level-0 pixels, ordered by their first corner from the top.
+        Valid, with holes, in level-0 pixels, ordered from the top by their bounding boxes.
     """
     import shapely
     from skimage.measure import find_contours
 
-    # Marching squares: rings that never touch, not even at pixels that meet at a corner. The mask goes on beyond the
-    # slide, whose edge then cuts it.
+    # Marching squares give rings that never touch, not even where two pixels meet only at a corner. The mask is
+    # continued beyond the slide, so that polygons that reach its edge are cut there and not rounded off before it.
     padded = np.pad(np.pad(mask, 1, mode="edge"), 1).astype(np.float32)
     rings = find_contours(padded, 0.5, fully_connected="low")
     if not rings:
         return []
     lines = shapely.multilinestrings([shapely.linestrings(ring[:, ::-1] - 1.5) for ring in rings])
     parts = shapely.get_parts(shapely.build_area(lines))
-    # Contours run no closer than 0.35 pixels to the centre of any pixel: none changes sides.
+    # Contours stay 0.35 pixels or more away from all pixel centres, so no centre changes sides.
     simple = shapely.transform(shapely.simplify(parts, 0.17), lambda points: points * (scale_x, scale_y))
     return clean(simple, shapely.box(0, 0, width, height))
 
 
 def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
-    """Valid, non-overlapping polygons inside a box, ordered from the top, of any polygonal geometries."""
+    """Turn any polygonal geometries into valid, non-overlapping polygons inside a box, ordered from the top."""
     import shapely
 
     whole = shapely.union_all(shapely.make_valid(np.asarray(geometries, dtype=object)))
@@ -154,16 +159,21 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; polygons count.
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; only polygons are used.
     box : shapely geometry
-        The slide; what lies outside is cut off.
+        The scanned part of the slide; what lies outside is cut off.
     origin : tuple of int
-        Level-0 pixel from which it counts, where it does not say so itself.
+        Level-0 pixel that is the origin of the file's coordinates, unless the file itself says which is.
+
+    Returns
+    -------
+    list of shapely polygons
+        Valid, non-overlapping, in level-0 pixels, ordered from the top.
 
     Raises
     ------
     SlideError
-        When it is missing, no GeoJSON, or has no polygon on the slide.
+        When the file is missing, is no GeoJSON, or has no polygon on the slide.
     OSError
         When the disk or the file server failed.
     """
@@ -178,12 +188,12 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
 
 
 def read_tissue(path: Path) -> list[BaseGeometry]:
-    """Polygons (level-0 pixels) of a ``tissue.geojson``.
+    """Read the polygons, in level-0 pixels, of a ``tissue.geojson``.
 
     Raises
     ------
     PipelineError
-        When it is missing or damaged.
+        When the file is missing or damaged.
     """
     import shapely
     from shapely.geometry import shape
@@ -205,7 +215,7 @@ def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
     def rounded(value: Any) -> Any:
         return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else round(float(value), 2)
 
-    # Rounding alone may make a polygon cross itself where a hole touches its edge.
+    # Snapped first, as rounding alone may make a polygon cross itself where a hole touches its edge.
     snapped = [part for one in polygons for part in shapely.get_parts(shapely.set_precision(one, 0.01))]
     features = []
     for number, polygon in enumerate((one for one in snapped if one.area > 0), 1):
@@ -225,11 +235,11 @@ def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
 
 
 def bounds_view(bounds: Sequence[float], grid: Grid) -> tuple[slice, slice]:
-    """Rows and columns of a view that show the scanned part of a slide: ``x, y, width, height`` in level-0 pixels."""
+    """Rows and columns of a view that cover `bounds`: the scanned part, ``x, y, width, height`` in level-0 pixels."""
     x, y, width, height = bounds
     slices = []
     for start, size, scale, limit in ((y, height, grid.scale_y, grid.height), (x, width, grid.scale_x, grid.width)):
-        # Outwards: what does not fill a pixel of the view may hold tissue too.
+        # Rounded outwards: what does not fill a pixel of the view may hold tissue too.
         first, last = math.floor(start / scale + 1e-6), math.ceil((start + size) / scale - 1e-6)
         first = min(max(first, 0), limit - 1)
         slices.append(slice(first, min(max(last, first + 1), limit)))
@@ -239,7 +249,7 @@ def bounds_view(bounds: Sequence[float], grid: Grid) -> tuple[slice, slice]:
 def find_within(
     rgb: np.ndarray, part: tuple[slice, slice], mpp: float, min_area_um2: float, min_hole_um2: float
 ) -> TissueMask:
-    """`find_tissue` in a part of a view alone: what no scanner has seen is white without being glass."""
+    """Run `find_tissue` on a part of a view only: what was not scanned is white, but no glass."""
     found = find_tissue(np.ascontiguousarray(rgb[part]), mpp, min_area_um2, min_hole_um2)
     masks = []
     for one in (found.mask, found.ink):
@@ -250,7 +260,7 @@ def find_within(
 
 
 def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, scale_y: float) -> np.ndarray:
-    """The view with tissue outlined: at most 1600 pixels wide or high, uint8 (h, w, 3).
+    """Draw the view with outlines of the tissue, uint8 (h, w, 3), at most 1600 pixels wide and high.
 
     Parameters
     ----------
@@ -277,16 +287,16 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
 
 
 def _view_grid(info: Mapping[str, Any], mpp: float) -> Grid:
-    """Grid of the view of a whole slide in which tissue is looked for, of pixels of about `mpp` µm."""
+    """Grid of the whole slide for the view in which tissue is searched, with pixels of about `mpp` µm."""
     (mpp_x, mpp_y), width, height = info["mpp"], info["width"], info["height"]
     side = thumbnail_mpp(width * mpp_x, height * mpp_y, max(mpp_x, mpp_y), mpp)
     scale_x, scale_y = side / mpp_x, side / mpp_y
-    # Up, not down as for other grids: the strip that does not fill a pixel may hold tissue too.
+    # Rounded up, unlike other grids: a strip at the edge that does not fill a pixel may hold tissue too.
     return Grid(math.ceil(width / scale_x - 1e-6), math.ceil(height / scale_y - 1e-6), side, scale_x, scale_y)
 
 
 def _picture(slide: Slide, info: Mapping[str, Any], grid: Grid, rgb: np.ndarray) -> tuple[np.ndarray, Grid]:
-    """What ``tissue.png`` shows, and its grid: the view, or a small slide once more in finer pixels."""
+    """Image for ``tissue.png``, and its grid: the view or, if the slide is small, a finer view of it."""
     (mpp_x, mpp_y), width, height = info["mpp"], info["width"], info["height"]
     if max(grid.width, grid.height) >= _PNG_SIDE // 2 or width * height > _SMALL_PIXELS:
         return rgb, grid
@@ -296,7 +306,7 @@ def _picture(slide: Slide, info: Mapping[str, Any], grid: Grid, rgb: np.ndarray)
 
 
 def _warnings(unreadable: float, finer: float) -> list[str]:
-    """What to tell of the shares that `read_view` gave."""
+    """Warnings about the shares that `read_view` returned."""
     warnings = []
     if unreadable:
         warnings.append(f"{100 * unreadable:.3g} % of the slide could not be decoded and counts as glass")
@@ -309,7 +319,7 @@ def _warnings(unreadable: float, finer: float) -> list[str]:
 
 
 def _about_glass(found: TissueMask) -> dict[str, Any]:
-    """What the manifest tells of how tissue was told from glass."""
+    """Entries of the manifest about how tissue was separated from glass."""
     return {
         "background": [round(value, 1) for value in found.background],
         "background_found": found.background_found,
@@ -339,17 +349,17 @@ def run_tissue(
     slide : str
         Name of the slide.
     inspect : pathlib.Path
-        ``slide.json`` of the stage before.
+        ``slide.json`` of the previous stage.
     out, geojson, png : pathlib.Path
         The outputs: manifest, polygons (level-0 pixels), picture.
     mask : pathlib.Path, optional
-        GeoJSON that replaces the tissue found.
+        GeoJSON of tissue drawn by a user, which is taken instead of searching for tissue.
     origin : {"slide", "bounds"}
-        From where it counts where it does not say so; see `pipeline.geojson.origin_of`.
+        Origin of the mask's coordinates, unless its file says so itself; see `pipeline.geojson.origin_of`.
     mpp : float
-        µm per pixel to look at.
+        µm per pixel of the view in which tissue is searched.
     min_area_um2, min_hole_um2 : float
-        Smaller parts are dropped, smaller holes filled.
+        Parts smaller than the first (µm²) are dropped, holes smaller than the second (µm²) are filled.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
@@ -380,7 +390,7 @@ def run_tissue(
             polygons = clean(pieces, box) if pieces else []
         _write_tissue(staged["geojson"], polygons)
         image = draw_outline(picture, polygons, picture_grid.scale_x, picture_grid.scale_y)
-        # Not by `imwrite`, which tells nobody of a full disk.
+        # Not `imwrite`, which does not report a full disk.
         staged["png"].write_bytes(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
         if not polygons:
             log.warning("slide %r has no tissue", slide)
@@ -408,7 +418,7 @@ def run_tissue(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command line of the stage."""
+    """Declare the stage's arguments."""
     add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--inspect", required=True, type=Path, metavar="SLIDE.JSON", help="manifest of stage inspect")
     parser.add_argument("--mask", type=Path, metavar="GEOJSON", help="tissue drawn by hand, level-0 pixels")

@@ -1,10 +1,10 @@
-"""Stages that start warm: forked from a process that has their libraries in memory.
+"""Warm start of stages: they are forked from a server process that has their libraries in memory.
 
-A small slide's stages take less time than the start of Python and its libraries. Where the setting ``warm_start`` is
-on, the Snakemake process has a server beside it, and ``python -m pipeline STAGE`` hands it its arguments, environment,
-working directory and standard streams. The server forks, the child runs the stage as the command itself would, and the
-command ends with the child's exit status. When a command is killed, the server kills its child; when Snakemake ends,
-however it does, the server ends, and its children with it.
+The stages of a small slide take less time than the start of Python and its libraries. If the setting ``warm_start`` is
+on, the Snakemake process starts a server, and ``python -m pipeline STAGE`` sends it its arguments, environment, working
+directory and standard streams. The server forks, the child runs the stage as the command itself would, and the command
+ends with the child's exit status. If a command is killed, the server kills its child. When Snakemake ends, for whatever
+reason, the server and its children end as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ADDRESS = "NUCLEUS_PIPELINE_WARM"
-"""Variable that names the server's socket."""
+"""Environment variable with the path of the server's socket."""
 
 LIBRARIES = (
     "PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", "cv2", "matplotlib.backends.backend_agg",
@@ -38,10 +38,10 @@ LIBRARIES = (
     "pyarrow.parquet", "scipy.ndimage", "scipy.sparse.csgraph", "shapely.geometry", "skimage.measure",
     "skimage.segmentation", "tifffile", "tiffslide", "zarr.codecs",
 )  # fmt: skip
-"""What stages import late, beside what their modules import at once. Not torch: CUDA does not survive a fork."""
+"""Modules that stages import late, which the server imports in advance. Not torch: CUDA does not survive a fork."""
 
 _PATIENCE_S = 30.0
-"""Seconds in which a command, once connected, has said what it wants; it says it at once, unless it is suspended."""
+"""Seconds that the server waits for a command's request, which comes at once unless the command is suspended."""
 
 _PR_SET_PDEATHSIG = 1
 _HEADER = struct.Struct("!I")
@@ -54,18 +54,18 @@ def _die_with_parent(parent: int) -> None:
 
 
 def possible() -> bool:
-    """Whether this system has what a server needs."""
+    """Whether the server works on this system."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
 @dataclass
 class Server:
-    """A server's process, as the one who started it knows it.
+    """Handle of a server for the process that started it.
 
     Parameters
     ----------
     process : subprocess.Popen
-        The process.
+        The server's process.
     folder : pathlib.Path
         Folder of its socket.
     """
@@ -74,7 +74,7 @@ class Server:
     folder: Path
 
     def stop(self) -> None:
-        """End it."""
+        """End the server and remove its socket."""
         os.environ.pop(ADDRESS, None)
         self.process.kill()
         self.process.wait()
@@ -82,13 +82,13 @@ class Server:
 
 
 def start_server() -> Server | None:
-    """Start a server, and tell the commands of this process and its children of it.
+    """Start a server, and put its address into the environment of this process for its commands.
 
     Returns
     -------
     Server or None
-        To be stopped at the end; it ends by itself when this process does. None where the folder for temporary files
-        is full, missing, or has too long a name: the run does without.
+        The server, to be stopped at the end of the run; it also ends when this process ends. None if the folder for
+        temporary files is full, missing, or has too long a name: then the run goes on without a server.
     """
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -126,7 +126,7 @@ def ask_server(arguments: list[str]) -> int | None:
     Returns
     -------
     int or None
-        Its exit status; None where there is no server, so that the command has to be run here.
+        The command's exit status. None if there is no server, so that the command must run in this process.
     """
     address = os.environ.get(ADDRESS)
     if address is None:
@@ -142,18 +142,18 @@ def ask_server(arguments: list[str]) -> int | None:
             connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
             connection.sendall(request)
             answer = connection.recv(1)
-        except OSError:  # a server that goes before it has read all of it resets the connection
+        except OSError:  # also if the server ends before it has read the whole request
             return None
     if answer:
         return answer[0]
-    # The server has gone, or its child was killed: as a command that was killed, of which a shell would tell.
+    # The server has ended, or its child was killed: report it as a shell reports a killed command.
     why = "its process was killed, as when memory runs out (run the same command again, with fewer --cores then)"
     print(f"error: {arguments[0]}: {why}", file=sys.stderr)
     return 128 + signal.SIGKILL
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a command asks for, and its standard streams. All others wait meanwhile."""
+    """Receive a command's request and its standard streams. All other commands wait in the meantime."""
     connection.settimeout(_PATIENCE_S)
     header, streams, _, _ = socket.recv_fds(connection, _HEADER.size, 3)
     try:
@@ -175,7 +175,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _run(request: dict[str, Any], streams: list[int]) -> int:
-    """Be the command that asked."""
+    """Run a requested command in this process, with the environment and streams of the command that sent it."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -200,12 +200,12 @@ def _run(request: dict[str, Any], streams: list[int]) -> int:
 
 
 def serve(listener: socket.socket, parent: int) -> NoReturn:
-    """Answer commands until killed.
+    """Serve requests of commands until killed.
 
     Parameters
     ----------
     listener : socket.socket
-        Where they come in.
+        The socket on which commands connect.
     parent : int
         The process with which the server ends.
     """
@@ -244,12 +244,12 @@ def serve(listener: socket.socket, parent: int) -> NoReturn:
                 for stream in streams:
                     os.close(stream)
                 running[child] = connection
-                # Nothing more comes from the command, so that its end alone makes the connection readable.
+                # A command sends nothing after its request, so the connection becomes readable only when it ends.
                 selector.register(connection, selectors.EVENT_READ, ("gone", child))
                 selector.register(os.pidfd_open(child), selectors.EVENT_READ, ("ended", child))
                 continue
             what, child = key.data
-            if child not in running:  # its command has gone because it has ended
+            if child not in running:  # the child has ended already, and then its command
                 continue
             if what == "gone":
                 selector.unregister(key.fileobj)

@@ -1,4 +1,4 @@
-"""Command ``evaluate``: compare nuclei with known ones, file by file or folder by folder."""
+"""Command ``evaluate``: compare predicted nuclei with known ones, file by file or folder by folder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,27 @@ TITLES = {
     "iou": "IoU",
     "f1": "F1",
 }
-"""Scores as they are written in the table."""
+"""Column titles of the scores in the table."""
 
 
 def files_by_stem(path: Path) -> dict[str, Path]:
-    """What a path stands for.
+    """Find the files with nuclei at a path.
 
     Parameters
     ----------
     path : pathlib.Path
-        A file, or a folder: its files by their stems, and ``nuclei.parquet`` (or its GeoJSON) of its folders by the
-        folders' names, as in ``results/slides``.
+        A file or a folder.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        The file by its stem. Of a folder: its files by their stems, and the ``nuclei.parquet`` (or its GeoJSON) in each
+        of its folders by the name of that folder, as in ``results/slides``.
 
     Raises
     ------
     PipelineError
-        When there is nothing to read, or two files have one stem.
+        When there is nothing to read, or two files have the same name.
     """
     if not path.exists():
         raise PipelineError(f"{path} is missing", "give a file or a folder of them")
@@ -72,16 +77,16 @@ def files_by_stem(path: Path) -> dict[str, Path]:
 
 
 def pairs(pred: Path, truth: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, list[str]]]:
-    """Predictions and truths that belong together.
+    """Pair predictions with truths.
 
-    Two files belong together whatever their names; of folders, files of the same stem.
+    Two files are paired whatever their names; files in folders are paired by their stems.
 
     Returns
     -------
     pairs : dict of str to tuple of pathlib.Path
         Prediction and truth by name.
     alone : dict of str to list of str
-        Names of what is left out for having no partner: of ``pred``, of ``truth``.
+        Names that are left out because they have no partner, of ``pred`` and of ``truth``.
 
     Raises
     ------
@@ -111,22 +116,22 @@ def pairs(pred: Path, truth: Path) -> tuple[dict[str, tuple[Path, Path]], dict[s
 
 
 def evaluate(pred: Path, truth: Path, within: int = 0) -> dict[str, Any]:
-    """Compare nuclei with known ones.
+    """Compare predicted nuclei with known ones.
 
     Parameters
     ----------
     pred, truth : pathlib.Path
         Files, or folders of them.
     within : int
-        R² is about the nuclei with a pixel in the central square of so many pixels; 0: about all.
+        Only nuclei that have a pixel in the central square of this side (in pixels) are counted for R²; 0 counts all.
 
     Returns
     -------
     dict
         ``images``: the scores of each image by its name; ``mean``: the mean of each score over the images;
-        ``left_out``: names without a partner, of ``pred`` and of ``truth``. Where there are classes to compare also
-        ``types``, see `pipeline.evaluation.metrics.class_scores`, and with the images the ``type_counts`` that they
-        come from.
+        ``left_out``: names without a partner, of ``pred`` and of ``truth``. Where there are classes to compare (two or
+        more in all, and at least one on both sides) also ``types``, see `pipeline.evaluation.metrics.class_scores`, and
+        in ``images`` the ``type_counts`` from which they are computed.
 
     Raises
     ------
@@ -168,7 +173,7 @@ def evaluate(pred: Path, truth: Path, within: int = 0) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores as text, an image a line, the mean last."""
+    """Format the scores as text: one image per line, the mean last."""
     rows = [("image", *TITLES.values(), "truth", "found")]
     for name, row in result["images"].items():
         rows.append((name, *(f"{row[metric]:.4f}" for metric in TITLES), str(row["n_truth"]), str(row["n_pred"])))
@@ -178,7 +183,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def types_table(types: dict[str, Any]) -> str:
-    """The scores of classes as text, a class a line, the means last."""
+    """Format the scores of the classes as text: one class per line, the means last."""
 
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""What kind of mistake a segmentation makes: nuclei missed, merged, split, badly outlined, or made up."""
+"""Count the mistakes of a segmentation by kind: nuclei missed, merged, split, badly outlined, or made up."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ ERRORS = ("missed", "merged", "split", "outline", "false")
 
 
 def kinds_of_error(overlaps: Overlaps) -> dict[str, int]:
-    """Sort the nuclei without a match (IoU > 0.5) by what went wrong.
+    """Count the nuclei without a match (IoU > 0.5) by kind of error.
 
     Parameters
     ----------
     overlaps : Overlaps
-        Of truth and prediction.
+        Overlaps of truth and prediction.
 
     Returns
     -------
     dict of str to int
-        Truths without a match: ``merged``, when most of it lies in a prediction that holds most of another truth too;
-        else ``split``, when two or more predictions lie mostly in it; else ``missed``, when less than a quarter of it
-        is covered; else ``outline``. Predictions without a match of which less than a quarter lies in truths:
-        ``false``.
+        Number of nuclei of each of `ERRORS`. A truth without a match counts as the first of these that applies:
+
+        ``merged``
+            Most of it lies in a prediction that also holds most of another truth.
+        ``split``
+            Two or more predictions lie mostly in it.
+        ``missed``
+            Less than a quarter of it is covered by predictions.
+        ``outline``
+            All others.
+
+        ``false`` counts the predictions without a match of which less than a quarter lies in truths.
     """
     n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
     t, p, pixels = overlaps.truth_index, overlaps.pred_index, overlaps.pixels

@@ -1,4 +1,4 @@
-"""Scores of many fields as means with intervals."""
+"""Mean scores of many fields, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from pipeline.evaluation.metrics import METRICS, class_scores
 
 PIXEL_SCORES = ("pixel_accuracy", "pixel_dice", "pixel_iou")
-"""Scores of the thresholded nucleus map, before nuclei are made of it."""
+"""Scores of the thresholded nucleus map, before it is divided into instances."""
 
 ROUNDS = 2000
-"""How often fields are drawn for an interval."""
+"""Number of bootstrap samples for an interval."""
 
 
 def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
@@ -22,10 +22,15 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = N
     Parameters
     ----------
     values : numpy.ndarray
-        A value for each field.
+        One value for each field.
     groups : sequence, optional
-        The patient of each field. Fields of one patient are alike: whole patients are drawn, not fields, unless there
-        is but one, whose interval tells nothing of others.
+        The patient of each field. Fields of one patient are alike, so whole patients are drawn instead of fields. If
+        there is only one patient, fields are drawn, and the interval tells nothing about other patients.
+
+    Returns
+    -------
+    (float, float)
+        Lower and upper bound.
 
     References
     ----------
@@ -42,30 +47,37 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = N
 
 
 def patients_of(images: Mapping[str, Mapping[str, Any]]) -> list[Hashable]:
-    """The patient of each field, see `summarise`: as in splits, one of the same name is the same in every source."""
+    """The patient of each field, see `summarise`. As in splits, a name is the same patient in every data source."""
     return [("patient", i["patient"]) if i.get("patient") else ("field", name) for name, i in images.items()]
 
 
 def types_of(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``types`` of all fields together, where they have any: see `pipeline.evaluation.metrics.class_scores`."""
+    """``types``: `pipeline.evaluation.metrics.class_scores` of all fields together; empty if none has class counts."""
     rows = [i["type_counts"] for i in images.values() if "type_counts" in i]
     return {"types": rounded(class_scores(rows))} if rows else {}
 
 
 def rounded(value: Any) -> Any:
-    """A value with its numbers, however deep in mappings, rounded to four decimals."""
+    """Round all floats in a value, however deeply nested in mappings, to four decimals."""
     if isinstance(value, Mapping):
         return {key: rounded(one) for key, one in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 
 def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of the scores of fields with 95 % bootstrap intervals over patients, and the mean of each organ's.
+    """Average the scores of fields, with 95 % bootstrap intervals over patients, overall and by organ.
 
     Parameters
     ----------
     images : mapping of str to mapping
-        Scores of each field, with ``organ``, and ``patient`` where it is known: a field without is one of its own.
+        Scores of each field, with its ``organ`` and, if known, its ``patient``. A field without a patient counts as a
+        patient of its own.
+
+    Returns
+    -------
+    dict
+        ``mean`` and ``interval_95`` of the scores that all fields have; ``organs``: mean scores and number of
+        ``fields`` of each organ; and ``types``, see `types_of`.
     """
     if not images:
         return {"mean": {}, "interval_95": {}, "organs": {}}
@@ -81,7 +93,7 @@ def summarise(images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     interval = {
         name: [round(v, 4) for v in bootstrap_interval(np.array([i[name] for i in images.values()]), patients)]
         for name in names
-        if len(images) > 1  # a single field tells nothing of others
+        if len(images) > 1  # a single field tells nothing about others
     }
     return {
         "mean": mean(list(images.values())),

@@ -1,7 +1,7 @@
 """Agreement of two instance segmentations.
 
-Everything is computed from one sparse table of overlaps (how many pixels each truth shares with each prediction), so
-a million-pixel field takes milliseconds and a slide can be compared band by band.
+All scores are computed from one sparse table of overlaps: the number of pixels that each truth shares with each
+prediction. A million-pixel field takes milliseconds, and a slide can be compared band by band.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 METRICS = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
-"""The scores of `score`, all in 0..1."""
+"""Names of the scores that `score` returns, all in 0..1."""
 
 COUNTS = ("tp", "fp", "fn", "n_truth", "n_pred")
-"""The counts of `score`."""
+"""Names of the counts that `score` returns."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Overlaps:
     Parameters
     ----------
     truth_area, pred_area : numpy.ndarray
-        Pixels of each instance, int64, shapes ``(n_truth,)`` and ``(n_pred,)``, instances in the order of their first
-        pixels.
+        Area of each instance in pixels, int64, shapes ``(n_truth,)`` and ``(n_pred,)``. Instances are in the order of
+        their first pixels.
     truth_index, pred_index, pixels : numpy.ndarray
-        For each pair that shares pixels: indices of both and the number of pixels, int64, shape ``(n_pairs,)``, sorted
-        by truth, then by prediction.
+        For each pair of a truth and a prediction that share pixels: the indices of both and the number of shared
+        pixels, int64, shape ``(n_pairs,)``, sorted by truth, then by prediction.
     truth_ids, pred_ids : numpy.ndarray
         Label of each instance, int64.
     """
@@ -50,17 +50,17 @@ class Overlaps:
 
     @classmethod
     def of_bands(cls, bands: Iterable[tuple[np.ndarray, np.ndarray]]) -> Overlaps:
-        """Overlaps of two label maps that are given in bands, from top to bottom, labels being the same in all.
+        """Overlaps of two label maps that are given in bands, from top to bottom.
 
         Parameters
         ----------
         bands : iterable of tuple of numpy.ndarray
-            Truth and prediction of each band, of the same shape.
+            Truth and prediction of each band, of the same shape. A label is the same instance in all bands.
 
         Raises
         ------
         ValueError
-            When the shapes differ or a map holds no non-negative integers.
+            When the shapes differ or a map holds anything but non-negative integers.
         """
         areas: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         labels: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
@@ -95,7 +95,7 @@ class Overlaps:
 
     @property
     def union(self) -> np.ndarray:
-        """Pixels of the union of each pair, int64."""
+        """Area of the union of each pair in pixels, int64."""
         return self.truth_area[self.truth_index] + self.pred_area[self.pred_index] - self.pixels
 
     @property
@@ -105,14 +105,14 @@ class Overlaps:
 
 
 def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Take stock of a label map.
+    """List the labels of a label map and their areas.
 
     Returns
     -------
     flat : numpy.ndarray
-        The map, flat, perhaps with other labels.
+        The flattened map, renumbered if its labels are too large for lookup tables.
     ids, area : numpy.ndarray
-        Original labels in the order of their first pixels, and how many pixels each has, int64.
+        Original labels in the order of their first pixels, and the number of pixels of each, int64.
     table : numpy.ndarray
         Position in `ids` of each label of `flat`, int64.
     """
@@ -124,13 +124,13 @@ def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     if flat.dtype.kind == "i" and flat.size and flat.min() < 0:
         raise ValueError("a label map holds no negative labels")
     names = None
-    if int(flat.max(initial=0)) >= max(1024, 2 * flat.size):  # too large for tables
+    if int(flat.max(initial=0)) >= max(1024, 2 * flat.size):  # too large for lookup tables
         names, flat = np.unique(np.r_[flat.dtype.type(0), flat], return_inverse=True)
         flat = flat[1:]
     inside = flat[flat != 0]
     count = np.bincount(inside)
     first = np.empty(len(count), np.int64)
-    first[inside[::-1]] = np.arange(inside.size - 1, -1, -1)  # the last assignment, the first pixel, stays
+    first[inside[::-1]] = np.arange(inside.size - 1, -1, -1)  # reversed, so that the first pixel is assigned last
     ids = np.flatnonzero(count)
     ids = ids[np.argsort(first[ids])]
     table = np.zeros(max(len(count), 1), np.int64)
@@ -140,7 +140,7 @@ def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def _first_seen(labels: list[np.ndarray], areas: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Join the labels of all bands in the order in which they were seen first, areas summed."""
+    """Join the labels of all bands in the order of their first appearance, and sum their areas."""
     if not labels:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ids, first, inverse = np.unique(np.concatenate(labels), return_index=True, return_inverse=True)
@@ -156,7 +156,7 @@ def _positions(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _best_per_truth(overlaps: Overlaps) -> np.ndarray:
-    """Index of the pair with the largest IoU of each truth that meets a prediction; ties: first prediction."""
+    """For each truth that overlaps a prediction, index of its pair of largest IoU; ties go to the first prediction."""
     order = np.lexsort((overlaps.pred_index, -overlaps.iou, overlaps.truth_index))
     truth = overlaps.truth_index[order]
     return order[np.flatnonzero(np.r_[True, truth[1:] != truth[:-1]])] if len(order) else order
@@ -165,8 +165,8 @@ def _best_per_truth(overlaps: Overlaps) -> np.ndarray:
 def _one_to_one(overlaps: Overlaps) -> np.ndarray:
     """Indices of the pairs of the one-to-one matching that maximises the sum of IoU.
 
-    A truth may stay alone: each has a column of its own to be matched with, at the IoU 0. So memory grows with the
-    pairs, not with the square of the number of nuclei.
+    A truth may stay unmatched: each has an extra column of its own, at an IoU of 0. Memory therefore grows with the
+    number of pairs, not with the square of the number of nuclei.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -176,7 +176,7 @@ def _one_to_one(overlaps: Overlaps) -> np.ndarray:
     n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
     row = np.r_[overlaps.truth_index, np.arange(n_truth)]
     column = np.r_[overlaps.pred_index, n_pred + np.arange(n_truth)]
-    cost = np.r_[2 - overlaps.iou, np.full(n_truth, 2.0)]  # no cost may be 0, which would be no edge
+    cost = np.r_[2 - overlaps.iou, np.full(n_truth, 2.0)]  # costs above 0: the sparse matrix has no edge at 0
     table = coo_array((cost, (row, column)), shape=(n_truth, n_pred + n_truth)).tocsr()
     truth, pred = min_weight_full_bipartite_matching(table)
     real = pred < n_pred
@@ -186,7 +186,7 @@ def _one_to_one(overlaps: Overlaps) -> np.ndarray:
 
 
 def _jaccard(overlaps: Overlaps, pairs: np.ndarray) -> float:
-    """Aggregated Jaccard index of a choice of pairs; whatever is in none of them adds its area to the union."""
+    """Aggregated Jaccard index of the given pairs; instances in none of them add their areas to the union."""
     rest_truth = np.ones(len(overlaps.truth_area), bool)
     rest_truth[overlaps.truth_index[pairs]] = False
     rest_pred = np.ones(len(overlaps.pred_area), bool)
@@ -196,18 +196,18 @@ def _jaccard(overlaps: Overlaps, pairs: np.ndarray) -> float:
 
 
 def score_overlaps(overlaps: Overlaps) -> dict[str, Any]:
-    """The scores of `score` from a table of overlaps."""
+    """Compute the scores of `score` from a table of overlaps."""
     n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
     if n_truth == 0 or n_pred == 0:
         value = 1.0 if n_truth == n_pred else 0.0
         counts = {"tp": 0, "fp": n_pred, "fn": n_truth, "n_truth": n_truth, "n_pred": n_pred}
         return dict.fromkeys(METRICS, value) | counts
     iou = overlaps.iou
-    over = iou > 0.5  # a pair above one half is unique on both sides
+    over = iou > 0.5  # an instance is in at most one such pair
     matched = int(over.sum())
     sq = float(iou[over].mean()) if matched else 0.0
     dq = 2 * matched / (n_truth + n_pred)
-    # At exactly one half an instance can meet two others; such stars of two pairs count as one match.
+    # An instance can have an IoU of exactly 0.5 with two others; such a group of two pairs counts as one match.
     half = iou >= 0.5
     tp = len(np.unique(overlaps.truth_index[half])) + len(np.unique(overlaps.pred_index[half])) - int(half.sum())
     area = int(overlaps.truth_area.sum() + overlaps.pred_area.sum())
@@ -235,7 +235,7 @@ def score(truth: np.ndarray, pred: np.ndarray) -> dict[str, Any]:
     Parameters
     ----------
     truth, pred : numpy.ndarray
-        Labels, any non-negative integers, 0 is background; the same shape, usually ``(H, W)``.
+        Label maps of the same shape, usually ``(H, W)``: any non-negative integers, 0 is background.
 
     Returns
     -------
@@ -243,28 +243,28 @@ def score(truth: np.ndarray, pred: np.ndarray) -> dict[str, Any]:
         Floats in 0..1:
 
         ``aji``
-            Aggregated Jaccard Index [1]_ as the MoNuSeg challenge's script and HoVer-Net's ``get_fast_aji`` compute it:
-            each truth takes the prediction of largest IoU with it, whether or not another truth has taken that one
-            too (so a prediction over two truths counts in two unions, and no order of the truths matters); truths
-            that meet no prediction and predictions that no truth took add their areas to the union. Ties of IoU go
-            to the prediction whose first pixel comes first.
+            Aggregated Jaccard Index [1]_ as the MoNuSeg challenge's script and HoVer-Net's ``get_fast_aji`` compute it.
+            Each truth takes the prediction with which it has the largest IoU, even if another truth has taken the same
+            prediction (so a prediction over two truths counts in two unions, and the order of the truths does not
+            matter). Truths that overlap no prediction and predictions that no truth took add their areas to the union.
+            Ties of IoU go to the prediction whose first pixel comes first.
         ``aji_plus``
-            The same with a one-to-one matching of largest summed IoU [2]_.
+            The same, with the one-to-one matching that has the largest sum of IoU [2]_.
         ``pq``, ``sq``, ``dq``
-            Panoptic, segmentation and detection quality, pairs matching at IoU > 0.5 [3]_.
+            Panoptic, segmentation and detection quality; pairs match at IoU > 0.5 [3]_.
         ``dice``, ``iou``
-            Of the foregrounds.
+            Dice and IoU of the foregrounds.
         ``f1``
-            Of detections, matching one to one at IoU >= 0.5; where one instance has IoU 0.5 exactly with two others,
-            one of them counts. It differs from ``dq`` in such ties alone.
+            F1 of the detections, matched one to one at IoU >= 0.5. Where an instance has an IoU of exactly 0.5 with two
+            others, only one of them counts. Differs from ``dq`` only where an IoU is exactly 0.5.
 
-        Integers: ``tp``, ``fp``, ``fn`` (those of ``f1``), ``n_truth``, ``n_pred``. Two empty maps score 1 throughout,
-        an empty one against one that is not scores 0.
+        Integers: ``tp``, ``fp``, ``fn`` (as used for ``f1``), ``n_truth``, ``n_pred``. Two empty maps have a score of 1
+        throughout; if only one map is empty, all scores are 0.
 
     Raises
     ------
     ValueError
-        When the shapes differ or a map holds something else than non-negative integers.
+        When the shapes differ or a map holds anything but non-negative integers.
 
     References
     ----------
@@ -284,28 +284,34 @@ def class_counts(
     names: Sequence[str],
     counted: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """What the scores of classes come from, of one image.
+    """Count what `class_scores` needs, for one image.
 
     Parameters
     ----------
     overlaps : Overlaps
-        Of truth and prediction.
+        Overlaps of truth and prediction.
     truth_classes, pred_classes : numpy.ndarray
-        Class of each instance, integers in the order of `overlaps`: ``i + 1`` is ``names[i]``, 0 is none that is known.
+        Class of each instance, integers in the order of `overlaps`: ``i + 1`` is ``names[i]``, 0 is unknown.
     names : sequence of str
-        Classes.
+        Names of the classes.
     counted : (numpy.ndarray, numpy.ndarray), optional
-        Labels of the truths and of the predictions whose number R² is about; all of them when not given.
+        Labels of the truths and of the predictions that are counted for R²; all of them when not given.
 
     Returns
     -------
     dict
-        ``matched``: how many pairs of IoU > 0.5 have a truth of known class; ``right``: in how many of them the classes
-        agree; ``classes``: by name the pairs that agree, the truths, the predictions and the summed IoU of these pairs.
-        A prediction that matches a truth of unknown class is neither right nor wrong and counts nowhere. With `counted`
-        also ``composition``: by name the truths and the predictions among these.
+        ``matched``
+            Number of pairs of IoU > 0.5 whose truth has a known class.
+        ``right``
+            Number of these pairs whose classes agree.
+        ``classes``
+            By name: number of pairs whose classes agree, of truths and of predictions, and summed IoU of the pairs.
+        ``composition``
+            By name: number of truths and of predictions that are `counted`. Only when `counted` is given.
+
+        A prediction that matches a truth of unknown class is neither right nor wrong and is not counted at all.
     """
-    over = overlaps.iou > 0.5  # such a pair is unique on both sides
+    over = overlaps.iou > 0.5  # an instance is in at most one such pair
     iou, t, p = overlaps.iou[over], overlaps.truth_index[over], overlaps.pred_index[over]
     known = truth_classes[t] > 0
     agree = known & (truth_classes[t] == pred_classes[p])
@@ -331,7 +337,7 @@ def class_counts(
 
 
 def central(box: tuple[int, int, int, int], side: int) -> tuple[int, int, int, int]:
-    """The square of that side in the middle of a box (left, top, right, bottom); of a smaller box all there is."""
+    """Central square, `side` pixels wide, of a box (left, top, right, bottom), cut off where the box is smaller."""
     edges = []
     for low, high in ((box[0], box[2]), (box[1], box[3])):
         start = low + max(0, high - low - side) // 2
@@ -342,8 +348,8 @@ def central(box: tuple[int, int, int, int], side: int) -> tuple[int, int, int, i
 def r_squared(truth: Sequence[float], pred: Sequence[float]) -> float | None:
     """Coefficient of determination of predicted numbers: 1 - sum of squared errors / sum of squares around the mean.
 
-    None for fewer than two numbers. Where all true numbers are the same, 1 if all are predicted, else 0, as
-    scikit-learn has it, with which CoNIC computes.
+    None for fewer than two numbers. Where all true numbers are the same, it is 1 if all predictions are right, else 0.
+    This is the definition of scikit-learn, which CoNIC uses.
     """
     if len(truth) < 2:
         return None
@@ -353,30 +359,33 @@ def r_squared(truth: Sequence[float], pred: Sequence[float]) -> float | None:
 
 
 def class_scores(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of the classes over all images together.
+    """Compute the scores of the classes over all images together.
 
     Parameters
     ----------
     images : sequence of mapping
-        What `class_counts` has returned for each image. A class that an image does not name has no nucleus there.
+        Result of `class_counts` for each image. A class that an image does not name has no nuclei there.
 
     Returns
     -------
     dict
         ``accuracy``
-            Share of ``matched`` nuclei of known class whose class is right.
+            Share of the ``matched`` nuclei whose class is right.
         ``mpq_plus``
             Multi-class PQ+ [1]_: true positives, false positives, false negatives and IoU of each class are summed over
-            all images before its PQ is computed; then the mean over the classes that have a truth in any image.
+            all images before its PQ is computed; the result is the mean over the classes with a truth in any image.
         ``r2``
-            Mean over the same classes of their R² [1]_, see below.
+            Mean R² [1]_ over the same classes.
+        ``matched``
+            Number of matched nuclei whose truth has a known class.
         ``classes``
             By name: ``n_truth``, ``n_pred``; ``f1`` (which is the DQ), ``sq`` and ``pq`` of the pairs of IoU > 0.5
-            whose classes agree; ``r2``, `r_squared` of how many nuclei of the class each image has, or its
-            ``composition`` where it tells that.
+            whose classes agree; and ``r2``, the `r_squared` of the number of nuclei of the class in each image (of
+            ``composition`` where images have it).
 
-        What cannot be computed is None. A class that is found but has no truth has a PQ of 0 and is in no mean, as in
-        PanNuke's metrics [2]_: its nuclei are missing in other classes, where they have a truth.
+        Values that cannot be computed are None. A class that is predicted but has no truth has a PQ of 0 and is left
+        out of the means, as in PanNuke's metrics [2]_: its nuclei already count as missed in the classes of their
+        truths.
 
     References
     ----------

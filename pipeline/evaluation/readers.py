@@ -1,4 +1,4 @@
-"""Instances from files: label maps (PNG, TIFF, npy) and outlines (GeoJSON, the pipeline's own parquet)."""
+"""Read instances from label maps (PNG, TIFF, npy) and outlines (GeoJSON, the pipeline's parquet), and overlay them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipeline.label_maps import instances_of, load_npy, read_instances
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json", ".parquet", *LABEL_MAPS)
-"""What can be read."""
+"""Suffixes of the files that `load` reads."""
 
 BAND_PIXELS = 1 << 24
-"""Pixels that are compared at once."""
+"""Number of pixels that are compared at once."""
 
 FRAME = 50
-"""An annotation of more than so many times the median area of a file's outlines is not a nucleus."""
+"""A QuPath annotation whose area is more than this many times the median of the file's outlines is not a nucleus."""
 
 _POLYGONS_AT_ONCE = 50_000
 
@@ -46,14 +46,14 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """Classes of instances that are numbered from 1 on.
+    """Classes of instances that are numbered from 1.
 
     Parameters
     ----------
     names : tuple of str
-        Classes.
+        Names of the classes.
     codes : numpy.ndarray
-        int32, of each instance: ``i + 1`` is ``names[i]``, 0 is none.
+        Class of each instance, int32: ``i + 1`` is ``names[i]``, 0 is none.
     """
 
     names: tuple[str, ...]
@@ -61,27 +61,27 @@ class Classes:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Classes:
-        """Classes given as the name of each instance's, empty where it has none."""
+        """Build from the class name of each instance, empty where it has none."""
         table = {"": 0}
         codes = np.array([table.setdefault(name, len(table)) for name in names], np.int32)
         return cls(tuple(table)[1:], codes)
 
     def among(self, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
-        """Codes of some instances' classes where `names`, which hold all of these, are the classes."""
+        """Class codes of the instances `labels`, numbered by `names`, which must contain all names of this object."""
         table = np.array([0, *(names.index(name) + 1 for name in self.names)])
         return table[self.codes[labels - 1]]
 
 
 @dataclass(frozen=True, eq=False)
 class LabelMap:
-    """Instances as an image of numbers.
+    """Instances as a label map.
 
     Parameters
     ----------
     labels : numpy.ndarray
         Integers ``(H, W)``, 0 is background.
     classes : Classes or None
-        Where the file tells them.
+        Classes of the instances; None where the file has none.
     """
 
     labels: np.ndarray
@@ -89,16 +89,16 @@ class LabelMap:
 
     @property
     def box(self) -> Box:
-        """The image."""
+        """The box of the whole image."""
         return 0, 0, self.labels.shape[1], self.labels.shape[0]
 
     def paint(self, box: Box) -> np.ndarray:
-        """Labels within a box inside the image."""
+        """Labels within a box, which must lie inside the image."""
         left, top, right, bottom = box
         return np.asarray(self.labels[top:bottom, left:right])
 
     def busy(self, top: int, bottom: int) -> bool:
-        """Whether there may be an instance between two rows."""
+        """Whether there is an instance in the rows from `top` up to, but without, `bottom`."""
         return bool(np.any(self.labels[top:bottom]))
 
 
@@ -109,11 +109,12 @@ class Outlines:
     Parameters
     ----------
     runs : numpy.ndarray
-        Row, first column, column after the last, int32 ``(m, 3)``, ordered by row.
+        Row, first column and column after the last of each run, int32 ``(m, 3)``, ordered by row.
     labels : numpy.ndarray
-        Instance of each run, int32 ``(m,)``, from 1 on; where two overlap the lower number has the pixel.
+        Instance of each run, int32 ``(m,)``, numbered from 1. Where instances overlap, the lowest number gets the
+        pixel.
     classes : Classes or None
-        Of all instances; None where they were not asked for.
+        Classes of all instances; None where they have not been read.
     """
 
     runs: np.ndarray
@@ -122,7 +123,7 @@ class Outlines:
 
     @classmethod
     def of(cls, points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> Outlines:
-        """Outlines of polygons given as flat arrays, see `pipeline.kernels.raster.polygon_runs`."""
+        """Build from polygons given as flat arrays, see `pipeline.kernels.raster.polygon_runs`."""
         runs = polygon_runs(points, ring_starts, polygon_starts, even_ties=True)
         order = np.argsort(runs[:, 1], kind="stable")
         return cls(runs[order, 1:].astype(np.int32), (runs[order, 0] + 1).astype(np.int32))
@@ -136,7 +137,15 @@ class Outlines:
         return int(first.min()), int(row[0]), int(last.max()), int(row[-1]) + 1
 
     def cut(self, box: Box) -> tuple[Outlines, np.ndarray, np.ndarray]:
-        """What lies within a box; and of the instances that have no pixel there labels and pixels, int64."""
+        """Cut the outlines at a box.
+
+        Returns
+        -------
+        kept : Outlines
+            The part of the outlines that lies within the box.
+        outside, pixels : numpy.ndarray
+            Labels and areas in pixels of the instances that have no pixel in the box, int64.
+        """
         left, top, right, bottom = box
         row, first, last = self.runs.T
         pixels = np.bincount(self.labels, weights=last - first).astype(np.int64)
@@ -148,7 +157,7 @@ class Outlines:
         return kept, outside, pixels[outside]
 
     def paint(self, box: Box) -> np.ndarray:
-        """Labels within a box, whatever lies outside being cut off."""
+        """Labels within a box; instances are cut off at its edges."""
         left, top, right, bottom = box
         out = np.zeros((bottom - top, right - left), np.int32)
         here = slice(*np.searchsorted(self.runs[:, 0], (top, bottom)))
@@ -157,7 +166,7 @@ class Outlines:
         return out
 
     def busy(self, top: int, bottom: int) -> bool:
-        """Whether there is an instance between two rows."""
+        """Whether there is an instance in the rows from `top` up to, but without, `bottom`."""
         first, last = np.searchsorted(self.runs[:, 0], (top, bottom))
         return bool(last > first)
 
@@ -166,7 +175,7 @@ Instances = LabelMap | Outlines
 
 
 def stem(path: Path) -> str:
-    """Name of a file without folder and suffix, and without ``.truth`` before it."""
+    """Name of a file without its folder, its suffix, and a ``.truth`` before the suffix."""
     name = path.name
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), path.suffix)
     return name[: len(name) - len(suffix)].removesuffix(".truth")
@@ -181,7 +190,7 @@ def load(path: Path, origin: tuple[int, int] = (0, 0)) -> Instances:
         A label map (``.png``, ``.tif``, ``.npy``, see `pipeline.label_maps.read_instances`), polygons in level-0 pixels
         (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon), or ``nuclei.parquet``.
     origin : tuple of int
-        Level-0 pixel from which a GeoJSON counts that does not say so itself.
+        Level-0 pixel at which the coordinates of a GeoJSON begin, unless the file states its own origin.
 
     Raises
     ------
@@ -206,7 +215,7 @@ def load(path: Path, origin: tuple[int, int] = (0, 0)) -> Instances:
 
 
 def _kinds(content: Any, labels: np.ndarray, path: Path) -> np.ndarray | None:
-    """Class of each pixel of a ``.npy``, where it has any: ``type_map`` beside ``inst_map``, or a second channel."""
+    """Class of each pixel of a ``.npy``, from ``type_map`` beside ``inst_map`` or a second channel; else None."""
     if isinstance(content, dict):
         kinds = content.get("type_map")
     else:
@@ -224,12 +233,12 @@ def _kinds(content: Any, labels: np.ndarray, path: Path) -> np.ndarray | None:
 
 
 def classed(labels: np.ndarray, kinds: np.ndarray) -> LabelMap:
-    """A label map with classes: of each instance the most frequent in it, named by its number; 0 is none.
+    """Build a label map in which each instance has the most frequent class of its pixels, named by its number.
 
     Parameters
     ----------
     labels, kinds : numpy.ndarray
-        Instance and class of each pixel, non-negative integers ``(H, W)``.
+        Instance and class of each pixel, non-negative integers ``(H, W)``; 0 is background and no class.
     """
     inside = labels > 0
     ids, index = np.unique(labels[inside], return_inverse=True)
@@ -237,21 +246,21 @@ def classed(labels: np.ndarray, kinds: np.ndarray) -> LabelMap:
     pairs, count = np.unique(index * base + kinds[inside], return_counts=True)
     pairs = pairs[np.argsort(count, kind="stable")]
     codes = np.zeros(len(ids), np.int64)
-    codes[pairs // base] = pairs % base  # the last assignment, the most frequent, stays
+    codes[pairs // base] = pairs % base  # sorted by count, so that the most frequent class is assigned last
     numbered = np.zeros(labels.shape, np.int32)
     numbered[inside] = index + 1
     return LabelMap(numbered, Classes.of(str(code) if code else "" for code in codes.tolist()))
 
 
 def some_nuclei(path: Path, wanted: np.ndarray) -> Outlines:
-    """Some nuclei of a ``nuclei.parquet``; memory grows with these, not with the file.
+    """Read selected nuclei of a ``nuclei.parquet``; memory grows with the selection, not with the file.
 
     Parameters
     ----------
     path : pathlib.Path
         The file.
     wanted : numpy.ndarray
-        bool, one for each nucleus.
+        Whether to read each nucleus, bool, one for each nucleus of the file.
 
     Raises
     ------
@@ -312,7 +321,10 @@ def _geojson(path: Path, origin: tuple[int, int]) -> Outlines:
 
 
 def _without_frames(outlines: Outlines, drawn: np.ndarray, path: Path) -> Outlines:
-    """Outlines but for those annotations of QuPath (`drawn`, bool, one for each) that frame others."""
+    """Leave out QuPath annotations that are so large that they must frame others, see `FRAME`.
+
+    `drawn` (bool, one for each outline) tells which outlines are annotations.
+    """
     pixels = np.bincount(outlines.labels, np.diff(outlines.runs[:, 1:])[:, 0], len(drawn) + 1)[1:]
     if not pixels.any():
         return outlines
@@ -330,8 +342,10 @@ def _without_frames(outlines: Outlines, drawn: np.ndarray, path: Path) -> Outlin
 def _polygon_batches(
     value: Any, origin: tuple[float, float], names: list[str], drawn: list[bool]
 ) -> Iterator[tuple[int, Outlines]]:
-    """Polygons of a GeoJSON file, and how many; the class of each is added to `names`, to `drawn` whether it is an
-    annotation of QuPath."""
+    """Yield the polygons of a GeoJSON file in batches: the number of polygons, and their outlines.
+
+    For each polygon, its class is appended to `names`, and to `drawn` whether it is an annotation of QuPath.
+    """
     points: list[np.ndarray] = []
     polygons: list[int] = []
     others: list[str] = []
@@ -379,10 +393,10 @@ def _outlines(points: list[np.ndarray], polygons: list[int]) -> Outlines:
 
 
 def canvas(truth: Instances, pred: Instances) -> Box:
-    """The box on which instances are compared with the known ones.
+    """The box on which truth and prediction are compared.
 
-    Label maps must be of one size; outlines are compared with a label map on its image, what reaches outside being cut
-    off, and with outlines on the box around both.
+    Two label maps must have the same size. Outlines that are compared with a label map are cut off at the edges of its
+    image. Two sets of outlines are compared on the box around both.
 
     Raises
     ------
@@ -405,7 +419,11 @@ def canvas(truth: Instances, pred: Instances) -> Box:
 
 
 def slide_box(path: Path) -> Box | None:
-    """The slide of a ``nuclei.parquet`` in level-0 pixels, up to two pixels of its grid more; None for other files."""
+    """Box of the slide that a ``nuclei.parquet`` belongs to, in level-0 pixels.
+
+    The box may exceed the slide by up to two grid pixels, as the size of the grid is rounded down to whole pixels. None
+    for other files, and for files that do not state their grid.
+    """
     if not path.name.lower().endswith(".parquet"):
         return None
     from pipeline.grid import Grid
@@ -420,27 +438,28 @@ def slide_box(path: Path) -> Box | None:
 
 
 def told_outside(outside: int, known: int) -> str:
-    """What to say when some of the known nuclei lie outside of the slide."""
+    """Message for the case that `outside` of the `known` nuclei lie outside the slide."""
     question = "are they in level-0 pixels?"
     return f"{outside} of {known} known nuclei lie outside of the slide and count as missed: {question}"
 
 
 def overlay(truth: Instances, pred: Instances, slide: Box | None = None) -> tuple[Overlaps, int]:
-    """Overlaps of instances with the known ones, computed in bands: memory does not grow with the image.
+    """Compute the overlaps of truth and prediction, in bands, so that memory does not grow with the image.
 
     Parameters
     ----------
     truth, pred : LabelMap or Outlines
-        What is compared.
+        Known and predicted instances.
     slide : Box, optional
-        The slide. Known outlines are cut at it; those that lie outside count as missed, without a canvas out to them.
+        Box of the slide. Known outlines are cut at its edges; those that lie outside count as missed, and the canvas is
+        not enlarged to include them.
 
     Returns
     -------
     overlaps : Overlaps
-        Of both.
+        Overlaps of truth and prediction.
     outside : int
-        How many of the truths lie outside of the slide.
+        Number of truths that lie outside the slide.
 
     Raises
     ------
@@ -466,16 +485,16 @@ def overlay(truth: Instances, pred: Instances, slide: Box | None = None) -> tupl
 
 
 def compare(truth: Instances, pred: Instances, slide: Box | None = None) -> dict[str, Any]:
-    """The scores of `pipeline.evaluation.metrics.score`, and ``n_outside``; see `overlay`."""
+    """Scores of `pipeline.evaluation.metrics.score`, and ``n_outside``, the truths outside the slide; see `overlay`."""
     overlaps, outside = overlay(truth, pred, slide)
     return score_overlaps(overlaps) | {"n_outside": outside}
 
 
 def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within: int = 0) -> dict[str, Any] | None:
-    """`pipeline.evaluation.metrics.class_counts` of what was laid over each other.
+    """`pipeline.evaluation.metrics.class_counts` of truth and prediction, given their `overlaps`.
 
-    None where one side's file tells no classes, or there are truths and none has a class. With `within`, R² is about
-    the nuclei that have a pixel in the central square of so many pixels.
+    None where the file of either side has no classes, or there are truths of which none has a class. If `within` is not
+    0, only nuclei that have a pixel in the central square of this side (in pixels) are counted for R².
     """
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None

@@ -1,4 +1,4 @@
-"""What licences ask for, as far as their names tell."""
+"""Terms of licences, as far as they can be told from their names."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Sequence
 
 FREE = re.compile(r"CC0|CC BY|MIT|BSD|Apache", re.IGNORECASE)
-"""Licences of which nothing stays to be said where a stricter one holds."""
+"""Licences whose names tell their terms; they need no mention beside one that asks for the same and more."""
 
 
 def restrictions(licence: str) -> set[str]:
-    """What a licence asks for beyond naming the authors: not commercial, no changes, the same terms."""
+    """Terms of a licence beyond attribution: no commercial use (NC), no changes (ND), same licence (SA, GPL, AGPL)."""
     return set(re.findall(r"\b(NC|ND|SA|GPL|AGPL)\b", licence.upper()))
 
 
 def strictest(licences: Sequence[str]) -> str:
-    """The licence of what is made of parts under these licences.
+    """Return the licence of a work that is made of parts under `licences`.
 
-    The one that asks for all that the others ask for; where there is none, all that count, joined by "and". A licence
-    that is not known by its name always counts.
+    This is the licence that includes the terms of all others. If there is none, it is all licences whose terms no other
+    one exceeds, joined by "and". A licence whose name does not tell its terms is always kept.
 
     >>> strictest(["CC0 1.0", "CC BY-NC-SA 4.0", "CC BY 4.0"])
     'CC BY-NC-SA 4.0'

@@ -1,7 +1,7 @@
 """Model packages: a folder with a card (``model.json``) and weights (``weights.safetensors``).
 
-The card carries what training fixed and inference must repeat: pixel size, stain reference, thresholds, classes; and
-what users must know: licence, training data, scores. Nothing here imports torch.
+The card holds what inference must repeat from training (pixel size, stain reference, thresholds, classes) and what
+users must know (licence, training data, scores). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class NucleusClass:
     Parameters
     ----------
     name : str
-        Name, as exported.
+        Name, as it is written to results.
     color : (int, int, int)
         RGB colour in overlays and in QuPath.
     """
@@ -48,29 +48,31 @@ class ModelPackage:
     mpp : float
         Pixel size in µm that the network works at.
     patch, overlap : int
-        Side of the network's window and how far two windows overlap, in pixels.
+        Side of the network's window, and the overlap of neighbouring windows, in pixels.
     network, network_args
-        Name in the registry and arguments.
+        Name of the network in the registry, and its arguments.
     heads : tuple of str
         Heads in the order of the output channels.
     classes : tuple of NucleusClass
         Classes of nuclei; a model without a type head has one.
     stain : dict
-        ``method``, ``reference`` and ``strength`` (1 without it).
+        ``method``, ``reference`` and ``strength`` (1 where it is missing).
     thresholds : InstanceRules
-        How maps become instances.
+        Rules that turn maps into instances.
     licence, description : str
-        Licence of the weights, and a line about the model.
+        Licence of the weights, and one line about the model.
     data : tuple of dict
         Training data: name, licence, fields, patients.
     metrics : dict
-        Scores on unseen patients and how they were held out.
+        Scores on unseen patients, and how these were held out.
     sha256 : str
         Hash of the weights file.
     tta : str
         Test-time augmentation that inference repeats, see `pipeline.networks.outputs.TTA`.
     members : tuple of dict
-        Of an ensemble, what its members' cards say beside what they have in common.
+        For an ensemble, the entries of its members' cards that the members do not have in common.
+    folder : pathlib.Path
+        Folder of the package.
     """
 
     name: str
@@ -114,7 +116,13 @@ class ModelPackage:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], folder: Path) -> ModelPackage:
-        """A card's JSON as the package in `folder`; whatever it lacks is a `KeyError`, `TypeError` or `ValueError`."""
+        """Build the package in `folder` from its card's JSON.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            When an entry is missing or not valid.
+        """
         return cls(
             name=value["name"],
             mpp=float(value["mpp"]),
@@ -145,7 +153,7 @@ class ModelPackage:
         folder : pathlib.Path
             The package.
         verify : bool
-            Check the hash of the weights.
+            Also check the hash of the weights.
 
         Raises
         ------
@@ -173,17 +181,17 @@ class ModelPackage:
         return package
 
     def write(self, folder: Path, weights: bytes) -> None:
-        """Write both files beside their places, then rename them, the card last.
+        """Write weights and card to temporary files, then rename both into place, the card last.
 
-        A package that is there stays until the new one is complete. Between the two renames the card's hash is not that
-        of the weights, which the check before a run finds.
+        An existing package is kept until the new one is complete. Between the two renames the hash in the card is not
+        that of the weights; the check before a run detects this.
 
         Parameters
         ----------
         folder : pathlib.Path
             The package's folder.
         weights : bytes
-            Its weights, as safetensors.
+            Its weights in the safetensors format.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with whole_files(folder / WEIGHTS, folder / CARD) as (staged, card):

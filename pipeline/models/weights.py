@@ -1,4 +1,4 @@
-"""Networks of model packages, with their weights."""
+"""Build the networks of model packages and load their weights."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Growing(Protocol):
-    """A network that can take up a smaller one's weights."""
+    """A network that can take over the weights of a smaller one."""
 
     def grown_from(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights with which it computes what the smaller one does."""
+        """Return weights with which this network computes what the smaller one computes with `state`."""
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], *, grow: bool = False) -> None:
-    """Load weights by name.
+    """Load weights into a network by name.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Gets them.
+        The network.
     state : dict of str to torch.Tensor
         The weights.
     grow : bool
-        Take weights of a smaller network of the same kind too, if the network can (``grown_from``).
+        Also accept the weights of a smaller network of the same kind, if the network is `Growing`.
 
     Raises
     ------
     PipelineError
-        When they belong to another network.
+        When the weights belong to another network.
     """
     try:
         if grow and isinstance(network, Growing):
@@ -55,7 +55,7 @@ def load_network(package: ModelPackage) -> nn.Module:
     Raises
     ------
     PipelineError
-        When the weights are not those of the card or belong to another network.
+        When the weights cannot be read or belong to another network.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -65,36 +65,36 @@ def load_network(package: ModelPackage) -> nn.Module:
     channels = head_channels(package.heads, len(package.classes))
     network = build_network(package.network, channels, package.network_args, pretrained=False)
     try:
-        state = load(package.weights.read_bytes())  # load_file tells any trouble of the machine as a missing file
+        state = load(package.weights.read_bytes())  # load_file reports any I/O error as a missing file
     except SafetensorError as error:
         raise PipelineError(f"model {package.folder}: the weights cannot be read: {error}", "fetch it again") from None
-    # Counters of batch normalisation play no part in inference and are not packed.
+    # Inference does not use the counters of batch normalisation, so packages leave them out.
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_weights(network, state | counters)
     return network.eval()
 
 
 def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor]:
-    """A package's weights for a network of its kind that draws other maps.
+    """Adapt a package's weights to a network of its kind with other maps.
 
-    Maps of the same name keep what draws them; new ones begin at random, and those that are not wanted go.
+    Maps that the package has keep their weights, new maps have random ones, and maps that are not wanted are dropped.
 
     Parameters
     ----------
     package : ModelPackage
         The package.
     names : sequence of str
-        The maps, see `pipeline.networks.outputs.map_names`.
+        Names of the wanted maps, see `pipeline.networks.outputs.map_names`.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Weights of the package's network with one channel for each of `names`.
+        Weights of the package's network with one output channel for each of `names`.
 
     Raises
     ------
     PipelineError
-        When the weights are not those of the card or belong to another network.
+        When the package is an ensemble, or its weights cannot be read or belong to another network.
     """
     from pipeline.networks.outputs import map_names
     from pipeline.networks.registry import ENSEMBLES, build_network
@@ -112,14 +112,15 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
     def build(channels: int) -> dict[str, Tensor]:
         return build_network(package.network, channels, package.network_args, pretrained=False).state_dict()
 
+    # Tensors that depend on the number of maps have another shape in a network with one map more.
     fresh = build(len(names))
     try:
         wider = build(len(names) + 1)
-    except PipelineError:  # a network of so many heads, whatever they draw
+    except PipelineError:  # the network's number of maps is fixed
         wider = fresh
     for name, weight in fresh.items():
         branch = re.match(r"branches\.(\d+)", name)
-        if branch is not None:  # one for each map, whose number may be another here
+        if branch is not None:  # a branch for each map, whose index may differ between the networks
             map_name = names[int(branch[1])]
             if map_name in known:
                 weight.copy_(state[f"branches.{known.index(map_name)}{name[branch.end() :]}"])
@@ -130,10 +131,10 @@ def weights_for(package: ModelPackage, names: Sequence[str]) -> dict[str, Tensor
             if state[name].shape == weight.shape:
                 weight.copy_(state[name])
             continue
-        # Where the maps are: first, or second of a transposed convolution.
+        # The axis of the maps: the first, or the second of a transposed convolution.
         axis = [a == b for a, b in zip(weight.shape, wider[name].shape, strict=True)].index(False)
         drawn, before = weight.movedim(axis, 0), state[name].movedim(axis, 0)
-        rows = len(drawn) // len(names)  # more than one where pixels are folded into channels
+        rows = len(drawn) // len(names)  # rows of each map: several where pixels are folded into channels
         for new, map_name in enumerate(names):
             if map_name in known:
                 old = known.index(map_name)

@@ -1,1 +1,1 @@
-"""Network families and the registry that builds them by name."""
+"""Network families, and the registry that builds networks by name."""

@@ -15,9 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageNetNormalise(nn.Module):
-    """Bring RGB in [0, 1] to the mean and standard deviation of ImageNet.
+    """Normalise RGB in [0, 1] by the mean and standard deviation of ImageNet.
 
-    The constants are not part of the state, so packages do not carry them.
+    The constants are not part of the state dict, so packages do not contain them.
     """
 
     mean: Tensor
@@ -33,14 +33,14 @@ class ImageNetNormalise(nn.Module):
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size, batch normalisation, ReLU.
+    """Convolution that keeps the size, batch normalisation and ReLU.
 
     Parameters
     ----------
     inputs, outputs : int
         Channels.
     kernel, dilation : int
-        Of the convolution; an odd kernel.
+        Kernel size (odd) and dilation of the convolution.
     """
     padding = dilation * (kernel // 2)
     return nn.Sequential(
@@ -51,12 +51,12 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1
 
 
 def fold_norm(conv: nn.Conv2d, norm: Any) -> nn.Conv2d:
-    """One convolution that does what a convolution and the batch normalisation after it do in evaluation."""
+    """Fold a batch normalisation in evaluation mode into the convolution before it."""
     return fuse_conv_bn_eval(conv, norm)
 
 
 def fold_sequences(network: nn.Module) -> None:
-    """Fold the batch normalisation that follows a convolution in each `torch.nn.Sequential` of a network, in place."""
+    """Fold every batch normalisation that follows a convolution in a `torch.nn.Sequential` of a network, in place."""
     for part in list(network.modules()):
         if isinstance(part, nn.Sequential):
             for index in range(len(part) - 1):
@@ -66,7 +66,7 @@ def fold_sequences(network: nn.Module) -> None:
 
 
 class PositionTable(nn.Module):
-    """Learned two-dimensional positions that are added to a feature map, interpolated where its size is another.
+    """Learned two-dimensional positions that are added to a feature map, and interpolated if its size differs.
 
     Parameters
     ----------
@@ -94,9 +94,9 @@ class SelfAttention(nn.Module):
     Parameters
     ----------
     channels, heads : int
-        Width of a token, a multiple of the number of heads.
+        Width of a token, which must be a multiple of the number of heads, and number of heads.
     dropout : float
-        Of the attention weights.
+        Dropout of the attention weights.
 
     References
     ----------
@@ -129,9 +129,9 @@ class TransformerBlock(nn.Module):
     Parameters
     ----------
     channels, heads, hidden : int
-        Width of a token, attention heads, width of the perceptron's hidden layer.
+        Width of a token, number of attention heads, width of the perceptron's hidden layer.
     dropout : float
-        After attention and in the perceptron.
+        Dropout after attention and in the perceptron.
 
     References
     ----------
@@ -164,11 +164,11 @@ class MapTransformer(nn.Module):
     Parameters
     ----------
     channels, depth, heads, hidden : int
-        Width of a token, blocks, attention heads, width of the perceptrons' hidden layer.
+        Width of a token, number of blocks, number of attention heads, width of the perceptrons' hidden layers.
     side : int
-        Side of the position table; other sizes are interpolated.
+        Side of the position table, which is interpolated for maps of other sizes.
     dropout : float
-        Of every block.
+        Dropout after adding the positions and in every block.
     """
 
     def __init__(self, channels: int, depth: int, heads: int, hidden: int, side: int, dropout: float = 0.0) -> None:

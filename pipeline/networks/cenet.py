@@ -10,11 +10,11 @@ from pipeline.networks.blocks import ImageNetNormalise
 from pipeline.networks.encoders import ResNet34Encoder
 
 POOLS = (2, 3, 5, 6)
-"""Sides and strides of the pools; a map that is smaller is pooled as a whole."""
+"""Sides and strides of the pooling windows; a smaller map is pooled as a whole."""
 
 
 class DenseAtrousConvolution(nn.Module):
-    """Dense atrous convolution (DAC): four branches of shared dilated convolutions, added to their input.
+    """Dense atrous convolution (DAC): four branches that share dilated convolutions and are added to the input.
 
     Parameters
     ----------
@@ -44,12 +44,14 @@ class DenseAtrousConvolution(nn.Module):
 
 
 class ResidualMultiPooling(nn.Module):
-    """Residual multi-kernel pooling (RMP): pooled at several sizes, one channel each by one shared projection.
+    """Residual multi-kernel pooling (RMP): max-pooling at several sizes, concatenated to the input.
+
+    One shared projection reduces each pooled map to one channel.
 
     Parameters
     ----------
     channels : int
-        Channels in; one more for each pool comes out.
+        Input channels; the output has one more for each pooling size.
     """
 
     def __init__(self, channels: int) -> None:
@@ -68,7 +70,7 @@ class ResidualMultiPooling(nn.Module):
 
 
 def decoder_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Squeeze, enlarge by two, widen; each convolution with batch normalisation and ReLU."""
+    """Narrow, double the resolution, widen; each convolution with batch normalisation and ReLU."""
     narrow = inputs // 4
     return nn.Sequential(
         nn.Conv2d(inputs, narrow, 1),
@@ -93,7 +95,8 @@ class CENet(nn.Module):
     encoder_weights : str or None
         ``imagenet``, a file with torchvision's names, or None.
     normalise : bool
-        Bring the input to ImageNet's mean and standard deviation; else to -1.6 to 1.6, as CE-Net's code does.
+        Normalise the input to ImageNet's mean and standard deviation; otherwise scale it to -1.6..1.6, as CE-Net's
+        code does.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""``python -m pipeline networks``: what there is, how large and how costly."""
+"""``python -m pipeline networks``: list the networks with their size and cost."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 IMAGE = 256
-"""Side of the image that operations are counted on, in pixels."""
+"""Side of the image on which operations are counted, in pixels."""
 
 
 def count_multiply_adds(network: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of convolutions and matrix products in one forward pass.
+    """Count the multiply-adds of convolutions and matrix products in one forward pass.
 
     Parameters
     ----------
     network : torch.nn.Module
-        The network; may be without data, on the device ``meta``.
+        The network; may be on the device ``meta``, which holds no data.
     image : torch.Tensor
         Its input, on the same device.
     """
@@ -52,20 +52,20 @@ def count_multiply_adds(network: nn.Module, image: Tensor) -> int:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A network's size and cost, without its weights.
+    """Describe a network's size and cost, without allocating its weights.
 
     Parameters
     ----------
     name : str
-        Its name in the registry.
+        Name of the network in the registry.
 
     Returns
     -------
     dict
-        ``parameters``; ``heads`` and ``channels`` that it is trained with by default; ``multiply_adds_per_pixel`` of
-        convolutions and matrix products in one forward pass over an image of ``image`` pixels a side; ``stride``, which
-        sides of windows must be a multiple of; ``pretrained``, whether it takes ``encoder_weights``; ``args``; and
-        ``source``.
+        ``parameters``, their number; ``heads`` and ``channels`` that it is trained with by default;
+        ``multiply_adds_per_pixel`` of convolutions and matrix products in one forward pass over an image with sides of
+        ``image`` pixels; ``stride``, the number that sides of windows must be a multiple of; ``pretrained``, whether it
+        takes ``encoder_weights``; ``args``; and ``source``.
     """
     import torch
 
@@ -90,7 +90,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def table(networks: dict[str, dict[str, Any]]) -> str:
-    """Networks as text, one a line."""
+    """Format the networks as text, one per line."""
     rows = [("network", "parameters", "multiply-adds/px", "stride", "heads", "source")]
     rows += [
         (

@@ -1,4 +1,4 @@
-"""Pretrained encoders: where their weights come from, and how a file of weights is read."""
+"""Pretrained encoders: fetch their weights, or read them from a file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 IMAGENET = "imagenet"
-"""The value of ``encoder_weights`` that fetches the usual ImageNet weights."""
+"""Value of ``encoder_weights`` that fetches the usual ImageNet weights."""
 
 CLASSIFIERS = ("fc.", "_fc.", "classifier.", "last_linear.", "head.", "conv10.")
-"""Beginnings of the names of tensors that only an ImageNet classifier needs."""
+"""Prefixes of the names of tensors that only an ImageNet classifier needs."""
 
 OF_FILES = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors that no transport has, but the folder where what it fetches goes."""
+"""Errors that come from the folder to which downloads are written, not from the connection."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -38,14 +38,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     PipelineError
-        When it is missing, damaged or holds anything else.
+        When the file is missing, damaged or holds anything else.
     OSError
-        When it cannot be read, whatever it holds.
+        When reading the file fails, whatever it holds.
     """
     hint = "give a .safetensors, .npz, .pt or .pth file of weights, imagenet, or null"
     if not path.is_file():
         raise PipelineError(f"encoder_weights {path}: no such file", hint)
-    # At once, or the libraries would tell trouble of the machine as a damaged file.
+    # Read all bytes first: the libraries would report an I/O error as a damaged file.
     stream = io.BytesIO(path.read_bytes())
     try:
         if path.suffix == ".safetensors":
@@ -76,10 +76,10 @@ def _first(error: Exception) -> str:
 
 
 def encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an encoder by their own names.
+    """Select the tensors of an encoder, and name them as the encoder does.
 
-    Prefixes of wrappers are dropped; of a whole segmentation network, such as a model package, only its encoder is
-    kept.
+    Prefixes of wrappers and the tensors of a classifier are dropped. Of a whole segmentation network, such as a model
+    package, only the encoder is kept.
     """
     for prefix in ("module.", "network.", "model."):
         if state and all(name.startswith(prefix) for name in state):
@@ -97,7 +97,7 @@ def load_encoder(
     name: str,
     translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = encoder_part,
 ) -> None:
-    """Give an encoder its pretrained weights.
+    """Load pretrained weights into an encoder.
 
     Parameters
     ----------
@@ -106,16 +106,17 @@ def load_encoder(
     weights : str or None
         A key of `fetch`, a file, or None for none.
     fetch : mapping of str to callable
-        What fetches a state dict from the internet, by names such as ``imagenet``; used for that name alone.
+        Functions that fetch a state dict from the internet, by the value of `weights` that stands for it, such as
+        ``imagenet``.
     name : str
         The encoder's name, for messages.
     translate : callable
-        Brings the state dict to the encoder's own names.
+        Converts the state dict to the encoder's own names.
 
     Raises
     ------
     PipelineError
-        When the weights cannot be fetched or read, or are another network's.
+        When the weights cannot be fetched or read, or belong to another network.
     OSError
         When a disk or a file server fails.
     """

@@ -1,4 +1,4 @@
-"""Several trained networks as one, whose maps are the mean of theirs."""
+"""Ensemble: several trained networks as one, whose maps are the mean of their maps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from pipeline.networks.outputs import FindsInstances, Folding, Outputs
 from pipeline.networks.registry import build_network
 
 LEAST = 1e-6
-"""Probabilities nearer to 0 and 1 count as this, as logits have to be numbers."""
+"""Probabilities are kept at least this far from 0 and 1, so that their logits are finite."""
 
 
 class Ensemble(nn.Module):
-    """The mean of its members' maps, given as the logits of that mean like any network's.
+    """A network whose maps are the mean of its members' maps, returned as logits like those of any network.
 
-    A member that works at a coarser pixel size sees means over squares of pixels, and its maps are interpolated.
+    A member that works at a coarser pixel size gets the image averaged over squares of pixels, and its maps are
+    interpolated.
 
     Parameters
     ----------
     out_channels : int
         Logit channels.
     maps : sequence of str
-        Names of the maps, which are the same for all members, see `pipeline.networks.outputs.map_names`.
+        Names of the maps, the same for all members, see `pipeline.networks.outputs.map_names`.
     members : sequence of mapping
-        Of each member ``network`` and ``args``, its name in the registry and arguments; ``tta``, its test-time
-        augmentation; and ``factor``, how many of the ensemble's pixels are a side of one of its own.
+        For each member ``network`` and ``args``, its name in the registry and its arguments; ``tta``, its test-time
+        augmentation; and ``factor``, the side of its pixels in pixels of the ensemble.
     """
 
     def __init__(self, out_channels: int, maps: Sequence[str], members: Sequence[Mapping[str, Any]]) -> None:

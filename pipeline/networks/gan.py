@@ -11,18 +11,21 @@ from pipeline.networks.pix2pix import begin_small
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits for patches of an image: how real each looks. With three layers they are 70 x 70 pixels.
+    """Discriminator that returns a logit for each patch of an image: how real the patch looks.
+
+    With three layers the patches are 70 x 70 pixels.
 
     Parameters
     ----------
     channels : int
-        Channels of the image; of a conditional one, those of input and output together.
+        Channels of the image; for a conditional discriminator, those of input and output together.
     width : int
-        Channels of the first layer; doubled by each next, up to eight times as many.
+        Channels of the first layer, doubled in each following layer up to eight times as many.
     layers : int
-        Convolutions of stride 2.
+        Number of convolutions of stride 2.
     spectral : bool
-        Spectral normalisation of every convolution; else instance normalisation between them, as in CycleGAN.
+        Apply spectral normalisation to every convolution; otherwise instance normalisation between them, as in
+        CycleGAN.
 
     References
     ----------
@@ -70,14 +73,16 @@ def _conv_norm_relu(inputs: int, outputs: int, kernel: int, **how: object) -> li
 
 
 class ResNetGenerator(nn.Module):
-    """One picture as another of the same size: two halvings, residual blocks, two doublings; -1 to 1 both ways.
+    """Generator that turns one image into another of the same size; values of both are in -1..1.
+
+    The resolution is halved twice, then follow residual blocks, then it is doubled twice.
 
     Parameters
     ----------
     width : int
         Channels at full resolution.
     blocks : int
-        Residual blocks at a quarter of it.
+        Number of residual blocks, which are at a quarter of the resolution.
 
     References
     ----------

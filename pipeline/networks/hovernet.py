@@ -17,16 +17,16 @@ PRETRAINED: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "seresnext50_32x4d.racm_in1k",
     (3, 4, 23, 3): "seresnext101_32x4d.gluon_in1k",
 }
-"""timm's ImageNet weights by the blocks of each stage."""
+"""Names of timm's ImageNet weights by the number of blocks in each stage."""
 
 
 class SEResNeXt(nn.Module):
-    """SE-ResNeXt 32x4d whose stem keeps the resolution; maps at 1, 1/2, 1/4 and 1/8.
+    """SE-ResNeXt 32x4d whose stem keeps the resolution; feature maps at 1, 1/2, 1/4 and 1/8.
 
     Parameters
     ----------
     layers : sequence of int
-        Blocks of each stage: (3, 4, 6, 3) is SE-ResNeXt-50, (3, 4, 23, 3) SE-ResNeXt-101.
+        Number of blocks in each stage: (3, 4, 6, 3) is SE-ResNeXt-50, (3, 4, 23, 3) is SE-ResNeXt-101.
     weights : str or None
         ``imagenet``, a file with timm's names, or None.
 
@@ -74,12 +74,12 @@ class SEResNeXt(nn.Module):
 
 
 class DenseUnit(nn.Module):
-    """Pre-activation 1x1 and grouped 3x3 convolutions whose result is joined to their input.
+    """Pre-activation 1x1 and grouped 3x3 convolutions whose output is concatenated to their input.
 
     Parameters
     ----------
     inputs : int
-        Channels in; 32 more come out.
+        Input channels; the output has 32 more.
     """
 
     def __init__(self, inputs: int) -> None:
@@ -98,7 +98,7 @@ class DenseUnit(nn.Module):
 
 
 def dense_stage(inputs: int, start: int, units: int) -> nn.Sequential:
-    """3x3 convolution, dense units, 1x1 convolution that keeps their width, ``start + 32 * units``."""
+    """3x3 convolution, dense units, and a 1x1 convolution that keeps their ``start + 32 * units`` channels."""
     width = start + 32 * units
     return nn.Sequential(
         nn.Conv2d(inputs, start, 3, padding=1, bias=False),
@@ -110,7 +110,7 @@ def dense_stage(inputs: int, start: int, units: int) -> nn.Sequential:
 
 
 class SharedHoVerNet(nn.Module):
-    """HoVer-Net's decoder, one for all maps, on SE-ResNeXt at full resolution.
+    """HoVer-Net with one decoder for all maps, on SE-ResNeXt at full resolution.
 
     Parameters
     ----------
@@ -121,7 +121,8 @@ class SharedHoVerNet(nn.Module):
     dropout : float
         Share of the channels that are dropped before each stage of the decoder.
     normalise : bool
-        Bring the input to ImageNet's mean and standard deviation first, which that entry did not.
+        Normalise the input to ImageNet's mean and standard deviation first. The entry to the CoNIC challenge that is
+        cited below did not do so.
 
     References
     ----------

@@ -9,7 +9,7 @@ from pipeline.networks.encoders import ResNet34Encoder
 
 
 def decoder_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Squeeze, enlarge by two, widen; each convolution with batch normalisation, none with ReLU."""
+    """Narrow, double the resolution, project; each convolution with batch normalisation, none with ReLU."""
     narrow = inputs // 4
     return nn.Sequential(
         nn.Conv2d(inputs, narrow, 1),
@@ -31,8 +31,8 @@ class LinkNet34(nn.Module):
     encoder_weights : str or None
         ``imagenet``, a file with torchvision's names, or None.
     normalise : bool
-        Bring the image to ImageNet's mean and standard deviation first. The comparison that this network is taken
-        from did not.
+        Normalise the image to ImageNet's mean and standard deviation first. The comparison from which this network is
+        taken did not do so.
 
     References
     ----------

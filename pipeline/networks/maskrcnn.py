@@ -1,4 +1,4 @@
-"""Mask R-CNN: nuclei as instances straight from the network."""
+"""Mask R-CNN: a network that finds nuclei as instances."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from pipeline.networks.blocks import ImageNetNormalise
 from pipeline.networks.encoders import IMAGENET, load_encoder, read_state
 
 BACKBONES = {"resnet50": (256, 512, 1024, 2048), "resnet18": (64, 128, 256, 512)}
-"""ResNets and the channels of their four stages."""
+"""ResNets, with the channels of their four stages."""
 
 COCO = "coco"
-"""The value of ``encoder_weights`` that fetches torchvision's Mask R-CNN of COCO, without what names its classes."""
+"""Value of ``encoder_weights`` that fetches torchvision's Mask R-CNN of COCO, without the layers for its classes."""
 
 LEAST_AREA = 10
-"""Smaller pieces of nuclei (pixels) are no targets: they are what the border of a crop leaves."""
+"""Smallest target in pixels; smaller pieces are remains of nuclei that the border of a crop cuts off."""
 
 
 class MaskRCNNetwork(nn.Module):
     """Mask R-CNN with a feature pyramid, whose instances are drawn as maps.
 
-    In evaluation mode it gives logits of two maps like any other network: the nucleus map, which is a nucleus' score
-    wherever there is one, and a distance map made from each nucleus' own mask (`pipeline.kernels.draw`). So the
-    threshold ``nucleus`` of a package is the least score, and the instances stage finds the nuclei again, each once.
-    Windows are looked at one by one, so that nothing depends on the batch. Training goes through `loss`.
+    In evaluation mode it returns logits of two maps like any other network: the nucleus map, which holds the score of
+    each nucleus on its pixels, and a distance map computed from the mask of each nucleus (`pipeline.kernels.draw`). The
+    threshold ``nucleus`` of a package is therefore the lowest accepted score, and the instances stage recovers each
+    nucleus once. Windows are processed one by one, so that the result does not depend on the batch. Training uses
+    `loss`.
 
     Parameters
     ----------
@@ -40,27 +41,27 @@ class MaskRCNNetwork(nn.Module):
     backbone : str
         ``resnet50`` or ``resnet18``.
     encoder_weights : str or None
-        ``imagenet``, ``coco`` (ResNet-50 alone), a file with torchvision's names, or None. Of a file of a whole Mask
-        R-CNN all is taken but the last layers.
+        ``imagenet``, ``coco`` (ResNet-50 only), a file with torchvision's names, or None. From a file of a whole Mask
+        R-CNN everything but the last layers is loaded.
     channels : int
-        Of the feature pyramid and of the heads' convolutions.
+        Channels of the feature pyramid and of the heads' convolutions.
     hidden : int
         Width of the box head's linear layer.
     convolutions : int
-        3x3 convolutions of the box head and of the mask head.
+        Number of 3x3 convolutions of the box head and of the mask head.
     anchors : sequence of int
-        Sides of the anchors in pixels, one for each of the five levels of the pyramid, of which the finest is at 1/4;
-        each in the ratios 1/2, 1 and 2.
+        Sides of the anchors in pixels, one for each of the five levels of the pyramid, the finest of which is at 1/4 of
+        the resolution; each in the ratios 1/2, 1 and 2.
     proposals : int
-        Regions that the heads look at, at most.
+        Maximum number of regions that the heads process.
     detections : int
-        Nuclei of a window, at most.
+        Maximum number of nuclei in a window.
     score : float
-        Nuclei below are dropped before anything is drawn.
+        Nuclei with a lower score are dropped before drawing.
     nms : float
-        Of two boxes that overlap by more (IoU), the one with the lower score is dropped.
+        Of two boxes that overlap by a larger IoU, the one with the lower score is dropped.
     mask : float
-        Where a mask is inside.
+        Threshold in 0..1 from which on a pixel of a mask belongs to the nucleus.
 
     References
     ----------
@@ -98,7 +99,7 @@ class MaskRCNNetwork(nn.Module):
             raise ValueError(f"anchors {list(anchors)}: use one side for each of five levels")
         self.mask = mask
         self.margin = 0
-        """Where the core of a window begins; whoever cuts overlapping windows sets it."""
+        """Pixels from a window's border to its core; set by the code that cuts overlapping windows."""
         stages = {f"layer{i + 1}": str(i) for i in range(4)}
         pyramid = BackboneWithFPN(
             get_model(backbone, weights=None), stages, list(BACKBONES[backbone]), channels, norm_layer=nn.BatchNorm2d
@@ -145,7 +146,7 @@ class MaskRCNNetwork(nn.Module):
         heads.box_predictor, heads.mask_predictor = last
 
     def _features(self, images: Tensor) -> tuple[Any, OrderedDict[str, Tensor]]:
-        """The images as torchvision wants them, and their features in float32, which boxes need."""
+        """Images as torchvision expects them, and their features in float32, the precision that boxes need."""
         from torchvision.models.detection.image_list import ImageList
 
         pixels = self.normalise(images)
@@ -157,7 +158,7 @@ class MaskRCNNetwork(nn.Module):
         )
 
     def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Parameters
         ----------
@@ -169,11 +170,11 @@ class MaskRCNNetwork(nn.Module):
         Returns
         -------
         dict of str to torch.Tensor
-            ``loss`` and its parts: objectness and boxes of the proposals, class, box and mask of the regions.
+            ``loss`` and its parts: objectness and boxes of the proposals; classes, boxes and masks of the regions.
         """
         targets = [instance_targets(one) for one in labels]
         if not any(len(one["boxes"]) for one in targets):
-            # Normalisation in the heads has nothing to go by; all parameters stay where they are.
+            # Without nuclei the heads' batch normalisation has no input; a loss of zero gives gradients of zero.
             return {"loss": sum((p.sum() for p in self.parameters()), start=images.new_zeros(())) * 0.0}
         pixels, features = self._features(images)
         with torch.autocast(images.device.type, enabled=False):
@@ -183,7 +184,7 @@ class MaskRCNNetwork(nn.Module):
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
     def detect(self, image: Tensor) -> Detections:
-        """Nuclei of one image ``(3, H, W)`` in [0, 1]."""
+        """Detect the nuclei of one image ``(3, H, W)`` in [0, 1]."""
         pixels, features = self._features(image[None])
         with torch.autocast(image.device.type, enabled=False):
             proposals, _ = self.network.rpn(pixels, features, None)
@@ -202,7 +203,7 @@ class MaskRCNNetwork(nn.Module):
         return torch.logit(torch.from_numpy(maps).to(x.device).float() / 255, eps=1e-6)
 
     def dry_run(self, x: Tensor) -> None:
-        """Pass data of the right shapes through all layers, for 250 proposals and 50 nuclei in 256 x 256 pixels."""
+        """Pass data through all layers to count operations, for 250 proposals and 50 nuclei in 256 x 256 pixels."""
         _, features = self._features(x)
         self.network.rpn.head(list(features.values()))
         heads: Any = self.network.roi_heads
@@ -214,7 +215,7 @@ class MaskRCNNetwork(nn.Module):
 
 
 def instance_targets(labels: Tensor) -> dict[str, Tensor]:
-    """Boxes and masks of one label map, as torchvision's networks are trained on them.
+    """Boxes and masks of one label map, in the form on which torchvision's networks are trained.
 
     Parameters
     ----------
@@ -224,7 +225,8 @@ def instance_targets(labels: Tensor) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        ``boxes`` float ``(n, 4)`` at pixel edges, ``labels`` int64 ``(n,)``, all 1, ``masks`` uint8 ``(n, H, W)``.
+        ``boxes`` float ``(n, 4)``, left, top, right, bottom at the outer edges of the pixels; ``labels`` int64
+        ``(n,)``, all 1; ``masks`` uint8 ``(n, H, W)``.
     """
     values, counts = torch.unique(labels, return_counts=True)
     values = values[(values > 0) & (counts >= LEAST_AREA)]

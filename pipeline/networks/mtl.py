@@ -1,4 +1,4 @@
-"""Multi-task U-Net: multi-dilated residual blocks, a transformer in the bottleneck, gated skips, a branch a map."""
+"""Multi-task U-Net: multi-dilated residual blocks, bottleneck transformer, gated skips, and a branch for each map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MultiDilatedBlock(nn.Module):
     Parameters
     ----------
     inputs, outputs : int
-        Channels. Each branch has an equal part of `outputs`, the last one the rest too.
+        Channels. Each branch has an equal part of `outputs`; the last one also has the remainder.
     dilations : sequence of int
         Dilation of each branch.
     """
@@ -44,7 +44,7 @@ class MultiDilatedBlock(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Weigh a skip by what the decoder looks for.
+    """Attention gate: weight each pixel of a skip, depending on the decoder's map.
 
     Parameters
     ----------
@@ -67,23 +67,23 @@ class AttentionGate(nn.Module):
         return skip * self.weight(skip, gate)
 
     def weight(self, skip: Tensor, gate: Tensor) -> Tensor:
-        """Weights in (0, 1), one a pixel."""
+        """Weights in (0, 1), one for each pixel."""
         return torch.sigmoid(self.score(functional.relu(self.of_skip(skip) + self.of_gate(gate))))
 
 
 class BottleneckTransformer(nn.Module):
-    """Transformer over the bottleneck's pixels, added to its input.
+    """Transformer over the pixels of the bottleneck, whose output is added to its input.
 
     Parameters
     ----------
     channels : int
         Channels in and out.
     width, depth, heads : int
-        Width of a token, blocks, attention heads.
+        Width of a token, number of blocks, number of attention heads.
     side : int
         Side of the position table.
     dropout : float
-        Of the transformer.
+        Dropout of the transformer.
     """
 
     def __init__(self, channels: int, width: int, depth: int, heads: int, side: int, dropout: float) -> None:
@@ -100,8 +100,8 @@ class BottleneckTransformer(nn.Module):
 class MultiTaskUNet(nn.Module):
     """One encoder, one decoder, and a small branch for each map.
 
-    The architecture is described in words only where it was published; this is a network that has every part that is
-    named there: multi-dilated residual blocks, attention gates, a transformer in the bottleneck, a head a task.
+    The publication describes the architecture in words only. This network has every part that is named there:
+    multi-dilated residual blocks, attention gates, a transformer in the bottleneck, and a head for each task.
 
     Parameters
     ----------
@@ -110,15 +110,16 @@ class MultiTaskUNet(nn.Module):
     widths : sequence of int
         Channels of each level; the last is the bottleneck's.
     dilations : sequence of int
-        Dilations of the residual blocks. The bottleneck, where a pixel is 16 px wide, has the first two.
+        Dilations of the residual blocks. The bottleneck has only the first two, because its pixels are already 16 px
+        wide (with five levels).
     blocks : int
-        Residual blocks a level.
+        Residual blocks of each level.
     width, depth, heads : int
-        Of the transformer.
+        Width of a token, number of blocks, number of attention heads of the transformer.
     image : int
-        Side of the image that the table of positions is made for; others are interpolated.
+        Side of the image for which the position table is made; for other sizes the table is interpolated.
     dropout : float
-        Of the transformer.
+        Dropout of the transformer.
 
     References
     ----------

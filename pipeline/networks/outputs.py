@@ -1,4 +1,4 @@
-"""What a network's logits mean: maps by name, and their mean over turned and mirrored inputs."""
+"""Turn a network's logits into named maps, with averaging over mirrored and transposed inputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HEAD_MAPS = {"nucleus": ("nucleus",), "distance": ("distance",), "contour": ("contour",), "hv": ("h", "v")}
-"""Maps of each head; the ``type`` head has the background and one map a class."""
+"""Maps of each head; the ``type`` head has a map for the background and one for each class."""
 
 TTA = {"none": 1, "flips": 4, "dihedral": 8}
-"""Test-time augmentation by name: over how many mirrored (and turned) inputs the maps are averaged."""
+"""Test-time augmentations, with the number of mirrored (and transposed) inputs over which maps are averaged."""
 
 
 def map_names(heads: Sequence[str], classes: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the maps of these heads, in the order of the network's channels.
+    """Names of the maps of `heads`, in the order of the network's channels.
 
     >>> map_names(["nucleus", "hv", "type"], ["Tumour"])
     ('nucleus', 'h', 'v', 'type:background', 'type:Tumour')
@@ -27,7 +27,7 @@ def map_names(heads: Sequence[str], classes: Sequence[str] = ()) -> tuple[str, .
     Raises
     ------
     PipelineError
-        When a head is unknown, or the nucleus head is not the first or the type head not the last.
+        When a head is unknown or listed twice, the nucleus head is not the first, or the type head is not the last.
     """
     names: list[str] = []
     for head in heads:
@@ -46,24 +46,27 @@ def map_names(heads: Sequence[str], classes: Sequence[str] = ()) -> tuple[str, .
 
 @runtime_checkable
 class FindsInstances(Protocol):
-    """A network that finds instances by itself and draws its maps from them.
+    """A network that finds instances itself and draws its maps from them.
 
-    Neighbouring windows' maps are then joined by taking the larger value.
+    The maps of overlapping windows are then joined by taking the larger value.
     """
 
     margin: int
-    """Pixels from a window's border to its core; nuclei are drawn whose middle lies in the core."""
+    """Pixels from a window's border to its core; a window draws the nuclei whose middle lies in its core.
+
+    See `pipeline.kernels.draw.draw_instances`.
+    """
 
     def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss of images ``(N, 3, H, W)`` in [0, 1] and their label maps ``(N, H, W)``: ``loss`` and its parts."""
+        """Compute the ``loss`` and its parts for images ``(N, 3, H, W)`` in [0, 1] and label maps ``(N, H, W)``."""
 
 
 @runtime_checkable
 class Folding(Protocol):
-    """A network whose batch normalisations can become part of the convolutions before them, which saves a tenth."""
+    """A network that can fold batch normalisations into preceding convolutions, which saves a tenth of the time."""
 
     def fold_norms(self) -> None:
-        """Fold them, in place; for inference alone. Maps change by no more than rounding."""
+        """Fold all batch normalisations in place, for inference only. Maps change only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class Outputs:
     Parameters
     ----------
     names : tuple of str
-        Names of the maps, see `map_names`. All are independent (sigmoid) but those of the types, which are one softmax.
-        The maps ``h`` and ``v`` go from 0 to 1, the middle of the nucleus being at one half.
+        Names of the maps, see `map_names`. The type maps share one softmax; each other map has a sigmoid of its own.
+        The maps ``h`` and ``v`` go from 0 to 1, with the middle of the nucleus at 0.5.
     tta : str
         A key of `TTA`.
     """
@@ -87,7 +90,7 @@ class Outputs:
             raise PipelineError(f"unknown test-time augmentation {self.tta!r}", f"choose from {', '.join(TTA)}")
 
     def activate(self, logits: Tensor) -> Tensor:
-        """Maps in [0, 1], float32 ``(N, C, H, W)``, of logits of that shape."""
+        """Turn logits ``(N, C, H, W)`` into maps in [0, 1], float32 of the same shape."""
         import torch
 
         count = sum(not name.startswith("type:") for name in self.names)
@@ -97,19 +100,19 @@ class Outputs:
         return maps
 
     def predict(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Maps of images, averaged as `tta` says.
+        """Predict the maps of images, averaged over the test-time augmentation `tta`.
 
         Parameters
         ----------
         network : torch.nn.Module
-            Gives logits.
+            Network that returns logits.
         images : torch.Tensor
             float ``(N, 3, H, W)`` in [0, 1].
 
         Raises
         ------
         PipelineError
-            When drawn instances would be averaged.
+            When maps would be averaged that the network draws from instances.
         """
         if self.tta != "none" and isinstance(network, FindsInstances):
             raise PipelineError(
@@ -127,7 +130,10 @@ class Outputs:
         return total if TTA[self.tta] == 1 else total / TTA[self.tta]
 
     def _back(self, maps: Tensor, turned: bool, rows: bool, columns: bool) -> Tensor:
-        """Make maps whose pixels are back in place point the right way again."""
+        """Undo what augmentation does to the directions ``h`` and ``v``, and undo the transposition.
+
+        The pixels of `maps` have already been flipped back.
+        """
         if "h" in self.names and (turned or rows or columns):
             h, v = self.names.index("h"), self.names.index("v")
             maps = maps.clone()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def begin_small(network: nn.Module) -> None:
-    """Draw all weights as pix2pix and CycleGAN do: of mean 0 (batch normalisation 1) and standard deviation 0.02."""
+    """Initialise weights as pix2pix and CycleGAN do: normal, mean 0 (1 for batch normalisation), deviation 0.02."""
     for part in network.modules():
         if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(part.weight, 0.0, 0.02)
@@ -22,10 +22,10 @@ def begin_small(network: nn.Module) -> None:
 
 
 class Pix2PixUNet(nn.Module):
-    """U-Net-256: each level is a convolution 4x4 of stride 2, each way up a transposed one, skips are concatenated.
+    """U-Net-256: 4x4 convolutions of stride 2 on the way down, transposed ones on the way up, concatenated skips.
 
-    Where pix2pix ends in a tanh, this gives logits, as all networks here; the sigmoid after them is the same map from 0
-    to 1.
+    Unlike pix2pix, which ends in a tanh, it returns logits as all networks of this package do. The sigmoid that follows
+    is the same curve as the tanh, but from 0 to 1.
 
     Parameters
     ----------
@@ -34,8 +34,8 @@ class Pix2PixUNet(nn.Module):
     widths : sequence of int
         Channels of each level, the first at half the resolution; the last is the bottleneck's.
     dropout : float
-        On the way up, wherever both levels are as wide as the bottleneck, but from the bottleneck itself; in training
-        alone.
+        Dropout in training, on the way up: after each step whose output is as wide as the bottleneck, except the step
+        out of the bottleneck itself.
 
     References
     ----------
@@ -57,7 +57,7 @@ class Pix2PixUNet(nn.Module):
         last = len(widths) - 1
         for level, width in enumerate(widths):
             outer = 3 if level == 0 else widths[level - 1]
-            norm = 0 < level < last  # the bottleneck may be one pixel, which has no spread
+            norm = 0 < level < last  # the bottleneck may be a single pixel, which has no variance
             layers: list[nn.Module] = [] if level == 0 else [nn.LeakyReLU(0.2)]
             layers.append(nn.Conv2d(outer, width, 4, stride=2, padding=1, bias=False))
             self.down.append(nn.Sequential(*layers, *([nn.BatchNorm2d(width)] if norm else [])))

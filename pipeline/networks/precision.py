@@ -1,4 +1,4 @@
-"""What numbers a network computes with: float32, or half as many bits where the hardware multiplies them faster."""
+"""Choose the precision of a network: float32, or a 16-bit type where the hardware multiplies it faster."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @cache
 def has_amx() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices in hardware (Intel AMX; Linux alone says so).
+    """Whether this machine's CPU multiplies bfloat16 matrices in hardware (Intel AMX; detected on Linux only).
 
-    There a network is about three times as fast as with float32. CPUs with AVX-512 BF16 alone, which have not been
-    measured, count as without.
+    With AMX a network is about three times as fast in bfloat16 as in float32. CPUs that only have AVX-512 BF16 have not
+    been measured and count as not having it.
     """
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()
@@ -38,17 +38,17 @@ def choose_precision(name: str, device: str, network: nn.Module) -> torch.dtype:
     Parameters
     ----------
     name : {"auto", "float32", "bfloat16"}
-        The setting. ``auto``: on a GPU bfloat16, or float16 where it has none; on a CPU bfloat16 where it is multiplied
-        in hardware, else float32.
+        The setting. ``auto`` means bfloat16 on a GPU that supports it, else float16; and bfloat16 on a CPU that has
+        AMX, else float32.
     device : str
         ``cpu`` or ``cuda``.
     network : torch.nn.Module
-        The network. One that finds instances itself computes with float32 on CPUs: its boxes need it.
+        The network. One that finds instances itself always has float32 on CPUs, because its boxes need it.
 
     Returns
     -------
     torch.dtype
-        What its convolutions and matrix products compute with.
+        Type in which convolutions and matrix products are computed.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Networks by name.
+"""Registry that builds networks by name.
 
 A network is a `torch.nn.Module` that maps a float tensor ``(N, 3, H, W)`` in [0, 1] to logits ``(N, C, H, W)``, one
 channel for each output of its heads, see `pipeline.networks.outputs.map_names`.
@@ -28,23 +28,23 @@ class NetworkFamily:
     Parameters
     ----------
     module, factory : str
-        Where its constructor is; imported only when the network is built.
+        Module and name of the constructor; the module is imported only when a network is built.
     source : str
         Where the design comes from.
     stride : int
-        Patch sides must be a multiple of it, unless its arguments say otherwise, see `stride_of`.
+        Number that patch sides must be a multiple of, unless the arguments change it, see `stride_of`.
     heads : tuple of str
-        Heads that it is trained with unless others are asked for.
+        Heads that the network is trained with by default.
     args : dict
-        Arguments of the constructor that make this name of it.
+        Arguments that distinguish this family from others with the same constructor.
     pretrained : bool
-        Whether its constructor takes ``encoder_weights``.
+        Whether the constructor takes ``encoder_weights``.
     levels : bool
-        Whether its argument ``widths`` lists levels, each half as fine as the one before.
+        Whether the argument ``widths`` lists levels, each at half the resolution of the one before.
     halved : bool
-        Whether the first of these levels is half as fine as the image already.
+        Whether the first of these levels is already at half the image's resolution.
     instances : bool
-        Whether it finds instances by itself: its maps are drawn from them, and it has a loss of its own.
+        Whether the network finds instances itself; it then draws its maps from them and has a loss of its own.
     """
 
     module: str
@@ -199,22 +199,22 @@ ENSEMBLES = {
         stride=1,
     ),
 }
-"""What ``python -m pipeline ensemble`` makes of trained networks; not to be trained."""
+"""Networks that ``python -m pipeline ensemble`` builds from trained networks; they cannot be trained."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Maps by rules alone: nothing is trained, and torch is not needed.
+    """A method that computes maps by rules, without training and without torch.
 
     Parameters
     ----------
     module, rules, maps : str
-        Where they are: the class of the rules, and the function that makes uint8 maps ``(C, H, W)`` of an RGB image
-        uint8 ``(H, W, 3)`` and rules.
+        Module, name of the class of the rules, and name of the function that computes uint8 maps ``(C, H, W)`` from an
+        RGB image uint8 ``(H, W, 3)`` and rules.
     source : str
-        Where it comes from.
+        Where the method comes from.
     heads : tuple of str
-        Heads whose maps it makes.
+        Heads whose maps the method computes.
     """
 
     module: str
@@ -233,16 +233,16 @@ METHODS = {
         heads=("nucleus", "distance"),
     ),
 }
-"""What a model package may name in place of a network."""
+"""Methods that a model package may name in place of a network."""
 
 
 def needs_torch(name: str) -> bool:
-    """Whether the network called `name` is one, or a method that does without."""
+    """Whether `name` needs torch: networks and ensembles do, methods do not."""
     return name not in METHODS
 
 
 def build_method(name: str, args: dict[str, Any] | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """The method called `name`, as a function from an image to its maps.
+    """Return the method called `name` as a function from an image to its maps.
 
     Parameters
     ----------
@@ -266,18 +266,21 @@ def build_method(name: str, args: dict[str, Any] | None = None) -> Callable[[np.
 
 
 def head_channels(heads: Sequence[str], n_types: int = 0) -> int:
-    """Output channels that `heads` need together.
+    """Number of output channels that `heads` need together, with `n_types` classes of nuclei.
 
     Raises
     ------
     PipelineError
-        When they are none that `pipeline.networks.outputs.map_names` knows.
+        When `pipeline.networks.outputs.map_names` does not accept the heads.
     """
     return len(map_names(heads, [str(number) for number in range(n_types)]))
 
 
 def stride_of(name: str, args: Mapping[str, Any]) -> int:
-    """What the sides of a network's patches must be a multiple of: levels, folded pixels and members heeded."""
+    """Return the number that the patch sides of a network must be a multiple of.
+
+    It depends on the number of levels, on pixels that are folded into channels, and on the members of an ensemble.
+    """
     if name in ENSEMBLES:
         return lcm(*(stride_of(one["network"], one["args"]) * one["factor"] for one in args["members"]))
     family = NETWORKS[name]
@@ -289,9 +292,7 @@ def stride_of(name: str, args: Mapping[str, Any]) -> int:
 def build_network(
     name: str, out_channels: int, args: dict[str, Any] | None = None, *, pretrained: bool = True
 ) -> nn.Module:
-    """Build the network called `name`.
-
-    Its attribute ``stride`` is what `stride_of` says.
+    """Build the network called `name`, with the result of `stride_of` as its attribute ``stride``.
 
     Parameters
     ----------
@@ -302,8 +303,8 @@ def build_network(
     args : dict, optional
         Further arguments of the constructor.
     pretrained : bool
-        Heed ``encoder_weights``; off where the network gets all its weights from elsewhere, so that nothing is fetched
-        or looked for.
+        Whether to load ``encoder_weights``. Use False where all weights are loaded afterwards, so that nothing is
+        downloaded or read in vain.
 
     Raises
     ------

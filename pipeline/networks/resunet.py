@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.norm2: nn.Module = nn.BatchNorm2d(channels)
 
     def fold_norms(self) -> None:
-        """Make the normalisations part of the convolutions, for inference."""
+        """Fold the batch normalisations into the convolutions, for inference only."""
         self.conv1, self.conv2 = fold_norm(self.conv1, self.norm1), fold_norm(self.conv2, self.norm2)
         self.norm1 = self.norm2 = nn.Identity()
 
@@ -41,8 +41,8 @@ class ResidualBlock(nn.Module):
 class ResidualUNet(nn.Module):
     """U-Net of residual blocks with additive skips, made for CPUs.
 
-    Widening and narrowing happen at the lower resolution of each pair of levels, where they are cheap. Every
-    operation is local, so a pixel depends on its neighbourhood alone.
+    The number of channels changes at the lower resolution of each pair of levels, where this is cheap. All operations
+    are local, so an output pixel depends only on its neighbourhood.
 
     Parameters
     ----------
@@ -51,10 +51,11 @@ class ResidualUNet(nn.Module):
     widths : sequence of int
         Channels of each level, the first at full resolution (that of the folded image).
     blocks : sequence of int
-        Residual blocks of each level on the way down; on the way up it is one.
+        Residual blocks of each level on the way down, by default one. On the way up each level has one.
     fold : int
         Side of the squares of pixels that are folded into channels before the first level and unfolded after the last
-        (1: none). At 2 the network sees and draws twice the detail at nearly the same cost for the same tissue.
+        (1: none). With 2 the network's images and maps have twice the resolution, at nearly the same cost for the same
+        area of tissue.
 
     References
     ----------
@@ -101,13 +102,14 @@ class ResidualUNet(nn.Module):
         )
 
     def grown_from(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights with which this network computes what a smaller one of its kind does, to train on from.
+        """Return weights with which this network computes what a smaller one of its kind does, to train on from.
 
         Parameters
         ----------
         state : mapping of str to torch.Tensor
-            Weights of a network with the same heads and levels and, at most, as many channels and blocks; with a fold
-            of 1 where this one has another: then this one gives its maps, enlarged, for an image `fold` times as large.
+            Weights of a network with the same heads and levels, and at most as many channels and blocks. Its fold must
+            be that of this network, or 1. In the latter case this network returns the same maps, enlarged `fold` times,
+            for an image that is enlarged `fold` times.
 
         Returns
         -------
@@ -117,7 +119,7 @@ class ResidualUNet(nn.Module):
         Raises
         ------
         ValueError
-            When the weights are of another kind of network, or of a larger one.
+            When the weights are those of another kind of network, or of a larger one.
 
         References
         ----------
@@ -136,13 +138,13 @@ class ResidualUNet(nn.Module):
                 old[f"{head}.{part}"] = state[f"{head}.{part}"].repeat_interleave(self.fold**2, dim=0)
         for name, weight in own.items():
             if name not in old:
-                if name.endswith("norm2.weight"):  # a residual block of no effect
+                if name.endswith("norm2.weight"):  # makes the new residual block an identity
                     weight.zero_()
                 continue
             small = old[name]
             if any(a > b for a, b in zip(small.shape, weight.shape, strict=True)):
                 raise ValueError(f"{name} is {tuple(small.shape)}, here it is {tuple(weight.shape)}")
-            if weight.ndim == 4:  # channels there were do not see the new ones
+            if weight.ndim == 4:  # existing output channels ignore new input channels
                 weight[: small.shape[0], small.shape[1] :] = 0
             weight[tuple(slice(n) for n in small.shape)] = small
         return own

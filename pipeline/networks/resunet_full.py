@@ -1,4 +1,4 @@
-"""Residual U-Net of the published comparison with U-Net and LinkNet: pre-activation blocks, concatenated skips."""
+"""Residual U-Net of a published comparison with U-Net and LinkNet: pre-activation blocks, concatenated skips."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional
 
 
 class PreActivationBlock(nn.Module):
-    """Twice batch normalisation, ReLU, 3x3 convolution; a shortcut; ReLU after the sum.
+    """Residual block: batch normalisation, ReLU and 3x3 convolution, twice; then the shortcut is added, and a ReLU.
 
     Parameters
     ----------
     inputs, outputs : int
-        Channels; where they differ, the shortcut is a 1x1 convolution.
+        Channels. Where they differ, the shortcut is a 1x1 convolution.
 
     References
     ----------

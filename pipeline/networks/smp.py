@@ -12,11 +12,11 @@ from pipeline.networks.blocks import ImageNetNormalise
 from pipeline.networks.encoders import IMAGENET, load_encoder
 
 DEPTH = 5
-"""Times that the encoders halve the resolution."""
+"""How many times the encoders halve the resolution."""
 
 
 class _Segmenter(nn.Module):
-    """A network of segmentation-models-pytorch behind ImageNet's normalisation."""
+    """A network of segmentation-models-pytorch, preceded by ImageNet's normalisation."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ def _build(
             "use an encoder's name of segmentation-models-pytorch, e.g. resnet34 or tu-convnext_tiny",
         ) from None
 
-    for name in ("_conv_head", "_bn1"):  # EfficientNet's, before its classifier; they would never get a gradient
+    for name in ("_conv_head", "_bn1"):  # of EfficientNet's classifier; they would never get a gradient
         if hasattr(network.encoder, name):
             delattr(network.encoder, name)
 
     def fetch() -> dict[str, Tensor]:
-        # Encoders of timm have their weights' name in their own.
+        # The name of a timm encoder may include that of its weights.
         weights = True if encoder.startswith("tu-") else "imagenet"
         return dict(get_encoder(encoder, weights=weights).state_dict())
 
@@ -74,16 +74,16 @@ def unet(
     out_channels : int
         Logit channels.
     encoder : str
-        Name of the encoder there; ``tu-NAME`` for one of timm.
+        Name of the encoder in segmentation-models-pytorch; ``tu-NAME`` for one of timm.
     encoder_weights : str or None
         ``imagenet``, a file of the encoder's weights, or None.
     decoder_channels : sequence of int
-        Channels of the five levels of the decoder from the bottom up.
+        Channels of the five levels of the decoder, from the bottom up.
 
     Raises
     ------
     PipelineError
-        When the encoder is unknown or its weights cannot be had.
+        When the encoder is unknown or its weights cannot be loaded.
 
     References
     ----------

@@ -13,19 +13,19 @@ from pipeline.networks.blocks import IMAGENET_MEAN, IMAGENET_STD, conv_norm_relu
 from pipeline.networks.encoders import IMAGENET, encoder_part, load_encoder
 
 CAFFE_MEAN = (104.0, 117.0, 123.0)
-"""What Caffe's ImageNet networks subtract from blue, green and red in 0 to 255."""
+"""Means of blue, green and red in 0..255, which Caffe's ImageNet networks subtract."""
 
 TORCHVISION_FIRES = {3: "fire2", 4: "fire3", 5: "fire4", 7: "fire5", 8: "fire6", 9: "fire7", 10: "fire8", 12: "fire9"}
-"""torchvision's numbers of the fire modules."""
+"""Fire modules by their numbers in torchvision's ``features``."""
 
 
 class Fire(nn.Module):
-    """Narrow to a few channels, widen by 1x1 and 3x3 convolutions side by side.
+    """Fire module: a 1x1 convolution to few channels, then parallel 1x1 and 3x3 convolutions to more.
 
     Parameters
     ----------
     inputs, narrow, wide : int
-        Channels in, between, and out of each of the two branches.
+        Channels of the input, after the first convolution, and of each of the two branches.
     """
 
     def __init__(self, inputs: int, narrow: int, wide: int) -> None:
@@ -40,9 +40,9 @@ class Fire(nn.Module):
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's SqueezeNet 1.0 by Caffe's names and for Caffe's pixels.
+    """Convert torchvision's SqueezeNet 1.0 to Caffe's names and Caffe's pixels.
 
-    The first convolution takes up the change from RGB of unit variance to BGR in 0 to 255.
+    The first convolution absorbs the change from RGB normalised for ImageNet to BGR in 0..255 minus `CAFFE_MEAN`.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -60,21 +60,21 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a state dict of Caffe's or torchvision's SqueezeNet 1.0 to the encoder's names."""
+    """Convert a state dict of Caffe's or torchvision's SqueezeNet 1.0 to the encoder's names."""
     if "features.0.weight" in state:
         return from_torchvision(state)
     return encoder_part({name.replace("/", "."): tensor for name, tensor in state.items()})
 
 
 class SqueezeEncoder(nn.Module):
-    """SqueezeNet 1.0 without its classifier, on RGB in [0, 1]; four feature maps, each half as large as the last.
+    """SqueezeNet 1.0 without its classifier, on RGB in [0, 1]; four feature maps, each with half the previous side.
 
     Parameters
     ----------
     weights : str or None
         ``imagenet`` (torchvision's), a file with Caffe's or torchvision's names, or None.
     stride : int
-        Of the first convolution: 2 as trained, 1 keeps the image's resolution.
+        Stride of the first convolution: 2 as trained; 1 keeps the image's resolution.
 
     References
     ----------
@@ -130,13 +130,13 @@ class SqueezeUNet(nn.Module):
     encoder_weights : str or None
         ``imagenet`` (torchvision's), a file with Caffe's or torchvision's names, or None.
     widths : sequence of int
-        Channels of the decoder, from its finest map down to the bottom; one more than the encoder's maps with a stem,
-        as many without.
+        Channels of the decoder, from the finest map to the bottom: five values with a stem, four without; further ones
+        are ignored.
     stride : int
-        Of the encoder's first convolution: 2 as trained; 1 sees finer detail at four times the cost.
+        Stride of the encoder's first convolution: 2 as trained; 1 sees finer detail at four times the cost.
     stem : bool
-        With stride 2: whether there is a map at full resolution, beside the encoder. Without it the decoder ends at
-        half the resolution, where the head gives all four pixels of a square, at two thirds of the cost.
+        Only with stride 2: whether to add a map at full resolution beside the encoder. Without it the decoder ends at
+        half the resolution, and the head predicts all four pixels of each 2 x 2 square, at two thirds of the cost.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class SqueezeUNet(nn.Module):
             skips.insert(0, widths[0])
         if stride not in (1, 2) or len(widths) < len(skips):
             raise ValueError(f"stride {stride} with widths {list(widths)}: use stride 1 or 2 and {len(skips)} widths")
-        # The encoder has no batch normalisation: each map is brought to a common scale first.
+        # The encoder has no batch normalisation, so each of its maps is first brought to a common scale.
         self.narrow = nn.ModuleList(conv_norm_relu(a, b, kernel=1) for a, b in zip(skips, widths, strict=False))
         pairs = list(itertools.pairwise(widths[: len(skips)]))
         self.up = nn.ModuleList(conv_norm_relu(b, a, kernel=1) for a, b in reversed(pairs))

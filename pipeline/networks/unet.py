@@ -57,7 +57,7 @@ class UNet(nn.Module):
         return self.decoded(*self.encoded(x))
 
     def encoded(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What enters the bottleneck, and the skips from the top level down."""
+        """Input of the bottleneck, and the skips from the top level down."""
         skips = []
         for encode in self.encode:
             x = encode(x)
@@ -66,7 +66,7 @@ class UNet(nn.Module):
         return x, skips
 
     def decoded(self, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Logits from what enters the bottleneck and the skips."""
+        """Logits from the input of the bottleneck and the skips."""
         x = self.bottleneck(x)
         for up, decode, skip in zip(self.up, self.decode, reversed(skips), strict=True):
             x = decode(torch.cat([skip, up(x)], dim=1))
@@ -75,7 +75,7 @@ class UNet(nn.Module):
 
 
 class UNetViT(UNet):
-    """U-Net with a vision transformer on the image, whose map is added to what enters the bottleneck.
+    """U-Net with a vision transformer on the image, whose output is added to the input of the bottleneck.
 
     Parameters
     ----------
@@ -84,12 +84,12 @@ class UNetViT(UNet):
     widths, norm
         As in `UNet`.
     depth, heads, hidden : int
-        Blocks, attention heads and hidden width of the transformer; its tokens are as wide as the level above the
-        bottleneck, so that the sum is possible.
+        Number of blocks, number of attention heads and hidden width of the transformer. Its tokens are as wide as the
+        level above the bottleneck, so that both can be added.
     image : int
-        Side of the image that the table of positions is made for; others are interpolated.
+        Side of the image for which the position table is made; for other sizes the table is interpolated.
     dropout : float
-        Of the transformer.
+        Dropout of the transformer.
 
     References
     ----------

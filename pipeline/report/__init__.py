@@ -1,4 +1,4 @@
-"""The cohort's report: one HTML page that needs nothing but itself."""
+"""The cohort's report: one self-contained HTML page."""
 
 from pipeline.report.page import write_report
 

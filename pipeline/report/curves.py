@@ -1,4 +1,4 @@
-"""Curves of a training: read from the trainer's logs, drawn as SVG for a page and as PNG."""
+"""Training curves: read them from the trainer's logs, and draw them as SVG for a page and as PNG."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.report.page import PALETTE, nice_ticks
 from pipeline.stage import whole_files
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""Steps and values."""
+"""Steps and values of a curve."""
 
 MOST_POINTS = 400
-"""Points of a line on a page."""
+"""Maximum number of points of a line on a page."""
 
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("loss", "Loss", (("train/loss", "training"), ("val/loss", "validation"))),
@@ -26,17 +26,17 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("iou", "IoU", (("val/iou", "nuclei"), ("val/pixel_iou", "pixels"))),
     ("aji", "AJI and PQ", (("val/aji", "AJI"), ("val/pq", "PQ"))),
 )
-"""Charts of a training: name, title, and the logged values in each with what they are called."""
+"""Charts of a training: name, title, and for each line the name of the logged value and its label."""
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """What a training logged, by name.
+    """Read all values that a training logged, by name.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Holds ``log-STEP/metrics.csv`` of each start; what a killed run logged beyond the checkpoint from which the next
-        one went on is left out.
+        Folder with a ``log-STEP/metrics.csv`` of each run, where STEP is the step at which the run started or resumed.
+        A run replaces what earlier runs logged from its STEP on.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Exponential mean over about this share of the points, without a bias at the beginning."""
+    """Exponential moving average over about `share` of the points, without bias at the beginning."""
     decay = 1 - 1 / max(1.0, share * len(values))
     result, mean, weight = np.empty(len(values)), 0.0, 0.0
     for index, value in enumerate(values):
@@ -72,7 +72,7 @@ def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 
 
 def thin(curve: Curve) -> Curve:
-    """At most `MOST_POINTS` points of a curve, evenly spread, the last among them."""
+    """Reduce a curve to at most `MOST_POINTS` points, evenly spread, including the last."""
     steps, values = curve
     if len(steps) <= MOST_POINTS:
         return curve
@@ -83,30 +83,30 @@ def thin(curve: Curve) -> Curve:
 def line_chart(
     name: str, title: str, lines: Sequence[tuple[str, Curve]], per_epoch: float | None = None, smooth: bool = False
 ) -> dict[str, Any] | None:
-    """Geometry of a chart of lines over steps.
+    """Geometry of a line chart over steps.
 
     Parameters
     ----------
     name, title : str
-        Of the chart.
+        Name and title of the chart.
     lines : sequence of (str, Curve)
-        What each line is called, and its points.
+        Label and points of each line.
     per_epoch : float, optional
-        Steps in an epoch, told below the axis.
+        Steps in an epoch, shown below the axis.
     smooth : bool
-        Draw the first line as a running mean over its points, with these behind it.
+        Draw the first line as a running mean, with its points behind it.
 
     Returns
     -------
     dict or None
-        Numbers for the template, in pixels; None without a line.
+        Numbers for the template, in pixels; None if no line has points.
     """
     lines = [(label, curve) for label, curve in lines if len(curve[0])]
     if not lines:
         return None
     width, height, left, right, top, foot = 520.0, 270.0, 46.0, 14.0, 12.0, 40.0
     last = max(int(curve[0][-1]) for _, curve in lines)
-    # A few wild values at the beginning of a training must not flatten the rest.
+    # A few extreme values at the beginning of a training must not flatten the rest.
     highest = max(float(np.percentile(curve[1], 98)) for _, curve in lines)
     ticks_y = nice_ticks(highest) if highest > 1 else nice_ticks(max(highest, 0.05), 5)
     ticks_x = [t for t in nice_ticks(last, 5) if t <= last * 1.001]
@@ -165,7 +165,7 @@ def training_charts(curves: Mapping[str, Curve], per_epoch: float | None = None)
 
 
 def compared_charts(runs: Mapping[str, Mapping[str, Curve]]) -> list[dict[str, Any]]:
-    """Charts of several trainings: a line each."""
+    """Charts that compare several trainings, with one line for each."""
     wanted = (("val/aji", "AJI"), ("val/pixel_dice", "Dice of pixels"), ("val/pixel_iou", "IoU of pixels"),
               ("val/accuracy", "Accuracy of pixels"), ("val/loss", "Validation loss"))  # fmt: skip
     charts = [

@@ -21,31 +21,31 @@ from pipeline.provenance import code_of
 log = logging.getLogger(__name__)
 
 IMAGE_BYTES = 24_000_000
-"""Bytes of pictures in a report at most, shared among its slides."""
+"""Maximum size of all pictures in a report, in bytes."""
 
 IMAGE_BYTES_EACH = 260_000
-"""Bytes of one picture at most."""
+"""Maximum size of one picture, in bytes."""
 
 PALETTE = ("#2f6f8f", "#c8553d", "#588157", "#8a5a9e", "#d4a017", "#3d8b8b", "#a44a6f", "#6b705c")
-"""Colours of classes in charts where the model gives none."""
+"""Colours of lines in charts, and of classes to which the model gives none."""
 
 SCORES = (("aji", "AJI"), ("pq", "PQ"), ("dice", "Dice"), ("f1", "F1"))
 
 
 def shrink_picture(path: Path, limit: int) -> str | None:
-    """A picture as a JPEG data URI of at most about `limit` bytes.
+    """Encode a picture as a JPEG data URI.
 
     Parameters
     ----------
     path : pathlib.Path
-        PNG.
+        PNG file.
     limit : int
-        Bytes of JPEG wanted.
+        Size of the JPEG in bytes that the picture is shrunk to; exceeded if the smallest version is larger.
 
     Returns
     -------
     str or None
-        None when there is no such picture.
+        None when the picture is missing or cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -83,7 +83,7 @@ def nice_ticks(top: float, count: int = 4) -> list[float]:
 
 
 def number(value: Any, digits: int = 0) -> str:
-    """A number for people: thousands apart, fixed decimals, more where all would be zeros; a dash for None."""
+    """Format a number: thousands apart, fixed decimals (more if all would be 0); a dash if None or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if value and round(abs(value), digits) == 0:
@@ -99,14 +99,14 @@ def _axis(top: float, left: float, width: float) -> list[dict[str, Any]]:
 
 
 def chart(rows: Sequence[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Geometry of the chart: a line for each slide with its density, its areas and its classes.
+    """Geometry of the cohort's chart: one line for each slide with its density, areas and classes.
 
     Parameters
     ----------
     rows : sequence of mapping
-        ``metrics.json`` of each good slide.
+        ``metrics.json`` of each slide that did not fail.
     classes : sequence of mapping
-        ``name`` and ``color`` (CSS) of the classes; they are drawn when there are several.
+        ``name`` and ``color`` (CSS) of the classes, which are drawn when there are several.
 
     Returns
     -------
@@ -183,7 +183,7 @@ def class_list(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _columns(
     rows: Sequence[Mapping[str, Any]], extra: Sequence[str], classes: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Columns of the table: title, unit, whether it holds numbers, and a cell (value to sort by, text) a row."""
+    """Columns of the table: title, unit, whether it holds numbers, and a cell (value to sort by, text) for each row."""
 
     def numeric(title: str, unit: str, values: list[Any], digits: int) -> dict[str, Any]:
         cells = [{"value": value, "text": number(value, digits)} for value in values]
@@ -226,7 +226,7 @@ def _columns(
 
 
 def slides_note(failed: int, waiting: int) -> str:
-    """What became of the slides that the report does not show."""
+    """Note on the slides that the report does not show: how many failed, and how many are not finished."""
     notes = [f"{failed} failed" if failed else "none failed"]
     return ", ".join([*notes, f"{waiting} not finished yet"] if waiting else notes)
 
@@ -242,7 +242,7 @@ def _links(root: Path, page: Path, row: Mapping[str, Any]) -> list[dict[str, str
 
 
 def environment() -> Any:
-    """Where the templates are, with their filters."""
+    """Jinja environment of the reports' templates, with the filters that they use."""
     import jinja2
 
     found = jinja2.Environment(
@@ -266,28 +266,28 @@ def render(
     folders: Mapping[str, Path],
     page: Path,
 ) -> str:
-    """The report as HTML.
+    """Render the report as HTML.
 
     Parameters
     ----------
     rows : sequence of mapping
-        ``metrics.json`` of each good slide, with ``extra`` (columns of the slide table), ``total_seconds``, and
-        ``regions`` where it has any.
+        ``metrics.json`` of each slide that did not fail, with ``extra`` (columns of the slide table),
+        ``total_seconds``, and ``regions`` where the slide has any.
     failed : sequence of mapping
         ``slide``, ``stage``, ``reason``, ``hint`` of each slide that failed.
     extra : sequence of str
-        Names of the slide table's further columns.
+        Names of the additional columns of the slide table.
     manifest : mapping
         The run's provenance.
     folders : mapping of str to pathlib.Path
-        Folder of each good slide.
+        Results folder of each slide in `rows`.
     page : pathlib.Path
-        Folder that the report goes to.
+        Folder that the report is written to; links are relative to it.
 
     Returns
     -------
     str
-        One page without references to anything outside but links to the results beside it.
+        One page that refers to nothing outside itself, except for links to the results.
     """
     classes = class_list(rows)
     pictures = len(rows) + sum(("classifier" in row) + ("regions" in row) for row in rows)
@@ -337,5 +337,5 @@ def render(
 
 
 def write_report(path: Path, **content: Any) -> None:
-    """Write what `render` makes of `content`."""
+    """Render `content` (the arguments of `render` but for `page`) and write the page."""
     path.write_text(render(**content, page=path.parent), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reports of trainings: an experiment, a cross-validation, a comparison, a transfer; pages that need nothing else."""
+"""Reports of trainings as self-contained pages: of an experiment, a cross-validation, a comparison or a transfer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline.report.page import environment, nice_ticks, number, shrink_picture
 from pipeline.stage import whole_files
 
 PICTURE_BYTES = 900_000
-"""Bytes of the picture of one experiment at most; a comparison's share this."""
+"""Maximum bytes of an experiment's picture; up to four pictures on a page share them, more get a quarter each."""
 
 TITLES = {
     "aji": "AJI", "aji_plus": "AJI+", "pq": "PQ", "sq": "SQ", "dq": "DQ", "f1": "F1", "dice": "Dice", "iou": "IoU",
     "pixel_accuracy": "Accuracy", "pixel_dice": "Dice of pixels", "pixel_iou": "IoU of pixels", "loss": "Loss",
 }  # fmt: skip
-"""Scores in the order of the tables, and what they are called."""
+"""Titles of the scores, in the order of the tables."""
 
 WORDS = {
     "fold": "Fold", "experiment": "Experiment", "arm": "Arm", "what": "Training", "fields": "Fields",
@@ -32,10 +32,10 @@ WORDS = {
     "batchwise_loss": "Loss, batch-wise", "batchwise_dice": "Dice, batch-wise",
     "batchwise_accuracy": "Accuracy, batch-wise", "batchwise_iou": "IoU, batch-wise", **TITLES,
 }  # fmt: skip
-"""Titles of the tables' columns."""
+"""Column titles of the tables."""
 
 IN_FIELDS = ("aji", "aji_plus", "pq", "f1", "dice", "iou", "pixel_accuracy", "loss", "n_truth", "n_pred", *ERRORS)
-"""Columns of the table of fields."""
+"""Scores and counts in the table of fields."""
 
 MAIN = ("aji", "pq", "dice", "pixel_accuracy")
 
@@ -48,7 +48,7 @@ def _cell(value: Any, low: Any, high: Any) -> dict[str, Any]:
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], text: str = "") -> dict[str, Any]:
-    """A table for the template; ``X_low`` and ``X_high`` go into the cell of ``X``."""
+    """Build a table for the template; ``X_low`` and ``X_high`` are shown in the cell of ``X``."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     keys = [k for k in keys if not k.endswith(("_low", "_high"))]
     columns = [
@@ -60,7 +60,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], text: str = "") -> dict
 
 
 def types_table(types: Mapping[str, Any]) -> dict[str, Any]:
-    """Table of the classes of nuclei."""
+    """Build the table of the scores of each class of nuclei."""
     text = "All fields together, nuclei of known class. F1, SQ and PQ want the class right; R² is of counts by field."
     if types["accuracy"] is not None:
         text += f" {types['accuracy']:.1%} of {types['matched']} matched nuclei are right."
@@ -71,7 +71,7 @@ def types_table(types: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def interval_chart(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any] | None:
-    """Geometry of the means with their intervals, a line a row; None for fewer than two rows."""
+    """Geometry of the chart of means with their intervals, one line per row; None for fewer than two rows."""
     if len(rows) < 2:
         return None
     scores = ("aji", "pq", "dice")
@@ -136,9 +136,10 @@ def write_training_report(work: Path, area: float | None = None) -> None:
     Parameters
     ----------
     work : pathlib.Path
-        Holds ``evaluation.json``, ``experiment.json``, ``split.json``, ``heldout/`` and ``panel.png``.
+        Folder of the experiment, with ``evaluation.json``, ``experiment.json``, ``split.json``, ``heldout/`` and
+        ``panel.png``.
     area : float, optional
-        Pixels of the training fields at the model's pixel size: an epoch.
+        Pixels of all training fields together at the model's pixel size; an epoch is as many pixels.
     """
     evaluation, experiment, split = (_read(work / f"{name}.json") for name in ("evaluation", "experiment", "split"))
     schedule = experiment["schedule"]
@@ -165,7 +166,7 @@ def write_training_report(work: Path, area: float | None = None) -> None:
 
 
 def _training_tables(evaluation: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Tables of the report of one experiment, of that name."""
+    """Tables of the report of the experiment called `name`."""
     tables: list[dict[str, Any]] = []
     if before := evaluation.get("before"):
         sides = [(before["model"], before["mean"]), (name, evaluation["mean"])]
@@ -196,7 +197,7 @@ def _training_tables(evaluation: Mapping[str, Any], name: str) -> list[dict[str,
 def _training_details(
     evaluation: Mapping[str, Any], experiment: Mapping[str, Any], split: Mapping[str, Any], epoch: float | None
 ) -> list[tuple[str, str]]:
-    """What one experiment was, line by line; `epoch` is the steps of one."""
+    """Description of an experiment as pairs of title and text; `epoch` is the number of steps in an epoch."""
     schedule, times = experiment["schedule"], evaluation.get("time")
     spent = "–"
     if times:
@@ -227,9 +228,9 @@ def write_protocol_report(
     kind : str
         ``crossval``, ``compare`` or ``transfer``.
     summary : mapping
-        See `pipeline.training.protocols`.
+        Result of the protocol, see `pipeline.training.protocols`.
     runs : mapping of str to mapping
-        What each training has left, with its ``folder``.
+        By name of each training, its ``experiment`` and its ``folder``.
     out : pathlib.Path
         Folder to write to.
     """

@@ -1,4 +1,4 @@
-"""Plain images, decoded whole."""
+"""Read plain images, which are decoded whole."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipeline.errors import SlideError
 from pipeline.slides.slide import Level, Slide, as_rgb, not_8_bit, raise_for_machine
 
 MAX_IMAGE_PIXELS = 400_000_000
-"""Largest plain image, which is decoded whole: 1.2 GB of RGB."""
+"""Largest plain image that is accepted; decoded whole, it takes 1.2 GB as RGB."""
 
 _decoded: dict[tuple[str, int, int], np.ndarray] = {}
-"""The pixels of the last image, uint8 (h, w, 3), by its path, size and time."""
+"""Pixels of the last decoded image, uint8 (h, w, 3), by its path, size in bytes and modification time."""
 
 _decoding = threading.Lock()
 
 
 class ImageReader(Slide):
-    """A plain PNG, JPEG or TIFF image, decoded whole; handles of one file share its pixels."""
+    """A plain PNG, JPEG or TIFF image, decoded whole; handles of the same file share its pixels."""
 
     backend = "image"
 
@@ -45,7 +45,7 @@ class ImageReader(Slide):
 
 
 def _png_bits(path: Path) -> int:
-    """Bits a sample of a PNG, from its header."""
+    """Bits per sample of a PNG, from its header."""
     with path.open("rb") as file:
         return file.read(25)[24]
 
@@ -53,7 +53,7 @@ def _png_bits(path: Path) -> int:
 def _decode_image(path: Path) -> np.ndarray:
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # the limit below holds instead
+    Image.MAX_IMAGE_PIXELS = None  # the limit below replaces Pillow's
     with Image.open(path) as image:
         width, height = image.size
         if width * height > MAX_IMAGE_PIXELS:
@@ -61,11 +61,11 @@ def _decode_image(path: Path) -> np.ndarray:
                 f"is a plain image of {width} x {height} pixels, too large to decode whole",
                 "convert it to a tiled pyramidal TIFF",
             )
-        if image.format == "PNG" and _png_bits(path) > 8:  # of colours, Pillow shows the upper eight
+        if image.format == "PNG" and _png_bits(path) > 8:  # Pillow keeps the upper eight bits of colours
             raise not_8_bit(np.dtype(np.uint16), len(image.getbands()))
         try:
             image.load()
-        except Exception as error:  # what each format's decoder stumbles over
+        except Exception as error:  # each format's decoder raises errors of its own types
             raise_for_machine(error, path)
             raise SlideError(
                 f"is a {image.format} of {width} x {height} pixels that is damaged or cut short: {error}",

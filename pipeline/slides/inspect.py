@@ -1,4 +1,4 @@
-"""Stage ``inspect``: can the slide be read, how large is it, and how large is a pixel?"""
+"""Stage ``inspect``: check that a slide can be read, and find its size and pixel size."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pipeline.stage import add_stage_arguments, keywords, run_stage
 log = logging.getLogger(__name__)
 
 MAGNIFIED_UM = (3.0, 16.0)
-"""µm per pixel times magnification, the size of a pixel on the sensor: 10 for most scanners."""
+"""Usual range of mpp times magnification, the size of a pixel on the sensor in µm: 10 for most scanners."""
 
 MPP_TOLERANCE = 0.1
-"""Share by which a pixel size that is given may differ from the file's without a warning."""
+"""Relative difference up to which a given pixel size may deviate from the file's without a warning."""
 
 _PROBES = 9
 _PROBE_SIDE = 256
@@ -32,7 +32,7 @@ _LOOK_PIXELS = 16_000_000
 
 
 def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
-    """Level-0 corners of windows to try, spread over the tissue.
+    """Level-0 corners of test windows, spread over the tissue.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
     Returns
     -------
     list of tuple of int
-        x and y; over the slide as a whole where no small level shows the tissue.
+        x and y; spread over the whole slide if no small level shows the tissue.
     """
     x0, y0, width, height = slide.bounds or (0, 0, slide.width, slide.height)
     number = max(i for i, level in enumerate(slide.levels) if level.usable)
@@ -66,7 +66,7 @@ def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
             found = find_tissue(np.ascontiguousarray(look[::step, ::step]), mpp * level.scale_x * step).mask
             tissue = found if found.any() else tissue
     rows, columns = np.nonzero(tissue)
-    # Evenly through the tissue in raster order, which meets every part of it.
+    # Evenly spaced in raster order, so that every part of the tissue is met.
     chosen = np.unique(np.linspace(0, len(rows) - 1, _PROBES).round().astype(int))
     places = []
     for i in chosen:
@@ -82,17 +82,17 @@ def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
 
 
 def probe(slide: Slide, mpp: float) -> dict[str, int]:
-    """Decode a few windows of tissue.
+    """Decode a few windows of tissue to see whether the slide can be read.
 
     Returns
     -------
     dict
-        ``tried`` and ``failed``. Stage ``tiles`` decides over single tiles that cannot be read.
+        Numbers of windows ``tried`` and ``failed``. Single failures are left to stage ``tiles``.
 
     Raises
     ------
     SlideError
-        When more than half of them fail.
+        When more than half of the windows fail.
     """
     places = probe_places(slide, mpp)
     failed: list[SlideError] = []
@@ -114,7 +114,7 @@ def probe(slide: Slide, mpp: float) -> dict[str, int]:
 def mpp_doubts(
     mpp: float, source: str, objective: float | None, metadata: tuple[float, float] | None = None
 ) -> list[str]:
-    """Warnings of a pixel size, µm per level-0 pixel by `source`, that does not go with what the file says."""
+    """Warnings about a pixel size, µm per level-0 pixel from `source`, that contradicts the file's own metadata."""
     doubts = []
     if objective is not None and not MAGNIFIED_UM[0] <= mpp * objective <= MAGNIFIED_UM[1]:
         doubts.append(
@@ -130,14 +130,14 @@ def mpp_doubts(
 
 
 def reopen(info: Mapping[str, Any]) -> Slide:
-    """Open the slide that a ``slide.json`` tells of, with the reader that inspect chose.
+    """Open the slide that a ``slide.json`` describes, with the reader that stage ``inspect`` chose.
 
     Raises
     ------
     SlideError
-        When it cannot be read, or is no longer the file that was inspected.
+        When the slide cannot be read, or its file is not the one that was inspected.
     PipelineError
-        When it has gone.
+        When the file is gone.
     """
     path = Path(info["path"])
     slide = open_slide(path, info["backend"], before=True)
@@ -164,17 +164,17 @@ def run_inspect(
     slide : str
         Name of the slide.
     path : pathlib.Path
-        Its file.
+        File of the slide.
     out : pathlib.Path
-        ``slide.json``.
+        Manifest to write, ``slide.json``.
     mpp : float, optional
-        µm per level-0 pixel; goes before the file's own metadata.
+        µm per level-0 pixel; takes precedence over the file's metadata.
     mpp_source : {"table", "config"}
         Where `mpp` comes from.
     reader : {"auto", "openslide", "tiffslide", "image"}
         See `pipeline.slides.open.open_slide`.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        Arguments `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
@@ -210,7 +210,7 @@ def run_inspect(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Command line of the stage."""
+    """Add the command-line arguments of the stage to a parser."""
     add_stage_arguments(parser, reads_slide=True)
     parser.add_argument("--path", required=True, type=Path, metavar="FILE", help="the slide's file")
     parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, before the file's own")

@@ -1,7 +1,8 @@
-"""Is a TIFF file whole? Its directories are walked without decoding anything.
+"""Check that a TIFF file is complete by walking its directories, without decoding anything.
 
-A slide whose copy was cut short often still opens: its directory lies at the front, the tiles it speaks of are gone.
-Every table read here is bounded by the size of the file, so a directory that claims millions of tiles costs nothing.
+A slide whose copy was cut short often still opens: its directory lies at the front, but the tiles that it lists are
+missing. Every table read here is bounded by the size of the file, so that a directory that claims millions of tiles
+costs nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 from pipeline.errors import SlideError
 
 MAX_PIXELS = 500_000_000_000
-"""Largest image taken for real: 700,000 x 700,000 pixels. The largest scanners' slides have a tenth of it."""
+"""Largest image that is believed, some 700,000 x 700,000 pixels; the largest slides of scanners have a tenth of it."""
 
 MAX_SEGMENT_PIXELS = 64_000_000
-"""Largest tile or strip of a TIFF file that is decoded at once."""
+"""Largest tile or strip of a TIFF file that may be decoded."""
 
 _COPY_AGAIN = "copy or export the slide again"
 _TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
@@ -49,7 +50,7 @@ class _Layout:
 
 
 def is_tiff(path: Path) -> bool:
-    """Whether the file starts like a TIFF or a BigTIFF."""
+    """Whether the file starts with the signature of TIFF or BigTIFF."""
     with path.open("rb") as file:
         return _layout(file.read(4)) is not None
 
@@ -64,17 +65,17 @@ def _layout(magic: bytes) -> _Layout | None:
 
 
 def check_tiff(path: Path) -> None:
-    """Check that every tile or strip that a TIFF file speaks of lies inside it.
+    """Check that every tile or strip that a TIFF file lists lies inside the file.
 
     Parameters
     ----------
     path : pathlib.Path
-        A TIFF or BigTIFF file; others are left alone.
+        A TIFF or BigTIFF file; other files are not checked.
 
     Raises
     ------
     SlideError
-        When the file is cut short, or its size and its tile tables do not fit each other.
+        When the file is cut short, or the image size that it states is impossible or does not fit its tile tables.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -94,7 +95,7 @@ def check_tiff(path: Path) -> None:
             tags, following = _directory(file, layout, at, size)
             ndpi = ndpi or _NDPI in tags
             if ndpi and size >= 2**32:
-                return  # NDPI files over 4 GB keep the upper halves of their offsets elsewhere
+                return  # NDPI files over 4 GB store the upper halves of their offsets elsewhere
             if not ndpi:
                 pending.append(following)
             pending += [int(v) for v in _values(file, layout, tags, _SUB_IFDS, size)]
@@ -133,7 +134,7 @@ def _directory(file: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[dic
 def _values(
     file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int, bytes]], tag: int, size: int
 ) -> np.ndarray:
-    """Values of an integer tag; empty when there is none."""
+    """Values of an integer tag; empty when the tag is missing or of another type."""
     if tag not in tags:
         return np.empty(0, np.uint64)
     kind, number, inline = tags[tag]
@@ -151,7 +152,7 @@ def _values(
 
 def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int, bytes]], size: int) -> None:
     def one(tag: int, default: int) -> int:
-        # A scalar cannot need a table, whatever its entry says.
+        # Do not read the table of a damaged entry that claims several values for a scalar.
         if tag not in tags or tags[tag][1] != 1:
             return default
         values = _values(file, layout, tags, tag, size)
@@ -168,7 +169,7 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
         if not across or not down:
             raise SlideError("its TIFF directory has tiles of no size", _COPY_AGAIN)
         if across * down > MAX_SEGMENT_PIXELS:
-            # OpenSlide would ask for the memory, and end the process when there is none.
+            # OpenSlide would try to allocate the tile, and end the process when there is not enough memory.
             raise SlideError(f"claims tiles of {across} x {down} pixels, more than any slide has", _COPY_AGAIN)
         expected = -(-width // across) * -(-length // down)
     else:
@@ -180,17 +181,17 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
     if present < expected:
         raise SlideError(f"claims {width} x {length} pixels but holds {present} of {expected} {kind}", _COPY_AGAIN)
     if tiled and present > expected:
-        # A size that has been changed: read on, the image would lack a part, or be sheared.
+        # The stated size must have been changed: the image would be read with a part missing, or sheared.
         raise SlideError(f"claims {width} x {length} pixels, {expected} tiles, but holds {present}", _COPY_AGAIN)
     offsets = _values(file, layout, tags, _TILE_OFFSETS if tiled else _STRIP_OFFSETS, size)
     counts = _values(file, layout, tags, _TILE_BYTES if tiled else _STRIP_BYTES, size)
     n = min(len(offsets), len(counts))
     if 0 < len(counts) < expected:
-        # Tiles without a size would be taken for ones that were never scanned.
+        # Tiles without a byte count would be taken for tiles that were never scanned.
         raise SlideError(
             f"claims {width} x {length} pixels but states the size of {len(counts)} of {expected} {kind}", _COPY_AGAIN
         )
-    # float64 holds these exactly up to 2^53 bytes and cannot overflow, as a sum of uint64 can.
+    # float64 is exact up to 2^53 bytes and cannot overflow, as a sum of uint64 can.
     past = int(np.count_nonzero(offsets[:n].astype(np.float64) + counts[:n].astype(np.float64) > size))
     if past:
         raise _truncated(f"{past} of {n} {kind} lie past its end")
@@ -199,7 +200,7 @@ def _check_image(file: BinaryIO, layout: _Layout, tags: dict[int, tuple[int, int
 
 
 def quick_hash(path: Path) -> str:
-    """Sha256 (hex) of a file's size and its first and last MiB: tells slides apart without reading them whole."""
+    """SHA-256 (hex) of a file's size and its first and last MiB: tells slides apart without reading them whole."""
     import hashlib
 
     size = path.stat().st_size

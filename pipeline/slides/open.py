@@ -1,8 +1,8 @@
-"""Open any slide: OpenSlide, then tiffslide, then a plain image.
+"""Open any slide, with OpenSlide, tiffslide or, for plain images, Pillow.
 
-All three give the same `Slide`: levels, µm per pixel, and windows of a level as RGB. Coordinates are those of
-OpenSlide's level 0. Where a format has bounds (MIRAX, Leica SCN), the part of level 0 that holds the scan is in
-`Slide.bounds`; the origin stays OpenSlide's, so that coordinates agree with every other tool built on it.
+All three readers give the same `Slide`: levels, µm per pixel, and windows of a level as RGB. Coordinates are those of
+OpenSlide's level 0. If a format has bounds (MIRAX, Leica SCN), `Slide.bounds` is the part of level 0 that holds the
+scan; the origin stays OpenSlide's, so that coordinates agree with every other tool built on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 READERS = ("auto", "openslide", "tiffslide", "image")
 
 MOST_UNEQUAL = 2
-"""How much longer than wide a pixel may be, or the other way round."""
+"""Largest ratio of a pixel's sides that is believed."""
 
 _MPP_HINT = (
     "give it in the `mpp` column of the slide table, such as a copy of the results' slides.tsv, or, for all slides, "
@@ -47,9 +47,9 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
     path : pathlib.Path or str
         The file.
     reader : {"auto", "openslide", "tiffslide", "image"}
-        What reads it. ``auto`` takes the first that can.
+        Reader to use; ``auto`` takes the one that reads the file best.
     before : bool
-        Whether the file could be read before: when it cannot now, the slide is not to blame.
+        Whether the file could be read before: if it cannot be read now, the slide is not to blame.
 
     Returns
     -------
@@ -58,9 +58,9 @@ def open_slide(path: Path | str, reader: str = "auto", *, before: bool = False) 
     Raises
     ------
     SlideError
-        When the file cannot be read, and why.
+        When the file cannot be read; the message says why.
     PipelineError
-        When there is no such reader, or the file has gone since it could be read.
+        When there is no such reader, or a file that could be read before is gone.
     OSError
         When the disk or the file server failed.
     """
@@ -113,14 +113,14 @@ def _check_file(path: Path, before: bool) -> None:
 
 
 def _open_with(path: Path, reader: str) -> Slide | None:
-    """The slide, or None when this reader cannot open it."""
+    """Open the slide with one reader; None if the reader cannot open it."""
     try:
         return _CLASSES[reader](path)
     except SlideError:
         raise
     except MemoryError:
         raise SlideError(f"{reader} asks for more memory than there is to open the file") from None
-    except Exception as error:  # the libraries raise whatever a broken file makes them stumble over
+    except Exception as error:  # broken files cause errors of any type in the libraries
         raise_for_machine(error, path)
         log.debug("%s cannot open %s: %s: %s", reader, path, type(error).__name__, error)
         return None
@@ -130,7 +130,7 @@ def _open_auto(path: Path) -> Slide | None:
     first = _open_with(path, "openslide")
     if first is not None and not (first.vendor in ("aperio", "generic-tiff") and is_tiff(path)):
         return first
-    if first is None and path.suffix.lower() == ".mrxs":  # without its folder, a JPEG of the overview
+    if first is None and path.suffix.lower() == ".mrxs":  # its file alone is a JPEG of the overview
         raise SlideError(
             f"is a MIRAX slide whose folder {path.stem!r} is missing or damaged", "copy the folder beside the file"
         )
@@ -146,7 +146,7 @@ def _open_auto(path: Path) -> Slide | None:
         if second is not None:
             second.close()
         return first
-    # What only OpenSlide knows stays: the quick hash, the objective of more formats.
+    # Keep what only OpenSlide knows: the quick hash, and the objective of more formats.
     second.properties = {**second.properties, **first.properties}
     second.mpp = second.mpp or first.mpp
     second.objective = second.objective or first.objective
@@ -157,12 +157,14 @@ def _open_auto(path: Path) -> Slide | None:
 
 
 def _prefer_tiffslide(first: Slide, second: Slide) -> bool:
-    """Whether tiffslide shall read a tiled TIFF that OpenSlide opens too.
+    """Whether tiffslide (`second`) should read a tiled TIFF that OpenSlide (`first`) opens as well.
 
-    For three reasons. OpenSlide opens an OME-TIFF as a generic TIFF and does not see the levels in its SubIFDs. It
-    shows a thumbnail that comes first, and takes any fourth sample for transparency. And decoding tiles directly is two
-    to four times as fast as OpenSlide and names every pixel of every level exactly, where OpenSlide interpolates at
-    scales that are not whole.
+    tiffslide has these advantages:
+
+    - OpenSlide opens an OME-TIFF as a generic TIFF and does not see the levels in its SubIFDs.
+    - OpenSlide shows a thumbnail if it is the first image, and takes any fourth sample for transparency.
+    - Decoding tiles directly is two to four times as fast, and addresses every pixel of every level exactly, whereas
+      OpenSlide interpolates at scales that are not whole.
     """
     if isinstance(second, TiffSlideReader) and second.unlike_openslide:
         return True
@@ -170,7 +172,7 @@ def _prefer_tiffslide(first: Slide, second: Slide) -> bool:
         return False
     if first.vendor == "aperio" and first.mpp is not None and second.mpp is None:
         return False
-    # The two must agree on colours, lest a rare compression be misread.
+    # Both must give the same colours: tiffslide may decode a rare compression wrongly.
     w, h = min(256, first.width), min(256, first.height)
     x, y = (first.width - w) // 2, (first.height - h) // 2
     try:
@@ -185,12 +187,12 @@ def _prefer_tiffslide(first: Slide, second: Slide) -> bool:
 
 
 class SlidePool:
-    """Handles of one slide, one for each thread that asks.
+    """Handles of one slide, one for each thread that asks for it.
 
     Parameters
     ----------
     opener : callable
-        Opens the slide.
+        Function that opens the slide.
     """
 
     def __init__(self, opener: Callable[[], Slide]) -> None:
@@ -203,7 +205,7 @@ class SlidePool:
         """This thread's handle."""
         slide: Slide | None = getattr(self._local, "slide", None)
         if slide is None:
-            with self._lock:  # opening silences warnings, which is global
+            with self._lock:  # opening changes the warning filters, which all threads share
                 slide = self._opener()
                 self._all.append(slide)
             self._local.slide = slide
@@ -220,7 +222,7 @@ class SlidePool:
 
 
 def resolve_mpp(slide: Slide, given: float | None, source: str = "table") -> tuple[tuple[float, float], str]:
-    """µm per level-0 pixel: the one given, else the one in the file's metadata.
+    """µm per level-0 pixel: as given, or else as in the file's metadata.
 
     Parameters
     ----------
@@ -236,12 +238,12 @@ def resolve_mpp(slide: Slide, given: float | None, source: str = "table") -> tup
     mpp : tuple of float
         x and y.
     source : str
-        `source`, or ``"metadata"``.
+        `source`, or ``"metadata"`` if the file's metadata is used.
 
     Raises
     ------
     SlideError
-        When there is none, or when it is not plausible for a slide.
+        When there is no pixel size, or it is not plausible for a slide.
     """
     if given is not None:
         mpp: tuple[float, float] | None = (given, given)

@@ -1,4 +1,4 @@
-"""Slides read by OpenSlide: the formats of all vendors."""
+"""Read slides with OpenSlide, which knows the formats of many vendors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OpenSlideReader(Slide):
         self.vendor = properties.get("openslide.vendor", "unknown")
         self.mpp = pair(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
         if self.vendor == "generic-tiff" and not plausible(self.mpp):
-            self.mpp = None  # from the resolution tags: dots per inch of some printer
+            self.mpp = None  # taken from the resolution tags, which often hold the dpi of a printer or screen
         self.objective = number(properties.get("openslide.objective-power"))
         self.bounds = _bounds(properties, width, height)
 
@@ -47,8 +47,8 @@ class OpenSlideReader(Slide):
         down = self._downsamples[level]
         if down == int(down):
             return self._region(level, x * int(down), y * int(down), w, h)
-        # OpenSlide wants level-0 coordinates, which cannot name every pixel of this level; it interpolates between
-        # pixels by what is left over. Blocks at fixed places make a pixel's value independent of the window.
+        # OpenSlide takes level-0 coordinates, which cannot address every pixel of a level whose scale is not whole; it
+        # interpolates between pixels. Reading blocks at fixed places makes pixel values independent of the window.
         out = np.empty((h, w, 3), np.uint8)
         size = self.levels[level]
         for by in range(y // _BLOCK * _BLOCK, y + h, _BLOCK):
@@ -66,7 +66,7 @@ class OpenSlideReader(Slide):
             return over_white(np.asarray(self._slide.read_region((x0, y0), level, (w, h))))
         except Exception as error:
             raise_for_machine(error, self.path)
-            # A handle that met an error answers nothing but this error from then on.
+            # After an error, OpenSlide repeats it for every read from the same handle; the next read opens another.
             self.close()
             raise SlideError(f"cannot decode {w} x {h} pixels at ({x0}, {y0}) of level {level}: {error}") from None
 

@@ -1,9 +1,10 @@
-"""Windows of a slide on any grid, area-averaged, the same whatever window is asked for.
+"""Read windows of a slide on any grid, area-averaged.
 
-A grid pixel is the mean of the slide over the area it covers, each level pixel weighted by its share of it. Weights
-come from absolute coordinates and all sums are exact (whole numbers that their type holds), so that a pixel's value
-depends neither on the window nor on the order of summation. On scanned tissue no value is more than 0.6 grey levels
-from the mean in float64, rounding included, and all together are within 0.002 of it.
+A grid pixel is the mean of the slide over the area that it covers, each level pixel weighted by its share of that area.
+Weights are computed from absolute coordinates and all sums are exact (whole numbers that their type can hold), so that
+the value of a pixel depends neither on the window nor on the order of summation. On scanned tissue no value differs by
+more than 0.6 grey levels from the mean computed in float64, rounding included, and the mean of all values by no more
+than 0.002.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ from pipeline.slides.slide import Level
 _WEIGHT_BITS = 11
 _WEIGHT = 1 << _WEIGHT_BITS
 _MIDDLE_BITS = 5
-"""Fraction bits kept between the two passes: 8 + 5 + 11 bits are what float32 holds exactly."""
+"""Fraction bits kept between the two passes: 8 + 5 + 11 = 24 bits, the most that float32 holds exactly."""
 
 _WIDTH, _HEIGHT = 2048, 128
-"""Level pixels resampled together: what is made of them on the way stays in the cache."""
+"""Size of the block of level pixels resampled at once, small enough for intermediate results to stay in the cache."""
 
 _PRODUCTS = 400_000
-"""Weighted together, for the same reason. With a fourth of it one thread is a sixth faster, but steps become so short
-that threads wait for each other's hold on Python: two were no faster than one."""
+"""Products of pixel and weight computed in one step, limited for the same reason.
+
+A quarter of it makes a single thread a sixth faster, but its steps are so short that threads wait for each other's hold
+on Python's global lock: two threads were no faster than one.
+"""
 
 Taps = tuple[np.ndarray, np.ndarray]
-"""First pixel and weights of each pixel along one axis: see `_taps`."""
+"""First level pixel and weights of each grid pixel along one axis, see `_taps`."""
 
 
 class Pixels(Protocol):
-    """What `read_region` needs of a slide."""
+    """The part of `Slide` that `read_region` needs."""
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -46,14 +50,14 @@ class Pixels(Protocol):
 
 
 class OneLevel:
-    """A slide as one of its levels shows it.
+    """View of a slide that has only one of its levels.
 
     Parameters
     ----------
     slide : Pixels
         The slide.
     level : int
-        The level.
+        Index of the level.
     """
 
     def __init__(self, slide: Pixels, level: int) -> None:
@@ -61,12 +65,12 @@ class OneLevel:
         self.levels: tuple[Level, ...] = (slide.levels[level],)
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """Window of the level, whatever `level` says."""
+        """Window of the view's only level; `level` is ignored."""
         return self._slide.read(self._level, x, y, w, h)
 
 
 def best_level(levels: tuple[Level, ...], grid: Grid) -> int:
-    """The coarsest level that is no coarser than the grid."""
+    """Index of the coarsest usable level that is no coarser than the grid; 0 if there is none."""
     fit = [
         i
         for i, level in enumerate(levels)
@@ -80,7 +84,7 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
 
     Parameters
     ----------
-    slide : Slide
+    slide : Pixels
         The slide.
     grid : Grid
         The grid.
@@ -90,8 +94,9 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
     Returns
     -------
     numpy.ndarray
-        RGB, uint8, shape (h, w, 3). Area-averaged from the coarsest level that is no coarser than the grid; a pixel
-        that the slide covers in part is the mean of that part. Bilinear where the slide is coarser than the grid.
+        RGB, uint8, shape (h, w, 3). Pixels are area-averaged from the coarsest level that is no coarser than the grid;
+        a pixel that the slide covers only in part is the mean of that part. Where the slide is coarser than the grid,
+        they are interpolated bilinearly.
 
     Raises
     ------
@@ -107,7 +112,7 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
     whole_x, whole_y = round(ratio_x), round(ratio_y)
     integer = whole_x >= 1 and whole_y >= 1 and abs(ratio_x - whole_x) <= 1e-9 and abs(ratio_y - whole_y) <= 1e-9
     if (gx0, gy0, gx1, gy1) == (x, y, x + w, y + h):
-        # The usual case, all on the slide, needs no canvas.
+        # The usual case: a window that lies on the slide entirely needs no white canvas.
         if not integer:
             return _weighted(slide, index, grid, x, y, w, h)
         if (x + w) * whole_x <= level.width and (y + h) * whole_y <= level.height:
@@ -119,7 +124,7 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
     if not integer:
         out[gy0 - y : gy1 - y, gx0 - x : gx1 - x] = _weighted(slide, index, grid, gx0, gy0, gx1 - gx0, gy1 - gy0)
         return out
-    # Pixels of whole_x by whole_y level pixels that lie on the level entirely, then what is left right and below.
+    # First the grid pixels that lie on the level entirely, then those cut by its right and lower edge.
     inner_x, inner_y = min(gx1, level.width // whole_x), min(gy1, level.height // whole_y)
     if inner_x > gx0 and inner_y > gy0:
         nw, nh = inner_x - gx0, inner_y - gy0
@@ -136,27 +141,30 @@ def read_region(slide: Pixels, grid: Grid, x: int, y: int, w: int, h: int) -> np
 
 
 def shrink(pixels: np.ndarray, across: int, down: int) -> np.ndarray:
-    """Mean of blocks of ``down x across`` pixels: uint8 (h * down, w * across, 3) to (h, w, 3)."""
+    """Average blocks of ``down x across`` pixels: uint8 (h * down, w * across, 3) to (h, w, 3)."""
     if across == down == 1:
         return pixels
     h, w = pixels.shape[0] // down, pixels.shape[1] // across
-    # Blocks of whole pixels: OpenCV sums each in integers, alike at every place of the image.
+    # For blocks of whole pixels OpenCV sums integers, so that the result is the same at every place of the image.
     return np.asarray(cv2.resize(pixels, (w, h), interpolation=cv2.INTER_AREA))
 
 
 def _taps(start: int, n: int, ratio: float, size: int) -> Taps:
-    """Level pixels and integer weights (sum `_WEIGHT`) of `n` grid pixels from `start` along one axis.
+    """Level pixels and integer weights of `n` grid pixels from `start` along one axis.
+
+    The weights of a grid pixel add up to `_WEIGHT`. `ratio` is the number of level pixels per grid pixel, `size` the
+    length of the level along the axis.
 
     Returns
     -------
     first : numpy.ndarray
         First level pixel of each grid pixel, int64, shape (n,).
     weights : numpy.ndarray
-        Weights of it and its followers, int64, shape (n, k); 0 outside ``[0, size)``.
+        Weights of that level pixel and of the k - 1 after it, int64, shape (n, k); 0 outside ``[0, size)``.
     """
     j = np.arange(start, start + n, dtype=np.float64)
     if ratio < 1:
-        # The slide is coarser than the grid: bilinear between pixel centres, the outermost ones extended.
+        # The slide is coarser than the grid: interpolate between pixel centres, and extend the outermost pixels.
         centre = np.clip((j + 0.5) * ratio - 0.5, 0, size - 1)
         first = np.minimum(np.floor(centre), max(size - 2, 0)).astype(np.int64)
         fraction = centre - first
@@ -169,14 +177,14 @@ def _taps(start: int, n: int, ratio: float, size: int) -> Taps:
         inside = np.clip(edges, begin[:, None], end[:, None])
         share = np.diff(inside, axis=1)
         share /= share.sum(axis=1, keepdims=True)
-    # Round the running sum: each row adds up to _WEIGHT exactly.
+    # Round the running sum, not the weights, so that each row adds up to _WEIGHT exactly.
     running = np.rint(np.cumsum(share, axis=1) * _WEIGHT).astype(np.int64)
     running[:, -1] = _WEIGHT
     return first, np.diff(running, axis=1, prepend=0)
 
 
 def _weighted(slide: Pixels, index: int, grid: Grid, x: int, y: int, w: int, h: int) -> np.ndarray:
-    """`read_region` by weights, for windows whose every pixel touches the slide."""
+    """Do `read_region` by weighted sums, for a window of which every pixel touches the slide."""
     level = slide.levels[index]
     (left, across), (top, down) = (
         _taps(x, w, grid.scale_x / level.scale_x, level.width),
@@ -188,15 +196,15 @@ def _weighted(slide: Pixels, index: int, grid: Grid, x: int, y: int, w: int, h: 
 
 
 def resample(pixels: np.ndarray, down: Taps, across: Taps) -> np.ndarray:
-    """Weighted sums of neighbouring pixels along both axes of an image, exactly.
+    """Weighted sums of neighbouring pixels along both axes of an image, exact but for rounding.
 
     Parameters
     ----------
     pixels : numpy.ndarray
         RGB, uint8, shape (h0, w0, 3).
     down, across : tuple of numpy.ndarray
-        First pixel, rising, and whole weights that add up to 2048, int64, shapes (n,) and (n, k), of each row and each
-        column. Pixels beyond the image weigh nothing.
+        For each row and each column of the result, the first pixel, int64, shape (n,), ascending, and its integer
+        weights, int64, shape (n, k), which add up to 2048. Pixels beyond the image must have weight 0.
 
     Returns
     -------
@@ -214,10 +222,10 @@ def resample(pixels: np.ndarray, down: Taps, across: Taps) -> np.ndarray:
             y0, y1 = int(top[i]), int(top[min(i + high, h) - 1]) + rows.shape[1]
             to_top, by_row = top[i : i + high] - y0, rows[i : i + high] * 2.0 ** (_MIDDLE_BITS - _WEIGHT_BITS)
             block = np.ascontiguousarray(pixels[y0:y1, x0:x1])
-            # Sums of at most 255 * 2^11; rounded to 13 bits, so that those of the second pass stay below 2^24.
+            # Sums are at most 255 * 2^11. Rounded to 13 bits, they keep the sums of the second pass below 2^24.
             middle = np.empty((len(to_top), *block.shape[1:]), np.uint16)
             _sums(block, to_top, by_row, np.rint, middle)
-            # Lines are what is summed fast: columns become lines, and pixels rows again.
+            # `_sums` adds up lines, which is fast: transpose the columns into lines for the second pass, and back.
             turned = np.empty((len(to_left), len(to_top), 3), np.uint8)
             _sums(cv2.transpose(middle), to_left, by_column, _half_up, turned)
             out[i : i + high, j : j + wide] = cv2.transpose(turned)
@@ -225,25 +233,25 @@ def resample(pixels: np.ndarray, down: Taps, across: Taps) -> np.ndarray:
 
 
 def _half_up(values: np.ndarray, **how: Any) -> None:
-    """Round positive values that are cast to whole numbers."""
+    """Round positive values: add a half, as the cast to integers that follows truncates."""
     np.add(values, np.float32(0.5), **how)
 
 
 def _sums(
     image: np.ndarray, first: np.ndarray, weights: np.ndarray, rounded: Callable[..., Any], out: np.ndarray
 ) -> None:
-    """Weighted sums of neighbouring lines of an image, exact before they are rounded into `out`."""
+    """Write weighted sums of neighbouring lines of an image to `out`; they are exact until `rounded` rounds them."""
     lines, results = image.reshape(len(image), -1), out.reshape(len(out), -1)
     (n, k), size = weights.shape, lines.shape[1]
     step = max(1, _PRODUCTS // (k * size))
-    chosen = np.minimum(first[:, None] + np.arange(k), len(lines) - 1)  # those beyond weigh nothing
+    chosen = np.minimum(first[:, None] + np.arange(k), len(lines) - 1)  # lines beyond have weight 0
     factors = weights.astype(np.float32)[:, None]
-    # Memory used again and again is in the cache.
+    # Buffers are reused in every step, so that they stay in the cache.
     taken, values = np.empty((step, k, size), lines.dtype), np.empty((step, k, size), np.float32)
     total = np.empty((step, 1, size), np.float32)
     for i in range(0, n, step):
         m = min(step, n - i)
-        np.take(lines, chosen[i : i + m], axis=0, out=taken[:m], mode="clip")  # other modes copy once more
+        np.take(lines, chosen[i : i + m], axis=0, out=taken[:m], mode="clip")  # other modes make one more copy
         values[:m] = taken[:m]
         np.matmul(factors[i : i + m], values[:m], out=total[:m])
         rounded(total[:m, 0], out=results[i : i + m], casting="unsafe")

@@ -1,4 +1,4 @@
-"""What a slide is, whatever reads it: levels, µm per pixel, and windows of a level as RGB."""
+"""The interface of a slide, whichever library reads it: levels, µm per pixel, and windows of a level as RGB."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Level:
     width, height : int
         Size in pixels of the level.
     scale_x, scale_y : float
-        Level-0 pixels per pixel of the level; whole where the level's size was merely rounded down.
+        Level-0 pixels per pixel of the level; a whole number if the level's size was merely rounded.
     """
 
     width: int
@@ -39,14 +39,15 @@ class Level:
 
     @property
     def usable(self) -> bool:
-        """Whether the level shows the slide as level 0 does: one of other proportions is rotated, or another image."""
+        """Whether the level shows the same as level 0: with other proportions it is rotated, or another image."""
         return abs(self.scale_x / self.scale_y - 1) < 0.05
 
 
 def level_of(width: int, height: int, width0: int, height0: int) -> Level:
-    """Level of ``width x height`` pixels of a slide of ``width0 x height0``, its scale made whole where it was rounded.
+    """Level of ``width x height`` pixels of a slide of ``width0 x height0``, with a whole scale if one fits.
 
-    462 of 7400 pixels is a level of scale 16 (7400 / 16 = 462.5), not 16.017: pyramids drop what does not fill a pixel.
+    A level of 462 pixels of a slide of 7400 has scale 16 (7400 / 16 = 462.5), not 16.017: pyramids drop the rest that
+    does not fill a pixel.
     """
     nearest = round(max(width0 / width, height0 / height))
     whole = [
@@ -62,22 +63,22 @@ def level_of(width: int, height: int, width0: int, height0: int) -> Level:
 
 
 class Slide(ABC):
-    """A slide that is open for reading; one handle serves one thread.
+    """A slide open for reading; a handle may be used by one thread only.
 
     Attributes
     ----------
     path : pathlib.Path
         The file.
     backend : {"openslide", "tiffslide", "image"}
-        What reads the pixels.
+        Reader of the pixels.
     vendor : str
-        Format as the library names it.
+        Name of the format, as the library calls it.
     levels : tuple of Level
         Level 0 first.
     mpp : tuple of float or None
-        µm per level-0 pixel, x and y, by the file's metadata.
+        µm per level-0 pixel, x and y, from the file's metadata.
     refused_mpp : tuple of float or None
-        The same by resolution tags, where no slide has such a pixel size.
+        The same from the resolution tags, if not plausible for a slide.
     objective : float or None
         Magnification of the objective.
     bounds : tuple of int or None
@@ -85,7 +86,7 @@ class Slide(ABC):
     properties : dict
         The library's own metadata.
     warnings : list of str
-        What whoever uses the slide should know.
+        Messages for the user of the slide.
     """
 
     backend: str
@@ -113,15 +114,15 @@ class Slide(ABC):
 
     @cached_property
     def quick_hash(self) -> str:
-        """OpenSlide's quickhash-1, else a hash of the file's size, begin and end."""
+        """OpenSlide's quickhash-1, or else a hash of the file's size, beginning and end."""
         return str(self.properties.get("openslide.quickhash-1") or quick_hash(self.path))
 
     def tile_size(self, level: int) -> tuple[int, int]:
-        """Width and height of what is decoded at once on a level: a tile that cannot be read spoils as much."""
+        """Width and height of the tiles in which a level is decoded; a damaged tile is unreadable as a whole."""
         return 256, 256
 
     def in_strips(self, level: int) -> bool:
-        """Whether what is decoded at once on a level goes from its left edge to its right one."""
+        """Whether the tiles in which a level is decoded are as wide as the level."""
         return self.tile_size(level)[0] >= self.levels[level].width
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
@@ -130,9 +131,9 @@ class Slide(ABC):
         Parameters
         ----------
         level : int
-            Level.
+            Index of the level.
         x, y, w, h : int
-            Window in pixels of the level; it may reach outside, where the slide is white.
+            Window in pixels of the level; it may reach outside the level, where it is white.
 
         Returns
         -------
@@ -142,7 +143,7 @@ class Slide(ABC):
         Raises
         ------
         SlideError
-            When the data cannot be decoded. The slide can still be read elsewhere.
+            When the data cannot be decoded; other windows can still be read.
         """
         size = self.levels[level]
         x0, y0 = max(x, 0), max(y, 0)
@@ -156,7 +157,7 @@ class Slide(ABC):
 
     @abstractmethod
     def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """`read`, with a window inside the level."""
+        """Do `read` for a window that lies inside the level."""
 
     @abstractmethod
     def close(self) -> None:
@@ -172,7 +173,7 @@ class Slide(ABC):
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
-    """RGBA with straight alpha, uint8 (h, w, 4), over white: RGB, uint8 (h, w, 3)."""
+    """Lay RGBA with straight alpha, uint8 (h, w, 4), over white: RGB, uint8 (h, w, 3)."""
     import cv2
 
     alpha = rgba[..., 3]
@@ -183,12 +184,12 @@ def over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def premultiplied_over_white(rgba: np.ndarray) -> np.ndarray:
-    """RGBA with premultiplied alpha, uint8 (h, w, 4), over white: RGB, uint8 (h, w, 3)."""
+    """Lay RGBA with premultiplied alpha, uint8 (h, w, 4), over white: RGB, uint8 (h, w, 3)."""
     return np.minimum(rgba[..., :3].astype(np.uint16) + (255 - rgba[..., 3:]), 255).astype(np.uint8)
 
 
 def number(value: Any) -> float | None:
-    """A positive number in a slide's metadata, None where it is none."""
+    """Parse a positive number in a slide's metadata; None if the value is anything else."""
     try:
         found = float(str(value).strip().rstrip(";"))
     except ValueError:
@@ -197,7 +198,7 @@ def number(value: Any) -> float | None:
 
 
 def pair(x: Any, y: Any) -> tuple[float, float] | None:
-    """Two of them, None where one is missing."""
+    """Parse two positive numbers in a slide's metadata; None if either is anything else."""
     first, second = number(x), number(y)
     return (first, second) if first and second else None
 
@@ -208,7 +209,7 @@ def plausible(mpp: tuple[float, float] | None) -> bool:
 
 
 def raise_for_machine(error: Exception, path: Path) -> None:
-    """Raise an error again that is the machine's and not the slide's: read another time, the slide may be sound.
+    """Raise if the machine, not the slide, is to blame for an error: read another time, the slide may be sound.
 
     Raises
     ------
@@ -221,7 +222,7 @@ def raise_for_machine(error: Exception, path: Path) -> None:
         raise PipelineError("there is not enough memory to read the slide", "give the job more memory") from None
     if of_the_machine(error):
         raise error
-    try:  # libraries have errors of their own for a file that has gone
+    try:  # libraries raise errors of their own types for a file that is gone
         with path.open("rb") as file:
             file.read(1)
     except OSError as why:
@@ -229,7 +230,7 @@ def raise_for_machine(error: Exception, path: Path) -> None:
 
 
 def gone(path: Path, error: OSError) -> PipelineError:
-    """What to raise where a file can no longer be read."""
+    """Error to raise when a file that could be read before cannot be read now."""
     return PipelineError(
         f"{path} could be read before, and now: {error.strerror or error}",
         "check that its folder is mounted, and run the same command again",
@@ -237,7 +238,7 @@ def gone(path: Path, error: OSError) -> PipelineError:
 
 
 def not_8_bit(kind: np.dtype[Any], samples: int) -> SlideError:
-    """What to raise over samples of another type: how many a pixel has, and of which."""
+    """Error to raise for pixels of `samples` samples of type `kind`, which is not 8-bit."""
     hint = "convert it to 8-bit RGB"
     if kind == np.uint16:
         hint += ", as by: vips msb OLD.tif 'NEW.tif[tile,pyramid,compression=jpeg,Q=90]'"
@@ -245,12 +246,12 @@ def not_8_bit(kind: np.dtype[Any], samples: int) -> SlideError:
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Grey, RGB or RGBA of 8 bits, samples last, as RGB, uint8 (h, w, 3).
+    """Convert 8-bit grey, RGB or RGBA, samples last, to RGB, uint8 (h, w, 3).
 
     Raises
     ------
     SlideError
-        For other shapes and types.
+        When the pixels have another shape or type.
     """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -265,7 +266,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the image libraries' warnings to themselves: what matters ends in a `SlideError`."""
+    """Silence the warnings of image libraries: whatever matters is raised as a `SlideError`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

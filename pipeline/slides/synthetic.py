@@ -1,8 +1,8 @@
 """Synthetic H&E slides with known nuclei, written in real pyramidal formats.
 
-A field is painted in optical density: maps of hematoxylin and eosin concentration are mixed by a stain's two vectors
-and turned into light, so that stain normalisation, segmentation and measurement all meet what they meet on real
-slides. The label map is the truth to the pixel.
+A field is painted in optical density: maps of hematoxylin and eosin concentration are mixed by the two vectors of a
+stain and turned into light, so that stain normalisation, segmentation and measurement work on it as on real slides. The
+label map is exact to the pixel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StainLook:
-    """How a laboratory's H&E looks.
+    """Colours of a laboratory's H&E.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ STAINS = {
     "rose": StainLook((0.55, 0.76, 0.42), (0.12, 0.82, 0.46), (0.92, 1.05), (240.0, 237.0, 241.0)),
     "violet": StainLook((0.68, 0.69, 0.30), (0.28, 0.82, 0.42), (1.05, 0.80), (241.0, 242.0, 246.0)),
 }
-"""Looks by name; each demo slide has another one."""
+"""Stain looks by name; each demo slide has a different one."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class _Gland:
 
 @dataclass(frozen=True)
 class _Ground:
-    """What nuclei are placed on: maps of `pixel` µm a pixel over a field of `extent` µm (width and height).
+    """Maps that decide where nuclei lie, with pixels of `pixel` µm, over a field of `extent` µm (width and height).
 
-    `shape` is positive in tissue, `epithelium` above -0.3 in glands, `open` above -0.38 near lumens and fat; `fibre` is
-    the direction of the fibres.
+    `shape` is positive in tissue, `epithelium` above -0.3 in and around glands, `open` above -0.38 in and around lumens
+    and fat; `fibre` is the direction of the fibres in radians.
     """
 
     shape: F32
@@ -93,13 +93,13 @@ class _Ground:
     extent: tuple[float, float]
 
     def at(self, x: float, y: float) -> tuple[int, int]:
-        """Row and column of a place in µm."""
+        """Row and column of the map pixel at a place in µm, or of the nearest one."""
         rows, cols = self.shape.shape
         return min(rows - 1, max(0, int(y / self.pixel))), min(cols - 1, max(0, int(x / self.pixel)))
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, period: float) -> F32:
-    """Noise of standard deviation about 1 whose features are `period` pixels wide."""
+    """Noise with a standard deviation of about 1 and features `period` pixels wide."""
     period = max(1.0, period)
     rows, cols = math.ceil(height / period) + 3, math.ceil(width / period) + 3
     coarse = rng.standard_normal((rows, cols)).astype(np.float32)
@@ -107,7 +107,7 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, period: flo
         return coarse[:height, :width]
     matrix = np.array([[period, 0, -period], [0, period, -period]], dtype=np.float64)
     noise = cv2.warpAffine(coarse, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    return np.asarray(noise / 0.72, dtype=np.float32)  # cubic interpolation takes away variance
+    return np.asarray(noise / 0.72, dtype=np.float32)  # cubic interpolation reduces the variance
 
 
 def _enlarge(field: F32, height: int, width: int) -> F32:
@@ -115,7 +115,7 @@ def _enlarge(field: F32, height: int, width: int) -> F32:
 
 
 class _Crowd:
-    """Places that are taken, in buckets, so that asking for room does not depend on how many there are."""
+    """Occupied circles, kept in buckets so that the time to look for room does not depend on their number."""
 
     def __init__(self, bucket: float) -> None:
         self._bucket = bucket
@@ -139,7 +139,7 @@ class _Crowd:
 
 
 def _reach(nucleus: _Nucleus) -> float:
-    # Between the mean radius and the long one: elongated nuclei may lie side by side.
+    # Between the mean radius and the long semi-axis, so that elongated nuclei may lie side by side.
     return 0.35 * nucleus.a + 0.65 * math.sqrt(nucleus.a * nucleus.b) + 0.4
 
 
@@ -181,22 +181,22 @@ def make_field(
     seed : int
         The same seed gives the same field.
     stain : str or StainLook
-        A name of `STAINS`, or a look.
+        Name of a look in `STAINS`, or a look.
     density : float
-        Nuclei per mm² of tissue that are tried; a few find no room.
+        Approximate number of nuclei per mm² of tissue; there are fewer where they find no room.
     pairs : float
-        Share of nuclei that get a touching neighbour.
+        Share of nuclei outside glands that get a touching neighbour, if there is room for it.
     tissue : bool
-        False paints an empty slide.
+        Whether there is tissue; without it the slide is empty.
     background : bool
-        False fills the whole field with tissue, without white around it.
+        Whether there is white around the tissue; without it tissue fills the whole field.
 
     Returns
     -------
     rgb : numpy.ndarray of uint8, shape (height, width, 3)
         The field.
     labels : numpy.ndarray of int32, shape (height, width)
-        0 outside of nuclei, else the number of the nucleus, 1..n without gaps. Every nucleus is one 4-connected part.
+        0 outside nuclei, else the number of the nucleus, 1..n without gaps. Every nucleus is one 4-connected part.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def make_field(
         nothing = np.zeros((height, width), dtype=np.float32)
         return _develop(rng, nothing, nothing, look, mpp), labels
 
-    # The large shapes change slowly: drawn at about 2 µm per pixel.
+    # Large shapes change slowly: about 2 µm per pixel are fine enough for them.
     step = max(1, round(2.0 / mpp))
     rows, cols = max(8, -(-height // step)), max(8, -(-width // step))
     shape = _tissue_field(rng, rows, cols, background)
@@ -241,7 +241,7 @@ def make_field(
 
 
 def _tissue_field(rng: np.random.Generator, rows: int, cols: int, background: bool) -> F32:
-    """Positive inside of the tissue, with an irregular outline."""
+    """Map that is positive inside the tissue, which has an irregular outline."""
     y, x = np.mgrid[0:rows, 0:cols].astype(np.float32)
     size = max(rows, cols)
     bumps = 0.09 * _smooth_noise(rng, rows, cols, size / 5) + 0.035 * _smooth_noise(rng, rows, cols, size / 22)
@@ -252,7 +252,7 @@ def _tissue_field(rng: np.random.Generator, rows: int, cols: int, background: bo
 
 
 def _glands(rng: np.random.Generator, shape: F32, pixel: float) -> list[_Gland]:
-    """Glands apart from each other and inside of the tissue."""
+    """Choose glands inside the tissue and apart from each other, from a map with pixels of `pixel` µm."""
     rows, cols = shape.shape
     crowd = _Crowd(140.0)
     glands: list[_Gland] = []
@@ -268,7 +268,7 @@ def _glands(rng: np.random.Generator, shape: F32, pixel: float) -> list[_Gland]:
 
 
 def _fat(rng: np.random.Generator, shape: F32, glands: list[_Gland], pixel: float) -> F32:
-    """Fat cells: above -0.35 inside of a cell, lower outside."""
+    """Map of fat cells: above -0.35 inside a cell, lower outside."""
     rows, cols = shape.shape
     field = np.full((rows, cols), -1.0, dtype=np.float32)
     centre_x, centre_y = rng.uniform(0.7, 0.88) * cols * pixel, rng.uniform(0.25, 0.75) * rows * pixel
@@ -306,7 +306,7 @@ def _gland_radius(seed: int, angle: npt.NDArray[Any] | float) -> npt.NDArray[Any
 
 
 def _gland_maps(glands: list[_Gland], rows: int, cols: int, pixel: float) -> tuple[F32, F32]:
-    """Fields that are above -0.25 in the epithelium of glands and above -0.35 in their lumen."""
+    """Maps that are above -0.25 inside glands and above -0.35 in their lumens."""
     epithelium = np.full((rows, cols), -1.0, dtype=np.float32)
     lumen = np.full((rows, cols), -1.0, dtype=np.float32)
     y, x = np.mgrid[0:rows, 0:cols].astype(np.float32) * np.float32(pixel)
@@ -322,7 +322,7 @@ def _gland_maps(glands: list[_Gland], rows: int, cols: int, pixel: float) -> tup
 
 
 class _Placed:
-    """The nuclei that have found room."""
+    """Nuclei that have found room."""
 
     def __init__(self, ground: _Ground) -> None:
         self.nuclei: list[_Nucleus] = []
@@ -330,7 +330,7 @@ class _Placed:
         self._crowd = _Crowd(16.0)
 
     def add(self, nucleus: _Nucleus, mate: _Nucleus | None = None) -> bool:
-        """Add a nucleus, and say whether it has room in the tissue and beside all others, but for one it may touch."""
+        """Add a nucleus if it has room in the tissue and beside all others except `mate`; return whether it has."""
         ground, margin = self._ground, nucleus.a * 1.25 + 1.0
         width, height = ground.extent
         if not (margin <= nucleus.x < width - margin and margin <= nucleus.y < height - margin):
@@ -390,7 +390,7 @@ def _line(rng: np.random.Generator, gland: _Gland, placed: _Placed) -> None:
 
 
 def _mate(rng: np.random.Generator, nucleus: _Nucleus, fibre: float) -> _Nucleus:
-    """A nucleus of the same kind that touches another one."""
+    """Make a nucleus that is of the same kind as another and touches it."""
     mate = _new_nucleus(rng, 0, 0, nucleus.kind, fibre)
     direction = rng.uniform(0, 2 * math.pi)
     gap = 0.97 * (_radius_towards(nucleus, direction) + _radius_towards(mate, direction))
@@ -400,7 +400,7 @@ def _mate(rng: np.random.Generator, nucleus: _Nucleus, fibre: float) -> _Nucleus
 def _stroma(
     rng: np.random.Generator, height: int, width: int, mpp: float, fibre: F32, glandular: F32
 ) -> tuple[F32, F32]:
-    """Concentrations of hematoxylin and eosin without the nuclei."""
+    """Concentrations of hematoxylin and eosin without nuclei."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     # Wavy bundles: sines across the fibres, bent by slow noise; their strength varies from place to place.
     across = (-np.sin(fibre.mean()) * x + np.cos(fibre.mean()) * y) * np.float32(mpp)
@@ -426,7 +426,7 @@ def _paint_nuclei(
     labels: npt.NDArray[np.int32],
     mpp: float,
 ) -> None:
-    """Paint the nuclei into both concentrations and into the label map, in place. First come, first served."""
+    """Paint nuclei into both concentrations and the label map, in place; earlier nuclei keep the pixels they share."""
     height, width = labels.shape
     chromatin = 0.7 * _smooth_noise(rng, 512, 512, 1.6 / mpp) + 0.7 * _smooth_noise(rng, 512, 512, 0.7 / mpp)
     number = 0
@@ -454,7 +454,7 @@ def _paint_nuclei(
             continue
         number += 1
         window[mask] = number
-        # Texture repeats every 512 pixels at most; each nucleus starts elsewhere in it.
+        # The texture repeats every 512 pixels; each nucleus starts at a random place in it.
         rows = (seen[0] + np.arange(bottom - top)) % 512
         cols = (seen[1] + np.arange(right - left)) % 512
         texture = chromatin[np.ix_(rows, cols)]
@@ -483,7 +483,7 @@ def _largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _develop(rng: np.random.Generator, h: F32, e: F32, look: StainLook, mpp: float) -> npt.NDArray[np.uint8]:
-    """Turn concentrations into light, blur by the optics, add camera noise."""
+    """Turn concentrations into light, blur it as optics do, and add camera noise."""
     h, e = h * np.float32(look.strength[0]), e * np.float32(look.strength[1])
     rgb = np.empty((*h.shape, 3), dtype=np.uint8)
     sigma = max(0.45, 0.22 / mpp)
@@ -503,7 +503,7 @@ _JPEG_QUALITY = 90
 
 
 def _shrink(rgb: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
-    """Average blocks of ``factor x factor`` pixels; an incomplete last row or column is dropped."""
+    """Average blocks of ``factor x factor`` pixels, dropping incomplete blocks at the right and lower edge."""
     height, width = rgb.shape[0] // factor, rgb.shape[1] // factor
     cut = rgb[: height * factor, : width * factor]
     return np.asarray(cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
@@ -517,7 +517,7 @@ def _pyramid(rgb: npt.NDArray[np.uint8], factor: int, smallest: int) -> list[npt
 
 
 def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: int = _JPEG_QUALITY) -> None:
-    """Write an Aperio-style SVS: tiled JPEG levels /4, /16 …, a thumbnail, mpp and objective in the description.
+    """Write an Aperio-style SVS: JPEG tiles, levels /4, /16 …, a thumbnail, mpp and objective in the description.
 
     Parameters
     ----------
@@ -550,7 +550,7 @@ def write_svs(path: Path, rgb: npt.NDArray[np.uint8], mpp: float, *, quality: in
             note = f"{program}{size} JPEG/RGB Q={quality}|{power}|MPP = {mpp:.4f}|Filename = {path.stem}"
             description = note.encode("ascii", "replace").decode("ascii")
             tif.write(level, tile=(240, 240), description=description, subfiletype=0, **common)
-            if index == 0:  # Aperio keeps the thumbnail second, in strips
+            if index == 0:  # Aperio's thumbnail is the second image, in strips
                 small = _shrink(rgb, max(1, math.ceil(max(width, height) / 768)))
                 note = f"{program}{width}x{height} -> {small.shape[1]}x{small.shape[0]} - |{power}"
                 tif.write(small, rowsperstrip=16, description=note, subfiletype=0, **common)
@@ -608,7 +608,7 @@ def write_ome_tiff(path: Path, rgb: npt.NDArray[np.uint8], mpp: float) -> None:
         "compressionargs": {"level": _JPEG_QUALITY},
         "software": None,
     }
-    # A fixed UUID: the same pixels give the same bytes.
+    # Derive the UUID from the pixels, so that the same pixels give the same bytes.
     identity = f"urn:uuid:{zlib.crc32(rgb.tobytes()):08x}-0000-4000-8000-000000000000"
     with tifffile.TiffWriter(path, ome=True, bigtiff=False) as tif:
         tif.write(
@@ -646,12 +646,17 @@ def outlines(labels: npt.NDArray[np.int32]) -> dict[int, list[list[list[int]]]]:
     Parameters
     ----------
     labels : numpy.ndarray of int32, shape (height, width)
-        Label map; each label one 4-connected part.
+        Label map; each label must be one 4-connected part.
 
     Returns
     -------
     dict
-        Rings of each label (exterior first, then holes), closed, as ``[x, y]`` of pixel corners.
+        Closed rings of each label (exterior first, then holes), as ``[x, y]`` of pixel corners.
+
+    Raises
+    ------
+    ValueError
+        When a label has several parts.
     """
     import shapely
     from scipy import ndimage
@@ -675,7 +680,7 @@ def outlines(labels: npt.NDArray[np.int32]) -> dict[int, list[list[list[int]]]]:
 
 
 def truth_geojson(labels: npt.NDArray[np.int32], *, name: str = "") -> bytes:
-    """Known nuclei as a gzipped GeoJSON FeatureCollection, one polygon each, in pixels of `labels`.
+    """Encode known nuclei as a gzipped GeoJSON FeatureCollection, one polygon each, in pixels of `labels`.
 
     Parameters
     ----------

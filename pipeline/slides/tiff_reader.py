@@ -1,4 +1,4 @@
-"""Slides read by tiffslide, whose tiles are decoded here, and what a TIFF file says of itself."""
+"""Read TIFF slides with tiffslide, decoding most tiles directly, and check a TIFF's metadata against its reader."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from pipeline.slides.slide import (
 log = logging.getLogger(__name__)
 
 _CACHED_SEGMENT_PIXELS = 1_000_000
-"""Tiles and strips that are larger are kept, two of them: neighbouring windows meet the same ones."""
+"""Larger tiles and strips are cached, the last two of a page, as neighbouring windows need the same ones."""
 
 _VALUES_STAY = (1, 5, 8, 32773, 32946, 34925, 50000)
-"""Compressions that give back the values stored (none, LZW, Deflate, PackBits, LZMA, Zstandard): YCbCr stays YCbCr,
-where JPEG's decoders make RGB of it."""
+"""Compressions that return the stored values (none, LZW, Deflate, PackBits, LZMA, Zstandard).
+
+With these YCbCr stays YCbCr, whereas JPEG decoders convert it to RGB.
+"""
 
 
 def _known_colours(page: Any) -> bool:
@@ -45,7 +47,7 @@ def _known_colours(page: Any) -> bool:
 
 
 class _Page:
-    """One image of a TIFF file, its tiles or strips decoded one by one."""
+    """One image of a TIFF file, whose tiles or strips are decoded one by one."""
 
     def __init__(self, page: Any, path: Path) -> None:
         self.page = page
@@ -71,7 +73,7 @@ class _Page:
 
     @staticmethod
     def supports(page: Any) -> bool:
-        """Whether the page holds 8-bit grey, RGB or RGBA, the samples of a pixel together."""
+        """Whether the page holds 8-bit grey, RGB or RGBA, with the samples of a pixel stored together."""
         return (
             hasattr(page, "decode")
             and page.dtype == np.uint8
@@ -84,7 +86,7 @@ class _Page:
         )
 
     def segment(self, file: int, index: int) -> np.ndarray | None:
-        """One tile or strip as RGB, uint8; None where the file leaves it out."""
+        """Decode one tile or strip to RGB, uint8; None if the file leaves it out."""
         if index in self._cache:
             return self._cache[index]
         offset, count = int(self.offsets[index]), int(self.counts[index])
@@ -110,7 +112,7 @@ class _Page:
         return pixels
 
     def read(self, file: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """A window inside the image: RGB, uint8, shape (h, w, 3)."""
+        """Read a window inside the image as RGB, uint8, shape (h, w, 3)."""
         out = np.empty((h, w, 3), np.uint8)
         across, down = self.tile
         for row in range(y // down, -(-(y + h) // down)):
@@ -129,10 +131,11 @@ class _Page:
 
 
 class TiffSlideReader(Slide):
-    """A slide that tiffslide opened.
+    """A slide opened by tiffslide.
 
-    tiffslide says what the levels are. Where a level is one TIFF page of 8-bit samples, its tiles are decoded here,
-    which takes half the time of tiffslide's way through zarr and does not hold Python's global lock.
+    The levels are those that tiffslide finds or, in a generic TIFF, those of the main image. If a level is a single
+    TIFF page of 8-bit samples, its tiles are decoded here, which takes half the time of tiffslide's way through zarr
+    and does not hold Python's global lock.
     """
 
     backend = "tiffslide"
@@ -158,7 +161,7 @@ class TiffSlideReader(Slide):
         tif = slide.ts_tifffile
         index = first = int(properties.get("tiffslide.series-index") or 0)
         sizes = list(slide.level_dimensions)
-        if self.vendor == "generic-tiff":  # of these `examine` reads the pixel size
+        if self.vendor == "generic-tiff":  # `examine` sets the pixel size of these
             index = main_image(tif)[0]
             sizes = [_size(level) for level in tif.series[index].levels]
             if tif.is_ome:
@@ -195,7 +198,7 @@ class TiffSlideReader(Slide):
             if page is not None:
                 return page.read(self._file, x, y, w, h)
             size, base = self.levels[level], self.levels[0]
-            # tiffslide rounds level-0 coordinates down to the level's: the smallest that gives this pixel.
+            # tiffslide rounds level-0 coordinates down to pixels of the level: take the smallest that give (x, y).
             corner = (-(-x * base.width // size.width), -(-y * base.height // size.height))
             with quiet():
                 pixels = np.asarray(self._slide.read_region(corner, level, (w, h), as_array=True))
@@ -215,10 +218,10 @@ _UNIT_UM = {
     "m": 1e6, "cm": 1e4, "mm": 1e3, "nm": 1e-3, "pm": 1e-6, "µm": 1.0, "μm": 1.0, "um": 1.0, "&#181;m": 1.0,
     "\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0,
 }  # fmt: skip
-"""µm of the units of OME-XML and ImageJ."""
+"""Length in µm of the units that OME-XML and ImageJ use."""
 
 _TAG_UNIT_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}
-"""µm of the values of ResolutionUnit."""
+"""Length in µm of the units that the ResolutionUnit tag stands for."""
 
 _BESIDE_THE_SLIDE = re.compile(r"(?<![a-z])(label|macro|overview|thumbnail|barcode)(?![a-z])", re.IGNORECASE)
 
@@ -228,30 +231,31 @@ def _size(series: Any) -> tuple[int, int]:
 
 
 def _fourth_is_nothing(page: Any) -> bool:
-    """Whether the fourth sample is not transparency, nor the black of CMYK, but of a kind that its writer left open."""
+    """Whether the page has a fourth sample of unspecified meaning: neither transparency nor the black of CMYK."""
     extra = [int(value) for value in page.extrasamples[:1]]
     return int(page.samplesperpixel) == 4 and int(page.photometric) != 5 and extra not in ([1], [2])
 
 
 def _without_fourth(pixels: np.ndarray, page: Any) -> np.ndarray:
-    """Four samples a pixel as RGB: over white where the page says that the fourth is its transparency."""
+    """Convert pixels of four samples to RGB: over white if the page declares the fourth as transparency."""
     if _fourth_is_nothing(page):
         return pixels[..., :3]
     return premultiplied_over_white(pixels) if int(page.extrasamples[0]) == 1 else over_white(pixels)
 
 
 def main_image(tif: Any) -> tuple[int, int]:
-    """The largest image of a TIFF, open in tifffile, that is not a label, macro or thumbnail.
+    """Find the largest image, in a TIFF opened by tifffile, that is not a label, macro or thumbnail.
 
     Returns
     -------
     index : int
-        Where it is in ``tif.series``.
+        Its index in ``tif.series``.
     others : int
-        How many more there are that are neither such, nor smaller copies of it.
+        Number of further images that could be slides: tiled or at least a quarter of its size, and neither labels,
+        macros or thumbnails nor smaller copies of it.
     """
     series = tif.series
-    own = [i for i, one in enumerate(series) if one.keyframe.parent is tif]  # OME-XML names other files' images, too
+    own = [i for i, one in enumerate(series) if one.keyframe.parent is tif]  # OME-XML may list other files' images
     slides = [i for i in own if not (series[i].keyframe.is_reduced or _BESIDE_THE_SLIDE.search(series[i].name))] or own
     index = max(slides, key=lambda i: math.prod(_size(series[i])))
     size = _size(series[index])
@@ -276,7 +280,7 @@ def _not_the_slide(shown: tuple[int, int], main: Any, backend: str) -> SlideErro
 
 
 def _ome_mpp(xml: str, width: int, height: int) -> tuple[float, float] | None:
-    """µm per pixel that OME-XML gives its first image of that size."""
+    """µm per pixel that OME-XML states for its first image of this size."""
 
     def value(of: str, name: str) -> str | None:
         found = re.search(rf"""\b{name}\s*=\s*["']([^"']+)["']""", of)
@@ -293,18 +297,26 @@ def _ome_mpp(xml: str, width: int, height: int) -> tuple[float, float] | None:
 
 
 def _tag_mpp(page: Any, unit: float | None) -> tuple[float, float] | None:
-    """µm per pixel by the resolution tags, in units of so many µm."""
+    """µm per pixel by the resolution tags, whose unit is `unit` µm long."""
     x, y = page.resolution if "XResolution" in page.tags and "YResolution" in page.tags else (0, 0)
     return pair(unit / x, unit / y) if unit and x and y else None
 
 
 def examine(path: Path, slide: Slide) -> None:
-    """Give a slide the pixel size that its TIFF states, or refuse it where the reader does not show it as it is.
+    """Set a slide's pixel size from its TIFF metadata, and refuse a file that its reader shows wrongly.
 
-    Of a picture for each channel it shows the first as grey, or takes four for RGBA; of 16 bits OpenSlide and Pillow
-    show the upper eight, which are nearly black where a camera fills twelve. Pixels that are stored turned or mirrored
-    OpenSlide mirrors tile by tile, each in its place, and a fourth sample of any kind it takes for transparency. Of
-    several images OpenSlide and Pillow show the first.
+    Readers show some kinds of TIFF wrongly, without an error:
+
+    - Channels stored as separate images: the first is shown as grey, or four are taken for RGBA.
+    - Samples of 16 bits: OpenSlide and Pillow show the upper eight, nearly black if the camera fills only twelve.
+    - Pixels stored turned or mirrored: OpenSlide mirrors each tile in its place instead of the whole image.
+    - A fourth sample: OpenSlide takes it for transparency, whatever it is.
+    - Several images: OpenSlide and Pillow show the first.
+
+    Raises
+    ------
+    SlideError
+        When the file is one of these and the slide's reader does not show it correctly.
     """
     import tifffile
 
@@ -354,7 +366,10 @@ def examine(path: Path, slide: Slide) -> None:
 
 
 def _stumbled(path: Path, error: Exception) -> None:
-    """Take note of what a broken file made tifffile stumble over; sizes may be broken, too, and ask for much memory."""
+    """Log an error that a broken file caused in tifffile, or raise it if the machine is to blame.
+
+    A `MemoryError` is logged as well: broken sizes can ask for any amount of memory.
+    """
     if not isinstance(error, MemoryError):
         raise_for_machine(error, path)
     log.debug("tifffile does not understand %s: %s", path, error)

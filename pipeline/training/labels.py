@@ -1,4 +1,4 @@
-"""Label crafting: what the network learns, made from instance label maps."""
+"""Training targets made from instance label maps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def instance_boxes(labels: np.ndarray) -> list[tuple[int, tuple[slice, slice]]]:
     ----------
     labels : numpy.ndarray
         int32 label map ``(H, W)``, 0 is background.
+
+    Returns
+    -------
+    list of (int, (slice, slice))
+        Label, and rows and columns of its bounding box.
     """
     from scipy import ndimage
 
@@ -20,10 +25,10 @@ def instance_boxes(labels: np.ndarray) -> list[tuple[int, tuple[slice, slice]]]:
 
 
 def craft_distance(labels: np.ndarray) -> np.ndarray:
-    """Distance to the instance's own border, 1 at its deepest point, 0 outside.
+    """Distance of each pixel to the border of its instance, 1 at the instance's deepest point, 0 in the background.
 
     Every instance is transformed by itself, so that the value falls to nearly 0 where two nuclei touch. The field's
-    edge is not a border: samples that reach beyond it are mirrored there, and show such a nucleus whole.
+    edge is not a border: samples that reach beyond it are mirrored there, so that a nucleus cut by it looks whole.
 
     Parameters
     ----------
@@ -38,11 +43,11 @@ def craft_distance(labels: np.ndarray) -> np.ndarray:
     References
     ----------
     Naylor et al., "Segmentation of nuclei in histopathology images by deep regression of the distance map", IEEE TMI
-    2019, here normalised by each nucleus' own depth.
+    2019; here normalised by the largest distance in each nucleus.
     """
     distance = np.zeros(labels.shape, np.float32)
     for label, (rows, columns) in instance_boxes(labels):
-        # With the background around it, of which there is none where the field ends.
+        # Include one pixel around the box, so that its edge counts as a border; there is none at the field's edge.
         around = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in (rows, columns))
         mask = (labels[around] == label).astype(np.uint8)
         depth = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
@@ -52,14 +57,14 @@ def craft_distance(labels: np.ndarray) -> np.ndarray:
 
 
 def seam_weight(labels: np.ndarray, radius: int = 2) -> np.ndarray:
-    """Where the borders of nuclei are hard to tell: 1 between nuclei that touch or nearly do, else 0.
+    """Mask of the seams between nuclei: 1 within `radius` of two different nuclei, else 0.
 
     Parameters
     ----------
     labels : numpy.ndarray
         int32 label map ``(H, W)``.
     radius : int
-        Half the width of a gap that counts, in pixels.
+        Half the width in pixels of the widest gap that counts as a seam.
 
     Returns
     -------
@@ -74,7 +79,7 @@ def seam_weight(labels: np.ndarray, radius: int = 2) -> np.ndarray:
 
 
 def craft_contour(labels: np.ndarray, radius: int = 2) -> np.ndarray:
-    """Outlines of the nuclei: 1 within `radius` of where one ends, to both sides, else 0.
+    """Outlines of the nuclei: 1 within `radius` of a nucleus's border, inside and outside, else 0.
 
     Parameters
     ----------
@@ -98,14 +103,16 @@ def craft_contour(labels: np.ndarray, radius: int = 2) -> np.ndarray:
 
 
 def craft_hv(labels: np.ndarray, min_area: int = 8) -> np.ndarray:
-    """Where a pixel lies in its nucleus: from -1 at the left (top) end over 0 at the centre of mass to 1 at the other.
+    """Horizontal and vertical position of each pixel in its nucleus.
+
+    Values go from -1 at the left (top) end to 0 at the centre of mass to 1 at the right (bottom) end.
 
     Parameters
     ----------
     labels : numpy.ndarray
         int32 label map ``(H, W)``.
     min_area : int
-        Smaller nuclei (pixels) are 0 throughout.
+        Nuclei of fewer pixels are 0 throughout.
 
     Returns
     -------

@@ -1,7 +1,8 @@
 """Losses of the heads, by name, and their weighted sum.
 
-A loss of one head takes its logits and the targets by name (see `pipeline.training.targets.Targets.unpack`) and gives
-a scalar. Everything is computed in float32, whatever precision the network ran in.
+The loss of one head takes the head's logits ``(N, C, H, W)``, all targets by name (see
+`pipeline.training.targets.Targets.unpack`) and the head's name, and returns a scalar. `CombinedLoss` converts the
+logits to float32, whatever precision the network ran in.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pipeline.networks.outputs import HEAD_MAPS
 from pipeline.training.targets import IGNORED
 
 BINARY = ("nucleus", "distance", "contour")
-"""Heads with one map in [0, 1]."""
+"""Heads with a single map in [0, 1]."""
 
 
 OWN = ("nucleus", "distance")
-"""Heads of the project's own loss."""
+"""Heads of the pipeline's own loss, `nucleus_distance_loss`."""
 
 
 def soft_dice(probability: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
@@ -33,7 +34,7 @@ def soft_dice(probability: Tensor, target: Tensor, smooth: float = 1.0) -> Tenso
 
 
 def nucleus_distance_loss(logits: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The project's own loss of the nucleus and distance heads.
+    """The pipeline's own loss of the nucleus and distance heads.
 
     Parameters
     ----------
@@ -45,8 +46,8 @@ def nucleus_distance_loss(logits: Tensor, targets: Mapping[str, Tensor]) -> dict
     Returns
     -------
     dict of str to torch.Tensor
-        ``loss`` and its parts: binary cross-entropy (weighted towards seams) plus soft Dice for the nucleus head,
-        weighted L1 plus gradient difference for the distance head.
+        ``loss`` and its parts: binary cross-entropy, with a higher weight on seams, plus soft Dice for the nucleus
+        head; smooth L1, with a higher weight on nuclei and seams, plus gradient difference for the distance head.
     """
     nucleus, distance, seam = targets["nucleus"], targets["distance"], targets["seam"]
     cross_entropy = functional.binary_cross_entropy_with_logits(logits[:, 0], nucleus, reduction="none")
@@ -81,7 +82,7 @@ def bce(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, seam: float
 
     References
     ----------
-    Ronneberger et al., "U-Net", MICCAI 2015, for weights towards borders.
+    Ronneberger et al., "U-Net", MICCAI 2015, for higher weights near borders.
     """
     error = functional.binary_cross_entropy_with_logits(logits[:, 0], targets[head], reduction="none")
     if seam or edge:
@@ -95,14 +96,14 @@ def bce(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, seam: float
 def focal(
     logits: Tensor, targets: Mapping[str, Tensor], head: str, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Focal loss: ``mean(alpha * (1 - p_t) ** gamma * BCE)``, `alpha` on both classes.
+    """Focal loss: ``mean(alpha * (1 - p_t) ** gamma * BCE)``, with the same `alpha` for both classes.
 
     References
     ----------
     Lin et al., "Focal loss for dense object detection", ICCV 2017, without its ``1 - alpha`` for the background.
     """
     error = functional.binary_cross_entropy_with_logits(logits[:, 0], targets[head], reduction="none")
-    # exp(-BCE) is the probability of the true class, for soft targets too.
+    # exp(-BCE) is the probability of the true class, and generalises it to soft targets.
     return (alpha * (1 - torch.exp(-error)) ** gamma * error).mean()
 
 
@@ -144,7 +145,10 @@ def l1(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, foreground: 
 
 
 def slope(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
-    """Mean absolute difference of neighbouring pixels' differences, of a map in [0, 1]."""
+    """Gradient difference of a map in [0, 1]: mean absolute error of the differences between neighbouring pixels.
+
+    The errors of horizontal and vertical neighbours are added.
+    """
     return _slope(torch.sigmoid(logits[:, 0]), targets[head])
 
 
@@ -159,7 +163,7 @@ def hv_mse(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
 
 
 def hv_msge(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
-    """Mean squared error, inside nuclei, of the h map's slope along x and the v map's along y (Sobel 5x5).
+    """Mean squared error, inside nuclei, of the gradients of the h map along x and the v map along y (Sobel 5x5).
 
     References
     ----------
@@ -182,7 +186,10 @@ def _known(targets: Mapping[str, Tensor]) -> Tensor:
 def type_ce(
     logits: Tensor, targets: Mapping[str, Tensor], head: str, *, class_weights: Sequence[float] | None = None
 ) -> Tensor:
-    """Cross-entropy over background and classes, where the class is known; `class_weights` begin with background's."""
+    """Cross-entropy over background and classes, where the class is known.
+
+    `class_weights` are the weights of the background and of each class, in this order.
+    """
     known = _known(targets)
     if not known.any():
         return logits.sum() * 0.0
@@ -192,7 +199,7 @@ def type_ce(
 
 
 def type_bce(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor:
-    """Binary cross-entropy of background and each class by itself, where the class is known."""
+    """Binary cross-entropy of background and each class separately, where the class is known."""
     known = _known(targets)
     if not known.any():
         return logits.sum() * 0.0
@@ -201,7 +208,7 @@ def type_bce(logits: Tensor, targets: Mapping[str, Tensor], head: str) -> Tensor
 
 
 def type_dice(logits: Tensor, targets: Mapping[str, Tensor], head: str, *, smooth: float = 1e-3) -> Tensor:
-    """Mean of one minus the soft Dice coefficient of background and each class, where the class is known."""
+    """One minus the soft Dice coefficient, averaged over background and classes, where the class is known."""
     known = _known(targets)
     if not known.any():
         return logits.sum() * 0.0
@@ -235,7 +242,7 @@ LOSSES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "type_dice": (type_dice, ("type",)),
     "type_focal": (type_focal, ("type",)),
 }
-"""Losses by name, with the heads that they are for."""
+"""Losses by name, each with the heads that it is for."""
 
 DEFAULT_TERMS: dict[str, tuple[dict[str, Any], ...]] = {
     "nucleus": ({"loss": "bce", "seam": 2}, {"loss": "dice", "smooth": 1}),
@@ -243,8 +250,8 @@ DEFAULT_TERMS: dict[str, tuple[dict[str, Any], ...]] = {
     "hv": ({"loss": "hv_mse", "weight": 2}, {"loss": "hv_msge", "weight": 2}),
     "type": ({"loss": "type_ce"}, {"loss": "type_dice"}),
 }
-"""What a head is trained with when the experiment does not say; nucleus and distance together have
-`nucleus_distance_loss`."""
+"""Terms of each head when the experiment gives no loss; nucleus and distance together are trained with
+`nucleus_distance_loss` instead."""
 
 
 @dataclass(frozen=True)
@@ -254,11 +261,11 @@ class Term:
     Parameters
     ----------
     loss, head : str
-        A key of `LOSSES`, and the head that it is of.
+        A key of `LOSSES`, and the head whose loss it is.
     weight : float
-        Its factor.
+        Factor of the term.
     args : dict
-        Further arguments.
+        Keyword arguments of the loss.
     """
 
     loss: str
@@ -268,24 +275,25 @@ class Term:
 
     @property
     def name(self) -> str:
-        """Name in the logs."""
+        """Name of the term in the logs."""
         return f"{self.head}_{self.loss.removeprefix(f'{self.head}_')}"
 
 
 def loss_terms(entries: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> tuple[Term, ...]:
-    """The terms that an experiment's ``loss`` names.
+    """Return the terms that an experiment's ``loss`` lists.
 
     Parameters
     ----------
     entries : sequence of mapping
-        Each with ``loss``, ``head`` (may be left out where there is one that suits), ``weight`` and arguments.
+        Each with ``loss`` and, optionally, ``head`` (by default the first one that the loss is for), ``weight`` and
+        arguments of the loss.
     heads : sequence of str
         The network's heads.
 
     Raises
     ------
     PipelineError
-        When a loss is unknown, does not suit its head or its arguments, or a head has none.
+        When a loss is unknown, does not suit its head or has no such argument, or when a head has no loss.
     """
     terms = []
     for entry in entries:
@@ -313,14 +321,20 @@ def loss_terms(entries: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> tu
 
 
 class CombinedLoss:
-    """The weighted sum of the terms of an experiment.
+    """Weighted sum of the loss terms of an experiment.
 
     Parameters
     ----------
     entries : sequence of mapping
-        See `loss_terms`; none of them: the heads' defaults, which for nucleus and distance are the project's own loss.
+        See `loss_terms`; when empty, `nucleus_distance_loss` for nucleus and distance together and `DEFAULT_TERMS` for
+        other heads.
     heads, classes : sequence of str
         The network's heads and classes.
+
+    Raises
+    ------
+    PipelineError
+        When the entries do not suit the heads or classes.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], heads: Sequence[str], classes: Sequence[str] = ()) -> None:
@@ -342,7 +356,7 @@ class CombinedLoss:
                 )
 
     def __call__(self, logits: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``loss`` and its terms by name.
+        """Return the total ``loss`` and its terms, before weighting, by name.
 
         Parameters
         ----------

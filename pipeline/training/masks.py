@@ -1,4 +1,4 @@
-"""Command ``masks``: ImageScope annotations as binary masks and instance label maps."""
+"""Command ``masks``: convert ImageScope annotations to binary masks and instance label maps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipeline.training.annotations import DrawingReport, rasterise, read_imagesc
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs")
-"""Images that tell the size of what was annotated."""
+"""Suffixes of annotated images, whose size the masks take, in the order in which they are tried."""
 
 MAX_PIXELS = 400_000_000
-"""Largest image for which label maps are drawn."""
+"""Largest image, in pixels, for which label maps are drawn."""
 
 MAX_LABEL = np.iinfo(np.uint16).max
 
 
 def annotation_files(path: Path) -> list[Path]:
-    """The XML files that a path stands for.
+    """Return the XML files that a path stands for: the file itself, or those in the folder.
 
     Raises
     ------
@@ -51,13 +51,13 @@ def image_size(annotation: Path, images: Path | None) -> tuple[int, int]:
     annotation : pathlib.Path
         The XML file.
     images : pathlib.Path or None
-        The image, or the folder of images with the annotation's stem; by default the annotation's own folder, then
-        ``images`` beside it.
+        The image, or a folder with an image of the annotation's stem. By default the annotation's folder is searched,
+        then the folder ``images`` beside that folder.
 
     Raises
     ------
     PipelineError
-        When there is no such image, it cannot be read, or is too large.
+        When there is no such image, or it is too large or cannot be read.
     """
     folders = [images] if images is not None else [annotation.parent, annotation.parent.parent / "images"]
     candidates = [images] if images is not None and images.is_file() else []
@@ -73,7 +73,7 @@ def image_size(annotation: Path, images: Path | None) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:  # the header alone
+            with Image.open(path) as image:  # reads only the header
                 width, height = image.size
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise PipelineError(f"image {path} cannot be read: {error}", "or give --size WIDTHxHEIGHT") from None
@@ -81,7 +81,13 @@ def image_size(annotation: Path, images: Path | None) -> tuple[int, int]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from ``WIDTHxHEIGHT``."""
+    """Parse ``WIDTHxHEIGHT`` into height and width.
+
+    Raises
+    ------
+    PipelineError
+        When the text is not a size.
+    """
     match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", text.strip())
     if match is None or "0" in (match[1].lstrip("0") or "0", match[2].lstrip("0") or "0"):
         raise PipelineError(f"--size {text!r} is not a size", "write WIDTHxHEIGHT, as in 1000x1000")
@@ -96,15 +102,15 @@ def convert(annotation: Path, out: Path, shape: tuple[int, int]) -> DrawingRepor
     annotation : pathlib.Path
         The XML file.
     out : pathlib.Path
-        Gets ``masks/STEM.png`` (0 and 255) and ``labels/STEM.png`` (16 bit; region ``i`` of the file is ``i``, 0 is
-        background).
+        Folder for ``masks/STEM.png`` (0 and 255) and ``labels/STEM.png`` (16 bit; region ``i`` of the file is ``i``,
+        0 is background).
     shape : (int, int)
         Height and width.
 
     Raises
     ------
     PipelineError
-        When the annotation cannot be read, or has more regions than 16 bits can number.
+        When the image is too large, the annotation cannot be read, or it has more regions than 16 bits can number.
     """
     from PIL import Image
 

@@ -1,4 +1,7 @@
-"""Whom synthetic fields come from: they show nobody, but what painted them has seen patients."""
+"""Origin of synthetic fields: the patients whose fields the generator that painted them has learned from.
+
+Synthetic fields show no patient, but they must not leak held-out patients into a training through their generator.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from pipeline.training.field import Field
 from pipeline.training.files import read_json
 
 RECORD = "synthesis.json"
-"""File in a folder of synthetic fields: how they were made, and of whom."""
+"""File in a folder of synthetic fields that records how they were made and which patients were learned from."""
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """The record of a folder of synthetic fields; empty for any other folder.
+    """Return the record of a folder of synthetic fields; empty for any other folder.
 
     Raises
     ------
     PipelineError
-        When it is damaged.
+        When the record is damaged.
     """
     path = folder / RECORD
     record: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -29,41 +32,44 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 
 def origins_of(source: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the fields of an entry of ``train.data`` were painted after: ``name``, ``licence``, ``patients`` each."""
+    """Data sources that the synthetic fields of an entry of ``train.data`` were learned from; empty for real fields.
+
+    Each has ``name``, ``licence``, ``fields`` and ``patients``.
+    """
     origins: list[dict[str, Any]] = read_origin(Path(source["path"]).expanduser()).get("learned_from", [])
     return origins
 
 
 def known_patients(entries: Iterable[Mapping[str, Any]], fields: Iterable[Field]) -> list[tuple[str, str]]:
-    """Patients of these fields, with their source, who are among those that something has learned from.
+    """Return the patients of some fields that a model or generator has learned from, as sorted (source, patient) pairs.
 
     Parameters
     ----------
     entries : iterable of mapping
-        Data sources with ``name`` and ``patients``, as in a model's card.
+        Data sources that were learned from, with ``name`` and ``patients`` as in a model's card.
     fields : iterable of Field
-        The fields.
+        Fields whose patients are looked up.
     """
     known = {(entry["name"], patient) for entry in entries for patient in entry.get("patients", ())}
-    tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # the same in every source
+    tcga = {patient for _, patient in known if TCGA_PATIENT.fullmatch(patient)}  # unique across sources
     asked = {(f.source, f.patient) for f in fields}
     return sorted(one for one in asked if one in known or one[1] in tcga)
 
 
 def check_origins(sources: Sequence[Mapping[str, Any]], held_out: Sequence[Field]) -> None:
-    """Refuse synthetic fields that were painted after patients who are held out.
+    """Refuse synthetic fields whose generator has learned from held-out patients.
 
     Parameters
     ----------
     sources : sequence of mapping
         An experiment's ``data``.
     held_out : sequence of Field
-        Its fields for validation and testing.
+        The experiment's fields for validation and testing.
 
     Raises
     ------
     PipelineError
-        When there are such.
+        When a source has such fields.
     """
     for source in sources:
         leaked = known_patients(origins_of(source), held_out)

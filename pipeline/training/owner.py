@@ -1,6 +1,6 @@
-"""Whose a model package is: a training writes over no package but its own.
+"""Ownership of model packages: a training overwrites only packages that it has made itself.
 
-Imported while Snakemake parses the workflow, so nothing heavy is imported here.
+This module is imported while Snakemake parses the workflow, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline.settings import file_sha256
 from pipeline.stage import whole_files
 
 PACKED = "packed.txt"
-"""File in a training's folder: SHA-256 of the weights of each package that it has made, one a line."""
+"""File in a training's folder: SHA-256 of the weights of each package that the training has made, one per line."""
 
 
 def _packed(work: Path) -> list[str]:
@@ -24,14 +24,14 @@ def _packed(work: Path) -> list[str]:
 
 
 def note_package(work: Path, sha256: str) -> None:
-    """Note that a package is a training's own; before the package is put into its place.
+    """Record that a package belongs to a training; to be called before the package is written.
 
     Parameters
     ----------
     work : pathlib.Path
         Folder of the training.
     sha256 : str
-        Hash of the package's weights.
+        SHA-256 of the package's weights.
     """
     known = _packed(work)
     if sha256 not in known:
@@ -40,19 +40,19 @@ def note_package(work: Path, sha256: str) -> None:
 
 
 def check_place(folder: Path, work: Path) -> None:
-    """Refuse to write over a model package that a training has not made.
+    """Refuse to overwrite a model package that a training has not made.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Where its package goes.
+        Folder that the training's package is to be written to.
     work : pathlib.Path
-        Folder of the training. What lies in it is its own.
+        Folder of the training. A package below it is always the training's own.
 
     Raises
     ------
     PipelineError
-        When there is another one's; one line.
+        When `folder` holds another package; the message is one line.
     """
     if work.absolute() in folder.absolute().parents:
         return

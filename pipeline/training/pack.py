@@ -1,4 +1,4 @@
-"""A trained network as a model package."""
+"""Packing of a trained network as a model package."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipeline.training.owner import check_place, note_package
 log = logging.getLogger(__name__)
 
 METRICS = ("protocol", "mean", "interval_95", "organs", "types", "batchwise", "images")
-"""What the card tells of an evaluation."""
+"""Entries of an evaluation that are copied to the model card."""
 
 COLORS = ((46, 160, 67), (214, 69, 65), (52, 120, 200), (240, 170, 40), (140, 90, 190), (60, 180, 180), (120, 120, 120))
-"""Colours of classes, in their order."""
+"""RGB colours of the classes in their order; repeated when there are more classes."""
 
 
 def recorded_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's arguments for the card: of a file of encoder weights, its name alone."""
+    """Return a network's arguments for the model card, with only the file name of the encoder weights."""
     weights = args.get("encoder_weights")
     return {**args, "encoder_weights": Path(weights).name} if weights else dict(args)
 
@@ -36,18 +36,18 @@ def learned_from(
     earlier: Sequence[ModelPackage] = (),
     encoder: tuple[str, str] | None = None,
 ) -> tuple[dict[str, Any], ...]:
-    """What the card says of the training data: by source its licence, fields, and patients.
+    """Return the training data for the model card: name, licence, number of fields and patients of each source.
 
     Parameters
     ----------
     fields : sequence of Field
-        What was trained on, and what checkpoint and thresholds were chosen on.
+        Fields that the network was trained on, or on which its checkpoint and thresholds were chosen.
     sources : sequence of mapping
         The experiment's ``data``.
     earlier : sequence of ModelPackage
-        The models that the training started from and that taught it: what they have learned from counts, too.
+        The model that the training started from and its teacher; their training data are included.
     encoder : (str, str), optional
-        The weights that the encoder started from, and their licence.
+        Name of the weights that the encoder started from, and their licence.
     """
     entries: dict[str, dict[str, Any]] = {}
     for package in earlier:
@@ -68,14 +68,14 @@ def learned_from(
             "fields": max(len(own), before.get("fields", 0)),
             "patients": sorted({f.patient for f in own} | set(before.get("patients", ()))),
         }
-        for origin in origins_of(source):  # of synthetic fields
+        for origin in origins_of(source):  # sources that synthetic fields were learned from
             known = entries.setdefault(origin["name"], {**origin, "fields": 0})
             known["patients"] = sorted({*known.get("patients", ()), *origin["patients"]})
     return tuple(entries.values())
 
 
 def round_weights(network: Any) -> None:
-    """Round a network's kernels to the nearest 16-bit numbers, in place; what they add and scale by stays as it is."""
+    """Round a network's kernels to float16 values, in place; one-dimensional parameters (biases, norms) are kept."""
     import torch
 
     with torch.no_grad():
@@ -101,9 +101,9 @@ def pack(
     Parameters
     ----------
     network : torch.nn.Module
-        The trained network.
+        The trained network; with ``half_weights`` it is rounded in place.
     experiment : Experiment
-        Where it comes from.
+        The experiment that the network was trained in.
     evaluation : dict
         Scores on unseen patients.
     rules : InstanceRules
@@ -111,7 +111,7 @@ def pack(
     reference : dict
         Stain reference.
     fields : list of Field
-        What the network knows, see `learned_from`.
+        Fields that the network has learned from, see `learned_from`.
     work : pathlib.Path
         Folder of the training.
     out : pathlib.Path
@@ -119,12 +119,17 @@ def pack(
     classes : sequence of str
         Classes of the type head.
     earlier : sequence of ModelPackage
-        The models that the training started from and that taught it.
+        The model that the training started from and its teacher.
+
+    Returns
+    -------
+    ModelPackage
+        The package.
 
     Raises
     ------
     PipelineError
-        When another one's package is there.
+        When `out` holds a package that the training has not made.
     """
     from safetensors.torch import save
 

@@ -1,4 +1,4 @@
-"""A picture of a network's best, median and worst field: input, truth, prediction, mistakes."""
+"""Picture of the fields that a network predicts best, worst and in between: input, truth, prediction, mistakes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIDE = 420
 
 TRUTH, FOUND = (0, 235, 120), (0, 215, 255)
 MISSED, MADE_UP = (235, 140, 10), (210, 30, 140)
-"""RGB colours of outlines, and of nuclei without a match."""
+"""RGB colours of the outlines, and of annotated and predicted nuclei without a match."""
 
 
 def chosen_fields(images: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Best, median and worst field by AJI; fewer where there are fewer fields.
+    """Return the best, median and worst field by AJI with their titles; fewer when there are fewer than three fields.
 
     >>> chosen_fields({"a": {"aji": 0.5}, "b": {"aji": 0.7}, "c": {"aji": 0.6}})
     {'b': 'best', 'c': 'median', 'a': 'worst'}
@@ -36,7 +36,7 @@ def chosen_fields(images: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def crowded_window(labels: np.ndarray, side: int = SIDE) -> tuple[slice, slice]:
-    """The square of a field that holds most of its foreground."""
+    """Return the square window of a label map that contains the most foreground, cropped to the map's size."""
     height, width = labels.shape
     rows, columns = min(side, height), min(side, width)
     table = cv2.integral((labels > 0).astype(np.uint8))
@@ -46,7 +46,7 @@ def crowded_window(labels: np.ndarray, side: int = SIDE) -> tuple[slice, slice]:
 
 
 def outlined(image: np.ndarray, labels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """An RGB image with the outlines of its instances."""
+    """Return a copy of an RGB image with the outlines of the instances in `labels` drawn in `color`."""
     values = labels.astype(np.float32)
     kernel = np.ones((3, 3), np.uint8)
     edge = (cv2.dilate(values, kernel) != cv2.erode(values, kernel)) & (labels > 0)
@@ -56,7 +56,7 @@ def outlined(image: np.ndarray, labels: np.ndarray, color: tuple[int, int, int])
 
 
 def mistakes(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """An RGB image, greyed, with the nuclei that have no match (IoU > 0.5) filled."""
+    """Return a grey version of an RGB image with all nuclei outlined and those without a match (IoU > 0.5) filled."""
     overlaps = Overlaps.of(truth, found)
     over = overlaps.iou > 0.5
     grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
@@ -75,18 +75,18 @@ def mistakes(image: np.ndarray, truth: np.ndarray, found: np.ndarray) -> np.ndar
 def write_panel(
     path: Path, fields: Sequence[Field], found: Mapping[str, np.ndarray], images: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write the picture (PNG).
+    """Write the picture as a PNG file.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file.
+        File to write.
     fields : sequence of Field
         The fields that were scored.
     found : mapping of str to numpy.ndarray
-        The nuclei found, label maps of the fields' size, by field.
+        Label maps of the nuclei found, at the fields' own size, by field name.
     images : mapping of str to mapping
-        Their scores, by field.
+        Scores of the fields, by field name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

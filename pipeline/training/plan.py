@@ -1,6 +1,6 @@
-"""Which trainings a protocol is made of: cross-validation, comparison, transfer; and what synthetic fields need.
+"""Plans of the trainings that make up a protocol (cross-validation, comparison, transfer), and of synthetic fields.
 
-Run while Snakemake parses the workflow: settings in, settings out, nothing heavy is imported.
+The plans are made while Snakemake parses the workflow: they turn settings into settings and import nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class PlannedRun:
     Parameters
     ----------
     settings : dict
-        Its ``train:`` section.
+        The training's ``train:`` section.
     start : str, optional
-        The run whose model it starts from.
+        Name of the run whose model the training starts from.
     """
 
     settings: dict[str, Any]
@@ -32,7 +32,7 @@ class PlannedRun:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid over it; mappings are merged, anything else is replaced.
+    """Return a copy of `base` overridden by `over`; mappings are merged recursively, other values replaced.
 
     >>> merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]})
     {'a': {'b': 3, 'c': 2}, 'd': [2]}
@@ -47,19 +47,20 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan_synthesis(train: Mapping[str, Any], synthesis: Mapping[str, Any], fields: Path) -> dict[str, Any]:
-    """Settings of the synthetic fields for an experiment.
+    """Settings from which the synthetic fields for an experiment are made.
 
     Parameters
     ----------
     train, synthesis : mapping
-        The experiment, and how its fields are made.
+        Settings of the experiment and of the synthesis.
     fields : pathlib.Path
-        Where they go: no source of themselves.
+        Folder of the synthetic fields; it is removed from the data sources, as the fields cannot be learned from
+        themselves.
 
     Returns
     -------
     dict
-        ``synthesis``, and of ``train`` what they depend on: whose fields, at which pixel size, in which stain.
+        ``synthesis``, and ``train`` with only the settings that the fields depend on: data, split, pixel size, stain.
     """
     kept = ("mpp", "holdout", "split", "validation", "seed", "stain", "reference", "start_from")
     sources = [source for source in train["data"] if Path(source["path"]) != fields]
@@ -68,19 +69,19 @@ def plan_synthesis(train: Mapping[str, Any], synthesis: Mapping[str, Any], field
 
 
 def plan_crossval(train: Mapping[str, Any], crossval: Mapping[str, Any]) -> dict[str, PlannedRun]:
-    """A training for each fold and, where wanted, one with all fields.
+    """Plan a training for each fold of a cross-validation and, if wanted, one with all fields.
 
     Parameters
     ----------
     train : mapping
-        The experiment.
+        Settings of the experiment.
     crossval : mapping
-        ``folds`` and ``final``.
+        ``folds`` (their number) and ``final`` (whether to train with all fields as well).
 
     Returns
     -------
     dict of str to PlannedRun
-        ``fold-0`` and so on, ``final``.
+        Runs by name: ``fold-0`` and so on, ``final``.
     """
     runs = {}
     for fold in range(crossval["folds"]):
@@ -103,22 +104,23 @@ def plan_crossval(train: Mapping[str, Any], crossval: Mapping[str, Any]) -> dict
 
 
 def plan_compare(compare: Mapping[str, Any], folders: list[Path], schema: dict[str, Any]) -> dict[str, PlannedRun]:
-    """A training for each experiment of a comparison.
+    """Plan a training for each experiment of a comparison.
 
     Parameters
     ----------
     compare : mapping
         ``experiments``: names of files in `folders`, or paths of files, or mappings with ``experiment`` (name or path),
-        ``name`` and ``train`` (settings laid over the file's); ``common``: settings laid over all of them.
+        ``name`` and ``train`` (settings that override all others); ``common``: settings that override those of every
+        file.
     folders : list of pathlib.Path
-        Where experiments are looked for.
+        Folders that are searched for experiments.
     schema : dict
         Schema of the ``train:`` section.
 
     Returns
     -------
     dict of str to PlannedRun
-        By the experiments' names.
+        Runs by the experiments' names.
 
     Raises
     ------
@@ -160,22 +162,23 @@ def _read_experiment(wanted: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def plan_transfer(train: Mapping[str, Any], transfer: Mapping[str, Any]) -> dict[str, PlannedRun]:
-    """Trainings that show what pre-training on other organs is worth.
+    """Plan the trainings that show how much pre-training on other data sources helps on a target source.
 
     Parameters
     ----------
     train : mapping
-        The experiment, with the data of both sides.
+        Settings of the experiment, with the target and the other data sources.
     transfer : mapping
         ``source`` (name of the target's data source), ``exclude`` (organs left out of pre-training), ``folds`` (of the
-        target's patients), ``validation`` (patients), ``rate`` (factor on the learning rate when fine-tuning),
-        ``schedule`` (settings laid over the schedule for the target).
+        target's patients), ``validation`` (number of validation patients), ``rate`` (factor on the learning rate when
+        fine-tuning), ``schedule`` (settings that override the schedule on the target).
 
     Returns
     -------
     dict of str to PlannedRun
-        ``pretrain``: all but the target; ``zero-shot``: its model on all of the target's fields; for each fold
-        ``scratch-K`` and ``finetune-K``, trained on the other folds' patients without and with pre-training.
+        ``pretrain``: training on all sources but the target; ``zero-shot``: its model scored on all of the target's
+        fields; for each fold K ``scratch-K`` and ``finetune-K``, trained on the target's other folds without and with
+        pre-training.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Maps of whole annotated fields."""
+"""Prediction of maps for whole annotated fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOWS_AT_ONCE = 8
 
 
 def to_field(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Bring a map or label map ``(h, w)`` to a field's own size by taking the nearest pixel."""
+    """Resize a map or label map ``(h, w)`` to a field's own size by nearest-neighbour sampling."""
     height, width = shape
     rows = np.minimum((np.arange(height) + 0.5) * values.shape[0] / height, values.shape[0] - 1).astype(int)
     columns = np.minimum((np.arange(width) + 0.5) * values.shape[1] / width, values.shape[1] - 1).astype(int)
@@ -27,18 +27,19 @@ def to_field(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def predict_field(
     network: nn.Module, image: np.ndarray, outputs: Outputs, window: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Maps of a whole field, its borders mirrored.
+    """Predict the maps of a whole field, mirroring the image at its borders.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Gives logits.
+        Network that returns logits.
     image : numpy.ndarray
         uint8 ``(H, W, 3)`` at the model's pixel size.
     outputs : Outputs
-        What the logits mean, and over how many turned inputs the maps are averaged.
+        Meaning of the logits, and the test-time augmentation.
     window : (int, int), optional
-        Side and overlap of the windows in which the field is predicted, as on a slide; without it, in one pass.
+        Side and overlap in pixels of the windows in which the field is predicted, as on a slide. Without it, the field
+        is predicted in one pass.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What the trainings of a protocol say together: tables of folds, of experiments, of transfer."""
+"""Joint results of the trainings of a protocol: tables for cross-validation, comparison and transfer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pipeline.stage import whole_files
 from pipeline.training.files import read_json, save_json
 
 COLUMNS = ("aji", "aji_plus", "pq", "sq", "dq", "f1", "dice", "iou", "pixel_accuracy", "loss")
-"""Scores in the tables."""
+"""Scores that are columns of the tables."""
 
 
 def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """What each training has left: ``evaluation``, ``experiment``, ``split``, ``times``, by name.
+    """Read the results of each training: ``evaluation``, ``experiment``, ``split`` and ``folder``, by name.
 
     Raises
     ------
     PipelineError
-        When one is not finished, or an older version has scored it.
+        When a training is not finished, or was scored by an incompatible older version of the pipeline.
     """
     runs = {}
     for name, folder in folders.items():
@@ -46,7 +46,7 @@ def read_runs(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as a table (tsv), beside its place first; columns in the order in which they come up."""
+    """Write rows as a tab-separated table, whole or not at all; columns are in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with whole_files(path) as (staged,), staged.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
@@ -65,18 +65,19 @@ def _scores(mean: Mapping[str, Any], interval: Mapping[str, Any] | None = None) 
 
 
 def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Folds as one evaluation, in which each field was tested once.
+    """Combine the folds into one evaluation, in which each field was tested once.
 
     Parameters
     ----------
     runs : mapping of str to mapping
-        See `read_runs`; in the order of the folds.
+        Results of the folds in their order, see `read_runs`.
 
     Returns
     -------
     dict
-        As an evaluation: ``mean``, ``interval_95`` over all fields, ``organs``, ``images``, ``rules`` (medians of the
-        folds'), ``protocol``; and ``rows``: a row for each fold, the mean last.
+        As for a single evaluation: ``mean`` and ``interval_95`` over all fields, ``organs``, ``images``, ``rules``
+        (medians over the folds), ``batchwise`` (means over the folds), ``protocol``. Also ``spread`` (standard
+        deviations over the folds) and ``rows`` (one for each fold, then one for all fields).
 
     Raises
     ------
@@ -111,7 +112,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     batchwise = [run["evaluation"]["batchwise"] for run in runs.values()]
     first = next(iter(runs.values()))
-    how = first["evaluation"]["protocol"].partition("; ")[2]  # after who was held out
+    how = first["evaluation"]["protocol"].partition("; ")[2]  # the first part says who was held out
     return {
         **summary,
         "spread": spread,
@@ -125,7 +126,7 @@ def crossval_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def budget(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training was given: steps, pixels seen, fields by source."""
+    """Resources of a training: network, steps, pixels seen, numbers of fields, time and device."""
     experiment, schedule = run["experiment"], run["experiment"]["schedule"]
     steps = run["evaluation"].get("steps", schedule["steps"])
     seen = steps * schedule["batch"] * schedule.get("devices", 1) * schedule["size"] ** 2
@@ -145,12 +146,12 @@ def budget(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Experiments side by side, the best AJI first.
+    """Compare experiments, the best AJI first.
 
     Returns
     -------
     dict
-        ``rows``, and ``notes``: in what the experiments were not given the same.
+        ``rows`` (one for each experiment) and ``notes`` (differences in fields or budget that limit the comparison).
     """
     rows = []
     for name, run in runs.items():
@@ -172,7 +173,7 @@ def compare_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def transfer_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The target's fields without training on it, and with, from scratch and after pre-training.
+    """Compare, on the target's fields, pre-training alone, training from scratch and fine-tuning after pre-training.
 
     Parameters
     ----------
@@ -182,7 +183,8 @@ def transfer_summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``rows``, and ``gain``: mean difference of fine-tuning and scratch on the same fields, with its 95 % interval.
+        ``rows`` (one for each way of training), ``gain`` (mean of the scores after fine-tuning minus those from
+        scratch on the same fields, with its 95 % interval) and ``fields`` (names of these fields).
     """
     arms: dict[str, dict[str, Any]] = {"zero-shot": {}, "scratch": {}, "finetune": {}}
     for name, run in runs.items():
@@ -226,9 +228,19 @@ def write_summary(kind: str, folders: Mapping[str, Path], out: Path) -> dict[str
     kind : str
         ``crossval``, ``compare`` or ``transfer``.
     folders : mapping of str to pathlib.Path
-        Folder of each of its trainings by name.
+        Folder of each training of the protocol, by name.
     out : pathlib.Path
         Folder to write to.
+
+    Returns
+    -------
+    dict
+        The summary.
+
+    Raises
+    ------
+    PipelineError
+        See `read_runs` and `crossval_summary`.
     """
     runs = read_runs(folders)
     summary = {"crossval": crossval_summary, "compare": compare_summary, "transfer": transfer_summary}[kind](runs)

@@ -1,7 +1,7 @@
-"""Which field's stain the others are brought to, and why.
+"""Choice of the stain reference: the field to whose stain the others are normalised.
 
-The reference is the field nearest to the middle of all in colour and stain, among those that are sharp, full of tissue
-and rich in nuclei. Several references are the medoids of as many groups.
+The reference is the field nearest to the median of all fields in colour and stain, among those that are sharp, full of
+tissue and rich in nuclei. When several references are wanted, they are the medoids of as many groups of fields.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ FOCUS_MPP = 0.5
 """Pixel size in µm at which sharpness is measured."""
 
 MIN_TISSUE = 0.7
-"""Least share of tissue in a reference."""
+"""Minimum share of tissue in a reference."""
 
 QUANTILE = 0.25
-"""Quantile of sharpness and of nuclear area below which a field is not a reference."""
+"""Quantile of sharpness and of nuclear area that a reference must reach."""
 
 THUMBNAIL = 176
 
@@ -56,22 +56,22 @@ class NoReferenceError(PipelineError):
 
 @dataclass(frozen=True)
 class Look:
-    """What the choice of a reference looks at.
+    """Measurements of a field from which references are chosen.
 
     Parameters
     ----------
     lab_mean, lab_std : tuple of float
         Mean and standard deviation of L*, a* and b* over tissue.
     matrix : tuple of float
-        Stain vectors after Macenko, hematoxylin then eosin.
+        Stain vectors by Macenko's method, hematoxylin then eosin.
     strengths : tuple of float
-        99th percentiles of both concentrations.
+        99th percentiles of the concentrations of both stains.
     focus : float
         Variance of the Laplacian of the grey image at `FOCUS_MPP`, over tissue.
     tissue : float
         Share of tissue pixels.
     nuclei_per_mm2, nuclear_share : float
-        Annotated nuclei, and their share of the area.
+        Annotated nuclei per mm², and their share of the field's area.
     """
 
     lab_mean: tuple[float, ...]
@@ -91,20 +91,20 @@ class Look:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A field and what came of it.
+    """A field that was considered as a reference, and the result.
 
     Parameters
     ----------
     name : str
         Name of the field.
     look : Look or None
-        None where the stain cannot be fitted.
+        Its measurements; None when the stain cannot be fitted.
     refused : tuple of str
-        Why it is not a reference; empty for those that may be.
+        Reasons why it cannot be a reference; empty when it can.
     distance : float or None
-        To the median of all fields, see `colour_space`.
+        Distance to the median of all fields, see `colour_space`; None when the stain cannot be fitted.
     nearest : str or None
-        The reference nearest to it.
+        Name of the nearest reference; None when the stain cannot be fitted.
     """
 
     name: str
@@ -121,11 +121,11 @@ class Selection:
     Parameters
     ----------
     chosen : tuple of str
-        Names, the one that stands for most fields first.
+        Names of the references, the one that is nearest to most fields first.
     candidates : tuple of Candidate
-        All fields in their order.
+        All fields, in the order in which they were given.
     limits : dict of str to float
-        What was asked of a reference.
+        Minimum values that a reference had to reach, by attribute of `Look`.
     """
 
     chosen: tuple[str, ...]
@@ -133,7 +133,7 @@ class Selection:
     limits: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The selection as plain JSON values."""
+        """Return the selection as plain JSON values."""
         return {
             "chosen": list(self.chosen),
             "rule": "nearest to the median of colour and stain among sharp fields with much tissue and many nuclei"
@@ -150,7 +150,7 @@ def look_at(one: Field) -> Look:
     Raises
     ------
     StainFitError
-        When its stain cannot be fitted.
+        When the field's stain cannot be fitted.
     """
     pixels = tissue_pixels(one.image)
     stains, lab = fit_stains(pixels, extract_macenko), fit_lab(pixels)
@@ -170,10 +170,10 @@ def look_at(one: Field) -> Look:
 
 
 def colour_space(looks: Sequence[Look]) -> np.ndarray:
-    """Coordinates of fields in which plain distances are Mahalanobis distances, the median at the origin.
+    """Return coordinates of fields whose Euclidean distances are Mahalanobis distances, with the median at the origin.
 
     Features are standardised; their correlation matrix is shrunk towards the identity by ``d / (d + n)`` for ``d``
-    features of ``n`` fields, so that few fields, too, give distances.
+    features of ``n`` fields, so that distances are defined for few fields as well.
 
     Returns
     -------
@@ -192,21 +192,23 @@ def colour_space(looks: Sequence[Look]) -> np.ndarray:
 
 
 def medoids(distances: np.ndarray, allowed: np.ndarray, k: int) -> list[int]:
-    """Up to `k` points from which all points are least far, by adding the best one at a time, then swapping.
+    """Choose up to `k` points that minimise the summed distance of all points to the nearest chosen one.
+
+    Points are added greedily, then swapped as long as this lowers the sum.
 
     Parameters
     ----------
     distances : numpy.ndarray
-        ``(n, n)``.
+        Distances between all points, ``(n, n)``.
     allowed : numpy.ndarray
-        bool ``(n,)``: which may be chosen.
+        bool ``(n,)``: which points may be chosen.
     k : int
-        How many.
+        Number of points to choose.
 
     Returns
     -------
     list of int
-        The chosen ones; ties go to the first.
+        Indices of the chosen points; ties go to the first.
 
     References
     ----------
@@ -237,9 +239,9 @@ def select_references(fields: Sequence[Field], k: int = 1) -> Selection:
     Parameters
     ----------
     fields : sequence of Field
-        The training fields, without those that are held out.
+        Training fields; must not include fields that are held out.
     k : int
-        How many references.
+        Number of references.
 
     Raises
     ------
@@ -278,7 +280,7 @@ def select_references(fields: Sequence[Field], k: int = 1) -> Selection:
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     picked = [int(np.where(allowed, middle, np.inf).argmin())] if k == 1 else medoids(distances, allowed, k)
     served = distances[picked].argmin(axis=0)
-    # The one that stands for most fields first.
+    # The reference that is nearest to most fields comes first.
     order = sorted(range(len(picked)), key=lambda p: (-int((served == p).sum()), picked[p]))
     names = [fields[fitted[picked[p]]].name for p in range(len(picked))]
     place = {i: position for position, i in enumerate(fitted)}
@@ -304,7 +306,7 @@ def _extractors(method: str) -> dict[str, Extractor]:
 
 
 def stain_reference(one: Field, method: str = "macenko") -> dict[str, Any]:
-    """What a model package says of a field's stain, for all methods that need no further library and for `method`.
+    """Return a field's stain as it is stored in a model package, for `method` and all methods without extra libraries.
 
     Raises
     ------
@@ -320,7 +322,7 @@ def stain_reference(one: Field, method: str = "macenko") -> dict[str, Any]:
 def choose_reference(
     fields: Sequence[Field], name: str = "auto", method: str = "macenko", folder: Path | None = None
 ) -> tuple[Field, dict[str, Any]]:
-    """The field to whose stain the others are brought.
+    """Choose the field to whose stain the others are normalised.
 
     Parameters
     ----------
@@ -331,7 +333,7 @@ def choose_reference(
     method : str
         Stain method that the reference is for.
     folder : pathlib.Path, optional
-        Where to write the reasons of ``auto``, see `write_selection`.
+        Folder for the explanation of the choice by ``auto``, see `write_selection`.
 
     Returns
     -------
@@ -343,7 +345,7 @@ def choose_reference(
     Raises
     ------
     PipelineError
-        When there is no such field or no stain can be fitted.
+        When there is no field called `name` or no stain can be fitted.
     """
     if name == "auto":
         selection = select_references(fields)
@@ -357,7 +359,7 @@ def choose_reference(
 
 
 def normalise(image: np.ndarray, method: str, reference: dict[str, Any], strength: float = 1.0) -> np.ndarray | None:
-    """A field's image in the stain of a reference, or None when its own cannot be fitted.
+    """Return an image in the stain of a reference, or None when its own stain cannot be fitted.
 
     Parameters
     ----------
@@ -366,9 +368,14 @@ def normalise(image: np.ndarray, method: str, reference: dict[str, Any], strengt
     method : str
         One of `pipeline.kernels.stain.METHODS`; None is returned for ``none``.
     reference : dict
-        What `stain_reference` gave.
+        Stain of the reference, from `stain_reference`.
     strength : float
-        How far towards the reference, 0 to 1, see `pipeline.kernels.stain.fit_transform`.
+        How far to move towards the reference, 0 to 1, see `pipeline.kernels.stain.fit_transform`.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        uint8 ``(H, W, 3)``.
     """
     if method == "none":
         return None
@@ -385,19 +392,22 @@ def normalise(image: np.ndarray, method: str, reference: dict[str, Any], strengt
 
 
 def contact_sheet(fields: Sequence[Field], selection: Selection) -> Image:
-    """Picture of all candidates, nearest to the middle first: chosen ones framed green, refused ones grey.
+    """Return a picture of all candidates.
+
+    Chosen ones come first, framed in green, then the others by distance to the median; captions of refused ones are
+    grey.
 
     Parameters
     ----------
     fields : sequence of Field
         The fields of `selection`.
     selection : Selection
-        The choice.
+        The selection to show.
 
     Returns
     -------
     PIL.Image.Image
-        RGB.
+        RGB image.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -441,7 +451,7 @@ def _fit(draw: Any, text: str, font: Any) -> str:
 
 
 def write_selection(fields: Sequence[Field], selection: Selection, folder: Path) -> None:
-    """Write ``reference.json`` and the contact sheet ``reference.png``."""
+    """Write a selection to a folder: ``reference.json`` and the contact sheet ``reference.png``."""
     from pipeline.stage import whole_files
     from pipeline.training.files import save_json
 

@@ -1,8 +1,8 @@
 """One training experiment from data to model package.
 
 Steps: read the data, hold patients out, choose a stain reference, train, tune the thresholds on the validation
-fields, score the test fields once, train on with all fields, pack. Each step leaves its result in the experiment's
-folder and is not repeated by a later run, so a killed experiment goes on where it was.
+fields, score the test fields once, continue training with all fields, pack. Training and evaluation leave their results
+in the experiment's folder and are not repeated by a later run, so a killed experiment resumes where it was.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 def leads() -> bool:
-    """Whether this is the process that writes what only one of several should."""
+    """Whether this process is the one of a distributed training that writes the shared results."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
@@ -69,13 +69,13 @@ class Run:
     Parameters
     ----------
     experiment : Experiment
-        What to train.
+        The experiment to run.
     work : pathlib.Path
-        Checkpoints, logs, split and scores.
+        Folder for checkpoints, logs, split and scores.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
     deadline : Deadline, optional
-        When to stop for the time being.
+        When to stop, to be resumed later.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Run:
         self.deadline = deadline or Deadline()
         self.data = load_data(experiment)
         self.known: set[str] = set()
-        """Validation fields of patients whom the package before or the teacher knows."""
+        """Names of the validation fields whose patients the starting package or the teacher has learned from."""
         self.start = self._known_package(experiment, "start_from")
         self.teacher = self._known_package(experiment, "teacher")
         self.origin = {
@@ -115,7 +115,7 @@ class Run:
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
 
     def _known_package(self, experiment: Experiment, role: str) -> ModelPackage | None:
-        """The package of ``start_from`` or ``teacher``; see `check_unseen` for one that knows the patients held out."""
+        """Load the package of ``start_from`` or ``teacher``, if any, and check it with `check_unseen`."""
         folder = getattr(experiment, role)
         if folder is None:
             return None
@@ -129,10 +129,10 @@ class Run:
         return package
 
     def build(self) -> nn.Module:
-        """The network with the weights that training starts from."""
+        """Build the network with the weights that training starts from."""
         one = self.experiment
         lightning.seed_everything(one.schedule.seed, verbose=False)
-        # A package has an encoder's weights, too.
+        # A package contains the encoder's weights, so pretrained ones need not be loaded.
         pretrained = self.start is None
         network = build_network(one.network, len(self.outputs.names), one.network_args, pretrained=pretrained)
         if (start := self.start) is not None:
@@ -147,7 +147,14 @@ class Run:
         return network
 
     def before(self) -> dict[str, Any]:
-        """Scores of the package that is trained on, with its own thresholds, where these fit: was it worth it?"""
+        """Score the package of ``start_from`` on the same test fields, to show what further training has gained.
+
+        Returns
+        -------
+        dict
+            ``before``: its name, mean scores and intervals, with its own thresholds. Empty without such a package,
+            without further training, or when its thresholds do not fit.
+        """
         start = self.start
         if start is None or not self.data.split.train or not self._keeps_maps(start):
             return {}
@@ -156,21 +163,25 @@ class Run:
         return {"before": {"model": start.name, **{key: scored[key] for key in ("mean", "interval_95")}}}
 
     def _keeps_maps(self, start: ModelPackage) -> bool:
-        """Whether thresholds of a package fit: its maps and pixel size are those of the experiment."""
+        """Whether a package's thresholds fit, i.e. its maps and pixel size are those of the experiment."""
         return (start.mpp, channel_names(start)) == (self.experiment.mpp, self.outputs.names)
 
     @property
     def rules(self) -> InstanceRules:
-        """Thresholds to begin with: those of the package that is trained on, where they fit, but for what is stated."""
+        """Thresholds before tuning.
+
+        Without training, those of the package of ``start_from``. Otherwise the same when its pixel size and markers
+        are the experiment's, overridden by ``evaluation.rules``; else those of the experiment.
+        """
         one, start = self.experiment, self.start
         if start is not None and not self.data.split.train:
-            return start.thresholds  # it is scored as it is
+            return start.thresholds  # without training, the package is scored as it is
         if start is None or (start.mpp, start.thresholds.markers) != (one.mpp, one.rules.markers):
             return one.rules
         return replace(start.thresholds, **one.evaluation.rules)
 
     def prepare(self, fields: Sequence[Field]) -> list[PreparedField]:
-        """Fields as training draws from them: as they are and in the model's stain."""
+        """Prepare fields for training, each as scanned and in the model's stain."""
         one = self.experiment
         teacher = None if self.teacher is None else Teacher.of(self.teacher, self.accelerator)
         prepared = []
@@ -184,7 +195,7 @@ class Run:
                     self.targets,
                     one.class_names,
                     styled=one.augmentation.style > 0,
-                    # Where annotations say that there is nothing, a teacher may be what is wrong.
+                    # In a field annotated as empty, anything that the teacher finds is likely wrong.
                     taught=teacher.maps(field) if teacher is not None and field.labels.any() else None,
                     share=one.teacher_share,
                 )
@@ -192,7 +203,10 @@ class Run:
         return prepared
 
     def weights(self, fields: Sequence[Field]) -> np.ndarray:
-        """How often each field is drawn."""
+        """Return the relative frequency with which each field is drawn, float64 ``(fields,)``.
+
+        Each data source has its ``weight`` in total. Within a source, fields with rare classes are drawn more often.
+        """
         share = {source_name(source): float(source.get("weight", 1.0)) for source in self.experiment.data}
         often = np.ones(len(fields))
         known = np.array([field.types is not None for field in fields])
@@ -214,7 +228,7 @@ class Run:
         schedule: Schedule,
         folder: Path,
     ) -> nn.Module:
-        """Train in a folder, or take up what is there."""
+        """Train a network in a folder, resuming or reusing an earlier run there."""
         one = self.experiment
         job = Job(
             network, self.loss, self.targets, replace(self.outputs, tta="none"), self.rules, self.evaluator.window,
@@ -236,25 +250,29 @@ class Run:
         )
 
     def train(self) -> nn.Module:
-        """Train without the patients held out; without any other, the network stays as it is."""
+        """Train on the training fields; if there are none, return the network with its starting weights."""
         if not self.data.split.train:
             return self.build().eval()
         train, validation = self.data.part("train"), self.data.part("validation")
         return self.fit(self.build(), train, validation, self.experiment.schedule, self.work / "heldout")
 
     def train_on(self, network: nn.Module) -> nn.Module:
-        """Train on with all fields."""
+        """Continue training with all fields, for ``final_steps`` steps."""
         one = self.experiment
         schedule = replace(
             one.schedule,
             steps=one.final_steps,
             seed=one.schedule.seed + 1,
-            learning_rate=one.schedule.learning_rate / 4,  # the network has learned already
+            learning_rate=one.schedule.learning_rate / 4,  # lower, as the network is already trained
         )
         return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
 
     def finished(self, network: nn.Module) -> nn.Module:
-        """A copy of a trained network as it is scored and packed: averaged with what it started from, and rounded."""
+        """Return a copy of a trained network as it is scored and packed.
+
+        Its weights are averaged with those it started from (``start_share``) and rounded (``half_weights``), where the
+        experiment says so.
+        """
         one, network = self.experiment, copy.deepcopy(network)
         if one.start_share:
             before = self.build().state_dict()
@@ -267,7 +285,7 @@ class Run:
         return network
 
     def tuning_fields(self) -> list[Field]:
-        """The fields that thresholds are chosen on; none, where they stay as they are."""
+        """Fields on which the thresholds are tuned; empty without tuning."""
         one = self.experiment
         if not one.evaluation.tune:
             return []
@@ -275,16 +293,19 @@ class Run:
         return self.data.part("validation") + [f for f in more if f.source == one.holdout]
 
     def protocol(self) -> str:
-        """How the scores come about, in words."""
+        """Describe in words how the scores were obtained."""
         own = len({f.name for f in self.tuning_fields()} & {*self.data.split.train})
         return protocol(self.experiment, self.data.split, own, self.start.name if self.start else "", len(self.known))
 
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
-        """Tune thresholds on the validation fields and score the test fields, once."""
+        """Tune the thresholds on the validation fields and score the test fields.
+
+        The evaluation is kept in the experiment's folder and reused as long as its settings are the same.
+        """
         one = self.experiment
         file = self.work / f"evaluation-{one.schedule.steps}.json"
         rules = self.rules
-        # All that the scores depend on, checkpoints apart.
+        # Everything that the scores depend on except the checkpoints.
         settings = {
             **asdict(one.evaluation),
             "rules": asdict(rules),
@@ -322,12 +343,12 @@ class Run:
         return evaluation | {"protocol": self.protocol()}
 
     def scores_before(self) -> dict[str, Any]:
-        """Scores and thresholds of the package that was trained on with all fields, where nobody is left to score.
+        """Return scores and thresholds of the package of ``start_from``, for a training that leaves no field to score.
 
         Raises
         ------
         PipelineError
-            When there is none, or its thresholds do not fit.
+            When there is no such package, it has no scores, or its thresholds do not fit.
         """
         start = self.start
         if start is None or not start.metrics.get("mean"):
@@ -357,7 +378,7 @@ class Run:
         """Write the model package."""
         rules = InstanceRules(**evaluation["rules"])
         classes = self.targets.classes
-        # Validation fields count as known: the checkpoint and the thresholds were chosen on them.
+        # Validation fields count as seen, since the checkpoint and the thresholds were chosen on them.
         known = self.data.part("train") + self.data.part("validation")
         fields = self.data.fields if self.experiment.final_steps else known
         earlier = [one for one in (self.start, self.teacher) if one is not None]
@@ -373,34 +394,34 @@ def run_experiment(
     deadline: Deadline | None = None,
     scores: Path | None = None,
 ) -> dict[str, Any]:
-    """Run an experiment, or what is left of it.
+    """Run an experiment, resuming where an earlier run stopped.
 
     Parameters
     ----------
     experiment : Experiment
-        What to train.
+        The experiment to run.
     work : pathlib.Path
-        Checkpoints, logs, split and scores.
+        Folder for checkpoints, logs, split and scores.
     out : pathlib.Path
-        The model package.
+        Folder for the model package.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
     deadline : Deadline, optional
-        When to stop for the time being.
+        When to stop, to be resumed later.
     scores : pathlib.Path, optional
-        Evaluation (with thresholds) of an experiment that holds nobody out, from its cross-validation.
+        Evaluation (with thresholds) to use for an experiment that holds nobody out, from its cross-validation.
 
     Returns
     -------
     dict
-        The evaluation on the held-out patients.
+        The evaluation: on the held-out patients, or the given or earlier one when nobody is held out.
 
     Raises
     ------
     PipelineError
-        When data are missing or do not fit, or another model's package is where this one's goes.
+        When data are missing or do not fit, or `out` holds another training's package.
     pipeline.training.schedule.Unfinished
-        When the time is over; what there is has been kept.
+        When the deadline has passed; the last checkpoint is kept.
     """
     check_place(out, work)
     run = Run(experiment, work, accelerator, deadline)

@@ -1,4 +1,4 @@
-"""Random training samples: crops of annotated fields under augmentation."""
+"""Random training samples: augmented crops of annotated fields."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ NUCLEUS_DISTANCE = Targets()
 FLIPS = ("horizontal", "vertical")
 
 MARGIN = 24
-"""Pixels around a sample that are looked at too, so that nuclei on its edges are whole when targets are crafted."""
+"""Width in pixels of the margin around a sample within which targets are crafted, so that nuclei on its edges are
+whole."""
 
 
 def gaussian_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
-    """Blur an image by a sigma of up to `largest` pixels."""
+    """Blur an image by a Gaussian with a sigma of up to `largest` pixels."""
     return cv2.GaussianBlur(image, (0, 0), rng.uniform(min(0.2, largest), largest))
 
 
 def median_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
-    """Median of the squares of ``2 * largest + 1`` pixels, at least of 3."""
+    """Median over squares with a side of ``2 * largest + 1`` pixels, at least 3."""
     return cv2.medianBlur(image, 2 * max(1, round(largest)) + 1)
 
 
 def motion_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> np.ndarray:
-    """Mean along a line of ``2 * largest + 1`` pixels, at least of 3, in any direction."""
+    """Mean along a line of ``2 * largest + 1`` pixels, at least 3, in a random direction."""
     reach = max(1, round(largest))
     line = np.zeros((2 * reach + 1, 2 * reach + 1), np.uint8)
     angle = rng.uniform(0, math.pi)
@@ -48,7 +49,7 @@ def motion_blur(image: np.ndarray, rng: np.random.Generator, largest: float) -> 
 
 
 BLURS = {"gaussian": gaussian_blur, "median": median_blur, "motion": motion_blur}
-"""Ways to blur a sample."""
+"""Ways to blur a sample, by name."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,25 @@ class Augmentation:
     rotation : float
         Largest rotation in degrees, beyond quarter turns and flips.
     quarter_turns : bool
-        Turn by a random multiple of 90 degrees.
+        Whether to rotate by a random multiple of 90 degrees as well.
     flips : tuple of str
-        Directions in which half of the samples are mirrored: ``horizontal``, ``vertical``.
+        Directions in which samples are mirrored, each with probability 1/2: ``horizontal``, ``vertical``.
     shear : float
         Largest shear in degrees.
     style : float
         Share of samples that take on the look of another field, see `pipeline.training.style`.
     stain : float
-        Spread of the stain jitter (factor on each stain's OD; a tenth of it as an offset), 0 for none.
+        Largest relative change of each stain's OD; offsets of up to a tenth of it are added. 0 for none.
     brightness, contrast, saturation : float
-        Spread of the factor on each.
+        Largest relative change of each.
     hue : float
         Largest shift of the hue in degrees.
     blur, noise : float
-        Largest Gaussian blur (sigma, px) and camera noise (grey levels).
+        Largest blur (px; the sigma of a Gaussian, the reach of the other kinds) and camera noise (grey levels).
     blur_share : float
         Share of the samples that are blurred.
     blurs : tuple of str
-        How, each as often: keys of `BLURS`.
+        Kinds of blur, keys of `BLURS`, all equally likely.
     """
 
     scale: tuple[float, float] = (0.7, 1.4)
@@ -117,22 +118,22 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class PreparedField:
-    """A field at the model's pixel size with what the network learns.
+    """A field at the model's pixel size with its targets.
 
     Parameters
     ----------
     name : str
         Name of the field.
     images : tuple of numpy.ndarray
-        uint8 ``(H, W, 3)`` versions of the image (as scanned, stain-normalised); each sample takes one.
+        uint8 ``(H, W, 3)`` versions of the image (as scanned, stain-normalised); each sample uses one of them.
     targets : numpy.ndarray
         uint8 ``(H, W, n)``: the warped targets; 255 is 1.
     spec : Targets
-        What they are.
+        Says which targets the field has.
     labels, types : numpy.ndarray, optional
-        float32 label map and uint8 class map ``(H, W)``, where targets are crafted from them.
+        float32 label map and uint8 class map ``(H, W)``, if targets are crafted from them for each sample.
     tones : tuple of numpy.ndarray or None
-        Of each of `images`, see `pipeline.training.style.tones`; empty where no style is wanted.
+        Tones of each of `images`, see `pipeline.training.style.tones`; empty without style augmentation.
     """
 
     name: str
@@ -165,11 +166,11 @@ def prepare_field(
     versions : tuple of numpy.ndarray
         Further versions of the field's image.
     spec : Targets
-        Which targets.
+        Targets to craft.
     class_names : mapping of str to str, optional
         Class of the type head by class of the field, where they differ.
     styled : bool
-        Whether samples shall take on the looks of other fields.
+        Whether to prepare for samples that take on the look of other fields.
     taught, share
         A teacher's maps and their share in the targets, see `Targets.of_field`.
     """
@@ -177,7 +178,7 @@ def prepare_field(
     size = images[0].shape[1::-1]
     labels = types = None
     if spec.crafted:
-        # As float, which OpenCV warps; exact up to 2**24.
+        # OpenCV cannot warp int32; float32 is exact up to 2**24.
         labels = cv2.resize(field.labels.astype(np.float32), size, interpolation=cv2.INTER_NEAREST_EXACT)
         types = class_map(field, spec.classes, class_names)
         if types is not None:
@@ -254,9 +255,9 @@ def draw_sample(
     rng : numpy.random.Generator
         Source of randomness.
     stride : int
-        Crops lie on a grid of this many pixels, the last ones at the field's end; 0: anywhere.
+        Spacing in pixels of the grid on which crops lie, the last ones at the field's end; 0: anywhere.
     styles : sequence of numpy.ndarray
-        Tones that samples may take on.
+        Tones that the sample may take on, see `pipeline.training.style.tones`.
 
     Returns
     -------
@@ -273,7 +274,8 @@ def draw_sample(
     mirror = [-1.0 if name in augmentation.flips and rng.random() >= 0.5 else 1.0 for name in FLIPS]
     if augmentation.quarter_turns:
         angle += math.pi / 2 * rng.integers(4)
-    # Crop pixel -> field pixel: turn, mirror and shrink about the crop's centre, which lands anywhere inside.
+    # The matrix maps crop pixels to field pixels: it rotates, mirrors and scales about the crop's centre, which is
+    # placed at random inside the field.
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag(mirror)
     if augmentation.shear > 0:
         slant = math.tan(math.radians(rng.uniform(-augmentation.shear, augmentation.shear)))
@@ -318,7 +320,7 @@ def draw_sample(
 
 
 def _on_grid(side: int, size: int, stride: int, rng: np.random.Generator) -> float:
-    """Centre of a crop whose start is a multiple of `stride`, or the last that fits."""
+    """Centre of a random crop along one axis, whose start is a multiple of `stride` or the last one that fits."""
     last = max(0, side - size)
     start = min(int(rng.integers(-(-last // stride) + 1)) * stride, last)
     return min(start + size / 2, side - min(size, side) / 2)

@@ -1,4 +1,4 @@
-"""How long and how fast to train."""
+"""Settings of a training's length and learning rate, and its deadline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 DECAYS = ("cosine", "linear", "steps", "plateau", "constant")
 KEEP = ("aji", "pq", "dice", "iou", "accuracy", "loss", "last")
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
-"""Lightning's names of the devices."""
+"""Lightning's accelerator names, by the values of the setting `device`."""
 
 PRECISIONS = ("auto", "32", "bf16", "16")
 
@@ -27,59 +27,59 @@ class Schedule:
     steps : int
         Optimiser steps.
     epochs : float, optional
-        Instead of `steps`: how often the area of the training fields is gone through.
+        Alternative to `steps`: number of passes over the area of the training fields, see `resolved`.
     batch, size : int
-        Crops a step and device, and their side in pixels.
+        Crops per step and device, and their side in pixels.
     stride : int
-        Crops lie on a grid of this many pixels; 0: anywhere.
+        Spacing in pixels of the grid on which crops lie; 0: anywhere.
     optimizer : str
         ``adamw``, ``adam`` or ``sgd`` (momentum 0.9).
     learning_rate, weight_decay : float
-        The optimiser's.
+        Settings of the optimiser.
     betas : (float, float)
-        How slowly AdamW and Adam forget the gradient and its square.
+        Decay rates of the running means of the gradient and its square in AdamW and Adam.
     encoder_rate : float
         Factor on the learning rate of a network's encoder.
     decay : str
-        How the rate falls after warming up. ``cosine``: along half a cosine to `floor`. ``linear``: from
-        the share `hold` of the steps on, along a line to `floor`. ``steps``: by `gamma` at each
-        of the `milestones`. ``plateau``: by `gamma` whenever the mean training loss has not reached a new low for
-        `patience` checks. ``constant``: not at all.
+        How the rate falls after the warm-up. ``cosine``: along half a cosine to `floor`. ``linear``: linearly to
+        `floor`, from the share `hold` of the steps on. ``steps``: by the factor `gamma` at each of the `milestones`.
+        ``plateau``: by the factor `gamma` whenever the mean training loss has not reached a new low in more than
+        `patience` checks in a row. ``constant``: not at all.
     floor : float
-        Share of the rate at the end of the cosine or the line.
+        Final share of the rate for ``cosine`` and ``linear``.
     hold : float
-        Share of the steps before the line.
+        Share of the steps before ``linear`` starts to fall.
     milestones : tuple of float
-        Shares of the steps.
+        Shares of the steps at which ``steps`` lowers the rate.
     gamma : float
-        Factor on the rate.
+        Factor on the rate for ``steps`` and ``plateau``.
     patience : int
-        Checks of the training loss, one every `validate_every` steps.
+        Checks without a new low that ``plateau`` tolerates; the loss is checked every `validate_every` steps.
     warmup : float
-        Share of the steps that warm up.
+        Share of the steps over which the rate rises.
     clip : float
-        Largest norm of the gradient; 0 for any.
+        Maximum norm of the gradient; 0 for no limit.
     ema : float
-        Decay of the averaged weights, which are the ones that are kept; 0 for no averaging.
+        Decay of the moving average of the weights, which is then validated and kept; 0 for no averaging.
     keep : str
-        The checkpoint that is kept: that of the best of this score on the validation fields, or ``last``.
+        Score on the validation fields by which the kept checkpoint is chosen, or ``last`` for the last checkpoint.
     validate_every : int
-        Steps between two validations.
+        Steps between validations.
     precision : str
-        ``auto`` (mixed on a GPU: bf16 where it can, else 16; bf16 on a CPU that multiplies it in hardware), ``32``,
-        ``bf16``, ``16``.
+        ``32``, ``bf16``, ``16`` or ``auto``: on a GPU mixed precision, with bf16 if supported, else 16; on a CPU bf16
+        if it multiplies bf16 in hardware.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     devices : int
-        GPUs (or CPU processes) to train on; each has a batch of its own.
+        Number of GPUs (or CPU processes) to train on; each has its own batch.
     sync_norm : bool
-        On several GPUs, batch normalisation over the batches of all.
+        On several GPUs, whether batch normalisation uses the batches of all of them.
     workers : int
-        Processes that draw samples; 0 draws them in the trainer's own.
+        Processes that draw samples; 0 draws them in the trainer's own process.
     seed : int
         Seed of weights and samples.
     max_minutes : float, optional
-        Stop after this time, to go on when the training is started again.
+        Time after which training stops, to be resumed when it is started again.
     """
 
     steps: int = 2000
@@ -130,12 +130,12 @@ class Schedule:
             )
 
     def resolved(self, pixels: float) -> Schedule:
-        """The schedule with `steps` in place of `epochs`.
+        """Return the schedule with `steps` computed from `epochs`, if these are given.
 
         Parameters
         ----------
         pixels : float
-            Area of the training fields at the model's pixel size.
+            Area of the training fields in pixels of the model's pixel size.
         """
         if self.epochs is None:
             return self
@@ -143,7 +143,7 @@ class Schedule:
         return replace(self, steps=max(1, steps), epochs=None)
 
     def rate_at(self, step: int) -> float:
-        """Factor on the learning rate at a step, that of ``plateau`` apart."""
+        """Factor on the learning rate at a step, without the factor of ``plateau``."""
         rise = max(1.0, self.warmup * self.steps)
         if step < rise and self.warmup > 0:
             return (step + 1) / (rise + 1)
@@ -159,12 +159,12 @@ class Schedule:
 
 
 class Deadline:
-    """When to stop for the time being.
+    """Time at which a training stops, to be resumed later.
 
     Parameters
     ----------
     minutes : float, optional
-        From now on; None: never.
+        Minutes from now; None for no deadline.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -173,9 +173,9 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
-        """Whether the time is over."""
+        """Whether the deadline has passed."""
         return time.monotonic() >= self._end
 
 
 class Unfinished(PipelineError):
-    """The time was over before the training was; what there is has been kept."""
+    """The deadline passed before the training was finished; the last checkpoint is kept."""

@@ -1,4 +1,4 @@
-"""Scores of maps against annotated fields: nuclei, pixels, and how a batch-wise evaluation would put it."""
+"""Scores of maps against annotated fields: by nucleus, by pixel, by class and over batches of patches."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pipeline.training.targets import Targets
 
 @dataclass(frozen=True)
 class Scored:
-    """A field's nuclei as they were found, and their scores.
+    """Nuclei found in a field, and their scores.
 
     Parameters
     ----------
     labels : numpy.ndarray
         int32 label map ``(H, W)`` at the field's own resolution.
     scores : dict
-        Scores, counts and kinds of error.
+        Scores, counts and kinds of error by name.
     """
 
     labels: np.ndarray
@@ -48,7 +48,7 @@ def score_maps(maps: np.ndarray, field: Field, rules: InstanceRules, channels: C
     rules : InstanceRules
         Thresholds.
     channels : Channels
-        Where the maps are.
+        Indices of the maps in `maps`.
     """
     labels = to_field(segment(maps, rules, channels), field.labels.shape)
     overlaps = Overlaps.of(field.labels, labels)
@@ -58,7 +58,7 @@ def score_maps(maps: np.ndarray, field: Field, rules: InstanceRules, channels: C
 
 
 def pixel_scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy, Dice and IoU of two masks, bool ``(H, W)``; two empty ones agree fully."""
+    """Accuracy, Dice and IoU of two masks, bool ``(H, W)``; all are 1 when both masks are empty."""
     both, total = int((found & truth).sum()), int(found.sum() + truth.sum())
     return {
         "pixel_accuracy": float((found == truth).mean()),
@@ -68,14 +68,17 @@ def pixel_scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def as_logits(maps: np.ndarray, n_types: int = 0) -> torch.Tensor:
-    """Logits ``(1, C, H, W)`` that uint8 maps may have come from; the last `n_types` maps are one softmax."""
+    """Reconstruct logits ``(1, C, H, W)`` from uint8 maps ``(C, H, W)``; the last `n_types` maps form one softmax."""
     values = torch.from_numpy(np.ascontiguousarray(maps)).float()[None].add(0.5).div(256)
     count = values.shape[1] - n_types
     return torch.cat([torch.logit(values[:, :count]), torch.log(values[:, count:])], dim=1)
 
 
 def field_loss(maps: np.ndarray, prepared: PreparedField, loss: CombinedLoss) -> float:
-    """The training's loss on the maps of a whole field, as uint8 maps tell it (no pixel is surer than 1 in 512)."""
+    """Return the training's loss on the uint8 maps of a whole field.
+
+    Because of the 8 bits, probabilities are limited to between 1/512 and 511/512.
+    """
     spec = prepared.spec
     target = prepared.targets
     if prepared.labels is not None:
@@ -88,14 +91,14 @@ def field_loss(maps: np.ndarray, prepared: PreparedField, loss: CombinedLoss) ->
 def type_scores(
     labels: np.ndarray, maps: np.ndarray, field: Field, spec: Targets, truth: np.ndarray, within: int = 0
 ) -> dict[str, Any]:
-    """How often the class of a nucleus that was found (IoU > 0.5) is right, and F1 of each class.
+    """Score the classes of the nuclei found: accuracy over matched nuclei (IoU > 0.5), and F1 of each class.
 
     Parameters
     ----------
     labels : numpy.ndarray
         Nuclei found, int32 ``(H, W)``, at the field's resolution.
     maps : numpy.ndarray
-        uint8 ``(1 + classes, h, w)``: maps of background and classes at the model's.
+        uint8 ``(1 + classes, h, w)``: maps of background and classes at the model's resolution.
     field : Field
         The field.
     spec : Targets
@@ -103,13 +106,13 @@ def type_scores(
     truth : numpy.ndarray
         Known classes, see `pipeline.training.targets.class_map`.
     within : int
-        R² is about the nuclei with a pixel in the central square of so many pixels; 0: about all.
+        Nuclei are counted for R² when they have a pixel in the central square with this side in pixels; 0 counts all.
 
     Returns
     -------
     dict
         ``type_accuracy`` over matched nuclei of known class and ``type_f1`` by class, None where there are none; and
-        ``type_counts`` that they come from, see `pipeline.evaluation.metrics.class_counts`.
+        the ``type_counts`` that both are computed from, see `pipeline.evaluation.metrics.class_counts`.
     """
     from scipy import ndimage
 
@@ -118,7 +121,7 @@ def type_scores(
     found = np.argmax(sums, axis=0) + 1 if len(overlaps.pred_ids) else np.zeros(0, int)
     values, first = np.unique(field.labels, return_index=True)
     known = truth.ravel()[first[np.searchsorted(values, overlaps.truth_ids)]].astype(int)
-    known[known > len(spec.classes)] = 0  # of another or unknown class
+    known[known > len(spec.classes)] = 0  # IGNORED: another or unknown class
     counted = None
     if within:
         left, top, right, bottom = central((0, 0, labels.shape[1], labels.shape[0]), within)
@@ -133,12 +136,12 @@ def type_scores(
 
 
 def batchwise_scores(maps: Sequence[np.ndarray], fields: Sequence[Field]) -> dict[str, float]:
-    """Pixel scores over batches of patches, not over images.
+    """Pixel scores averaged over batches of patches instead of images.
 
-    Field by field, the probability map and the mask are stretched to a square of 1024 pixels by bilinear interpolation
-    and cut into patches of 256; what is summed up in each batch of eight consecutive patches gives loss, Dice, accuracy
-    and IoU, whose means over the batches are returned. The mask's edges are fractions by then, and accuracy wants
-    equality with them. Such numbers cannot be compared with means over images.
+    The probability map and the mask of each field are resized to 1024 x 1024 pixels by bilinear interpolation and cut
+    into patches of 256 x 256. Loss, Dice, accuracy and IoU are computed over each batch of eight consecutive patches,
+    and their means over the batches are returned. Interpolation makes the mask fractional at its edges, where accuracy,
+    which demands equality, counts every pixel as wrong. These scores cannot be compared with means over images.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Who is for training, who for validation, who for testing: always whole patients."""
+"""Division of fields into training, validation and test, always by whole patients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("one-per-organ", "patients", "stratified", "organs", "folds", "kumar"
 """Ways to hold patients out."""
 
 STRATA = ("organ", "cohort")
-"""What patients are told apart by when they are drawn."""
+"""Attributes of a field by which patients can be stratified."""
 
 PARTS = ("train", "validation", "test")
 
@@ -27,44 +27,44 @@ KUMAR_TRAIN = (
     "18-5592", "21-5784", "38-6178", "50-5931", "A7-A13E", "AR-A1AK", "AR-A1AS", "B0-5711", "E2-A14V", "G9-6348",
     "G9-6356", "G9-6362", "G9-6363", "HE-7128", "HE-7129", "HE-7130",
 )  # fmt: skip
-"""The 16 training patients of the data of Kumar et al., IEEE TMI 2017, who gave numbers alone: those that HoVer-Net
-published with its data (Graham et al. 2019; ``data/README.md`` of vqdang/hover_net). Others test other patients."""
+"""The 16 training patients of Kumar et al., IEEE TMI 2017, as listed by HoVer-Net (Graham et al. 2019;
+``data/README.md`` of vqdang/hover_net). Kumar et al. gave only their number; other authors use other patients."""
 
 KUMAR_TEST = (
     "21-5786", "49-4488", "A7-A13F", "CH-5767", "E2-A1B5", "G9-6336", "B0-5698", "B0-5710", "AY-A8YK", "DK-A2I6",
     "KB-A93J", "NH-A8F7", "RD-A8N9", "G2-A2EK",
 )  # fmt: skip
-"""Their 14 test patients, those of organs that are not among the training ones last."""
+"""The 14 test patients of Kumar et al. from the same list; patients of organs without training patients come last."""
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How patients are held out of the data source ``holdout``; all other sources are for training.
+    """How patients of the data source ``holdout`` are held out; all other sources are for training.
 
-    Fields of the other sources whose patient is held out are left out, unless ``lists`` names them.
+    If a held-out patient also has fields in other sources, these are left out, unless ``lists`` names them.
 
     Parameters
     ----------
     method : str
-        ``one-per-organ``: one patient of each organ for testing. ``patients``: a share of all patients.
-        ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by name or as
-        a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the folds.
-        ``kumar``: the 16 and 14 patients of Kumar et al. as HoVer-Net lists them. ``lists``: as listed.
-        ``all-train``: nobody is for testing. ``all-test``: everybody is, for a network that was trained before.
+        How test patients are chosen. ``one-per-organ``: one patient of each organ. ``patients``: a share of all
+        patients. ``stratified``: a share of each organ's patients. ``organs``: all patients of some organs, given by
+        name or as a share of the organs. ``folds``: fold `fold` of `folds`, by patient, each organ spread over the
+        folds. ``kumar``: the 16 training and 14 test patients of Kumar et al. as listed by HoVer-Net. ``lists``: as
+        listed. ``all-train``: no test patients. ``all-test``: all patients, to score an already trained network.
     test : float
-        Share for testing of ``patients``, ``stratified`` and ``organs``.
+        Test share for ``patients``, ``stratified`` and ``organs``.
     folds, fold : int
-        Number of folds, and the one for testing, from 0 on.
+        Number of folds, and the index of the test fold, from 0.
     organs : tuple of str
-        The organs for testing of ``organs``; without any, a share of them is drawn.
+        Test organs for ``organs``; when empty, a share of the organs is drawn.
     train_list, validation_list, test_list : tuple of str
-        Fields of ``lists``, by patient or by the beginning of the field's name. Without a `train_list`, what is in no
-        other list is for training.
+        Entries for ``lists``: patients, or beginnings of field names. Without a `train_list`, fields in no other list
+        are for training.
     exclude : tuple of str
-        Organs that are left out altogether.
+        Organs that are left out of all parts.
     strata : str
-        What is spread over all parts, one patient or the same share of each: ``organ``, or ``cohort``, the collections
-        that a data set such as CoNIC was made of.
+        Groups from which the same number or share of patients is taken: ``organ``, or ``cohort``, the collections that
+        a data set such as CoNIC is made of.
     """
 
     method: str = "one-per-organ"
@@ -93,7 +93,7 @@ class SplitSettings:
             raise PipelineError("split: method lists without a test_list", "list patients or fields for testing")
 
     def describe(self, source: str) -> str:
-        """The method in words."""
+        """Describe the method in words."""
         share = f"{100 * self.test:.0f} %"
         words = {
             "one-per-organ": f"one {source} patient {'a cohort' if self.strata == 'cohort' else 'an organ'} held out",
@@ -117,9 +117,9 @@ class Split:
     Parameters
     ----------
     train, validation, test : tuple of str
-        Field names; test is never looked at before the end.
+        Field names. Test fields are only used for the final scores.
     seed : int
-        The seed it was drawn with.
+        Seed of the draw.
     """
 
     train: tuple[str, ...]
@@ -128,7 +128,7 @@ class Split:
     seed: int
 
     def to_json(self, fields: Sequence[Field]) -> dict[str, Any]:
-        """The split as plain JSON values, with the patients of each part."""
+        """Return the split as plain JSON values, with the patients of each part."""
         patient = {f.name: f.patient for f in fields}
         patients = {part: sorted({patient[name] for name in getattr(self, part)}) for part in PARTS}
         return {**asdict(self), "patients": patients}
@@ -142,18 +142,18 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
     fields : list of Field
         All fields.
     settings : SplitSettings
-        How.
+        How patients are held out.
     source : str
         The data source from which patients are held out.
     seed : int
-        Seed of the draw. The order of the fields plays no part.
+        Seed of the draw. The draw does not depend on the order of the fields.
     n_validation : int
-        Patients for validation, drawn from those that are not for testing.
+        Number of validation patients, drawn from those that are not for testing.
 
     Raises
     ------
     PipelineError
-        When there is nothing to hold out, a part stays empty or holds no nucleus, or a patient is on two sides.
+        When there is nothing to hold out, a part stays empty or holds no nucleus, or a patient is in two parts.
     """
     fields = [f for f in fields if f.organ not in settings.exclude]
     if settings.method == "lists":
@@ -188,7 +188,10 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
 
 
 def patients_by_organ(fields: Iterable[Field], source: str, by: str = "organ") -> dict[str, list[str]]:
-    """Patients of a data source by organ or cohort, both in a fixed order; each once, by that of most of its fields."""
+    """Patients of a data source by organ or cohort, both in a fixed order.
+
+    Each patient appears once, under the organ or cohort of most of its fields.
+    """
     seen: dict[str, Counter[str]] = {}
     for one in sorted(fields, key=lambda f: f.name):
         if one.source == source:
@@ -200,7 +203,7 @@ def patients_by_organ(fields: Iterable[Field], source: str, by: str = "organ") -
 
 
 def assign(fields: Iterable[Field], test: set[str], validation: set[str], source: str, seed: int) -> Split:
-    """The split with these patients held out of a data source; fields that others have of them are in no part."""
+    """Return the split with these patients of a data source held out; their fields in other sources are in no part."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for one in fields:
         part = "test" if one.patient in test else "validation" if one.patient in validation else "train"
@@ -222,12 +225,12 @@ def _one_per_organ(
 
 
 def draw_validation(organs: dict[str, list[str]], rng: np.random.Generator, count: int) -> set[str]:
-    """Draw patients for validation, from the organ with most patients left each time; one patient stays at least."""
+    """Draw up to `count` validation patients, taking organs in turn; at least one patient stays for training."""
     left = {organ: [str(p) for p in rng.permutation(patients)] for organ, patients in organs.items() if patients}
     chosen: set[str] = set()
     taken = dict.fromkeys(left, 0)
     while len(chosen) < count and sum(map(len, left.values())) > 1:
-        # Organs take turns; among those whose turn it is, the largest comes first.
+        # Among the organs drawn from least often so far, the one with most patients left comes next.
         organ = min((o for o in left if left[o]), key=lambda o: (taken[o], -len(left[o]), o))
         chosen.add(left[organ].pop())
         taken[organ] += 1
@@ -241,7 +244,7 @@ def _test_patients(
     if settings.method == "patients":
         return _share(everyone, settings.test, rng)
     if settings.method == "stratified":
-        # Rounding is carried from organ to organ, so that the whole keeps its share.
+        # The rounding error is carried from organ to organ, so that the total share is right.
         test: set[str] = set()
         due = 0.0
         for patients in organs.values():
@@ -273,7 +276,7 @@ def _share(names: list[str], share: float, rng: np.random.Generator) -> set[str]
 
 
 def fold_patients(organs: dict[str, list[str]], folds: int, rng: np.random.Generator) -> list[set[str]]:
-    """Divide patients into folds of nearly one size, each organ spread over as many folds as it has patients.
+    """Divide patients into folds of nearly equal size, spreading each organ over as many folds as possible.
 
     Raises
     ------
@@ -290,7 +293,7 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     lists = {part: getattr(settings, f"{part}_list") for part in PARTS}
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     used: set[str] = set()
-    others: set[str] = set()  # fields of other sources that no list names
+    others: set[str] = set()  # fields of other sources than `source` that are in no list
     for one in fields:
         found = []
         for part, entries in lists.items():
@@ -321,12 +324,14 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
 
 
 def check_split(split: Split, fields: Sequence[Field], spare: str | None = None) -> None:
-    """See to it that no patient is on two sides and that every part but `spare` has nuclei.
+    """Check that no patient is in two parts and that the parts have fields with nuclei.
+
+    Validation and the part `spare` may be empty.
 
     Raises
     ------
     PipelineError
-        When that is not so.
+        When a patient is in two parts, or a part is empty or holds no nucleus.
     """
     by_name = {f.name: f for f in fields}
     side: dict[str, tuple[str, str]] = {}

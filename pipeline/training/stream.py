@@ -13,22 +13,22 @@ from pipeline.training.samples import Augmentation, PreparedField, draw_sample
 
 
 class SampleStream(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Training samples by their number; each depends on the seed and its number alone.
+    """Training samples by number; each sample depends only on the seed and its number.
 
     Parameters
     ----------
     fields : sequence of PreparedField
-        Where to draw from.
+        Fields to draw from.
     weights : numpy.ndarray
-        How often each field is drawn.
+        Relative frequency with which each field is drawn.
     size : int
-        Side of the crops.
+        Side of the crops in pixels.
     augmentation : Augmentation
-        Ranges of the changes.
+        Ranges of the random changes.
     seed : int
-        Seed.
+        Seed of the samples.
     stride : int
-        Grid of the crops, see `draw_sample`.
+        Spacing of the grid on which crops lie, see `draw_sample`.
     """
 
     def __init__(
@@ -49,28 +49,28 @@ class SampleStream(Dataset[tuple[np.ndarray, np.ndarray]]):
         self.styles = [one for field in fields for one in field.tones if one is not None]
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and targets of a sample, see `draw_sample`."""
+        """Return image and targets of a sample, see `draw_sample`."""
         rng = np.random.default_rng([self.seed, number])
         field = self.fields[rng.choice(len(self.fields), p=self.weights)]
         return draw_sample(field, self.size, self.augmentation, rng, self.stride, self.styles)
 
 
 class SampleOrder(Sampler[int]):
-    """Numbers of this device's samples, without end; the devices' batches of a step follow upon one another.
+    """Endless numbers of this device's samples; within a step, the batches of the devices follow one another.
 
     Parameters
     ----------
     step : int
-        The step to begin with.
+        Step to begin with.
     batch, devices : int
-        Samples a step and device, and devices.
+        Samples per step and device, and number of devices.
     """
 
     def __init__(self, step: int, batch: int, devices: int) -> None:
         self.step, self.batch, self.devices = step, batch, devices
 
     def __iter__(self) -> Iterator[int]:
-        # Asked here, as the devices' processes find each other after the loader is made.
+        # The rank is not yet known when the loader is made, as the processes are connected later.
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         for turn in itertools.count(self.step * self.devices + rank, self.devices):
             yield from range(turn * self.batch, (turn + 1) * self.batch)

@@ -1,4 +1,4 @@
-"""Style transfer as augmentation: samples that look as if another field's laboratory had stained them."""
+"""Style transfer as augmentation: samples take on the colour distributions of other fields."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ def tones(image: np.ndarray) -> np.ndarray | None:
     Returns
     -------
     numpy.ndarray or None
-        float64 ``(3, 256)``; None where there is too little tissue.
+        float64 ``(3, 256)``; None when there is too little tissue.
     """
     pixels = tissue_pixels(image)
     return cumulative(pixels) if len(pixels) >= MIN_PIXELS else None
 
 
 def restyle(image: np.ndarray, own: np.ndarray, target: np.ndarray, alpha: float) -> np.ndarray:
-    """Histogram specification of a sample with the tables of its whole field; background stays as it is.
+    """Match the histogram of a sample to another field's; the background is unchanged.
+
+    The look-up tables are those of the whole field, not of the sample.
 
     Parameters
     ----------
     image : numpy.ndarray
         uint8 ``(H, W, 3)``, part of a field.
     own, target : numpy.ndarray
-        What `tones` gave of the field and of the one whose style it gets.
+        `tones` of the sample's field and of the field whose style it takes on.
     alpha : float
-        0 leaves the image as it is, 1 gives it the target's distributions.
+        Strength: 0 leaves the image as it is, 1 gives it the target's distributions.
     """
     table = matching_table(own, target, alpha)
     return StainTransform("lut", lut=tuple(map(tuple, table.tolist()))).apply(image)
@@ -48,7 +50,7 @@ def restyle(image: np.ndarray, own: np.ndarray, target: np.ndarray, alpha: float
 def random_style(
     image: np.ndarray, own: np.ndarray | None, targets: Sequence[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
-    """`restyle` towards a random target by a random strength within `ALPHA`; unchanged where there is none."""
+    """Apply `restyle` with a random target and strength (see `ALPHA`); no change when `own` or targets are missing."""
     if own is None or not targets:
         return image
     return restyle(image, own, targets[int(rng.integers(len(targets)))], float(rng.uniform(*ALPHA)))

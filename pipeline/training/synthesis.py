@@ -1,7 +1,7 @@
-"""Command ``synthesize``: fields of H&E that nobody had to annotate, painted around random nuclei.
+"""Command ``synthesize``: synthetic H&E fields, painted around random nuclei.
 
-A CycleGAN learns from the training fields of an experiment, and from pictures of random nuclei, to paint the one around
-the other. What it paints are fields whose nuclei are known, a data source like any other.
+A CycleGAN learns from the training fields of an experiment and from masks of random nuclei to paint H&E around such
+nuclei. The painted fields need no annotation, since their nuclei are known, and serve as a data source like any other.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NEVER_LEARNED = ("count", "steps", "save_every", "precision", "device", "workers", "max_minutes")
-"""Settings that may change while the CycleGAN learns."""
+"""Settings that may be changed between runs of one CycleGAN, see `own_synthesis`."""
 
 AREA_UM2 = 4096.0
-"""The area that the numbers of `SynthesisSettings.nuclei` are of: 256 x 256 pixels of 0.25 µm."""
+"""Area in µm² that the counts in `SynthesisSettings.nuclei` refer to: 256 x 256 pixels of 0.25 µm."""
 
 SHOWN = 8
 """Columns of the contact sheet."""
@@ -58,31 +58,31 @@ class SynthesisSettings:
     name : str
         The fields are written to ``RESULTS/synthesis/NAME/fields``.
     count, size : int
-        Fields, and their side in pixels of the training's ``mpp``.
+        Number of fields, and their side in pixels of the training's ``mpp``.
     nuclei : (int, int)
-        Range of the number of nuclei in 64 x 64 µm.
+        Range of the number of nuclei per 64 x 64 µm.
     radius : (float, float)
         Range of the radii of drawn nuclei in µm.
     real_shapes : float
-        Share of nuclei that have the shape of one of the training fields; the others are drawn.
+        Share of the nuclei that take the shape of a nucleus in the training fields; the others are drawn.
     steps, batch : int
-        Steps of the CycleGAN, and tiles a step.
+        Training steps of the CycleGAN, and tiles per step.
     learning_rate : float
-        Of generators and discriminators; from half of the steps on it falls to 0 along a line.
+        Learning rate of generators and discriminators; falls linearly to 0 in the second half of the steps.
     width, blocks : int
-        Of the generators, see `pipeline.networks.gan.ResNetGenerator`.
+        Size of the generators, see `pipeline.networks.gan.ResNetGenerator`.
     discriminator_width : int
-        Of the discriminators' first layer.
+        Width of the discriminators' first layer.
     cycle : float
-        Weight of coming back to where one began.
+        Weight of the cycle-consistency loss.
     identity : float
-        Share of it that leaving alone what is right already has.
+        Weight of the identity loss, as a share of `cycle`.
     pool : int
-        Earlier pictures that discriminators are shown.
+        Size of each discriminator's `pipeline.training.adversary.ImagePool`.
     save_every : int
         Steps between checkpoints.
     precision, device, workers, seed, max_minutes
-        As in the training's schedule.
+        As in `pipeline.training.schedule.Schedule`.
     """
 
     name: str = "synthetic"
@@ -120,7 +120,7 @@ class SynthesisSettings:
 
     @property
     def schedule(self) -> Schedule:
-        """How the CycleGAN is trained."""
+        """Schedule by which the CycleGAN is trained."""
         return Schedule(
             steps=self.steps,
             batch=self.batch,
@@ -145,12 +145,12 @@ class SynthesisSettings:
 def nuclei_of(
     settings: SynthesisSettings, mpp: float, shapes: Sequence[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
-    """A label map of random nuclei, int32 ``(size, size)``.
+    """Return a label map of random nuclei, int32 ``(size, size)``.
 
     Parameters
     ----------
     settings : SynthesisSettings
-        How many, and how large.
+        Size of the map, and number and size of the nuclei.
     mpp : float
         Pixel size in µm.
     shapes : sequence of numpy.ndarray
@@ -172,20 +172,20 @@ def nuclei_of(
 
 @dataclass(frozen=True, eq=False)
 class Originals:
-    """What the CycleGAN learns from.
+    """Real fields that the CycleGAN learns from.
 
     Parameters
     ----------
     fields : list of Field
         Training fields of the experiment.
     images : list of numpy.ndarray
-        Each at the experiment's pixel size and in its stain.
+        Image of each field at the experiment's pixel size and in its stain.
     shapes : list of numpy.ndarray
-        Shapes of their nuclei.
+        Shapes of the fields' nuclei.
     learned_from : list of dict
-        Their sources: ``name``, ``licence``, ``fields``, ``patients``.
+        Data sources of the fields: ``name``, ``licence``, ``fields``, ``patients``.
     mpp : float
-        The experiment's pixel size.
+        The experiment's pixel size in µm.
     """
 
     fields: list[Field]
@@ -196,23 +196,24 @@ class Originals:
 
 
 def read_originals(training: dict[str, Any], out: Path, size: int) -> tuple[Originals, dict[str, Any]]:
-    """Fields for the CycleGAN: those that the experiment trains on, and none that it holds out.
+    """Read the fields for the CycleGAN: training fields of the experiment, none that it holds out.
 
     Parameters
     ----------
     training : dict
         The ``train:`` section.
     out : pathlib.Path
-        Folder of the synthetic fields, which is not a source of itself; nor is any other such folder.
+        Folder of the synthetic fields. Neither it nor any other folder of synthetic fields is learned from.
     size : int
-        Side of the tiles.
+        Side of the tiles in pixels at the experiment's ``mpp``; smaller fields are left out.
 
     Returns
     -------
     Originals
         The fields.
     dict
-        Whose they are: split and digest.
+        Identity of the data: ``split``, ``data`` (digest of the fields) and, when the experiment starts from a model
+        package, ``start_from`` (hash of its weights).
 
     Raises
     ------
@@ -259,12 +260,12 @@ def read_originals(training: dict[str, Any], out: Path, size: int) -> tuple[Orig
 
 
 def own_synthesis(work: Path, settings: SynthesisSettings, training: dict[str, Any], whose: dict[str, Any]) -> None:
-    """Note what a folder's CycleGAN learns from, and refuse to go on with one that has begun with something else.
+    """Record what a folder's CycleGAN learns from, and refuse to resume one that began with other data or settings.
 
     Raises
     ------
     PipelineError
-        When it has.
+        When the folder's CycleGAN began with something else.
     """
     learned = {key: value for key, value in asdict(settings).items() if key not in NEVER_LEARNED}
     stain = {key: training.get(key) for key in ("mpp", "stain", "reference")}
@@ -282,12 +283,12 @@ def own_synthesis(work: Path, settings: SynthesisSettings, training: dict[str, A
 
 
 def contact_sheet(real: Sequence[np.ndarray], nuclei: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> Image:
-    """Picture of real tiles, random nuclei, what was painted around them, and both together.
+    """Return a picture of real tiles, random nuclei, the synthetic fields, and these with their nuclei outlined.
 
     Parameters
     ----------
     real, made : sequence of numpy.ndarray
-        uint8 ``(size, size, 3)``.
+        Real tiles and synthetic fields, uint8 ``(size, size, 3)``.
     nuclei : sequence of numpy.ndarray
         Label maps of `made`.
     """
@@ -314,12 +315,12 @@ def contact_sheet(real: Sequence[np.ndarray], nuclei: Sequence[np.ndarray], made
 
 
 def check_out(out: Path) -> None:
-    """Refuse to write over a folder that holds anything but synthetic fields.
+    """Refuse to overwrite anything but a folder of synthetic fields or an empty folder.
 
     Raises
     ------
     PipelineError
-        When it does.
+        When `out` is something else.
     """
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise PipelineError(f"{out} is there and holds no synthetic fields", "choose another folder, or move it away")
@@ -333,7 +334,7 @@ def write_fields(
     Raises
     ------
     PipelineError
-        When something else is there.
+        When `out` is something else than a folder of synthetic fields or an empty folder.
     """
     check_out(out)
     staged = out.with_name(f".part-{os.getpid()}-{out.name}")
@@ -364,34 +365,34 @@ def synthesize(
     accelerator: str = "auto",
     deadline: Deadline | None = None,
 ) -> dict[str, Any]:
-    """Train a CycleGAN, or what is left of it, and paint fields with it.
+    """Train a CycleGAN, resuming where an earlier run stopped, and paint fields with it.
 
     Parameters
     ----------
     settings : SynthesisSettings
-        How.
+        Settings of the synthesis.
     training : dict
         The ``train:`` section that the fields are for.
     work : pathlib.Path
-        Checkpoint and logs.
+        Folder for the checkpoint and logs.
     out : pathlib.Path
-        Folder of the fields.
+        Folder for the fields.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
     deadline : Deadline, optional
-        When to stop for the time being.
+        When to stop, to be resumed later.
 
     Returns
     -------
     dict
-        The record.
+        The record of the fields, as written to ``synthesis.json``.
 
     Raises
     ------
     PipelineError
-        When data are missing or do not fit, or something else is where the fields go.
+        When data are missing or do not fit, or `out` holds something else.
     pipeline.training.schedule.Unfinished
-        When the time is over; what there is has been kept.
+        When the deadline has passed; the last checkpoint is kept.
     """
     from pipeline.training.cyclegan import Tiles, fit_cyclegan, paint
 
@@ -442,12 +443,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_sections(path: Path) -> tuple[SynthesisSettings, dict[str, Any]]:
-    """Both sections of a file, checked as Snakemake does.
+    """Read the sections ``synthesis`` and ``train`` of a JSON file, checked against the same schemas as by Snakemake.
 
     Raises
     ------
     PipelineError
-        When it cannot be read, or a setting is unknown or wrong; one line.
+        When the file cannot be read, or a setting is unknown or wrong; the message is one line.
     """
     hint = "give the sections synthesis and train as JSON"
     try:

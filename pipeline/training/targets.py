@@ -1,8 +1,8 @@
-"""What the losses compare a network's output with, and how it travels from the fields to them.
+"""Training targets: the maps that the losses compare a network's output with.
 
-Maps that keep their values when a sample is turned, mirrored or zoomed (nucleus, distance, contour, seam) are crafted
-once a field and warped along with the image. What does not (h/v, classes, instances) is crafted again from the warped
-label map, so that the h/v maps of a mirrored nucleus point the right way. Samples are uint8 throughout.
+Maps that keep their values when a sample is rotated, mirrored or zoomed (nucleus, distance, contour, seam) are crafted
+once per field and warped along with the image. The others (h/v, classes, instances) are crafted for each sample from
+the warped label map, so that the h/v maps of a mirrored nucleus point the right way. Samples are stored as uint8.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = 255
-"""Class of pixels that the loss of the type head leaves out."""
+"""Class of pixels that the losses of the type head ignore."""
 
 CONTOUR_UM = 0.5
 """Half the width of a contour in µm."""
@@ -29,7 +29,7 @@ CONTOUR_UM = 0.5
 
 @dataclass(frozen=True)
 class Targets:
-    """Which targets a training needs.
+    """The targets that a training needs.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class Targets:
     classes : tuple of str
         Classes of the type head.
     instances : bool
-        Whether the label map itself is needed, by networks that find instances themselves.
+        Whether the label map itself is a target, as needed by networks that find instances themselves.
     """
 
     heads: tuple[str, ...] = ("nucleus", "distance")
@@ -47,22 +47,22 @@ class Targets:
 
     @property
     def warped(self) -> tuple[str, ...]:
-        """Maps that are crafted once a field."""
+        """Names of the maps that are crafted once per field."""
         return ("nucleus", *(head for head in ("distance", "contour") if head in self.heads), "seam")
 
     @property
     def crafted(self) -> tuple[str, ...]:
-        """Maps that are crafted for each sample from its label map."""
+        """Names of the maps that are crafted for each sample from its label map."""
         names = [*(("h", "v") if "hv" in self.heads else ()), *(("type",) if "type" in self.heads else ())]
         return (*names, "label_high", "label_low") if self.instances else tuple(names)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them, in the order of a sample's channels."""
+        """Names of all maps, in the order of a sample's channels."""
         return self.warped + self.crafted
 
     def of_field(self, field: Field, taught: Mapping[str, np.ndarray] | None = None, share: float = 0.5) -> np.ndarray:
-        """The warped targets of a field at its own resolution.
+        """Craft the targets of a field that are warped later, at the field's own resolution.
 
         Parameters
         ----------
@@ -71,12 +71,12 @@ class Targets:
         taught : mapping of str to numpy.ndarray, optional
             A teacher's maps by name, float32 ``(H, W)`` in [0, 1], see `pipeline.training.teacher`.
         share : float
-            Their share in the targets of the same name.
+            Share of the teacher's maps in the targets of the same name.
 
         Returns
         -------
         numpy.ndarray
-            float32 ``(H, W, n)`` in [0, 1].
+            float32 ``(H, W, n)`` in [0, 1], in the order of `warped`.
         """
         made = {
             "nucleus": lambda: (field.labels > 0).astype(np.float32),
@@ -90,25 +90,31 @@ class Targets:
         return np.dstack([maps[name] for name in self.warped])
 
     def of_sample(self, labels: np.ndarray, types: np.ndarray | None) -> np.ndarray:
-        """The crafted targets of a sample.
+        """Craft the targets of a sample that depend on its warped label map.
 
         Parameters
         ----------
         labels : numpy.ndarray
             int32 label map ``(H, W)``.
         types : numpy.ndarray, optional
-            uint8 ``(H, W)``, see `class_map`.
+            uint8 class map ``(H, W)``, see `class_map`.
 
         Returns
         -------
         numpy.ndarray
-            uint8 ``(H, W, n)``: h/v with 0 at 128, the class or `IGNORED`, the label's high and low byte.
+            uint8 ``(H, W, n)``, in the order of `crafted`: h and v as ``128 + 127 * value``, the class or `IGNORED`,
+            the high and low byte of the label.
+
+        Raises
+        ------
+        PipelineError
+            When the label map is a target and has more than 65535 instances.
         """
         from skimage.measure import label
 
         parts = []
         if "hv" in self.heads or self.instances:
-            # Mirrored borders and rough edges may tear a label apart: each piece is an instance of its own.
+            # Mirroring at the field's edge and rough outlines may split a label: make each piece its own instance.
             labels = label(labels, background=0, connectivity=2)
         if "hv" in self.heads:
             parts.append(np.round(128 + 127 * craft_hv(labels)).astype(np.uint8))
@@ -121,18 +127,18 @@ class Targets:
         return np.dstack(parts)
 
     def unpack(self, sample: Tensor) -> dict[str, Tensor]:
-        """Targets by name from a batch of samples.
+        """Unpack a batch of samples into targets by name.
 
         Parameters
         ----------
         sample : torch.Tensor
-            uint8 ``(N, H, W, C)``.
+            uint8 ``(N, H, W, C)``, with the channels `names`.
 
         Returns
         -------
         dict of str to torch.Tensor
-            ``(N, H, W)`` each: float in [0, 1] of the warped maps, float in [-1, 1] of h and v, int64 of ``type`` and
-            ``label``.
+            ``(N, H, W)`` each: float in [0, 1] for the warped maps, float in [-1, 1] for ``h`` and ``v``, int64 for
+            ``type`` and ``label``.
         """
         sample = sample.permute(0, 3, 1, 2)
         maps = dict(zip(self.names, sample.unbind(1), strict=True))
@@ -149,7 +155,7 @@ class Targets:
 
 
 def class_map(field: Field, classes: Sequence[str], names: Mapping[str, str] | None = None) -> np.ndarray | None:
-    """Classes of a field's pixels as the type head's channels.
+    """Map each pixel of a field to its class in the type head.
 
     Parameters
     ----------
@@ -163,8 +169,8 @@ def class_map(field: Field, classes: Sequence[str], names: Mapping[str, str] | N
     Returns
     -------
     numpy.ndarray or None
-        uint8 ``(H, W)``: 0 is background, ``i + 1`` is ``classes[i]``, `IGNORED` a nucleus of another or unknown class.
-        None when the field has no classes.
+        uint8 ``(H, W)``: 0 is background, ``i + 1`` is ``classes[i]``, `IGNORED` is a nucleus of another or unknown
+        class. None when the field has no classes.
     """
     if field.types is None:
         return None
@@ -177,6 +183,6 @@ def class_map(field: Field, classes: Sequence[str], names: Mapping[str, str] | N
 
 
 def classes_of(fields: Sequence[Field], names: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Classes of fields in the order in which they come up, under the names of the head."""
+    """Classes of fields in order of first appearance, renamed by `names` (class of the head by class of the field)."""
     found = ((names or {}).get(name, name) for field in fields for name in field.classes)
     return tuple(dict.fromkeys(found))

@@ -1,7 +1,7 @@
-"""A trained model as a teacher: its maps become part of what a smaller network learns.
+"""Knowledge distillation: the maps of a trained model, the teacher, become part of what a smaller network learns.
 
-Annotations are drawn by hand; where they waver, a larger network's maps say how sure the border is. They are made once
-a field and mixed into its targets, so they are warped along with the image and cost nothing during training.
+Annotations are drawn by hand and vary; a larger network's maps show how certain a border is. They are made once per
+field and mixed into its targets, so they are warped along with the image and add no cost during training.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from pipeline.training.predict import predict_field
 from pipeline.training.reference import normalise
 
 TAUGHT = ("nucleus", "distance", "contour")
-"""Maps that a teacher gives; those whose values turn with the image are left to the annotations."""
+"""Maps that a teacher contributes to. Classes, and h and v, which cannot be warped, come from the annotations alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A model that teaches.
+    """A trained model that acts as a teacher.
 
     Parameters
     ----------
     package : ModelPackage
         The model.
     network : torch.nn.Module
-        Its network.
+        Network of the model.
     device : str
-        Where it runs.
+        Device that the network runs on.
     """
 
     package: ModelPackage
@@ -47,12 +47,12 @@ class Teacher:
 
     @classmethod
     def of(cls, package: ModelPackage, accelerator: str) -> Teacher:
-        """Load a model; `accelerator` as Lightning calls it."""
+        """Load a model for the device that `accelerator` names (``auto``, ``cpu`` or ``gpu``)."""
         device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
         return cls(package, load_network(package).to(device), device)
 
     def maps(self, field: Field) -> dict[str, np.ndarray]:
-        """What the teacher sees in a field, by map: float32 ``(H, W)`` of the field's size, 0 to 1."""
+        """Predict the maps of a field, by name: float32 ``(H, W)`` at the field's own size, in [0, 1]."""
         one = self.package
         image = at_mpp(field.image, field.mpp, one.mpp)
         stain: Mapping[str, Any] = one.stain

@@ -1,4 +1,4 @@
-"""Lightning's trainer as every training here uses it: checkpoints, resuming, learning rate, time limit."""
+"""Lightning trainer shared by all trainings: checkpoints, resuming, plateau learning rate, time limit."""
 
 from __future__ import annotations
 
@@ -29,23 +29,26 @@ log = logging.getLogger(__name__)
 
 
 class Learner(lightning.LightningModule):
-    """What a trainer trains, ended by a loss that is not a number."""
+    """Base class of the modules that `run_trainer` trains; training ends when the loss is not finite."""
 
     network: nn.Module
     _last: tuple[int, Tensor] | None = None
 
     def note_loss(self, loss: Tensor) -> None:
-        """Keep the loss of a step, having checked the one before: asking at once would hold up a GPU."""
+        """Keep the loss of this step and check that of the previous one.
+
+        The check comes one step late because reading a loss at once would make the GPU wait.
+        """
         self.check_loss()
         self._last = self.global_step, loss.detach()
 
     def check_loss(self) -> None:
-        """See that the loss of the step before was a number; to be called before what it changed is kept.
+        """Check that the last noted loss is finite; call this before saving the weights that it has changed.
 
         Raises
         ------
         PipelineError
-            When it was not.
+            When the loss is not finite.
         """
         if self._last is not None and not torch.isfinite(self._last[1]):
             step, loss = self._last
@@ -55,10 +58,10 @@ class Learner(lightning.LightningModule):
 
 
 class Plateau(Callback):
-    """Lower the learning rate when the mean training loss does not fall any more (``decay: plateau``)."""
+    """Lower the learning rate when the mean training loss stops falling (``decay: plateau``)."""
 
     KEPT = ("factor", "best", "bad", "total", "count")
-    """What a resumed run needs."""
+    """Attributes that are saved in checkpoints, as a resumed run needs them."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -66,13 +69,13 @@ class Plateau(Callback):
         self.total, self.count = 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take up the factor of an earlier run."""
+        """Apply the factor that an earlier run has reached."""
         pl_module.plateau = self.factor  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Gather the loss; look at its mean every `validate_every` steps."""
+        """Accumulate the loss and examine its mean every `validate_every` steps."""
         self.total += float(outputs["loss"])
         self.count += 1
         if trainer.global_step % self.schedule.validate_every:
@@ -91,25 +94,25 @@ class Plateau(Callback):
                      self.factor)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {name: getattr(self, name) for name in self.KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up an earlier run's state."""
+        """Restore the state of an earlier run."""
         for name in self.KEPT:
             setattr(self, name, state_dict[name])
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Write checkpoints beside their place, then rename: a full disk leaves the one before."""
+    """Write each checkpoint to a temporary file, then rename it, so that a full disk leaves the previous one intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Called by the trainer.
+        """Save a checkpoint; called by the trainer.
 
         Raises
         ------
         PipelineError
-            When it cannot be written.
+            When the checkpoint cannot be written.
         """
         path = Path(path)
         try:
@@ -125,16 +128,16 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Keep the newest state, to go on from, and the best; stop when the time is over.
+    """Save the newest state, from which training can be resumed, and the best one; stop at the deadline.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Gets ``last.ckpt`` and ``best.ckpt``.
+        Folder for ``last.ckpt``, ``best.ckpt`` and ``time.json``.
     schedule : Schedule
-        How often, and by which score.
+        Says how often to save (`validate_every`) and by which score to choose the best state (`keep`).
     validation : bool
-        Whether there is a validation, after which the state is kept; else it is every `validate_every` steps.
+        Whether there are validations. If so, the state is saved after each of them, else every `validate_every` steps.
     deadline : Deadline
         When to stop.
     """
@@ -147,7 +150,7 @@ class Checkpoints(Callback):
         self.best: float | None = None
         self.saved = -1
         self.seconds = 0.0
-        """Seconds of training up to the last checkpoint, earlier runs included."""
+        """Seconds of training up to the last checkpoint, including earlier runs."""
         self._since = time.monotonic()
 
     def _save(self, trainer: lightning.Trainer) -> None:
@@ -167,22 +170,22 @@ class Checkpoints(Callback):
         module.check_loss()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Called by the trainer."""
+        """Start the clock; called by the trainer."""
         self._since = time.monotonic()
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count a batch that has only been fetched as not yet begun, so that validations stay at their steps."""
+        """Count a batch that has been fetched but not trained on as not begun, so that validations keep their steps."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for part in ("total", "current"):
             progress[part]["ready"] = progress[part]["started"] = progress[part]["completed"]
 
-    # Here the step before is complete in all the trainer's counts, which it is not at its end.
+    # Saving here rather than in on_train_batch_end: only now do all of the trainer's counters include the last step.
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called by the trainer."""
+        """Save the state when it is due and stop at the deadline; called by the trainer."""
         step, schedule = trainer.global_step, self.schedule
         late = self.deadline.passed
         if trainer.world_size > 1:
@@ -199,12 +202,12 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the last step validated, too, wherever it lies between two validations."""
+        """Stop at the last step in a way that makes the trainer validate it, even between two regular validations."""
         if trainer.global_step == self.schedule.steps:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Called by the trainer."""
+        """Save the state, also as the best one if its score is; called by the trainer."""
         self._check(trainer)
         if self.schedule.keep != "last":
             value = float(trainer.callback_metrics[f"val/{self.schedule.keep}"])
@@ -215,24 +218,24 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Called by the trainer."""
+        """Save the last state unless it has been saved; called by the trainer."""
         if trainer.global_step != self.saved:
             self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up an earlier run's state."""
+        """Restore the state of an earlier run."""
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
 
 class Report(Callback):
-    """Log the validation scores in one line each."""
+    """Log the scores of each validation in one line."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Called by the trainer."""
+        """Log the scores; called by the trainer."""
         values = {k.split("/")[1]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         loss = trainer.callback_metrics.get("train/loss")
         log.info(
@@ -268,24 +271,29 @@ def run_trainer(
     Parameters
     ----------
     module : Learner
-        What is trained.
+        The module to train.
     loader, checks : torch.utils.data.DataLoader
-        Its batches, and those of a validation, where there is one.
+        Batches for training and for validation; `checks` is None without validation.
     schedule : Schedule
-        How.
+        How long and how fast to train.
     folder : pathlib.Path
-        Logs go here.
+        Folder for the logs.
     accelerator : str
         Lightning's name of the device.
     callbacks : list of Callback
-        What else is done.
+        Callbacks of the trainer.
     resume : pathlib.Path, optional
-        Checkpoint to go on from.
+        Checkpoint to resume from.
     done : int
-        Its steps.
+        Steps done in `resume`; 0 without it.
+
+    Raises
+    ------
+    PipelineError
+        When `sync_norm` is set for several processes on CPUs.
     """
     with warnings.catch_warnings():
-        # Advice that does not apply: one worker is enough, folders are meant to hold earlier runs.
+        # This advice does not apply: one worker is enough, and folders are meant to hold earlier runs.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
         trainer = lightning.Trainer(
@@ -298,11 +306,12 @@ def run_trainer(
             val_check_interval=min(schedule.validate_every, schedule.steps) if checks else None,
             check_val_every_n_epoch=None,
             limit_val_batches=None if checks else 0,
-            # Each process scores all fields: shares would be padded with fields that count twice.
+            # Each process scores all fields: if they were divided among processes, some would be repeated as padding
+            # and count twice.
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            # In a SLURM job, too, where Lightning would else take the job's tasks, which are one, for its processes.
+            # Also in a SLURM job, where Lightning would otherwise expect one process per task, and there is one task.
             plugins=[WholeCheckpoints(), LightningEnvironment()],
             enable_checkpointing=False,
             logger=CSVLogger(folder, name="", version=f"log-{done:07d}"),
@@ -322,12 +331,12 @@ def run_trainer(
 
 
 def steps_done(checkpoint: dict[str, Any], schedule: Schedule, folder: Path) -> int:
-    """Steps of the checkpoint that a training goes on from.
+    """Return the number of steps done in a checkpoint from which a training is resumed.
 
     Raises
     ------
     PipelineError
-        When they are more than the schedule has.
+        When the checkpoint has more steps than the schedule.
     """
     done = int(checkpoint["global_step"])
     if done > schedule.steps:
@@ -340,12 +349,12 @@ def steps_done(checkpoint: dict[str, Any], schedule: Schedule, folder: Path) -> 
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, running nothing in it.
+    """Read a checkpoint without executing any code in it.
 
     Raises
     ------
     PipelineError
-        When it is damaged.
+        When the checkpoint is damaged.
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

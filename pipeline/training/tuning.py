@@ -1,4 +1,4 @@
-"""Thresholds of a model, chosen on the validation fields."""
+"""Tuning of a model's thresholds on the validation fields."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ TUNING_GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "hv": {"marker": (115, 125, 135, 145, 155, 165)},
     "nucleus": {"depth": (3, 5, 8, 12, 16)},
 }
-"""Values tried of what divides touching nuclei (see `InstanceRules`), by where the markers come from."""
+"""Values tried for the rules that separate touching nuclei (see `InstanceRules`), by the source of the markers."""
 
 
 MIN_AREA_UM2 = (3, 5, 7.5, 10)
-"""Values tried of the area in µm² below which nuclei are dropped."""
+"""Values tried for the area in µm² below which nuclei are dropped."""
 
 
 def tuning_grid(markers: str, mpp: float) -> dict[str, tuple[int, ...]]:
-    """Thresholds tried on the validation fields (map values 0 to 255; pixels of `mpp` µm)."""
+    """Values tried for each rule; thresholds are map values from 0 to 255, areas are in pixels of `mpp` µm."""
     areas = tuple(round(area / mpp**2) for area in MIN_AREA_UM2)
     return {"nucleus": (96, 112, 128, 144, 160, 176), **TUNING_GRIDS[markers], "min_area": areas}
 
@@ -32,7 +32,7 @@ def tuning_grid(markers: str, mpp: float) -> dict[str, tuple[int, ...]]:
 def tune_rules(
     maps: list[np.ndarray], fields: list[Field], rules: InstanceRules, channels: Channels, mpp: float
 ) -> tuple[InstanceRules, dict[str, float]]:
-    """Thresholds with the best mean of AJI and PQ, one at a time around those given.
+    """Find the rules with the best mean of AJI and PQ by coordinate ascent: two rounds over one rule at a time.
 
     Parameters
     ----------
@@ -41,11 +41,18 @@ def tune_rules(
     fields : list of Field
         Validation fields.
     rules : InstanceRules
-        Where to begin.
+        Rules to start from.
     channels : Channels
-        Where the maps are.
+        Indices of the maps.
     mpp : float
-        Their pixel size in µm.
+        Pixel size of the maps in µm.
+
+    Returns
+    -------
+    InstanceRules
+        The best rules found.
+    dict of str to float
+        ``aji_pq_mean``: mean of AJI and PQ with these rules, averaged over the fields.
     """
 
     def quality(tried: InstanceRules) -> float:

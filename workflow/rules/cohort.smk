@@ -1,4 +1,4 @@
-# The slides of the run, and all of them together.
+# The run as a whole: its slide table, its settings, and the tables and report of all slides.
 
 
 rule slide_table:
@@ -27,7 +27,7 @@ rule settings:
         settings=whole(RUN.settings),
     log:
         str(RUN.log("cohort", "settings")),
-    priority: 1  # soon: what is there when a run is broken off was made with these
+    priority: 1  # early: if a run is broken off, its results were made with these settings
     conda:
         "../../envs/pipeline.yaml"
     threads: 1
@@ -79,7 +79,7 @@ rule cohort:
         "--out-regions-tsv={params.regions_tsv:q} --out-regions-parquet={params.regions_parquet:q} > {log:q} 2>&1"
 
 
-# Tables and report of the slides that are finished, also while a run is under way.
+# Tables and report of the slides that are finished so far. It may run beside a run that is under way.
 rule so_far:
     log:
         str(RUN.log("cohort", "so-far")),

@@ -1,4 +1,5 @@
-# Settings, slides, model, and the run as a whole. Parsed again in every cluster job: nothing here decodes a slide.
+# Settings, slides and model of the run, its locks and its start and end. Parsed again in every cluster job, so nothing
+# here decodes a slide.
 import atexit
 import functools
 import hashlib
@@ -44,8 +45,8 @@ from pipeline.stage import clear_remains
 from pipeline.status import closing_words, some
 from pipeline.warm import possible, start_server
 
-# `python -m pipeline` is this checkout's, whatever the working directory holds; and `python` is the one that runs
-# Snakemake, unless conda environments are made for the rules.
+# Jobs run `python -m pipeline` from this checkout, whatever the working directory holds, with the `python` that runs
+# Snakemake, unless the rules have conda environments.
 ENVIRONMENT = dict(os.environ)
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(workflow.basedir), *filter(None, [ENVIRONMENT.get("PYTHONPATH")])])
 ENVIRONMENT["PYTHONSAFEPATH"] = "1"
@@ -55,7 +56,7 @@ os.environ.update(ENVIRONMENT)
 
 
 def stop(error):
-    """End before anything runs, with one line."""
+    """Exit with a one-line error before any job runs."""
     sys.exit(f"error: {error}")
 
 
@@ -72,7 +73,7 @@ ONE = RUN.folder("{slide}")
 
 
 def beside(model):
-    """A model's folder: one that is not below the working directory may be one of those beside the Snakefile."""
+    """Return a model's folder: the path as given or, if only that exists, the same path beside the Snakefile."""
     shipped = Path(workflow.basedir, model)
     return str(shipped) if shipped.exists() and not Path(model).exists() else model
 
@@ -80,11 +81,11 @@ def beside(model):
 MODEL = Path(beside(config["model"]))
 MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safetensors")
 
-# Targets that need no slides, by the folder that each works in.
+# Targets that need no slides, with the folder that each works in.
 TRAINS = dict.fromkeys(("train", "crossval", "transfer"), RUN.training(config["train"]["name"]))
 TRAINS |= {"compare": RUN.training(config["compare"]["name"]), "synthesize": RUN.synthesis(config["synthesis"]["name"])}
 
-# Asked for nothing that needs slides or a model, the run can do without them.
+# Slides and model are not checked if the command line names a target, a file or an option that needs none.
 WITHOUT_SLIDES = {*TRAINS, "--lint", "--unlock", "--list-rules", "-l"}
 NEEDS_SLIDES = not any(
     word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
@@ -111,15 +112,16 @@ except PipelineError as error:
         stop(error)
     SLIDES_ERROR = str(error)
 
-# In the environment as well: where stages note that they have removed a damaged store, and where they find which slides
-# could not be read from the start (others that go while the run is at work are not to blame).
+# Files that stages find through the environment: in one they note damaged stores that they have removed, the other
+# lists the slides that could not be read when the run started (a slide that disappears later is not to blame).
 os.environ.update({NOTES: str(RUN.damaged), UNREADABLE: str(RUN.unreadable)})
 
-# In the environment, no parameter of any rule: it changes no result, so changing it should rerun nothing.
+# In the environment instead of a rule's parameters: it changes no result, so a new value must not rerun anything.
 os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 
-# One run at a time in a results folder, and one of each training. The locks go with this process, however it ends;
-# Snakemake's own, which outlives a killed run, is off in the profiles. Jobs know the run by what it wrote into the first.
+# One run at a time per results folder, and one per training. The locks end with this process, however it ends;
+# Snakemake's own lock, which outlives a killed run, is off in the profiles. Jobs recognise their run by the text that
+# it wrote into the first lock.
 LOCKS, RESTART = {}, None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
     PLACES = sorted({TRAINS[word] for word in sys.argv[1:] if word in TRAINS}) or [RUN.results]
@@ -141,16 +143,17 @@ if not workflow.is_main_process:
         stop(error)
 
 
-# How often a job is tried. Jobs of a cluster are told that they will not be tried again, and have this from their
-# environment; where it does not reach them, each attempt is the last one. Snakemake knows it when the run starts.
+# JOB_ATTEMPTS is how often a job is tried. Snakemake starts cluster jobs without retries, so they take the number from
+# the environment; if that does not reach them, they take each attempt for the last. It is known once the run starts.
 if workflow.is_main_process:
     os.environ.update(JOB_ATTEMPTS="1")
 
 
 onstart:
     os.environ.update(JOB_ATTEMPTS=str(1 + workflow.execution_settings.retries))
-    # Snakemake's own limit of 100 jobs a second, which no run comes near: it makes the scheduler look at all jobs that are
-    # ready once a second more with each job that ends, until it keeps a core busy. Others, from a profile, say, stay.
+    # Remove Snakemake's default limit of 100 jobs per second, which no run comes near. With it, each job that ends
+    # makes the scheduler look at all ready jobs once more per second, until that keeps a core busy. Any other limit,
+    # e.g. from a profile, stays.
     limit = workflow.scheduling_settings.max_jobs_per_timespan
     if limit is not None and (limit.max_jobs, limit.timespan) == (100, 1):
         workflow.scheduler.job_rate_limiter = None
@@ -158,13 +161,13 @@ onstart:
         RUN.unreadable.write_text(
             "".join(f"{slide.name}\n" for slide in SLIDES if not readable(slide.path)), "utf-8"
         )
-    # Whoever asked to have things done over would have them done twice.
+    # No automatic restart if jobs are forced to run again: the second run would force them once more.
     told = workflow.dag_settings
     if RESTART is not None and not (
         told.forceall or told.forcetargets or told.forcerun or workflow.overwrite_workdir
     ):
         RESTART.begin()
-    # Only for jobs of this machine, in the environment that runs Snakemake.
+    # The warm server can only run jobs of this machine, in the environment that runs Snakemake.
     own = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
     wanted = config["warm_start"] if config["warm_start"] is not None else sum(map(is_small, BY_FOLDER)) >= 10
     if wanted and workflow.local_exec and own and possible():
@@ -187,15 +190,16 @@ onerror:
 
 
 def tell():
-    """How far the run has come and what to do, when it has ended."""
-    if RUN.slide_table.is_file():  # else it has not begun
+    """Print at the end of a run how far it has come and what to do next."""
+    if RUN.slide_table.is_file():  # otherwise the run has not begun
         try:
             print(f"\n{closing_words(RUN.results, bool(ERRORS))}", file=sys.stderr)
         except PipelineError as error:
             print(f"warning: {error}", file=sys.stderr)
 
 
-# Also where nothing was to be done. A command that starts once more tells at its second end.
+# At exit, so that it is printed even if there was nothing to do. A command that restarts prints it only after its
+# second run.
 if RESTART is not None and SLIDES is not None:
     atexit.register(tell)
 

@@ -1,24 +1,24 @@
-# What the rules ask for: inputs, parameters and resources of a job.
+# Functions that the rules use: inputs, parameters and resources of a job.
 import time
 
 STARTED = time.time()
 
 
 def known(function):
-    """Keep a function's signature beside it: Snakemake asks for it at every use, several times a job."""
+    """Store a function's signature on the function: Snakemake inspects it at every use, several times per job."""
     function.__signature__ = inspect.signature(function)
     return function
 
 
 def slides():
-    """The slides of the run."""
+    """Return the slides of the run."""
     if SLIDES is None:
         raise WorkflowError(SLIDES_ERROR)
     return SLIDES
 
 
 def entry(wildcards):
-    """The slide of a job."""
+    """Return the slide table's entry for the slide of a job."""
     slides()
     return BY_FOLDER[wildcards.slide]
 
@@ -36,11 +36,14 @@ def slide_name(wildcards):
 
 
 def input_files(path):
-    """`path` as an input, where it can be one.
+    """Return `path` as a list of inputs, which is empty if Snakemake cannot use it as one.
 
-    A file that is missing or may not be read is none: its slide fails, the run goes on. Nor can a path with braces or
-    angle brackets be one: Snakemake would look for wildcards and variables in it. Nor one whose time is still to come, as
-    from a file server whose clock is ahead: outputs have to be newer, and the job would fail.
+    Left out are files that
+
+    - are missing or unreadable: their slide fails, and the run goes on;
+    - have braces or angle brackets in their path: Snakemake would read them as wildcards and variables;
+    - have a modification time after the start of the run, as from a file server whose clock is ahead: outputs must be
+      newer than inputs, so the job would fail.
     """
     text = str(path)
     return [text] if not set("{<") & set(text) and readable(text) and os.path.getmtime(text) <= STARTED else []
@@ -48,33 +51,33 @@ def input_files(path):
 
 @known
 def slide_file(wildcards):
-    """The slide's file."""
+    """Return the file of a job's slide as an input, see `input_files`."""
     return input_files(entry(wildcards).path)
 
 
 @functools.cache
 def stamp(path):
-    """What tells a file from another one in its place: Snakemake notices a newer one, but copies often keep their dates.
+    """Return a stamp that changes when a file is replaced, even by an older one: copies often keep their dates.
 
-    Its content's, and its time as well where it cannot be an input; Snakemake overlooks a new time where the content is the
-    same.
+    It covers the content and, for a file that cannot be an input (see `input_files`), the modification time. Snakemake
+    itself checks the times of inputs, and ignores a new time if the content is the same.
     """
     if path is None or not path.is_file():
         return None
     try:
         return content_stamp(path) + ([] if input_files(path) else [path.stat().st_mtime_ns])
-    except OSError:  # its stage tells
+    except OSError:  # the stage that reads the file reports it
         return None
 
 
 @known
 def slide_stamp(wildcards):
-    """`stamp` of the slide's file."""
+    """`stamp` of the file of a job's slide."""
     return stamp(entry(wildcards).path)
 
 
 def extra_file(column):
-    """Input function for a further file of the slide table, where there is one."""
+    """Return an input function for the file that a column of the slide table names for the slide, if there is one."""
 
     @known
     def files(wildcards):
@@ -85,7 +88,7 @@ def extra_file(column):
 
 
 def extra_stamp(column):
-    """Parameter function for the `stamp` of that file."""
+    """Return a parameter function for the `stamp` of the file in this column of the slide table."""
 
     @known
     def of_file(wildcards):
@@ -95,17 +98,17 @@ def extra_stamp(column):
 
 
 def option(flag, value):
-    """An option of a command, where it has a value."""
+    """Return a command's option as a list, which is empty if the option has no value."""
     return [] if value is None else [f"{flag}={value}"]
 
 
 def extra_option(column, flag):
-    """Parameter function for the option that names a further file of the slide table, and from where it counts."""
+    """Return a parameter function for the options with the file in this column and the origin of its coordinates."""
 
     @known
     def named(wildcards):
         given = option(flag, getattr(entry(wildcards), column))
-        # As in the files for QuPath; said only where it is not the usual.
+        # Coordinates count from the same corner as in the files for QuPath. The default is left out.
         return [*given, "--origin=bounds"] if given and config["export"]["origin"] == "bounds" else given
 
     return named
@@ -113,13 +116,13 @@ def extra_option(column, flag):
 
 @known
 def settings_known(wildcards):
-    """No input, but an end where settings or slides differ from those of the results, and Snakemake would not see it.
+    """Return no inputs; stop if settings or slides differ from those of the results and Snakemake cannot notice it.
 
-    Its records are in the working directory, by the path that the results had. Where it has none, nor would it see that
-    slides came or went: the table is written again before it looks at it.
+    Snakemake keeps its records in the working directory, by the path of the results. Without them it would not notice
+    added or removed slides either, so an outdated slide table is rewritten before Snakemake looks at it.
     """
     try:
-        # Slides together with something else, as snakemake all train.
+        # Slides and a training in one command (snakemake all train): only the training's folder is locked so far.
         if workflow.is_main_process and runs_jobs(sys.argv[1:]) and RUN.results not in LOCKS:
             LOCKS[RUN.results] = lock_run(RUN.results)
         if (
@@ -141,14 +144,17 @@ def settings_known(wildcards):
 
 @functools.cache
 def gone():
-    """`out_of_reach` of this run: Snakemake would begin them again, and what would be left is that files are missing."""
+    """Return the finished slides whose files cannot be read now, see `out_of_reach`.
+
+    Snakemake would process them again, and failures about missing files would replace their results.
+    """
     return out_of_reach(slides(), RUN)
 
 
 def each_slide(*kinds, having="path"):
-    """Input function for these outputs of every slide that has this column of the slide table and is not `gone`."""
+    """Return an input function for these outputs of every slide with a value in column `having` that is not `gone`."""
 
-    # Names may hold braces: paths from a function are taken as they are.
+    # Names may hold braces. Snakemake takes paths from a function literally.
     @known
     def files(wildcards):
         chosen = [slide for slide in slides() if getattr(slide, having) is not None and slide.name not in gone()]
@@ -158,18 +164,18 @@ def each_slide(*kinds, having="path"):
 
 
 def cohort_files():
-    """Outputs for the run as a whole."""
+    """Return the output files of the run as a whole."""
     own = [str(path) for path in (RUN.cohort_tsv, RUN.cohort_parquet, RUN.failed, RUN.report, RUN.manifest)]
     return own + region_tables()
 
 
 def region_tables():
-    """Those of regions, where slides have any."""
+    """Return the run's tables of regions, if any slide has regions."""
     return [str(path) for path in (RUN.regions_tsv, RUN.regions_parquet)] if WITH_REGIONS else []
 
 
 def store(path):
-    """Where a store goes: beside the results, or below the settings' scratch folder, in a folder of this run's."""
+    """Return the output for a store: beside the results, or in this run's own folder below the setting `scratch`."""
     if config["scratch"] is None:
         return directory(str(path))
     run = hashlib.sha256(os.path.abspath(RUN.results).encode()).hexdigest()[:12]
@@ -177,7 +183,7 @@ def store(path):
 
 
 def passing(path, keep):
-    """A store that goes away when its readers are done, unless the settings keep it."""
+    """Mark a store to be removed once all jobs that read it are done, unless the settings keep it."""
     return path if keep else temp(path)
 
 
@@ -196,7 +202,7 @@ if workflow.is_main_process and NEEDS_SLIDES and SLIDES is not None:
     except PipelineError as error:
         stop(error)
 
-# A run that was killed, or whose file server refused, while it removed a store that goes away leaves some of it.
+# If a run was killed, or its file server failed, while it removed a temporary store, some of the store is left.
 if RESTART is not None and SLIDES is not None:
     try:
         for folder in map(RUN.folder, BY_FOLDER):
@@ -213,21 +219,21 @@ if RESTART is not None and SLIDES is not None:
 
 
 def whole(path):
-    """A file that may not be empty."""
+    """Return a file as an output that must not be empty."""
     return ensure(str(path), non_empty=True)
 
 
 @functools.cache
 def gigabytes(folder):
-    """Size of a slide's files by its results folder, 0 where they are missing."""
+    """Total size in GB of the files of the slide with this results folder, 0 if they are missing."""
     path = BY_FOLDER[folder].path
     return slide_bytes(path, alone=SLIDES_IN[path.parent] == 1) / 1e9
 
 
 def growing(base, by_size, joined):
-    """Amount of a job by its slide: so much for any, so much for each GB of its files.
+    """Return a function for an amount that grows with the slide: `base` plus `by_size` for each GB of its files.
 
-    `joined` has the same two numbers for a job that puts the parts of a huge slide together.
+    `joined` is the pair (base, by_size) for a job that joins the parts of a huge slide.
     """
 
     def amount(wildcards):
@@ -238,9 +244,10 @@ def growing(base, by_size, joined):
 
 
 def megabytes(base, by_size=0, joined=None):
-    """Memory in MB, again as much with each attempt. Of it, Snakemake's own processes take 250 in a cluster job.
+    """Return a resource function for memory in MB, multiplied by the number of the attempt; see `growing`.
 
-    Attempts are counted by the cluster's profile alone, which sets the retries.
+    In a cluster job, Snakemake's own processes take 250 MB of it. Only the cluster's profile sets retries, so elsewhere
+    the first attempt is the only one.
     """
     amount = growing(base, by_size, joined)
 
@@ -252,9 +259,10 @@ def megabytes(base, by_size=0, joined=None):
 
 
 def minutes(base, by_size=0, joined=None, *, by_attempt=True):
-    """Time limit in minutes, again as much with each attempt, up to the settings' limit for a job of the cluster.
+    """Return a resource function for the time limit in minutes, multiplied by the number of the attempt; see `growing`.
 
-    The stages of a group run one after another: each has its share of that limit.
+    It is at most the settings' limit for a cluster job. The stages of a group run one after another in one such job, so
+    each gets an equal share of that limit.
     """
     amount = growing(base, by_size, joined)
 
@@ -268,7 +276,7 @@ def minutes(base, by_size=0, joined=None, *, by_attempt=True):
 
 @functools.cache
 def stages_in_a_row(stage):
-    """How many stages a cluster job does one after another, by one of them."""
+    """Return how many stages run one after another in the cluster job that runs this one."""
     groups = workflow.group_settings.overwrite_groups
     if stage not in groups:
         return 1
@@ -277,19 +285,19 @@ def stages_in_a_row(stage):
 
 @known
 def number_of_attempt(wildcards, attempt):
-    """Which attempt of a job it is, for stages that blame the slide after the last one only; see `JOB_ATTEMPTS`."""
+    """Return the number of a job's attempt. Stages blame the slide only after the last one; see `JOB_ATTEMPTS`."""
     return attempt
 
 
 def is_small(folder):
-    """Whether the start of a stage takes longer than its work, of the slide with this results folder."""
+    """Whether the slide with this results folder is so small that a stage takes longer to start than to run."""
     return gigabytes(folder) < 0.005
 
 
 def threads_of(rule_threads, *, long=False, joins=False):
-    """Threads of a rule's jobs: one for a small slide, and one where it `joins` the parts of a huge one.
+    """Return a function for a job's threads: one if the slide is small, or if the job `joins` the parts of a huge one.
 
-    A `long` stage of a small slide runs on one thread only where there are slides enough to keep the cores busy.
+    A `long` stage of a small slide is limited to one thread only if there are enough slides to keep all cores busy.
     """
 
     @known
@@ -304,7 +312,7 @@ def threads_of(rule_threads, *, long=False, joins=False):
 
 @known
 def mpp_options(wildcards):
-    """Options for the pixel size: the slide table's comes before the settings'."""
+    """Return the options for the pixel size. The slide table takes precedence over the settings."""
     stated = entry(wildcards).mpp
     if stated is not None:
         return [f"--mpp={stated}", "--mpp-source=table"]
@@ -312,50 +320,50 @@ def mpp_options(wildcards):
 
 
 def own_gpus(device):
-    """GPUs for a job on this machine: one, where there is any and the settings allow it.
+    """Return the number of GPUs for a job on this machine: 1 if there is a GPU and the settings allow it, else 0.
 
-    The default profile lends one at a time; a cluster's profile asks for its own.
+    The default profile runs one GPU job at a time; a cluster's profile sets its own number of GPUs.
     """
     return int(device != "cpu" and bool(present()))
 
 
 def learning_gpus(device):
-    """GPUs for a process that learns: one on a cluster, and on this machine where it has any."""
+    """Return the number of GPUs for a training process: 1 on a cluster, and on this machine if it has a GPU, else 0."""
     return int(workflow.non_local_exec and device != "cpu") or own_gpus(device)
 
 
 @known
 def inference_gpus(wildcards):
-    """The same for inference on a whole slide: none where its parts are joined."""
+    """Return the number of GPUs for inference on a whole slide: 0 if the job only joins parts, else as `own_gpus`."""
     return 0 if in_parts(wildcards) else own_gpus(config["infer"]["device"])
 
 
 @known
 def model_folder(wildcards, input):
-    """The model package of a job."""
+    """Return the folder of a job's model package."""
     return os.path.dirname(input.model)
 
 
 @functools.cache
 def card_digest():
-    """SHA-256 of the model's card. Not by `input`: what is made of that is not compared with the last run."""
+    """SHA-256 of the model's card. It takes no `input`: Snakemake does not compare such parameters between runs."""
     return file_sha256(Path(MODEL_CARD))
 
 
 def classifier_digest():
-    """SHA-256 of the classifier, None where none is set: a copy often keeps its date."""
+    """SHA-256 of the classifier, None if none is set. Dates are not enough: a copy often keeps them."""
     path = config["classifier"]
     return file_sha256(Path(path)) if path is not None and Path(path).is_file() else None
 
 
 def as_json(value):
-    """Settings as one line of JSON."""
+    """Return settings as one line of JSON."""
     return json.dumps(value, sort_keys=True)
 
 
 @known
 def in_parts(wildcards):
-    """Whether a job's slide is large enough to be taken in parts."""
+    """Whether a job's slide is large enough to be processed in parts."""
     least, path = config["parts"]["from_gb"], entry(wildcards).path
     return least is not None and path.is_file() and gigabytes(wildcards.slide) >= least
 
@@ -364,7 +372,7 @@ PARTS = config["parts"]["count"]
 
 
 def check_groups(stage):
-    """End where a group of the profile holds a stage and an earlier one: the stage's parts come between them."""
+    """Stop if a group of the profile has both a stage and an earlier one: the stage's parts must run between them."""
     groups = workflow.group_settings.overwrite_groups
     group = groups.get(stage)
     earlier = [name for name in STAGES[: STAGES.index(stage)] if groups.get(name) == group]
@@ -376,7 +384,7 @@ def check_groups(stage):
 
 
 def part_files(stage):
-    """Input function for the stores of all parts of a stage, where the slide is taken in parts."""
+    """Return an input function for the stores of all parts of a stage, if the slide is processed in parts."""
 
     def files(wildcards):
         if not in_parts(wildcards):
@@ -389,7 +397,7 @@ def part_files(stage):
 
 
 def part_manifests(stage):
-    """Input function for their manifests."""
+    """Return an input function for the manifests of all parts of a stage, if the slide is processed in parts."""
 
     def files(wildcards):
         return [f"{path}.json" for path in part_files(stage)(wildcards)]
@@ -398,16 +406,16 @@ def part_manifests(stage):
 
 
 def parts_option(wildcards, input):
-    """Option that names the parts, where there are any."""
+    """Return the option that names the parts that a job joins, if there are any."""
     return ["--parts", *input.parts] if input.parts else []
 
 
 def part_option(wildcards):
-    """Option for the part that a job does."""
+    """Return the option for the part that a job processes."""
     return [f"--part={wildcards.part.replace('-of-', '/')}"]
 
 
 def part_outputs(stage):
-    """Manifest and store of a part; both go away when the parts have been put together."""
+    """Return the manifest and the store of a part. Both are removed once the parts are joined."""
     store = str(ONE.part(stage, "{part}"))
     return temp(whole(f"{store}.json")), temp(directory(store))

@@ -1,4 +1,4 @@
-# Huge slides in parts: each of these jobs does a share of a stage for one slide; the stage's own rule puts them together.
+# Huge slides in parts: each of these jobs does a share of a stage for one slide, and the stage's own rule joins them.
 
 
 wildcard_constraints:
@@ -50,7 +50,8 @@ use rule infer as infer_part with:
         parts=part_option,
 
 
-# Its `parquet` is a store, as that of the others: the name is that of the stage's output.
+# The output `parquet` of a part is a store, as for the other stages; it keeps the name because the command that is
+# inherited from the stage's rule uses it.
 use rule instances as instances_part with:
     input:
         maps=rules.infer.output.manifest,

@@ -6,7 +6,7 @@ from pipeline.training.plan import plan_compare, plan_crossval, plan_synthesis, 
 
 NAME = config["train"]["name"]
 
-# In the environment, no parameter of any rule: when to stop for the time being changes no result.
+# In the environment instead of a rule's parameters: the time limit of one job changes no result, as training resumes.
 os.environ.update(TRAIN_MAX_MINUTES=str(config["train"]["schedule"].pop("max_minutes") or 0))
 os.environ.update(SYNTHESIS_MAX_MINUTES=str(config["synthesis"].pop("max_minutes") or 0))
 
@@ -24,7 +24,7 @@ except PipelineError as error:
     stop(error)
 try:
     ARMS, NO_ARMS = plan_transfer(config["train"], config["transfer"]), None
-except PipelineError as error:  # no matter to those who ask for something else
+except PipelineError as error:  # matters only if the target is transfer
     ARMS, NO_ARMS = {}, str(error)
 
 # Trainings by the name of their folder under RESULTS/training.
@@ -37,7 +37,7 @@ for section in SECTIONS.values():
     section["schedule"].pop("max_minutes", None)
     section.update({role: beside(section[role]) for role in ("start_from", "teacher") if section.get(role)})
 
-# Synthetic fields, and what they depend on: which fields are for training, at which pixel size, in which stain.
+# The synthetic fields. They depend on the experiment's training fields, its pixel size and its stain.
 SYNTHETIC = RUN.synthesis(config["synthesis"]["name"]) / "fields"
 
 
@@ -56,52 +56,52 @@ wildcard_constraints:
 
 
 def mark(folder):
-    """The file that tells Snakemake that a training has put its package into a folder.
+    """Return the file that tells Snakemake that a training has put its package into a folder.
 
-    The package itself is not an output: Snakemake would remove the one before, before the new one is there.
+    The package itself is not an output: Snakemake would remove the previous package before the new one exists.
     """
     return str(Path(folder) / ".trained")
 
 
 def training_gpus(wildcards):
-    """GPUs for a training: as many as its settings say."""
+    """Return the number of GPUs for a training, as its settings state it."""
     schedule = SECTIONS[getattr(wildcards, "training", NAME)]["schedule"]
     return schedule["devices"] * learning_gpus(schedule["device"])
 
 
 def start_package(wildcards):
-    """The training that one of a protocol starts from, where it does."""
+    """Return the mark (see `mark`) of the training of the same protocol that this one starts from, if there is one."""
     run = TRAININGS.get(wildcards.training)
     start = run and run.start
     return [mark(RUN.training(wildcards.training).parent / start / "model")] if start else []
 
 
 def start_option(wildcards, input):
-    """The option that names its model."""
+    """Return the option that names the model package that a training starts from, if there is one."""
     return [f"--start-from={os.path.dirname(input.start[0])}"] if input.start else []
 
 
 def synthetic_source(wildcards):
-    """The synthetic fields, where a training learns from them."""
+    """Return the folder of the synthetic fields, if a training learns from them."""
     return [str(SYNTHETIC)] if learns_from_synthetic(SECTIONS[getattr(wildcards, "training", NAME)]) else []
 
 
 def run_options(group, names):
-    """Options that name the folders of a protocol's trainings."""
+    """Return the options that name the folders of a protocol's trainings."""
     return [f"--run={name}={RUN.training(f'{group}/{name}')}" for name in names]
 
 
 def evaluations(group, names):
-    """Scores of a protocol's trainings."""
+    """Return the files with the scores of a protocol's trainings."""
     return [str(RUN.training(f"{group}/{name}") / "evaluation.json") for name in names]
 
 
-# Where the packages of trainings go that are not part of a protocol, and the trainings.
+# By target, the folder of the model package that a user gets, and the working folder of its training.
 PACKAGES = {"train": (Path("models") / NAME, RUN.training(NAME))}
 if FINAL is not None:
     PACKAGES["crossval"] = (Path("models") / f"{NAME}-cv", RUN.training(f"{NAME}/final"))
 
-# What to look at, by target.
+# The page to look at after a run, by target.
 PAGES = {
     "train": RUN.training(NAME) / "report.html",
     "crossval": RUN.training(NAME) / "crossval.html",
@@ -121,7 +121,7 @@ onsuccess:
             print(f"look at: {os.path.abspath(page)}", file=sys.stderr)
 
 
-# What the schema cannot tell before anything runs, as whether a network knows its heads and its arguments.
+# Settings to check beyond the schema before anything runs, e.g. whether a network knows its heads and its arguments.
 CHECKED = {target: [config["train"]] for target in ("train", "crossval", "transfer")}
 CHECKED["compare"] = [run.settings for run in COMPARED.values()]
 

@@ -1,5 +1,5 @@
-# The stages of one slide, in order. Every slide goes through all of them: one that cannot be processed hands its
-# reason on in the manifests, and the cohort lists it.
+# The stages of one slide, in order. Every slide goes through all of them: if it cannot be processed, the manifests pass
+# the reason on, and the cohort lists the slide as failed.
 
 
 rule inspect:

@@ -1,4 +1,5 @@
-# Model packages from annotated fields: snakemake train, crossval, compare, transfer; fields from none: synthesize.
+# Targets that make model packages from annotated fields (train, crossval, compare, transfer), and synthetic fields
+# (synthesize).
 rule train:
     input:
         mark(Path("models") / NAME),
@@ -43,8 +44,8 @@ rule train_settings:
         "printf '%s\\n' {params.settings:q} > {output.settings:q} 2> {log:q}"
 
 
-# One training of a protocol: a fold, an experiment, an arm. Neither its checkpoints nor its package are outputs: Snakemake
-# would remove them, and a training that was stopped could not go on, one that failed would leave nothing.
+# One training of a protocol: a fold, an experiment or an arm. Its checkpoints and its package are not outputs, because
+# Snakemake would remove them: a stopped training could not resume, and a failed one would leave nothing.
 rule train_part:
     input:
         settings=str(RUN.training_settings("{training}")),
@@ -94,7 +95,7 @@ use rule train_settings as synthesis_settings with:
         settings=as_json(SYNTHESIS),
 
 
-# The checkpoint lies beside the fields, which Snakemake removes before they are made again.
+# The checkpoint lies beside the folder of the fields, because Snakemake removes that folder when it runs the job again.
 rule synthetic_fields:
     input:
         settings=rules.synthesis_settings.output.settings,
