@@ -1,8 +1,8 @@
-"""Adversarial training: a discriminator beside the network, and what it makes of the network's output.
+"""Adversarial training: a discriminator that learns beside a network, and its losses.
 
-The trainer optimises the network as in any training; the discriminator has an optimiser of its own, steps inside the
-network's training step, and is not part of the module's weights: what is averaged, kept as the best and packed is the
-network alone. Checkpoints hold both.
+The trainer optimises only the network. The discriminator has its own optimiser, which steps inside the network's
+training step. It is not part of the module's weights: only the network is averaged, kept as the best and packed.
+Checkpoints hold both.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pipeline.training.schedule import Schedule
 
 
 def gan_loss(logits: Tensor, real: bool, kind: str = "vanilla") -> Tensor:
-    """How far a discriminator's logits are from calling all patches real, or all made.
+    """Return the loss of a discriminator that should call all patches real, or all patches generated.
 
     Parameters
     ----------
     logits : torch.Tensor
-        What the discriminator says.
+        Output of the discriminator.
     real : bool
-        What it should say.
+        Whether the patches should be called real.
     kind : str
         ``vanilla``: binary cross-entropy. ``lsgan``: squared error of the logits to 1 or 0.
 
@@ -43,16 +43,18 @@ def gan_loss(logits: Tensor, real: bool, kind: str = "vanilla") -> Tensor:
 
 
 def gradient_penalty(network: nn.Module, real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
-    """Mean squared distance from 1 of the norm of a discriminator's gradient between real and made images.
+    """Return the gradient penalty: the mean of ``(norm - 1) ** 2`` of the gradient norms of a discriminator.
+
+    The gradients are taken at points on the line between a real and a generated image.
 
     Parameters
     ----------
     network : torch.nn.Module
         The discriminator.
     real, fake : torch.Tensor
-        ``(N, C, H, W)``.
+        Real and generated images ``(N, C, H, W)``.
     share : torch.Tensor
-        ``(N, 1, 1, 1)`` in [0, 1]: where between the two.
+        ``(N, 1, 1, 1)`` in [0, 1]: weight of the real image in each point.
 
     References
     ----------
@@ -64,12 +66,15 @@ def gradient_penalty(network: nn.Module, real: Tensor, fake: Tensor, share: Tens
 
 
 class ImagePool:
-    """Images made before, of which the discriminator sees half, so that it does not forget.
+    """Pool of earlier generated images.
+
+    About half of the generated images that the discriminator sees come from the pool, so that it does not forget how
+    earlier ones looked.
 
     Parameters
     ----------
     size : int
-        Images that are held; 0: the discriminator sees the newest alone.
+        Number of images in the pool; with 0 the discriminator sees only the newest images.
 
     References
     ----------
@@ -81,7 +86,10 @@ class ImagePool:
         self.images: list[Tensor] = []
 
     def swap(self, made: Tensor, rng: np.random.Generator) -> Tensor:
-        """As many images ``(N, C, H, W)``: each the one made, or with chance one half an earlier one in its place."""
+        """Return the images ``(N, C, H, W)`` to show, each with probability 1/2 exchanged for one of the pool.
+
+        Until the pool is full, images are only added to it and none is exchanged.
+        """
         if self.size == 0:
             return made
         shown = []
@@ -100,8 +108,11 @@ class ImagePool:
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """The trainer's precision, without its copies of the weights, which would outlive a step; float32 in place of
-    float16, as nothing scales these gradients."""
+    """Autocast to the trainer's precision, with two differences.
+
+    Autocast's copies of the weights are not cached, as they would outlive a step. float32 takes the place of float16,
+    as the discriminator's gradients are not scaled.
+    """
     on = torch.is_autocast_enabled(device.type)
     kind = torch.get_autocast_dtype(device.type)
     with torch.autocast(device.type, kind, on and kind != torch.float16, cache_enabled=False):
@@ -109,18 +120,18 @@ def _precision(device: torch.device) -> Iterator[None]:
 
 
 class Adversary:
-    """A discriminator with its optimiser (Adam, the schedule's rate and betas) and its pool.
+    """A discriminator with its optimiser (Adam with the schedule's rate and betas) and its image pool.
 
     Parameters
     ----------
     network : torch.nn.Module
         The discriminator.
     schedule : Schedule
-        That of the training.
+        Schedule of the training.
     kind : str
-        See `gan_loss`.
+        Kind of loss, see `gan_loss`.
     pool : int
-        Images that are held, see `ImagePool`.
+        Size of the `ImagePool`.
     penalty : float
         Weight of `gradient_penalty`; 0 for none.
     """
@@ -136,26 +147,28 @@ class Adversary:
         self.optimizer = torch.optim.Adam(network.parameters(), lr=schedule.learning_rate, betas=schedule.betas)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adversary:
-        """Itself: averaged weights, a copy of all that is trained, are of the network alone."""
+        """Return the object itself: weight averaging copies the module, and only the network is to be averaged."""
         return self
 
     def to(self, device: torch.device) -> None:
-        """Bring the discriminator to a device; before it has learned or taken up a state."""
+        """Move the discriminator to a device; call this before the first step and before loading a state."""
         self.network.to(device)
 
     def learn(
         self, real: Tensor, fake: Tensor, step: int, rank: int = 0, mean: Callable[[Tensor], Any] | None = None
     ) -> Tensor:
-        """One step of the discriminator; its loss, half the sum over real and made images.
+        """Train the discriminator for one step and return its loss.
+
+        The loss is the mean of those on real and on generated images, plus the weighted gradient penalty.
 
         Parameters
         ----------
         real, fake : torch.Tensor
-            ``(N, C, H, W)`` in [-1, 1]; no gradient reaches whatever made them.
+            Real and generated images ``(N, C, H, W)`` in [-1, 1]; they are detached from what produced them.
         step, rank : int
-            Number of the training's step and of this device, on which alone depends what is drawn at random.
+            Number of the training step and of this device; random draws depend only on these and the seed.
         mean : callable, optional
-            Gives the mean of a tensor over all devices, which learn the same.
+            Returns the mean of a tensor over all devices, so that the discriminators of all devices stay equal.
         """
         rng = np.random.default_rng([self.schedule.seed, step, rank])
         shown = self.pool.swap(fake.detach(), rng)
@@ -178,7 +191,7 @@ class Adversary:
         return loss.detach()
 
     def judge(self, fake: Tensor) -> Tensor:
-        """How far images are from passing for real, the loss of what made them; the discriminator learns nothing."""
+        """Return the adversarial loss of the network that produced `fake`; the discriminator does not learn."""
         self.network.requires_grad_(False)
         try:
             with _precision(fake.device):
@@ -187,7 +200,7 @@ class Adversary:
             self.network.requires_grad_(True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs."""
+        """Return the state that a resumed training needs."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -195,7 +208,7 @@ class Adversary:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], rank: int = 0, devices: int = 1) -> None:
-        """Take up an earlier run's state; of a pool of all devices, this device's part."""
+        """Load the state of an earlier run; of its pool, which joins those of all devices, only this device's part."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         device = next(self.network.parameters()).device
@@ -204,13 +217,13 @@ class Adversary:
 
 
 def true_maps(targets: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """The maps that a perfect network would draw, float ``(N, C, H, W)`` in [0, 1]; those of classes apart.
+    """Return the maps that a perfect network would predict, float ``(N, C, H, W)`` in [0, 1].
 
     Parameters
     ----------
     targets : mapping of str to torch.Tensor
-        See `pipeline.training.targets.Targets.unpack`.
+        Targets by name, see `pipeline.training.targets.Targets.unpack`.
     names : sequence of str
-        See `pipeline.networks.outputs.map_names`.
+        Names of the maps without those of classes, see `pipeline.networks.outputs.map_names`.
     """
     return torch.stack([(targets[name] + 1) / 2 if name in ("h", "v") else targets[name] for name in names], dim=1)

@@ -1,4 +1,4 @@
-"""Annotation files as instance label maps."""
+"""Reading of annotation files, and rasterisation of their outlines to instance label maps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Region:
     points : numpy.ndarray
         Corners x, y in level-0 pixels, float64 ``(n, 2)``; fewer than three enclose nothing.
     name : str
-        Name of its layer (a class, in some data sets), or empty.
+        Name of its layer (in some data sets a class), or empty.
     """
 
     points: np.ndarray
@@ -32,22 +32,22 @@ class Region:
 
 @dataclass(frozen=True)
 class DrawingReport:
-    """What became of the outlines that were drawn.
+    """Numbers of outlines that `rasterise` was given, changed and left out.
 
     Parameters
     ----------
     regions : int
-        How many there were.
+        All outlines.
     clipped : int
-        Reach outside the image; what lies outside is cut off.
+        Outlines that reach outside the image; the outer part is cut off.
     repaired : int
-        Cross or touch themselves; the largest part is kept.
+        Outlines that cross or touch themselves; the largest part is kept.
     dropped : int
-        Enclose no area: fewer than three points, or all on a line.
+        Outlines that enclose no area: fewer than three points, or all points on a line.
     outside : int
-        Lie outside the image altogether.
+        Outlines that lie entirely outside the image.
     hidden : int
-        Have no pixel left, being too small or under earlier ones.
+        Outlines without a pixel of their own, because they are too small or covered by earlier ones.
     """
 
     regions: int = 0
@@ -59,7 +59,7 @@ class DrawingReport:
 
     @property
     def drawn(self) -> int:
-        """Instances in the label map."""
+        """Number of instances in the label map."""
         return self.regions - self.dropped - self.outside - self.hidden
 
     def __str__(self) -> str:
@@ -75,22 +75,22 @@ class DrawingReport:
 
 
 def read_imagescope_xml(path: Path) -> list[Region]:
-    """Outlines of an Aperio ImageScope annotation file.
+    """Read the outlines of an Aperio ImageScope annotation file.
 
     Parameters
     ----------
     path : pathlib.Path
-        The XML file, one ``Region`` a nucleus. Negative regions (``NegativeROA``) are left out.
+        The XML file, with one ``Region`` per nucleus. Negative regions (``NegativeROA``) are left out.
 
     Returns
     -------
     list of Region
-        In file order, whatever their number of points.
+        Outlines in file order, including those of fewer than three points.
 
     Raises
     ------
     PipelineError
-        When the file is no such XML. Entities and external references are refused.
+        When the file is not an ImageScope XML file, or has entities or external references.
     """
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import ParseError, parse
@@ -130,12 +130,12 @@ def _layer_name(layer: Any) -> str:
 
 
 def repair(polygon: Any) -> Any:
-    """The largest valid part of a polygon, or None where it encloses nothing.
+    """Return the largest valid part of a polygon, or None if it encloses no area.
 
     Parameters
     ----------
     polygon : shapely.Polygon
-        Perhaps self-intersecting. Where it winds around something twice, that is inside.
+        A polygon that may intersect itself. An area that it winds around twice counts as inside.
     """
     import shapely
 
@@ -146,19 +146,20 @@ def repair(polygon: Any) -> Any:
 
 
 def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
-    """Paint polygons as instances; a pixel keeps the first that covers its centre.
+    """Paint polygons as instances; a pixel belongs to the first polygon that covers its centre.
 
     Parameters
     ----------
     shapes : sequence of shapely.Polygon or shapely.MultiPolygon or None
-        In pixels; pixel (x, y) covers ``[x, x+1) x [y, y+1)``. They lie within the image, more or less.
+        Polygons in pixels, roughly within the image; pixel (x, y) covers ``[x, x+1) x [y, y+1)``. None and empty
+        polygons are skipped.
     shape : (int, int)
-        Height and width.
+        Height and width of the image.
 
     Returns
     -------
     numpy.ndarray
-        int32 labels; shape ``i`` is ``i + 1``.
+        int32 label map ``(H, W)``; polygon ``i`` has the label ``i + 1``.
     """
     import shapely
 
@@ -173,25 +174,25 @@ def burn(shapes: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
 
 
 def rasterise(regions: Sequence[Region], shape: tuple[int, int]) -> tuple[np.ndarray, DrawingReport]:
-    """Draw outlines as instances; a pixel keeps the first outline that covers its centre.
+    """Draw outlines as instances; a pixel belongs to the first outline that covers its centre.
 
-    Vertices are pixel coordinates with pixel centres at whole numbers. Of the ways to fill these polygons this one
-    agrees best with the instance label maps that go around with the MoNuSeg training fields (AJI 0.99 to 1.00; filling
-    them with their outline, as drawing libraries do, gives 0.89 to 0.94).
+    Vertices are pixel coordinates with pixel centres at whole numbers. Of the ways to fill these polygons, this one
+    agrees best with the instance label maps that are distributed with the MoNuSeg training fields (AJI 0.99 to 1.00).
+    Filling the polygons together with their outlines, as drawing libraries do, gives AJI 0.89 to 0.94.
 
     Parameters
     ----------
     regions : sequence of Region
         The outlines.
     shape : (int, int)
-        Height and width.
+        Height and width of the image.
 
     Returns
     -------
     labels : numpy.ndarray
-        int32 ``(H, W)``; region ``i`` is ``i + 1``.
+        int32 label map ``(H, W)``; region ``i`` has the label ``i + 1``.
     report : DrawingReport
-        What was cut, repaired and dropped.
+        How many outlines were clipped, repaired and dropped.
     """
     import shapely
 

@@ -1,4 +1,4 @@
-"""How often fields are drawn, so that rare classes of nuclei are seen more often."""
+"""Sampling weights of fields, so that rare classes of nuclei are seen more often."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pipeline.training.targets import class_map
 
 
 def repeats(present: np.ndarray, share: float) -> np.ndarray:
-    """How much more often each field is drawn.
+    """Return how many times as often each field is drawn, because of the rare classes in it.
 
     Parameters
     ----------
     present : numpy.ndarray
-        bool ``(fields, classes)``: which field has a nucleus of which class; fields whose classes are known.
+        bool ``(fields, classes)``: which field has a nucleus of which class. Only fields with known classes take part.
     share : float
-        A class that fewer than this share of the fields have is rare.
+        A class is rare if fewer than this share of the fields have it.
 
     Returns
     -------
     numpy.ndarray
-        float64 ``(fields,)``: the square root of `share` over the share of the field's rarest class; at least 1.
+        float64 ``(fields,)``: the square root of `share` divided by the share of fields that have the rarest class of
+        this field; at least 1.
 
     References
     ----------
@@ -36,7 +37,7 @@ def repeats(present: np.ndarray, share: float) -> np.ndarray:
 
 
 def classes_present(fields: Sequence[Field], classes: Sequence[str], class_names: Mapping[str, str]) -> np.ndarray:
-    """Which field has a nucleus of which class, bool ``(fields, classes)``."""
+    """Return which field has a nucleus of which class, bool ``(fields, classes)``."""
     present = np.zeros((len(fields), len(classes)), bool)
     for row, field in zip(present, fields, strict=True):
         known = class_map(field, classes, class_names)

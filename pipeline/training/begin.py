@@ -1,4 +1,4 @@
-"""What a training begins with: its data, its stain reference, its folder; and what is refused or warned of."""
+"""Preparation of a training: its data, stain reference and folder, and the checks before it starts."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """An experiment's fields.
+    """The fields of an experiment.
 
     Parameters
     ----------
     fields : list of Field
-        All that take part.
+        All fields of the split.
     split : Split
-        Who is for what.
+        Names of the fields for training, validation and testing.
     """
 
     fields: list[Field]
     split: Split
 
     def part(self, name: str) -> list[Field]:
-        """Fields of ``train``, ``validation`` or ``test``."""
+        """Return the fields of ``train``, ``validation`` or ``test``."""
         by_name = {f.name: f for f in self.fields}
         return [by_name[n] for n in getattr(self.split, name)]
 
@@ -53,7 +53,7 @@ def load_data(experiment: Experiment) -> Data:
     Raises
     ------
     PipelineError
-        When data are missing or do not fit.
+        When data are missing or do not fit the split, or synthetic fields were made from patients who are held out.
     """
     fields = load_fields(list(experiment.data))
     split = make_split(fields, experiment.split, experiment.holdout, experiment.seed, experiment.validation)
@@ -64,7 +64,7 @@ def load_data(experiment: Experiment) -> Data:
 
 
 def digest_of(fields: Sequence[Field]) -> str:
-    """SHA-256 of all fields: who they are, images, labels."""
+    """Return the SHA-256 of all fields: their names, sources, patients, pixel sizes, images, labels and classes."""
     found = hashlib.sha256()
     for field in fields:
         found.update(repr((field.name, field.source, field.patient, field.mpp, field.image.shape)).encode())
@@ -76,25 +76,26 @@ def digest_of(fields: Sequence[Field]) -> str:
 def stain_reference(
     experiment: Experiment, train: Sequence[Field], start: ModelPackage | None, work: Path | None = None
 ) -> dict[str, Any]:
-    """The reference that fields are brought to: that of the package that is trained on, or of a training field.
+    """Return the stain reference to which fields are normalised.
 
-    Empty where no stain can be fitted and none is asked for.
+    It is the reference of the package that the training starts from, else that of a training field. It is empty if the
+    experiment does not normalise (``stain: none``) and no stain can be fitted.
 
     Parameters
     ----------
     experiment : Experiment
-        Says how it is chosen.
+        Names the stain method, and the reference field or ``auto``.
     train : sequence of Field
-        Its training fields.
+        Training fields of the experiment.
     start : ModelPackage, optional
         The package of ``start_from``.
     work : pathlib.Path, optional
-        The choice is explained in this folder.
+        Folder to which the reasons of the choice are written.
 
     Raises
     ------
     PipelineError
-        When the package has none of this kind, or no field can be one; one line.
+        When the package has no reference of this stain method, or no field can serve as the reference.
     """
     if start is None:
         main = [f for f in train if f.source == experiment.holdout] or list(train)
@@ -117,19 +118,19 @@ def stain_reference(
 
 
 def own_folder(experiment: Experiment, work: Path) -> None:
-    """Note whose training a folder holds.
+    """Record in a training folder which experiment it belongs to.
 
     Raises
     ------
     PipelineError
-        When it is that of another experiment.
+        When the folder belongs to another experiment.
     """
     work.mkdir(parents=True, exist_ok=True)
     owner = work / "experiment.json"
     if owner.is_file():
         recorded = read_json(owner)
-        recorded.pop("fingerprint", None)  # of an older version
-        if Experiment.from_json(recorded).learned != experiment.learned:  # 1 is 1.0
+        recorded.pop("fingerprint", None)  # written by older versions
+        if Experiment.from_json(recorded).learned != experiment.learned:  # compares values: 1 equals 1.0
             raise PipelineError(
                 f"{work} holds the training of another experiment called {experiment.name!r}",
                 "give this one another train.name, or delete that folder",
@@ -138,25 +139,26 @@ def own_folder(experiment: Experiment, work: Path) -> None:
 
 
 def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, name: str) -> None:
-    """Refuse to go on with a training that began with other data or models.
+    """Refuse to continue a training that began with other data or models.
 
-    Its checkpoints may know patients that a new split holds out, and not what a new model has learned.
+    Its checkpoints may have learned from patients that the new split holds out, and do not build on a new start model
+    or teacher.
 
     Parameters
     ----------
     split : Split
-        Who is for what.
+        Names of the fields for training, validation and testing.
     origin : mapping of str to str or None
-        Digests of ``data``, ``start_from`` and ``teacher``.
+        SHA-256 of ``data``, ``start_from`` and ``teacher``.
     work : pathlib.Path
         Folder of the training.
     name : str
-        Its name.
+        Name of the experiment.
 
     Raises
     ------
     PipelineError
-        When there are checkpoints of others.
+        When the folder has checkpoints of a training with other data or models.
     """
     recorded = work / "split.json"
     if not recorded.is_file() or not any(work.glob("*/last.ckpt")):
@@ -173,26 +175,26 @@ def check_unchanged(split: Split, origin: Mapping[str, str | None], work: Path, 
 
 
 def check_unseen(package: ModelPackage, data: Data, role: str) -> set[str]:
-    """Refuse a package that knows patients for testing, and warn of one that knows patients for validation.
+    """Refuse a package that has learned from test patients, and warn if it has learned from validation patients.
 
     Parameters
     ----------
     package : ModelPackage
         The package.
     data : Data
-        Who is for what.
+        Fields and split of the experiment.
     role : str
-        What names the package, as messages are to say it.
+        Words that stand before the package's folder in messages, such as ``train: teacher``.
 
     Returns
     -------
     set of str
-        Names of the validation fields of patients that it knows.
+        Names of the validation fields whose patients the package has learned from.
 
     Raises
     ------
     PipelineError
-        When it has learned from one that is for testing; one line.
+        When the package has learned from a patient who is for testing.
     """
     leaked = known_patients(package.data, data.part("test"))
     if leaked:
@@ -213,12 +215,12 @@ def check_unseen(package: ModelPackage, data: Data, role: str) -> set[str]:
 
 
 def check_classes(experiment: Experiment, fields: Sequence[Field]) -> None:
-    """Refuse classes that no field has, and warn of those that some settings name in vain.
+    """Check that the classes which the settings name occur in the fields, and warn of each that does not.
 
     Raises
     ------
     PipelineError
-        When not one of the classes is there.
+        When no field has any of the experiment's classes.
     """
     own = classes_of(fields)
     there = classes_of(fields, experiment.class_names)
@@ -236,7 +238,7 @@ def check_classes(experiment: Experiment, fields: Sequence[Field]) -> None:
 
 
 def check_licences(experiment: Experiment) -> None:
-    """Warn of data whose licence asks for more than the model's states."""
+    """Warn of data whose licence has restrictions that the model's licence lacks."""
     for source in [one for own in experiment.data for one in (own, *origins_of(own))]:
         licence = str(source.get("licence") or "")
         more = restrictions(licence) - restrictions(experiment.licence)

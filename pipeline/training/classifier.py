@@ -1,6 +1,7 @@
-"""``python -m pipeline classifier``: classes of nuclei, learned from some that were named on finished slides.
+"""``python -m pipeline classifier``: learn a classifier of nuclei from examples on slides that a run has finished.
 
-Named in QuPath: a detection or a point is one nucleus, an area is all nuclei in it.
+A user names the examples by giving classes to objects in QuPath: a detection or a point names one nucleus, an area
+names all nuclei in it.
 """
 
 from __future__ import annotations
@@ -42,41 +43,41 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST = 10
-"""Nuclei that each class needs."""
+"""Fewest named nuclei of a class."""
 
 MOST = 2000
-"""Nuclei of a class that are learned from, spread over those that were named: more make it slow, and hardly better."""
+"""Most nuclei of a class to learn from, spread evenly over those named: more take longer and hardly help."""
 
 FOLDS = 5
 SQUARE_UM = 250.0
-"""Side of the squares that are left out together, in µm: nuclei that lie side by side are alike."""
+"""Side in µm of the squares whose nuclei are left out together in cross-validation, as neighbours are alike."""
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 NEAR_UM = 3.0
-"""How far beside a nucleus a point may lie."""
+"""Largest distance in µm between a point and the nucleus that it names."""
 
 PALETTE = (
     (200, 30, 60), (46, 110, 190), (60, 160, 70), (235, 150, 30), (140, 80, 170), (30, 160, 170), (230, 90, 160),
     (130, 130, 40),
 )  # fmt: skip
-"""Colours of classes that QuPath gave none."""
+"""Colours of classes that have none in QuPath."""
 
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """Nuclei of a slide that somebody named.
+    """The named nuclei of a slide.
 
     Parameters
     ----------
     slide : str
         Name of the slide.
     names : tuple of str
-        Class of each.
+        Class of each nucleus.
     features : numpy.ndarray
-        Theirs, float64 ``(n, f)``; see `pipeline.kernels.classify.features`.
+        Features of the nuclei, float64 ``(n, f)``; see `pipeline.kernels.classify.features`.
     points : numpy.ndarray
-        Their centroids in µm, float64 ``(n, 2)``.
+        Centroids in µm, float64 ``(n, 2)``.
     """
 
     slide: str
@@ -87,9 +88,10 @@ class Named:
 
 @dataclass(frozen=True)
 class _Objects:
-    """Geometries of an export, level-0 pixels, and their classes: areas or outlines, and points.
+    """Objects of an export that have a class: shapes (areas or outlines) and points, in level-0 pixels.
 
-    `detected` are those of the shapes that are detections: all that came from here have a class, changed or not.
+    `detected` says which shapes are detections. Those that the pipeline exported have a class even if the user has not
+    changed it.
     """
 
     shapes: tuple[Any, ...]
@@ -105,16 +107,16 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON of QuPath.
+        GeoJSON file from QuPath.
     colours : dict
-        Gets the colour of each class.
+        Colour of each class; those of new classes are added.
     origin : tuple of int
-        Level-0 pixel from which it counts, where it does not say so itself.
+        Level-0 pixel from which coordinates count, unless the file states one.
 
     Raises
     ------
     PipelineError
-        When it is no such file.
+        When the file is not GeoJSON from QuPath.
     """
     shapes, shape_names, detected, points, point_names = [], [], [], [], []
     with reading(path, *QUPATH) as value:
@@ -146,7 +148,10 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
 
 
 def _colour(classification: Any) -> tuple[int, int, int] | None:
-    """RGB of a class, by the key of now or the one of QuPath before 0.4; None where there is none."""
+    """Return the RGB colour of a class, or None if it has none.
+
+    QuPath writes it under ``color``, and before version 0.4 under ``colorRGB``.
+    """
     if not isinstance(classification, dict):
         return None
     found = classification.get("color")
@@ -167,28 +172,32 @@ def _moved(shape: Any, by: np.ndarray) -> Any:
 def named_rows(
     nuclei: Path, centroids: np.ndarray, objects: _Objects, mpp: float, told: Sequence[pa.ChunkedArray] = ()
 ) -> tuple[dict[int, str], list[int]]:
-    """Which nuclei the objects name.
+    """Find the nuclei that the objects of an export name.
+
+    A shape names the nuclei whose centroids it contains, or, if it contains none, the nucleus at its middle. A point
+    names the nucleus that it lies in, or the nearest one within `NEAR_UM`. Where objects disagree about a nucleus, a
+    smaller shape overrides a larger one, and a point overrides all shapes.
 
     Parameters
     ----------
     nuclei : pathlib.Path
         ``nuclei.parquet``.
     centroids : numpy.ndarray
-        Theirs, level-0 pixels, float64 ``(n, 2)``.
+        Centroids of the nuclei in level-0 pixels, float64 ``(n, 2)``.
     objects : _Objects
-        The objects.
+        Objects of the export.
     mpp : float
         µm per level-0 pixel.
     told : sequence of pyarrow.ChunkedArray
-        Classes that the nuclei have been exported with: a detection that has one of them names nothing.
+        Classes that the nuclei may have been exported with. A detection that still has such a class of its nucleus
+        names nothing.
 
     Returns
     -------
     names : dict of int to str
-        Class by row. An area names the nuclei whose centroid it holds; a smaller object comes before a larger one, and
-        a point before all: it names the nucleus that it lies in, or one within `NEAR_UM`.
+        Class of each named nucleus, by row.
     lost : list of int
-        How many shapes, and how many points, name no nucleus.
+        How many shapes, and how many points, lie on no nucleus.
     """
     import shapely
 
@@ -198,7 +207,7 @@ def named_rows(
         tree = shapely.STRtree(shapely.points(centroids))
         which, rows = tree.query(shapes, predicate="contains")
         held = np.split(rows, np.searchsorted(which, np.arange(1, len(shapes))))
-    # An outline with its centroid outside, or of another run: the nucleus in its middle.
+    # A shape contains no centroid if it is a concave outline, or one of another run: take the nucleus at its middle.
     empty = [number for number, rows in enumerate(held) if not len(rows)]
     marks = [*shapely.point_on_surface(shapes[empty]), *shapely.points(objects.points)]
     found = _at(nuclei, centroids, np.array(marks, object), mpp) if marks else np.empty(0, np.int64)
@@ -218,7 +227,7 @@ def named_rows(
 
 
 def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> np.ndarray:
-    """Row of the nucleus nearest to each point, -1 where none is within `NEAR_UM`."""
+    """Return the row of the nucleus nearest to each point, or -1 if none is within `NEAR_UM`."""
     import pyarrow as pa
     import shapely
 
@@ -226,7 +235,7 @@ def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> n
 
     if not len(centroids):
         return np.full(len(marks), -1)
-    reach = 30 / mpp  # no nucleus reaches farther from its centroid
+    reach = 30 / mpp  # 30 µm: no nucleus extends farther from its centroid
     near = shapely.STRtree(shapely.points(centroids)).query(shapely.buffer(marks, reach), predicate="contains")
     rows = np.unique(near[1])
     outlines: list[Any] = []
@@ -248,30 +257,30 @@ def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> n
 def gather(
     results: Path, annotations: Path, origin: str = "slide"
 ) -> tuple[list[Named], dict[str, str], dict[str, tuple[int, int, int]]]:
-    """Read all nuclei that were named.
+    """Read the named nuclei of all slides.
 
     Parameters
     ----------
     results : pathlib.Path
-        Results folder of a run that holds the slides.
+        Results folder of a run on the slides.
     annotations : pathlib.Path
-        Folder with an export for each slide that was worked on, named as the slide or its file.
+        Folder with one QuPath export per annotated slide, named after the slide or its file.
     origin : {"slide", "bounds"}
-        From where the exports count; see `pipeline.geojson.origin_of`.
+        Corner from which coordinates in the exports count; see `pipeline.geojson.origin_of`.
 
     Returns
     -------
     named : list of Named
-        A slide each.
+        Named nuclei of each slide that has any.
     model : dict
         ``name`` and ``sha256`` of the model that found the nuclei.
     colours : dict
-        By class, where QuPath gave one.
+        Colour by class, for classes that have one in QuPath.
 
     Raises
     ------
     PipelineError
-        When a slide has no results, or two slides are of different models.
+        When a slide has no results or two exports, or the slides were run with different models.
     """
     from pipeline.nuclei import about_nuclei, grid_of, open_nuclei
 
@@ -322,7 +331,7 @@ def gather(
 
 
 def _classes_told(paths: SlideLayout) -> list[pa.ChunkedArray]:
-    """Classes with which the nuclei of a slide were exported: the model's, and those of a classifier before."""
+    """Return the classes with which the nuclei of a slide may have been exported: the model's and a classifier's."""
     import pyarrow.parquet as pq
 
     told = [pq.read_table(paths.nuclei, columns=["class"])["class"]]
@@ -333,7 +342,15 @@ def _classes_told(paths: SlideLayout) -> list[pa.ChunkedArray]:
 
 
 def _divisions(named: Sequence[Named]) -> Iterator[tuple[np.ndarray, str]]:
-    """Groups of nuclei, int64 ``(n,)``, each of which is left out as one, and what they are; the strictest first."""
+    """Yield ways to group nuclei for cross-validation, the strictest first.
+
+    Yields
+    ------
+    groups : numpy.ndarray
+        Group of each nucleus, int64 ``(n,)``; the nuclei of a group are left out together.
+    what : str
+        What the groups are, in words.
+    """
     sizes = [len(one.names) for one in named]
     if len(named) >= 3:
         yield np.repeat(np.arange(len(named)), sizes), "slides"
@@ -343,7 +360,7 @@ def _divisions(named: Sequence[Named]) -> Iterator[tuple[np.ndarray, str]]:
 
 
 def _folds(named: Sequence[Named], kinds: np.ndarray) -> tuple[np.ndarray, str]:
-    """Fold of each nucleus, int64 ``(n,)``, and what is left out."""
+    """Return the fold of each nucleus, int64 ``(n,)``, and in words what a fold leaves out."""
     for groups, what in _divisions(named):
         if (fold := folds_of(groups, kinds)) is not None:
             return fold, what
@@ -355,7 +372,7 @@ def _folds(named: Sequence[Named], kinds: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def folds_of(groups: np.ndarray, kinds: np.ndarray) -> np.ndarray | None:
-    """Spread groups over folds.
+    """Distribute groups of nuclei over cross-validation folds of similar size.
 
     Parameters
     ----------
@@ -365,8 +382,8 @@ def folds_of(groups: np.ndarray, kinds: np.ndarray) -> np.ndarray | None:
     Returns
     -------
     numpy.ndarray or None
-        Fold of each nucleus, the largest group first, each to the fold with the fewest nuclei. None where a fold would
-        leave a class without a nucleus to learn from.
+        Fold of each nucleus, int64 ``(n,)``. Groups are assigned from the largest on, each to the fold with the fewest
+        nuclei. None if there is only one group, or leaving out a fold would leave a class without nuclei to learn from.
     """
     count = np.bincount(groups)
     folds = min(FOLDS, len(count))
@@ -381,7 +398,7 @@ def folds_of(groups: np.ndarray, kinds: np.ndarray) -> np.ndarray | None:
 
 
 def learn(matrix: np.ndarray, kinds: np.ndarray, classes: int, fold: np.ndarray) -> tuple[float, np.ndarray]:
-    """Choose the penalty by what it is worth on folds that were left out.
+    """Choose the penalty by cross-validation.
 
     Parameters
     ----------
@@ -390,14 +407,14 @@ def learn(matrix: np.ndarray, kinds: np.ndarray, classes: int, fold: np.ndarray)
     kinds, fold : numpy.ndarray
         Class and fold of each nucleus, int64 ``(n,)``.
     classes : int
-        How many classes there are.
+        Number of classes.
 
     Returns
     -------
     penalty : float
-        That with the least log-loss, all classes counting alike.
+        The penalty of `PENALTIES` with the lowest log-loss, in which all classes have the same weight.
     found : numpy.ndarray
-        Probabilities of the classes of each nucleus by the model that did not know its fold, ``(n, classes)``.
+        Class probabilities of each nucleus, ``(n, classes)``, from the model that has not learned from its fold.
     """
     share = 1 / np.bincount(kinds)[kinds]
     best: tuple[float, float, np.ndarray] | None = None
@@ -416,7 +433,14 @@ def learn(matrix: np.ndarray, kinds: np.ndarray, classes: int, fold: np.ndarray)
 
 
 def scores_of(kinds: np.ndarray, found: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of predictions: ``balanced_accuracy``, ``accuracy``, ``confusion`` (a row a known class), and by class."""
+    """Score predicted classes `found` against known classes `kinds`.
+
+    Returns
+    -------
+    dict
+        ``balanced_accuracy`` and ``accuracy``; ``classes`` with number of nuclei, recall and precision of each; and
+        ``confusion``, with one row per known class and one column per predicted class.
+    """
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (kinds, found), 1)
     right, known, told = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -435,23 +459,23 @@ def scores_of(kinds: np.ndarray, found: np.ndarray, names: Sequence[str]) -> dic
 def make_classifier(
     name: str, named: Sequence[Named], model: Mapping[str, str], colours: Mapping[str, tuple[int, int, int]]
 ) -> Classifier:
-    """Learn a classifier, and how good it is.
+    """Learn a classifier and score it by cross-validation.
 
     Parameters
     ----------
     name : str
-        Its name.
+        Name of the classifier.
     named : sequence of Named
-        The nuclei.
+        The named nuclei of each slide.
     model : mapping
-        The model that found them.
+        ``name`` and ``sha256`` of the model that found the nuclei.
     colours : mapping
-        Colours of the classes; the others are given some.
+        Colour by class; classes without one get a colour of `PALETTE`.
 
     Raises
     ------
     PipelineError
-        When there are fewer than two classes, or too few nuclei of one.
+        When there are fewer than two classes, or fewer than `LEAST` nuclei of a class.
     """
     named = _fewer(named)
     every = [one for slide in named for one in slide.names]
@@ -487,7 +511,7 @@ def make_classifier(
 
 
 def _fewer(named: Sequence[Named]) -> list[Named]:
-    """At most `MOST` nuclei of each class, evenly spread over those that there are."""
+    """Return at most `MOST` nuclei of each class, evenly spread over all slides."""
     every = np.array([one for slide in named for one in slide.names])
     kept = np.ones(len(every), bool)
     for name, count in sorted(Counter(every.tolist()).items()):
@@ -504,7 +528,7 @@ def _fewer(named: Sequence[Named]) -> list[Named]:
 
 
 def table(scores: Mapping[str, Any]) -> Iterator[str]:
-    """The scores as lines of text."""
+    """Yield the lines of a text table of the scores."""
     names = list(scores["classes"])
     width = max(len(name) for name in (*names, "known as"))
     columns = [max(len(name), 7) for name in names]

@@ -1,4 +1,4 @@
-"""``python -m pipeline train``: one experiment, from annotated fields to a model package."""
+"""Commands ``train`` (one experiment, from annotated fields to a model package) and ``training-summary``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = Path(__file__).parents[2] / "workflow" / "schemas" / "train.schema.yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the arguments of ``python -m pipeline train``."""
     parser.add_argument("--config-json", type=Path, required=True, help="the train section of the configuration")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and scores")
     parser.add_argument("--out", type=Path, required=True, help="model package to write")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run ``python -m pipeline train``."""
     from pipeline.gpus import borrow
 
     section = read_section(args.config_json)
@@ -49,9 +49,9 @@ def main(args: argparse.Namespace) -> int:
 
 @contextmanager
 def in_turn(work: Path) -> Iterator[None]:
-    """Have a training's folder for oneself: a job that outlived its run may still be at work there.
+    """Hold the lock of a training's folder, as a job that has outlived its run may still be writing there.
 
-    The processes that a training on several devices starts share it.
+    On several devices only the main process takes the lock; the processes that it starts work under the same lock.
     """
     if int(os.environ.get("LOCAL_RANK", "0")):
         yield
@@ -62,12 +62,12 @@ def in_turn(work: Path) -> Iterator[None]:
 
 
 def read_section(path: Path) -> dict[str, Any]:
-    """The train section of a file, checked as Snakemake does.
+    """Read the ``train`` section from a JSON file and check it against the schema, as Snakemake does.
 
     Raises
     ------
     PipelineError
-        When it cannot be read, or a setting is unknown or wrong; one line.
+        When the file cannot be read, or a setting is unknown or wrong.
     """
     hint = "give the train section as JSON"
     try:
@@ -78,12 +78,28 @@ def read_section(path: Path) -> dict[str, Any]:
 
 
 def checked_section(section: Any, path: Path, hint: str, schema: Path = SCHEMA) -> dict[str, Any]:
-    """The train section that a file holds, or the one of another schema, checked as Snakemake does.
+    """Check a section of the configuration against its schema, as Snakemake does.
+
+    Parameters
+    ----------
+    section : object
+        Content of the section.
+    path : pathlib.Path
+        The file that the section is from, for messages.
+    hint : str
+        What to do if the section is not a mapping.
+    schema : pathlib.Path
+        Schema of the section; that of ``train`` by default.
+
+    Returns
+    -------
+    dict
+        The section with defaults filled in; as it is if the schema file does not exist.
 
     Raises
     ------
     PipelineError
-        When a setting is unknown or wrong; one line.
+        When a setting is unknown or wrong.
     """
     if not isinstance(section, dict):
         raise PipelineError(f"{path} holds no settings, but {str(section)[:40]!r}", hint)
@@ -96,14 +112,14 @@ def checked_section(section: Any, path: Path, hint: str, schema: Path = SCHEMA) 
 
 
 def prepare_process(threads: int) -> None:
-    """Ready this process for a training: memory kept, Lightning quiet, so many CPU threads (0: all)."""
+    """Prepare this process for a training: keep freed memory, silence Lightning, and set the CPU threads (0: all)."""
     keep_freed_memory()
     import lightning.pytorch  # noqa: F401  (which sets the levels of its loggers)
     import torch
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")  # what it says to its own authors
+    warnings.filterwarnings("ignore", module="lightning")  # they concern its developers, not users
     torch.set_num_threads(threads or available_cores())
 
 

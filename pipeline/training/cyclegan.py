@@ -1,4 +1,4 @@
-"""CycleGAN between pictures of random nuclei and tiles of H&E, of which no two belong together."""
+"""CycleGAN between pictures of random nuclei and tiles of H&E, which are not paired."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ log = logging.getLogger(__name__)
 
 
 MARGIN = 28
-"""Pixels, a multiple of 4, that are painted beyond a field's edge and cut off: convolutions draw stripes at edges."""
+"""Pixels, a multiple of 4, that are painted beyond a field's edges and then cut off, as convolutions draw stripes
+along edges."""
 
 
 class Tiles(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Pairs of a picture of random nuclei and a tile of H&E by their number, on which and the seed alone they depend.
+    """Numbered pairs of a picture of random nuclei and a random tile of H&E.
+
+    A pair depends only on its number and the seed.
 
     Parameters
     ----------
     images : sequence of numpy.ndarray
-        uint8 ``(H, W, 3)`` fields at the pixel size of the tiles.
+        uint8 ``(H, W, 3)`` images of fields at the pixel size of the tiles.
     shapes : sequence of numpy.ndarray
-        Shapes of their nuclei.
+        Shapes of the nuclei in these fields.
     settings : SynthesisSettings
-        Size, nuclei and seed.
+        Size of the tiles, number and shapes of nuclei, and seed.
     mpp : float
         Pixel size in µm.
     """
@@ -55,7 +58,7 @@ class Tiles(Dataset[tuple[np.ndarray, np.ndarray]]):
         self.weights = area / area.sum()
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 ``(size, size)`` nuclei and ``(size, size, 3)`` tile."""
+        """Return a picture of nuclei, uint8 ``(size, size)``, and a tile of H&E, uint8 ``(size, size, 3)``."""
         rng = np.random.default_rng([self.settings.seed, number])
         size = self.settings.size
         image = self.images[rng.choice(len(self.images), p=self.weights)]
@@ -68,14 +71,14 @@ class Tiles(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def as_input(pictures: Tensor) -> Tensor:
-    """uint8 pictures ``(N, H, W, 3)`` or masks ``(N, H, W)`` as the generators take them: ``(N, 3, H, W)``, -1 to 1."""
+    """Convert uint8 pictures ``(N, H, W, 3)`` or masks ``(N, H, W)`` to generator input ``(N, 3, H, W)`` in [-1, 1]."""
     if pictures.ndim == 3:
         pictures = pictures[..., None].expand(-1, -1, -1, 3)
     return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 class Generators(nn.Module):
-    """What paints H&E around nuclei, and what outlines the nuclei of H&E.
+    """The two generators: ``paint`` makes H&E from a picture of nuclei, ``outline`` a picture of nuclei from H&E.
 
     Parameters
     ----------
@@ -90,14 +93,14 @@ class Generators(nn.Module):
 
 
 class CycleGAN(Learner):
-    """Two generators, each of which undoes the other, and a discriminator of what each makes.
+    """Two generators that learn to invert each other, and a discriminator for the output of each.
 
     Parameters
     ----------
     settings : SynthesisSettings
-        Sizes and weights.
+        Sizes of the networks and weights of the losses.
     schedule : Schedule
-        How long and how fast.
+        Number of steps and learning rate.
 
     References
     ----------
@@ -121,12 +124,12 @@ class CycleGAN(Learner):
         self._made: tuple[Tensor, ...] = ()
 
     def configure_model(self) -> None:
-        """Called by the trainer before a checkpoint is taken up."""
+        """Move the discriminators to the trainer's device, before a checkpoint is loaded."""
         for adversary in self.adversaries:
             adversary.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Loss of both generators."""
+        """Return the sum of the losses of both generators."""
         masks, tiles = map(as_input, batch)
         paint, outline = self.network.paint, self.network.outline
         painted, outlined = paint(masks), outline(tiles)
@@ -149,27 +152,27 @@ class CycleGAN(Learner):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the discriminators learn, after the generators."""
+        """Train the discriminators on the batch, after the generators."""
         tiles, painted, masks, outlined = self._made
         step = self.global_step - 1
         for adversary, real, made in zip(self.adversaries, (tiles, masks), (painted, outlined), strict=True):
             adversary.learn(real, made, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called by the trainer."""
+        """Add the discriminators to a checkpoint, and log the losses."""
         checkpoint["adversaries"] = [one.state_dict() for one in self.adversaries]
         values = {name.partition("/")[2]: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if values:  # not where a run has just begun
+        if values:  # empty at the start of a run
             losses = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             log.info("step %d of %d: %s", self.global_step, self.schedule.steps, losses)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called by the trainer."""
+        """Load the discriminators from a checkpoint."""
         for one, state in zip(self.adversaries, checkpoint["adversaries"], strict=True):
             one.load_state_dict(state)
 
     def configure_optimizers(self) -> Any:
-        """Adam for both generators and, by step, its rate."""
+        """Return Adam for both generators, and the schedule of its learning rate."""
         schedule = self.schedule
         optimizer = torch.optim.Adam(self.parameters(), lr=schedule.learning_rate, betas=schedule.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.rate_at)
@@ -179,20 +182,20 @@ class CycleGAN(Learner):
 def fit_cyclegan(
     tiles: Tiles, settings: SynthesisSettings, folder: Path, accelerator: str = "auto", deadline: Deadline | None = None
 ) -> nn.Module:
-    """Train the generators; goes on where a run in the same folder stopped.
+    """Train the generators, resuming an earlier run in the same folder.
 
     Parameters
     ----------
     tiles : Tiles
-        What they learn from.
+        Training pairs.
     settings : SynthesisSettings
-        How.
+        Settings of networks, losses and schedule.
     folder : pathlib.Path
-        The checkpoint and logs go here.
+        Folder for the checkpoint and logs.
     accelerator : str
         Lightning's name of the device.
     deadline : Deadline, optional
-        When to stop for the time being.
+        When to stop, to be resumed later.
 
     Returns
     -------
@@ -202,9 +205,10 @@ def fit_cyclegan(
     Raises
     ------
     PipelineError
-        When the loss is not finite, the checkpoint is damaged, has more steps or cannot be written.
+        When the loss is not finite, or the checkpoint is damaged, has more steps than the schedule or cannot be
+        written.
     pipeline.training.schedule.Unfinished
-        When the time is over.
+        When the deadline passes before the training is done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     schedule = settings.schedule
@@ -227,19 +231,19 @@ def fit_cyclegan(
 
 
 def paint(painter: nn.Module, nuclei: np.ndarray) -> np.ndarray:
-    """H&E for a label map.
+    """Paint an H&E image for a label map.
 
     Parameters
     ----------
     painter : torch.nn.Module
-        What `fit_cyclegan` gave, on any device.
+        Generator that `fit_cyclegan` returned, on any device.
     nuclei : numpy.ndarray
         int32 label map ``(H, W)``.
 
     Returns
     -------
     numpy.ndarray
-        uint8 ``(H, W, 3)``.
+        uint8 image ``(H, W, 3)``.
     """
     device = next(painter.parameters()).device
     picture = np.pad(mask_picture(nuclei), MARGIN, mode="reflect")

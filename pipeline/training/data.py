@@ -26,9 +26,9 @@ class Importer:
     Parameters
     ----------
     read : callable
-        Lists a source's fields, each yet to be read.
+        Function that lists the fields of a source without reading them; calling one of them reads it.
     options : tuple of str
-        Keys of a source that are its own.
+        Keys of a source that only this kind of data has.
     """
 
     read: Callable[[Source], list[Lazy]]
@@ -51,7 +51,7 @@ IMPORTERS = {
 
 
 def source_name(source: Mapping[str, Any]) -> str:
-    """Name of a data source: its own, or its kind."""
+    """Return the name of a data source, which by default is its kind."""
     return str(source.get("name", source["kind"]))
 
 
@@ -66,7 +66,7 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
     Raises
     ------
     PipelineError
-        When a source is unknown, missing, empty or half there, or two fields have one name.
+        When a source is of unknown kind, missing, empty or incomplete, or two sources or fields have the same name.
     """
     names = [source_name(source) for source in sources]
     if len(set(names)) != len(names):
@@ -109,5 +109,5 @@ def load_fields(sources: list[dict[str, Any]]) -> list[Field]:
 
 
 def count_nuclei(labels: np.ndarray) -> int:
-    """Number of instances of a label map."""
+    """Return the number of instances in a label map."""
     return len(np.unique(labels[labels > 0]))

@@ -1,4 +1,4 @@
-"""Command ``ensemble``: trained models as one, whose maps are the mean of theirs."""
+"""Command ``ensemble``: join trained models to one model, which predicts the mean of their maps."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
-"""Name of the network in the registry."""
+"""Network name of an ensemble, in a package and in the registry."""
 
 SHARED = ("network", "heads", "classes", "stain")
-"""What an ensemble's card does not repeat in those of its members."""
+"""Entries of a card that an ensemble has once, and not in the cards of its members."""
 
 
 def factor_of(member: ModelPackage, mpp: float) -> int:
-    """How many pixels of `mpp` µm are a side of one of a member's.
+    """Return the side of a member's pixel in pixels of `mpp` µm.
 
     Raises
     ------
     PipelineError
-        When it is not a whole number.
+        When this is not a whole number.
     """
     factor = round(member.mpp / mpp)
     if abs(member.mpp / mpp - factor) > 1e-6:
@@ -48,13 +48,13 @@ def factor_of(member: ModelPackage, mpp: float) -> int:
 
 
 def check_alike(members: Sequence[ModelPackage]) -> None:
-    """Refuse models whose maps have no mean.
+    """Refuse models whose maps cannot be averaged.
 
     Raises
     ------
     PipelineError
-        When there are fewer than two, one finds instances itself or is not a network, or they differ in heads, classes
-        or stain; one line.
+        When there are fewer than two models, one finds instances itself or is not a network, or they differ in heads,
+        classes or stain normalisation.
     """
     if len(members) < 2:
         raise PipelineError(f"an ensemble of {len(members)} model", "name at least two")
@@ -81,9 +81,10 @@ def check_alike(members: Sequence[ModelPackage]) -> None:
 
 
 def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, bytes]:
-    """Several models as one.
+    """Join several models to an ensemble.
 
-    It works at the pixel size of the finest; thresholds are those of the first that does, too.
+    The ensemble works at the finest pixel size of its members, with the thresholds of the first member of that pixel
+    size.
 
     Parameters
     ----------
@@ -95,21 +96,21 @@ def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, byte
     Returns
     -------
     package : ModelPackage
-        Its card.
+        Card of the ensemble.
     weights : bytes
-        Its weights.
+        Its weights, as safetensors.
 
     Raises
     ------
     PipelineError
-        When they do not go together; one line.
+        When the models cannot be joined, see `check_alike` and `factor_of`.
     """
     from safetensors.torch import load_file, save
 
     from pipeline.training.pack import learned_from
 
     check_alike(members)
-    lead = min(members, key=lambda one: one.mpp)  # the first of several
+    lead = min(members, key=lambda one: one.mpp)  # the first, if several are the finest
     factors = [factor_of(one, lead.mpp) for one in members]
     args = {
         "maps": list(channel_names(lead)),
@@ -126,7 +127,7 @@ def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, byte
     package = replace(
         lead,
         name=name,
-        # Windows are multiples of every member's stride, and begin where its pixels do.
+        # Windows are multiples of every member's stride, and begin at borders of every member's pixels.
         patch=up(max(one.patch * f for one, f in zip(members, factors, strict=True)), stride_of(ENSEMBLE, args)),
         overlap=up(max(one.overlap * f for one, f in zip(members, factors, strict=True)), lcm(*factors)),
         network=ENSEMBLE,
@@ -136,19 +137,19 @@ def join(members: Sequence[ModelPackage], name: str) -> tuple[ModelPackage, byte
         data=learned_from((), (), members),
         metrics={"protocol": f"not scored; thresholds of {lead.name}"},
         sha256=hashlib.sha256(weights).hexdigest(),
-        tta="none",  # each member's own
+        tta="none",  # each member applies its own
         members=tuple({k: v for k, v in one.to_json().items() if k not in SHARED} for one in members),
     )
     return package, weights
 
 
 def take_apart(package: ModelPackage) -> list[tuple[ModelPackage, bytes]]:
-    """The models that an ensemble was made of, as `join` got them.
+    """Return the models that an ensemble was joined from, each as its card and its weights (safetensors).
 
     Raises
     ------
     PipelineError
-        When it is not an ensemble.
+        When the model is not an ensemble.
     """
     from safetensors.torch import load, save
 
@@ -168,31 +169,36 @@ def take_apart(package: ModelPackage) -> list[tuple[ModelPackage, bytes]]:
 
 
 def up(value: int, multiple: int) -> int:
-    """The next multiple."""
+    """Round `value` up to a multiple of `multiple`."""
     return -(-value // multiple) * multiple
 
 
 def tune_and_score(
     package: ModelPackage, members: Sequence[ModelPackage], experiment: Experiment, accelerator: str
 ) -> ModelPackage:
-    """The card with thresholds tuned on an experiment's validation fields and scores on its test fields.
+    """Tune an ensemble's thresholds on an experiment's validation fields, and score it on the test fields.
 
     Parameters
     ----------
     package : ModelPackage
-        The ensemble, as it lies in its folder.
+        The ensemble, written to its folder.
     members : sequence of ModelPackage
-        What it was made of.
+        The models that it was joined from.
     experiment : Experiment
-        Says which data there are and who is held out, what is tuned, and how fields are predicted. All else is the
-        ensemble's.
+        Names the data and the patients held out, and says what is tuned and how fields are predicted. Pixel size,
+        windows and stain normalisation are those of the ensemble.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
+
+    Returns
+    -------
+    ModelPackage
+        The card with the tuned thresholds, the scores and the data used for tuning.
 
     Raises
     ------
     PipelineError
-        When a member knows a patient that is held out, or there is nothing to score.
+        When a member has learned from a patient who is held out for testing, or there is nothing to score.
     """
     from pipeline.models.weights import load_network
     from pipeline.networks.outputs import Outputs
@@ -233,7 +239,7 @@ def tune_and_score(
         rules, tuned = tune_rules(evaluator.maps(network, tuning), tuning, rules, evaluator.channels, package.mpp)
         log.info("thresholds: %s (%s)", rules, tuned)
     scores, _ = evaluator.score(network, test, rules)
-    # As of a model that is scored as it is: nothing was trained here.
+    # No training fields, as the ensemble is scored as it is.
     scores["protocol"] = protocol(experiment, replace(data.split, train=()), len(own), package.name, len(known))
     used = {f.source for f in tuning}
     sources = [one for one in experiment.data if source_name(one) in used]
@@ -321,12 +327,12 @@ def _scored(
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment that a configuration's ``train`` section describes.
+    """Read an experiment from the ``train`` section of a configuration file (YAML).
 
     Raises
     ------
     PipelineError
-        When it cannot be read, or a setting is unknown or wrong; one line.
+        When the file cannot be read, or a setting is unknown or wrong.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""A trained network on fields it has not seen: maps, thresholds, scores."""
+"""Evaluation of a trained network on fields that it has not seen."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Scores networks as an experiment says.
+    """Predicts fields with networks and scores them, with the settings of an experiment.
 
     Parameters
     ----------
     experiment : Experiment
         The experiment.
     spec : Targets
-        Heads and classes.
+        Heads and classes of the networks.
     outputs : Outputs
-        What the logits mean.
+        Maps that the networks' logits stand for, and test-time augmentation.
     reference : dict
-        Stain reference.
+        Stain reference of the model.
     loss : CombinedLoss
-        The training's loss.
+        Loss of the training.
     accelerator : str
         ``auto``, ``cpu`` or ``gpu``.
     """
@@ -58,22 +58,22 @@ class Evaluator:
 
     @property
     def channels(self) -> Channels:
-        """Where the maps are."""
+        """Positions of the maps in their stack."""
         return Channels.of(self.outputs.names)
 
     @property
     def window(self) -> tuple[int, int] | None:
-        """Windows of prediction, where the experiment wants them."""
+        """Side and overlap of the prediction windows, or None to predict a field in one pass."""
         one = self.experiment
         return (one.patch, one.overlap) if one.evaluation.windows else None
 
     def normalised(self, image: np.ndarray) -> np.ndarray:
-        """A field's image at the model's pixel size in the stain that inference gives it."""
+        """Normalise the stain of an image, at the model's pixel size, as inference does."""
         version = normalise(image, self.experiment.stain, self.reference, self.experiment.stain_strength)
         return image if version is None else version
 
     def maps(self, network: nn.Module, fields: Sequence[Field]) -> list[np.ndarray]:
-        """Maps of each field as inference would make them, uint8 ``(C, H, W)`` at the model's pixel size."""
+        """Return the maps of each field as inference makes them, uint8 ``(C, H, W)`` at the model's pixel size."""
         device = "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
         network.to(device)
         found = []
@@ -86,7 +86,16 @@ class Evaluator:
     def score(
         self, network: nn.Module, fields: Sequence[Field], rules: InstanceRules
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Scores of each field, their means and intervals; and the nuclei found, by field."""
+        """Predict and score fields.
+
+        Returns
+        -------
+        scores : dict
+            Scores of each field (``images``) with their means and intervals, scores over batches of patches
+            (``batchwise``), and the thresholds (``rules``).
+        found : dict of str to numpy.ndarray
+            Label map of the nuclei found, int32 ``(H, W)``, by name of the field.
+        """
         images: dict[str, Any] = {}
         found: dict[str, np.ndarray] = {}
         maps = self.maps(network, fields)

@@ -20,23 +20,24 @@ from pipeline.training.splits import Split, SplitSettings
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How the network is scored, and what inference repeats of it.
+    """How the network is scored. The package records the test-time augmentation and the thresholds for inference.
 
     Parameters
     ----------
     tta : str
-        Test-time augmentation: ``none``, ``flips``, ``dihedral``. It goes into the package.
+        Test-time augmentation: ``none``, ``flips`` or ``dihedral``.
     windows : bool
         Predict fields in the windows of inference (`patch`, `overlap`) instead of in one pass.
     rules : dict
-        Thresholds to begin with, see `pipeline.kernels.instances.InstanceRules`.
+        Initial thresholds, see `pipeline.kernels.instances.InstanceRules`.
     tune : bool
         Tune thresholds on the validation fields.
     tune_on_training : bool
-        Tune them on the training fields of the source that patients are held out from as well: steadier where
-        validation fields are few, but only sound for a network that does not know its training fields by heart.
+        Tune thresholds also on the training fields of the `holdout` source. This is more stable if there are few
+        validation fields, but only sound for a network that has not overfitted to its training fields.
     count_within : int
-        R² of classes is about the nuclei with a pixel in the central square of so many pixels of a field; 0: about all.
+        Side in pixels of the central square of a field: the R² of class counts takes only nuclei with a pixel in this
+        square. 0: all nuclei.
     """
 
     tta: str = "none"
@@ -56,23 +57,23 @@ GAN_LOSSES = ("vanilla", "lsgan")
 
 @dataclass(frozen=True)
 class AdversarialSettings:
-    """A discriminator that learns to tell the network's maps from the true ones, and that the network deceives.
+    """Settings of a discriminator that learns to tell predicted from true maps, and that the network learns to deceive.
 
-    It sees the image with the maps, 70 x 70 pixels at a time with three layers, every convolution with spectral
-    normalisation; rate, betas and decay are the schedule's.
+    The discriminator sees the image together with the maps; with three layers it judges patches of 70 x 70 pixels.
+    Every convolution has spectral normalisation. Learning rate, betas and decay are those of the schedule.
 
     Parameters
     ----------
     weight : float
-        Factor on its share in the network's loss, beside the terms of ``loss``; 0: no discriminator.
+        Weight of the adversarial term in the network's loss, beside the terms of ``loss``; 0: no discriminator.
     loss : str
         ``vanilla`` (binary cross-entropy) or ``lsgan`` (squared error).
     width, layers : int
-        Channels of its first layer, and its convolutions of stride 2.
+        Number of channels of the first layer, and number of convolutions of stride 2.
     pool : int
-        Earlier maps that it is shown in place of half of the newest; 0 for none.
+        Number of earlier predictions to keep, which take the place of about half of the newest; 0 for none.
     gradient_penalty : float
-        Weight of the penalty on its gradient; 0 for none.
+        Weight of the penalty on the discriminator's gradient; 0 for none.
 
     References
     ----------
@@ -108,7 +109,10 @@ RESULT_ONLY = (
     "half_weights",
     "start_share",
 )
+"""Settings that do not change how weights are trained, only how networks are scored, trained further and packed."""
+
 SPEED_ONLY = ("steps", "epochs", "workers", "validate_every", "precision", "device", "devices", "max_minutes")
+"""Settings of the schedule that may change when a training is resumed: its length, speed and place."""
 
 
 @dataclass(frozen=True)
@@ -118,66 +122,66 @@ class Experiment:
     Parameters
     ----------
     name : str
-        Name of the model that comes out.
+        Name of the trained model.
     data : tuple of dict
         Data sources: ``kind``, ``path``, optional ``mpp``, ``mpp_of``, ``weight`` (share of the samples) and
         ``licence``.
     mpp : float
-        The model's pixel size in µm.
+        Pixel size of the model in µm.
     network, network_args
-        The network.
+        Name of the network in `pipeline.networks.registry.NETWORKS`, and its arguments.
     heads : tuple of str
-        Its heads, nucleus first, type last; none: those that the network is listed with.
+        Heads of the network, nucleus first, type last; empty: the network's default heads.
     classes : tuple of str
-        Classes of the type head; without any, those that the data have.
+        Classes of the type head; empty: all classes in the data.
     class_names : dict
-        Class of the type head by class in the data, where they differ.
+        Class of the type head by class in the data, where the two differ.
     loss : tuple of dict
-        Terms of the loss, see `pipeline.training.losses.loss_terms`; none: the heads' defaults.
+        Terms of the loss, see `pipeline.training.losses.loss_terms`; empty: the defaults of the heads.
     start_from : str, optional
-        Model package whose weights (and stain reference) to start from.
+        Model package that supplies the initial weights and the stain reference.
     start_share : float
-        Share of these weights in those that are scored and packed, what was trained having the rest.
+        Share of the initial weights in the weights that are scored and packed; the trained weights have the rest.
     teacher : str, optional
-        Model package whose maps are part of what the network learns, see `pipeline.training.teacher`.
+        Model package whose maps are mixed into the training targets, see `pipeline.training.teacher`.
     teacher_share : float
-        Their share, the annotations having the rest.
+        Share of the teacher's maps in the targets; the annotations have the rest.
     rare_classes : float
-        Fields with a class that fewer than this share of the fields with known classes have are drawn more often, see
-        `pipeline.training.balance.repeats`.
+        A class is rare if fewer than this share of the fields with known classes have it. Fields with rare classes are
+        drawn more often, see `pipeline.training.balance.repeats`.
     half_weights : bool
         Round the weights to 16 bits, which halves the package.
     patch, overlap : int
-        The window that inference uses.
+        Side and overlap of the windows in inference.
     stain : str
-        Normalisation of the slides, one of `pipeline.kernels.stain.METHODS`. In training the network sees fields as
-        they are and normalised.
+        Stain normalisation in inference, one of `pipeline.kernels.stain.METHODS`. In training the network sees fields
+        both as they are and normalised.
     stain_strength : float
-        How far the model's normalisation goes towards the reference, 0 to 1; training sees both ends.
+        How far inference normalises towards the reference, 0 to 1; training uses both 0 and 1.
     reference : str
-        The field whose stain the others are brought to; ``auto`` chooses it.
+        Name of the field that is the stain reference, or ``auto`` to choose one.
     holdout : str
         Data source from which patients are held out.
     split : SplitSettings
-        How they are.
+        How patients are held out.
     validation : int
-        Patients for validation.
+        Number of patients for validation.
     seed : int
         Seed of the split.
     schedule : Schedule
-        Training with patients held out.
+        Schedule of the training with patients held out.
     final_steps : int
-        Steps of training on with all fields; 0 packs the first network.
+        Steps of further training on all fields before packing; 0: pack the network trained with patients held out.
     augmentation : Augmentation
-        Changes to the samples.
+        Augmentation of the samples.
     adversarial : AdversarialSettings
-        A discriminator beside the loss, where there is one.
+        Settings of the discriminator.
     evaluation : EvaluationSettings
-        How it is scored.
+        How the network is scored.
     licence, description : str
-        For the card.
+        Licence and description of the model, for its card.
     encoder_licence : str
-        Licence of the encoder's weights, for the card, where the network starts from such.
+        Licence of the pretrained weights that the encoder starts from, if any, for the card.
     """
 
     name: str
@@ -266,13 +270,13 @@ class Experiment:
 
     @property
     def rules(self) -> InstanceRules:
-        """Thresholds to begin with."""
+        """Initial thresholds: the defaults for the markers and pixel size, changed by ``evaluation.rules``."""
         markers = self.evaluation.rules.get("markers", Channels.of(map_names(self.heads)).marker_source)
         return InstanceRules(**{**asdict(InstanceRules.default_for(markers, self.mpp)), **self.evaluation.rules})
 
     @property
     def learned(self) -> dict[str, Any]:
-        """Everything that the checkpoints depend on, the number of steps apart, as JSON values."""
+        """Settings that decide how weights are trained, as JSON values: all but `RESULT_ONLY` and `SPEED_ONLY`."""
         kept = asdict(self)
         for name in RESULT_ONLY:
             del kept[name]
@@ -313,12 +317,12 @@ def _tuples(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_parts(experiment: Experiment) -> None:
-    """Refuse what would else be found when a training begins: missing models, a network that cannot be built.
+    """Check the model packages and the network of an experiment before its training begins.
 
     Raises
     ------
     PipelineError
-        When there is such a thing; one line.
+        When a model package is missing or damaged, or the network cannot be built.
     """
     for role in ("start_from", "teacher"):
         if (folder := getattr(experiment, role)) is not None:
@@ -331,27 +335,28 @@ def check_parts(experiment: Experiment) -> None:
     try:
         channels = head_channels(experiment.heads, len(experiment.classes) or 1)
         build_network(experiment.network, channels, experiment.network_args, pretrained=False)
-    except ImportError:  # PyTorch may be in the environment of the jobs alone
+    except ImportError:  # PyTorch may be installed only in the environment of the jobs
         return
     except PipelineError as error:
         raise PipelineError(f"train: network_args: {error.reason}", error.hint) from None
 
 
 def protocol(experiment: Experiment, split: Split, tuned: int, start: str, known: int = 0) -> str:
-    """How an experiment's scores come about, in words.
+    """Describe in words how the scores of an experiment were obtained.
 
     Parameters
     ----------
     experiment : Experiment
         The experiment.
     split : Split
-        Who is for what.
+        Names of the fields for training, validation and testing.
     tuned : int
-        Training fields that thresholds are chosen on.
+        Number of training fields on which thresholds are tuned.
     start : str
-        Name of the model that it starts from.
+        Name of the model that the training starts from; without training, of the model that is scored.
     known : int
-        Validation fields of patients whom a model that it starts from, is taught by or is made of knows.
+        Number of validation fields whose patients an earlier model (the start, the teacher or a member of an ensemble)
+        has learned from.
     """
     before = f" ({known} of them known before)" if known else ""
     others = [f"{len(split.validation)} fields of other patients{before}"] if split.validation else []

@@ -1,4 +1,4 @@
-"""An annotated field, what every kind of training data becomes."""
+"""Annotated fields, to which every kind of training data is converted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 
 TYPICAL_NUCLEUS_UM2 = 32.0
-"""Median nuclear area by which the pixel size of a field without one is guessed."""
+"""Median area of nuclei in µm² that is assumed when the pixel size of a field is guessed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +21,11 @@ class Field:
     Parameters
     ----------
     name : str
-        Unique within a training set.
+        Name, unique within a training set.
     source : str
-        The data set it belongs to.
+        Name of the data source that the field belongs to.
     patient : str
-        Fields of one patient never stand on both sides of a split.
+        Patient; fields of one patient are never in different parts of a split.
     organ : str
         Organ, or an empty string.
     mpp : float
@@ -33,14 +33,14 @@ class Field:
     image : numpy.ndarray
         uint8 ``(H, W, 3)`` RGB.
     labels : numpy.ndarray
-        int32 ``(H, W)``, 0 is background.
+        int32 label map ``(H, W)``, 0 is background.
     types : numpy.ndarray, optional
-        uint8 ``(H, W)``, the class of each nucleus on its pixels: ``classes[i - 1]`` for ``i``; 0 is background, or a
-        nucleus of unknown class.
+        uint8 class map ``(H, W)``: pixels of a nucleus of class ``classes[i - 1]`` are ``i``; those of the background
+        and of nuclei of unknown class are 0.
     classes : tuple of str
-        Names of the classes of `types`.
+        Names of the classes in `types`.
     cohort : str
-        Which of several collections in its data set it is from, or an empty string.
+        Collection that the field is from, in a data set of several collections, or an empty string.
     """
 
     name: str
@@ -76,14 +76,17 @@ class Field:
 
 
 def at_mpp(image: np.ndarray, mpp: float, wanted: float) -> np.ndarray:
-    """An image or maps ``(H, W, ...)`` of pixels of `mpp` µm at another pixel size."""
+    """Resize an image or maps ``(H, W, ...)`` from pixels of `mpp` µm to pixels of `wanted` µm."""
     factor = mpp / wanted
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
 def guess_mpp(labels: np.ndarray) -> float | None:
-    """Pixel size at which the median nucleus of a label map has a typical area, within 0.15 to 0.6 µm; None without."""
+    """Return the pixel size at which the median nucleus of a label map has a typical area, within 0.15 to 0.6 µm.
+
+    None if the label map has no nucleus.
+    """
     areas = np.bincount(labels.ravel())[1:]
     areas = areas[areas > 0]
     if areas.size == 0:

@@ -1,4 +1,4 @@
-"""JSON files of a training folder: whole or not there."""
+"""JSON files of a training folder, which are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.stage import whole_files, write_json
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write JSON beside its place, then rename it; as all processes of a training on several GPUs may at once."""
+    """Write JSON to a temporary file and rename it; all processes of a training on several GPUs may do so at once."""
     with whole_files(path, shared=True) as (staged,):
         write_json(staged, value)
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Training of a network that makes maps: its steps, its validation, the weights that are kept."""
+"""Training of a network that predicts maps: training steps, validation, and the choice of weights."""
 
 from __future__ import annotations
 
@@ -34,54 +34,54 @@ VALIDATION = {
     "aji": "aji", "pq": "pq", "dice": "dice", "iou": "iou",
     "accuracy": "pixel_accuracy", "pixel_dice": "pixel_dice", "pixel_iou": "pixel_iou",
 }  # fmt: skip
-"""Scores that are logged at each validation, and what they are called in the scores of a field."""
+"""Scores logged at each validation: name in the log, and name in the scores of a field."""
 
 ENCODERS = ("encoder.", "network.backbone.body.")
-"""How the names of an encoder's weights begin, in the networks that may have pretrained ones."""
+"""Prefixes of the names of the encoder's weights in networks that may have a pretrained encoder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """A field that checkpoints are chosen on.
+    """A validation field, on which checkpoints are scored.
 
     Parameters
     ----------
     field : Field
         The field.
     prepared : PreparedField
-        Its image and targets at the model's pixel size.
+        Image and targets of the field at the model's pixel size.
     """
 
     field: Field
     prepared: PreparedField
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Examined:
-        """Itself, or the averaged weights, a copy of all that is trained, would hold its pixels a second time."""
+        """Return the object itself: weight averaging copies the whole module, which need not hold the pixels twice."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is trained, whatever the data and the time.
+    """What is trained and how it learns, without the data and the schedule.
 
     Parameters
     ----------
     network : torch.nn.Module
         The network.
     loss : CombinedLoss
-        Its loss.
+        Loss of the network.
     targets : Targets
-        What the samples hold.
+        Targets that the samples hold.
     outputs : Outputs
-        What its logits mean.
+        How logits become maps.
     rules : InstanceRules
         Thresholds for validation.
     window : (int, int), optional
-        Windows for validation, see `pipeline.training.predict.predict_field`.
+        Side and overlap of the windows for validation, see `pipeline.training.predict.predict_field`.
     augmentation : Augmentation
-        Changes to the samples.
+        Augmentation of the samples.
     adversarial : AdversarialSettings
-        The discriminator, where there is one.
+        Settings of the discriminator; a weight of 0 means none.
     """
 
     network: nn.Module
@@ -96,18 +96,19 @@ class Job:
 
 @torch.no_grad()
 def move_averages(decay: float, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Exponential moving averages that forget faster while young, so that what they began with has no weight.
+    """Update exponential moving averages in place.
 
-    All at once, as a GPU would wait for hundreds of small calls.
+    They decay faster during the first steps, so that the initial values soon have no weight. All tensors are updated in
+    one call, as hundreds of small calls would keep a GPU waiting. Values that are not floating-point are copied.
 
     Parameters
     ----------
     decay : float
-        Weight of the averages in the long run.
+        Weight of the old averages in each update, once many values have been averaged.
     averaged, current : list of torch.Tensor
-        The averages so far, changed in place, and the new values; all of one type.
+        The averages, which are updated in place, and the new values; all of one dtype.
     count : torch.Tensor
-        Values averaged so far; a tensor, as reading it would hold up a GPU.
+        Number of values averaged so far; it stays a tensor, as reading it would make the CPU wait for the GPU.
     """
     if not current[0].is_floating_point():
         torch._foreach_copy_(averaged, current)
@@ -118,16 +119,16 @@ def move_averages(decay: float, averaged: list[Tensor], current: list[Tensor], c
 
 
 class TrainingModule(Learner):
-    """A network under training.
+    """The Lightning module of a training: the network and, if there is one, the discriminator.
 
     Parameters
     ----------
     job : Job
         What is trained.
     schedule : Schedule
-        How.
+        Schedule of the training.
     validation : list of Examined
-        Fields that the checkpoints are chosen on.
+        Fields on which checkpoints are chosen.
     """
 
     def __init__(self, job: Job, schedule: Schedule, validation: list[Examined]) -> None:
@@ -137,21 +138,21 @@ class TrainingModule(Learner):
         self.schedule = schedule
         self.validation = validation
         self.plateau = 1.0
-        """Factor on the learning rate that `decay: plateau` has come to."""
+        """Current factor on the learning rate with ``decay: plateau``; 1 otherwise."""
         self.adversary = _adversary(job, schedule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let what a step draws (dropout, proposals) depend on its number alone: a resumed run draws the same."""
+        """Seed the random draws of a step (dropout, proposals) by its number, so that a resumed run draws the same."""
         place = np.random.SeedSequence([self.schedule.seed, self.global_step, self.global_rank])
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch in [0, 1]."""
+        """Return the logits of a batch of images in [0, 1]."""
         logits: Tensor = self.network(x)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Loss of one batch of uint8 images and targets ``(N, H, W, C)``."""
+        """Return the loss of one batch of images and targets, both uint8 ``(N, H, W, C)``."""
         image, sample = batch
         image = image.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
         targets = self.job.targets.unpack(sample)
@@ -169,7 +170,14 @@ class TrainingModule(Learner):
     def _against(
         self, adversary: Adversary, image: Tensor, logits: Tensor, targets: dict[str, Tensor], loss: Tensor
     ) -> dict[str, Tensor]:
-        """The loss with what the discriminator makes of the maps beside their image, after it has learned from them."""
+        """Train the discriminator on the maps together with their images, then add the adversarial term to the loss.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            ``loss``, the total; ``adversarial``, the adversarial term in it without its weight; and ``discriminator``,
+            the discriminator's own loss.
+        """
         outputs = self.job.outputs
         real, fake = (
             2 * torch.cat([image, maps], dim=1) - 1
@@ -183,26 +191,26 @@ class TrainingModule(Learner):
         return {"loss": loss, "adversarial": deceived, "discriminator": learned}
 
     def configure_model(self) -> None:
-        """Called by the trainer before a checkpoint is taken up."""
+        """Move the discriminator to the trainer's device, before a checkpoint is loaded."""
         if self.adversary is not None:
             self.adversary.to(self.trainer.strategy.root_device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called by the trainer."""
+        """Add the discriminator to a checkpoint, with the image pools of all devices."""
         if self.adversary is not None:
             state = checkpoint["adversary"] = self.adversary.state_dict()
             if self.trainer.world_size > 1 and state["pool"] is not None:
                 pools = self.all_gather(state["pool"])
                 assert isinstance(pools, Tensor)
-                state["pool"] = pools.flatten(0, 1)  # device by device
+                state["pool"] = pools.flatten(0, 1)  # in order of the devices
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called by the trainer."""
+        """Load the discriminator from a checkpoint, with this device's part of the image pool."""
         if self.adversary is not None:
             self.adversary.load_state_dict(checkpoint["adversary"], self.global_rank, self.trainer.world_size)
 
     def validation_step(self, batch: Tensor, index: int) -> None:
-        """Scores of one validation field."""
+        """Score one validation field and log the scores."""
         one = self.validation[int(batch)]
         maps = predict_field(self.network, one.prepared.images[0], self.job.outputs, self.job.window)
         scores = score_maps(maps, one.field, self.job.rules, Channels.of(self.job.outputs.names)).scores
@@ -211,7 +219,7 @@ class TrainingModule(Learner):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The schedule's optimiser and, by step, its rate."""
+        """Return the optimiser that the schedule names, and the schedule of its learning rate."""
         schedule = self.schedule
         rate: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
         kinds: dict[str, Any] = {
@@ -226,13 +234,13 @@ class TrainingModule(Learner):
             rest = [p for name, p in named if not name.startswith(ENCODERS)]
             weights = [{"params": rest}, {"params": slow, "lr": schedule.learning_rate * schedule.encoder_rate}]
         optimizer = kinds[schedule.optimizer](weights, **rate)
-        # A function of the step alone, so that a resumed run may be longer than the one before.
+        # The rate is computed from the step anew, so that a resumed run may have more steps than the one before.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.plateau * schedule.rate_at(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _adversary(job: Job, schedule: Schedule) -> Adversary | None:
-    """The discriminator of a training, the same on all devices."""
+    """Return the discriminator of a training, the same on all devices, or None if its weight is 0."""
     settings = job.adversarial
     if settings.weight == 0:
         return None
@@ -253,38 +261,40 @@ def fit(
     accelerator: str = "auto",
     deadline: Deadline | None = None,
 ) -> nn.Module:
-    """Train a network; goes on where a run in the same folder stopped.
+    """Train a network, resuming an earlier run in the same folder.
 
     Parameters
     ----------
     job : Job
-        What is trained, its network with the weights to start from.
+        What is trained; its network has the weights to start from.
     fields : list of PreparedField
         Training fields.
     weights : numpy.ndarray
-        How often each is drawn.
+        Relative frequency with which samples are drawn from each training field.
     validation : list of Examined
-        The checkpoint with the best score on them is kept; without any, the last one.
+        Validation fields. The checkpoint with the best score on them is chosen; without any, or with
+        ``schedule.keep`` of ``last``, the last checkpoint.
     schedule : Schedule
-        How.
+        Schedule of the training.
     folder : pathlib.Path
-        Checkpoints and logs go here.
+        Folder for checkpoints and logs.
     accelerator : str
         Lightning's name of the device.
     deadline : Deadline, optional
-        When to stop for the time being.
+        When to stop, to be resumed later.
 
     Returns
     -------
     torch.nn.Module
-        The network with the averaged weights of the chosen checkpoint, on the CPU.
+        The network with the weights of the chosen checkpoint (averaged, if ``schedule.ema`` is not 0), on the CPU.
 
     Raises
     ------
     PipelineError
-        When the loss is not finite, a checkpoint belongs to another network, has more steps or cannot be written.
+        When the loss is not finite, or a checkpoint belongs to another network or version, has more steps than the
+        schedule or cannot be written.
     Unfinished
-        When the time is over.
+        When the deadline passes before the training is done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     last, best = folder / "last.ckpt", folder / "best.ckpt"

@@ -1,1 +1,1 @@
-"""Readers of annotated data, one module a family of formats."""
+"""Importers of annotated data, one module per family of formats."""

@@ -1,4 +1,4 @@
-"""Patches stacked in ``.npy`` files: CoNIC and PanNuke."""
+"""Importers of data sets whose patches are stacked in ``.npy`` files: CoNIC and PanNuke."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def _rgb(patch: np.ndarray) -> np.ndarray:
 
 
 def conic(source: Source) -> list[Lazy]:
-    """``images.npy``, ``labels.npy`` (instances, classes) and ``patch_info.csv`` (the image each patch is from)."""
+    """List the fields of CoNIC.
+
+    The folder has ``images.npy``, ``labels.npy`` (channels: instances, classes) and ``patch_info.csv``, whose patch
+    names tell the image that each patch is from.
+    """
     images = _stack(source.path / "images.npy", (3,))
     labels = _stack(source.path / "labels.npy", (2,), len(images))
     names = _patch_names(source.path / "patch_info.csv", len(images))
@@ -85,9 +89,10 @@ def _conic_field(source: Source, images: np.ndarray, labels: np.ndarray, index: 
 
 
 def pannuke(source: Source) -> list[Lazy]:
-    """Folds as they are unpacked: ``images.npy`` and ``types.npy``, and ``masks.npy`` beside or under ``masks/``.
+    """List the fields of PanNuke.
 
-    Which image a patch is from is not told; each fold counts as one patient.
+    The folder has the folds as unpacked: ``images.npy`` and ``types.npy`` in one folder, ``masks.npy`` beside them or
+    under ``masks/``. PanNuke does not say which image a patch is from, so each fold counts as one patient.
     """
     found = sorted(source.path.rglob("images.npy"))
     if not found:
@@ -134,7 +139,7 @@ def _pannuke_field(source: Source, images: np.ndarray, masks: np.ndarray, index:
     for channel in range(len(PANNUKE_CLASSES)):
         layer = np.rint(stack[..., channel]).astype(np.int64)
         new = (layer > 0) & (labels == 0)
-        # Numbers may begin again in every channel.
+        # Instance numbers may start again at 1 in every channel.
         labels[new] = int(labels.max()) + np.unique(layer[new], return_inverse=True)[1] + 1
         types[new] = channel + 1
     return source.field(

@@ -1,4 +1,7 @@
-"""Images with label maps or masks beside them: MoNuSeg, TNBC, Data Science Bowl, NuInsSeg, one's own."""
+"""Importers of images with label maps, masks or outlines in files of the same name.
+
+MoNuSeg, TNBC, Data Science Bowl, NuInsSeg, and a user's own data.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ _ORGAN_OF = {patient: organ for organ, patients in MONUSEG_ORGANS.items() for pa
 
 
 def monuseg(source: Source) -> list[Lazy]:
-    """``images/`` with ``labels/STEM.png`` (label map) or ``annotations/STEM.xml`` (ImageScope)."""
+    """List the fields of MoNuSeg: ``images/`` with label maps ``labels/STEM.*`` or ImageScope ``annotations/STEM.xml``.
+
+    A field that has both is read from its label map.
+    """
     return [partial(_monuseg_field, source, path) for path in images_in(source.path / "images")]
 
 
@@ -61,7 +67,10 @@ def _monuseg_field(source: Source, path: Path) -> Field:
 
 
 def tnbc(source: Source) -> list[Lazy]:
-    """``images/PATIENT_N.png`` with ``annotations/PATIENT_N.png``, masks whose connected parts are nuclei."""
+    """List the fields of TNBC: ``images/PATIENT_N.png`` with masks ``annotations/PATIENT_N.png``.
+
+    The connected parts of a mask are nuclei.
+    """
     return [partial(_tnbc_field, source, path) for path in images_in(source.path / "images")]
 
 
@@ -75,7 +84,7 @@ def _tnbc_field(source: Source, path: Path) -> Field:
 
 
 def label_maps(source: Source) -> list[Lazy]:
-    """``images/`` with label maps of the same stems in ``labels/`` or ``annotations/``."""
+    """List fields of ``images/`` with label maps of the same stems in ``labels/`` or ``annotations/``."""
     folder = next((f for f in (source.path / n for n in ("labels", "annotations")) if f.is_dir()), None)
     images = images_in(source.path / "images")
     if folder is None:
@@ -92,9 +101,10 @@ def _label_map_field(source: Source, path: Path, folder: Path) -> Field:
 
 
 def nuinsseg(source: Source) -> list[Lazy]:
-    """``ORGAN/tissue images/STEM.png`` with ``ORGAN/label masks modify/STEM.tif`` (or ``label masks``).
+    """List the fields of NuInsSeg.
 
-    Patients are not told; all fields of one organ of one species count as one patient.
+    Images are ``ORGAN/tissue images/STEM.png``, label maps ``ORGAN/label masks modify/STEM.tif`` (or ``label masks``).
+    NuInsSeg does not name patients, so all fields of one organ of one species count as one patient.
     """
     folders = sorted(p for p in source.path.iterdir() if (p / "tissue images").is_dir())
     if not folders:

@@ -1,4 +1,4 @@
-"""MoNuSAC: a folder a patient, each image with an ImageScope XML whose layers are classes."""
+"""Importer of MoNuSAC: one folder per patient, each image with an ImageScope XML whose layers are classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.training.field import Field
 log = logging.getLogger(__name__)
 
 MONUSAC_CLASSES = ("Epithelial", "Lymphocyte", "Macrophage", "Neutrophil")
-"""Classes of MoNuSAC (Verma et al., IEEE TMI 40(12), 2021); its further layer Ambiguous is left out."""
+"""Classes of MoNuSAC (Verma et al., IEEE TMI 40(12), 2021); the layer Ambiguous is left out."""
 
 
 def monusac(source: Source) -> list[Lazy]:
-    """``PATIENT/STEM.tif`` with ``PATIENT/STEM.xml``."""
+    """List the fields of MoNuSAC: ``PATIENT/STEM.tif`` with ``PATIENT/STEM.xml``."""
     found = sorted(p for p in source.path.rglob("*.xml") if not p.name.startswith("."))
     if not found:
         raise PipelineError(f"no XML under {source.path}", "check the path of the data source")

@@ -1,4 +1,4 @@
-"""NuCLS: breast cancer fields with outlines, boxes and classes (Amgad et al., GigaScience 11, 2022)."""
+"""Importer of NuCLS: breast cancer fields with outlines, boxes and classes (Amgad et al., GigaScience 11, 2022)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ MPP = 0.2
 """µm per pixel of all NuCLS fields."""
 
 UNKNOWN = {"", "unlabeled", "ambiguous"}
-"""Classes that say nothing."""
+"""Class names of nuclei whose class is not known, in lower case."""
 
 _ELLIPSE = np.linspace(0, 2 * np.pi, 32, endpoint=False)
 
 
 def nucls(source: Source) -> list[Lazy]:
-    """Either of two layouts.
+    """List the fields of NuCLS, in either of two layouts.
 
-    ``images/`` with ``annotations/STEM.npy``, dicts of ``inst_map`` and ``type_map``, class names in
-    ``meta/label_map.yaml``; or as published: ``rgb/`` with ``csv/STEM.csv``, outlines and boxes with
-    ``main_classification``. A box is drawn as the ellipse inside it.
+    As published: ``rgb/`` with ``csv/STEM.csv``, which holds outlines and boxes with their ``main_classification``. A
+    box is drawn as the ellipse inside it. Or converted: ``images/`` with ``annotations/STEM.npy``, dicts of
+    ``inst_map`` and ``type_map``, and class names in ``meta/label_map.yaml``.
     """
     if (source.path / "rgb").is_dir():
         tables = {p: _read_csv(source.path / "csv", p.stem) for p in images_in(source.path / "rgb")}

@@ -1,4 +1,4 @@
-"""Nuclei corrected in QuPath, on slides of one's own."""
+"""Importer of nuclei that a user has outlined or corrected in QuPath, on their own slides."""
 
 from __future__ import annotations
 
@@ -41,33 +41,39 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
 
 QUPATH = ("GeoJSON of QuPath", "export objects as GeoJSON (File, Export objects)")
-"""What an export is, and what to do where a file is none."""
+"""What an export is, and what to do if a file is not one; see `pipeline.geojson.reading`."""
 
 OPTIONS = ("slides", "regions", "field_size", "table", "origin")
-"""Keys of a source of this kind."""
+"""Keys of a source that this importer knows beside the common ones."""
 
 FIELD_SIZE = 1024
-"""Longest side of a field in pixels."""
+"""Default of the longest side of a field in pixels."""
 
 MIN_MPP = 0.2
-"""Slides of finer pixels are read at 0.25 µm."""
+"""Pixel size in µm below which a slide is read at 0.25 µm, unless the settings state a pixel size."""
 
 MAX_NUCLEUS_UM2 = 2000.0
-"""Area from which an outline is not a nucleus (one of 50 µm across)."""
+"""Area in µm² above which an outline is not taken for a nucleus (a nucleus 50 µm across)."""
 
 ENOUGH = 20
-"""Nuclei of a field that must be darker than what lies around them: by 15 grey levels they are in any of 180 fields."""
+"""Fewest nuclei of a field on which it is checked that they are darker than what lies between them.
+
+In each of 180 fields they are darker by 15 grey levels or more.
+"""
 
 UNTYPED = "Nucleus"
-"""The class that models without types give."""
+"""Class of all nuclei in exports of models without a type head."""
 
 MIN_FIELD = 32
-"""Pixels below which a piece of a region is left out."""
+"""Shortest side in pixels of a field; smaller pieces of a region are left out."""
 
 
 @dataclass
 class _Objects:
-    """What an export holds, in pixels of level 0 from `origin` on; None where the file does not say."""
+    """Objects of an export, in level-0 pixels that count from `origin` (None if the file does not state one).
+
+    `names` are the classes of `nuclei`, `dropped` is the number of nuclei that enclose no area.
+    """
 
     nuclei: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -77,7 +83,13 @@ class _Objects:
 
 
 def polygon(geometry: Any) -> Any:
-    """A geometry as its valid polygons; None when it encloses nothing."""
+    """Return a GeoJSON geometry as a valid shapely Polygon or MultiPolygon, or None if it encloses no area.
+
+    Raises
+    ------
+    ValueError
+        When a ring is not a list of points, or a coordinate is not finite or beyond `MAX_COORDINATE`.
+    """
     import shapely
 
     kind = geometry["type"]
@@ -122,12 +134,17 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
 
 
 def exports(root: Path) -> dict[str, Path]:
-    """QuPath's exports in a folder, or its ``annotations/`` or ``geojson/``, by the names of their slides.
+    """Find QuPath exports in the ``annotations/`` or ``geojson/`` of a folder, or else in the folder itself.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        Exports by the names of their slides, which are the file names without suffixes.
 
     Raises
     ------
     PipelineError
-        When there is none, or two are of one slide.
+        When there is no export, or there are two of one slide.
     """
     folder = next((f for f in (root / "annotations", root / "geojson") if f.is_dir()), root)
     found: dict[str, Path] = {}
@@ -152,11 +169,12 @@ def _slides(source: Source) -> SlideTable:
 
 
 def qupath(source: Source) -> list[Lazy]:
-    """``annotations/SLIDE.geojson`` as QuPath exports them, and their slides.
+    """List the fields of slides with nuclei exported from QuPath as ``annotations/SLIDE.geojson``.
 
-    Objects (detections, annotations, cells by their nucleus) are nuclei, their classes the nuclei's. Annotations whose
-    name or class begins with ``Region`` or ``Training`` outline what is completely annotated; without any it is the
-    bounding box of all nuclei. Objects of class ``Ignore*`` are left out.
+    Detections, annotations and the nuclei of cells are nuclei, with the class of the object. Annotations whose name or
+    class begins with ``Region`` or ``Training`` (or as the setting ``regions`` says) outline the areas in which every
+    nucleus is annotated; without any, this is the bounding box of all nuclei. Objects of class ``Ignore*`` are left
+    out. The areas are cut into fields of at most ``field_size`` pixels a side.
     """
     size = source.options.get("field_size", FIELD_SIZE)
     if not (isinstance(size, int) and size >= MIN_FIELD):
@@ -190,7 +208,10 @@ def qupath(source: Source) -> list[Lazy]:
 
 
 def _classes(source: Source, names: list[str]) -> tuple[str, ...]:
-    """Classes of a source's nuclei; what they are is told, as two spellings are two classes."""
+    """Return the classes of a source's nuclei.
+
+    They are logged, with a warning of names that differ only in capitals or spaces, as these are different classes.
+    """
     count = Counter(names)
     classes = tuple(sorted(count.keys() - {""}))
     if len(classes) > 255:
@@ -234,7 +255,7 @@ def _open(source: Source, entry: SlideEntry) -> tuple[Slide, tuple[float, float]
 def _fields_of(
     source: Source, entry: SlideEntry, objects: _Objects, classes: tuple[str, ...], size: int
 ) -> Iterator[Lazy]:
-    """Cut what is annotated of a slide into fields."""
+    """Cut the completely annotated areas of a slide into fields."""
     import shapely
 
     slide, (mpp_x, mpp_y) = _open(source, entry)
@@ -246,7 +267,7 @@ def _fields_of(
     native = math.sqrt(mpp_x * mpp_y)
     mpp = source.stated_mpp(f"{source.name}-{entry.name}") or (native if native >= MIN_MPP else 0.25)
     grid = Grid.for_slide(width, height, mpp_x, mpp_y, mpp)
-    # From here on in grid pixels.
+    # All coordinates below are in grid pixels.
     scale = np.array([1 / grid.scale_x, 1 / grid.scale_y])
     whole = shapely.transform(whole, lambda points: points * scale)
     whole = whole.intersection(shapely.box(0, 0, grid.width, grid.height))
@@ -275,7 +296,7 @@ def _fields_of(
 
 
 def _check_sizes(entry: SlideEntry, nuclei: list[Any], pixel_um2: float) -> None:
-    """Refuse outlines that are too large for a nucleus; `pixel_um2` is the area of a pixel of level 0."""
+    """Refuse outlines that are too large for a nucleus; `pixel_um2` is the area of a level-0 pixel in µm²."""
     import shapely
 
     areas = shapely.area(np.array(nuclei, object)) * pixel_um2
@@ -288,18 +309,30 @@ def _check_sizes(entry: SlideEntry, nuclei: list[Any], pixel_um2: float) -> None
 
 
 def _placed(entry: SlideEntry, objects: _Objects, by: np.ndarray, slide: tuple[int, int]) -> tuple[np.ndarray, Any]:
-    """Nuclei, and what is completely annotated, in pixels of level 0 of a slide of that width and height.
+    """Move the objects of an export to level-0 pixels that count from the corner of the slide.
 
     Parameters
     ----------
     entry : SlideEntry
         The slide, for messages.
     objects : _Objects
-        What its export holds.
+        Objects of its export.
     by : numpy.ndarray
-        The pixel of level 0 from which the export counts.
+        The level-0 pixel from which the export counts.
     slide : (int, int)
         Width and height of the slide.
+
+    Returns
+    -------
+    outlines : numpy.ndarray
+        Outlines of the nuclei.
+    whole : shapely.Geometry
+        The completely annotated area: the union of all regions, or without any the box around the nuclei.
+
+    Raises
+    ------
+    PipelineError
+        When more than half of the nuclei lie outside the slide, or there is neither a region nor a nucleus.
     """
     import shapely
 
@@ -325,7 +358,7 @@ def _placed(entry: SlideEntry, objects: _Objects, by: np.ndarray, slide: tuple[i
 
 
 def _windows(bounds: tuple[float, float, float, float], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Divide a box evenly into windows ``x, y, width, height`` of at most `size` pixels a side."""
+    """Divide a box evenly into windows of at most `size` pixels a side; yield each as ``x, y, width, height``."""
     x0, y0, x1, y1 = (math.floor(v + 1e-6) if i < 2 else math.ceil(v - 1e-6) for i, v in enumerate(bounds))
     columns, rows = max(1, -(-(x1 - x0) // size)), max(1, -(-(y1 - y0) // size))
     xs, ys = np.linspace(x0, x1, columns + 1).round().astype(int), np.linspace(y0, y1, rows + 1).round().astype(int)
@@ -357,7 +390,7 @@ def _read_field(
             raise PipelineError(f"slide {entry.name}: {error.reason}", error.hint) from None
     cut = [polygonal(one) for one in shapely.intersection(nuclei, known)]
     labels = burn(list(shapely.transform(np.array(cut, object), lambda points: points - (x, y))), (h, w))
-    # Beyond the region there may be nuclei that nobody outlined: white, which teaches nothing wrong.
+    # Pixels outside the region become white, as nuclei there may not be annotated and would be learned as background.
     shown = burn([shapely.transform(known, lambda points: points - (x, y))], (h, w)) > 0
     if len(nuclei) >= ENOUGH and image[labels > 0].mean() >= image[shown & (labels == 0)].mean():
         raise PipelineError(

@@ -1,4 +1,4 @@
-"""What every importer shares: the description of a data source and the fields made from it."""
+"""Data sources, and the helpers that all importers share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COMMON = ("kind", "path", "name", "mpp", "mpp_of", "weight", "licence", "limit",
 """Keys that a source of any kind may have."""
 
 TABLE_COLUMNS = ("field", "patient", "organ", "mpp")
-"""Columns of a source's table; others are left alone."""
+"""Columns of a source's table that are read; other columns are ignored."""
 
 TCGA_PATIENT = re.compile(r"[A-Z0-9]{2}-[A-Z0-9]{4}")
-"""What `tcga_patient` gives."""
+"""Form of the patient codes that `tcga_patient` returns."""
 
 Lazy = Callable[[], Field]
-"""A field that is yet to be read."""
+"""A function that reads a field when it is called."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Source:
     Parameters
     ----------
     kind : str
-        Which importer reads it.
+        Name of the importer that reads the source.
     path : pathlib.Path
-        Its folder.
+        Folder of the data.
     name : str
-        Name of the source; its kind unless stated.
+        Name of the source; its kind by default.
     mpp : float or None
-        µm per pixel of all its fields.
+        µm per pixel of all fields.
     mpp_of : dict of str to float
-        µm per pixel by the beginning of a field's name.
+        µm per pixel by the beginning of a field's name, before `mpp`.
     limit : int or None
-        Most fields to take, spread evenly.
+        Largest number of fields to take, spread evenly over the source.
     rows : dict of str to dict, or None
-        Rows of its table by ``field``.
+        Rows of the source's table by ``field``.
     empty : bool
-        Its fields hold no nucleus, but what is taken for one.
+        The fields hold no nuclei, only things that may be mistaken for nuclei.
     options : dict
-        Further keys, for the importer.
+        Further keys, which only the importer knows.
     """
 
     kind: str
@@ -69,19 +69,19 @@ class Source:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], options: tuple[str, ...] = ()) -> Source:
-        """The source that an entry of ``train.data`` describes.
+        """Build a source from an entry of ``train.data``.
 
         Parameters
         ----------
         value : mapping
             The entry.
         options : tuple of str
-            Keys that its importer knows beside the common ones.
+            Keys that the importer knows beside the common ones.
 
         Raises
         ------
         PipelineError
-            When a key is unknown, the folder is missing or the table is wrong.
+            When a key is unknown, the folder is missing, or the limit or the table is wrong.
         """
         name = str(value.get("name", value["kind"]))
         unknown = [key for key in value if key not in COMMON + options]
@@ -103,14 +103,14 @@ class Source:
             mpp=None if value.get("mpp") is None else float(value["mpp"]),
             mpp_of={str(k): float(v) for k, v in (value.get("mpp_of") or {}).items()},
             limit=limit,
-            # The table of slides is read where the slides are.
+            # A table of slides instead of fields is read by the importer.
             rows=None if table is None or "slides" in options else read_table(Path(table).expanduser()),
             empty=bool(value.get("empty", False)),
             options={key: value[key] for key in options if key in value},
         )
 
     def stated_mpp(self, name: str) -> float | None:
-        """Pixel size that the settings state for the field of that name."""
+        """Return the pixel size that the settings state for a field, or None; `name` is the field's full name."""
         return next((value for start, value in self.mpp_of.items() if name.startswith(start)), self.mpp)
 
     def field(
@@ -127,27 +127,27 @@ class Source:
         classes: tuple[str, ...] = (),
         cohort: str = "",
     ) -> Field:
-        """A field of this source, with what the table and the settings say of it.
+        """Build a field of this source; entries in the source's table override `patient`, `organ` and `mpp`.
 
         Parameters
         ----------
         stem : str
-            Its name within the source, by which the table knows it.
+            Name of the field within the source and in the source's table.
         image, labels, types, classes
             See `Field`.
         name : str, optional
-            Name among all fields; source and stem by default.
+            Name among the fields of all sources; by default it is made of the names of the source and the field.
         patient : str, optional
-            By default the field is a patient of its own.
+            Patient; a TCGA barcode in `stem` comes before it. By default the field is a patient of its own.
         organ, cohort : str
-            Organ, and which of several collections it is from.
+            Organ, and the collection that the field is from.
         mpp : float, optional
-            Pixel size in µm where neither table nor settings state one; without, it is guessed from the nuclei.
+            Pixel size in µm if neither table nor settings state one; without it, the size is guessed from the nuclei.
 
         Raises
         ------
         PipelineError
-            When the table has no row for it, or nothing tells the pixel size.
+            When the table has no row for the field, or its pixel size is neither stated nor can be guessed.
         """
         name = f"{self.name}-{stem}" if name is None else name
         row: Mapping[str, str] = {}
@@ -178,12 +178,12 @@ class Source:
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of a table by their column ``field``: ``.csv`` with commas, anything else with tabs.
+    """Read a table and return its rows by the column ``field``: ``.csv`` with commas, any other file with tabs.
 
     Raises
     ------
     PipelineError
-        When it cannot be read, has no such column, a field twice or a wrong pixel size.
+        When the table cannot be read, has no column ``field``, names a field twice or has a wrong pixel size.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -208,18 +208,21 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def tcga_patient(name: str) -> str | None:
-    """Tissue source site and participant of a TCGA barcode (``A7-A13E``), the same in every data set; else None."""
+    """Return tissue source site and participant (``A7-A13E``) of a TCGA barcode in a name, or None if it has none.
+
+    They identify a patient across data sets.
+    """
     match = re.search(rf"TCGA-({TCGA_PATIENT.pattern})", name)
     return match[1] if match else None
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an RGB image, uint8 ``(H, W, 3)``.
+    """Read an image as RGB, uint8 ``(H, W, 3)``.
 
     Raises
     ------
     PipelineError
-        When it cannot be read.
+        When the image cannot be read.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
@@ -228,12 +231,12 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def as_labels(labels: np.ndarray) -> np.ndarray:
-    """A label map as int32; numbers much larger than needed are replaced.
+    """Return a label map as int32, renumbered if its labels are much larger than needed.
 
     Raises
     ------
     PipelineError
-        When numbers are negative or none.
+        When labels are negative or not finite.
     """
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise PipelineError("a label map holds values that are not numbers", "give whole numbers, 0 is background")
@@ -246,28 +249,28 @@ def as_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Read a label map as int32 ``(H, W)``; a mask is taken apart, see `pipeline.label_maps.read_instances`.
+    """Read a label map as int32 ``(H, W)``; a mask is split into parts, see `pipeline.label_maps.read_instances`.
 
     Raises
     ------
     PipelineError
-        When it cannot be read.
+        When the file cannot be read or is not a label map.
     """
     return as_labels(read_instances(path))
 
 
 def components(mask: np.ndarray) -> np.ndarray:
-    """4-connected parts of a mask as labels, int32."""
+    """Label the 4-connected parts of a mask, int32 ``(H, W)``."""
     return np.asarray(cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=4)[1], np.int32)
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder by name.
+    """Return the paths of the images in a folder, sorted by name.
 
     Raises
     ------
     PipelineError
-        When there is none.
+        When the folder is missing or has no image.
     """
     if not folder.is_dir():
         raise PipelineError(f"{folder} is not a folder", "check the path of the data source")
@@ -278,5 +281,5 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def beside(folder: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
-    """The file of that stem with the first of these suffixes that there is."""
+    """Return the file with this stem and the first of the suffixes that exists, or None."""
     return next((p for p in (folder / f"{stem}{s}" for s in suffixes) if p.is_file()), None)
