@@ -9,10 +9,10 @@ from pipeline.cli import STAGES, main
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):
-    """As if pandas were not installed.
+    """Import hook that makes pandas appear not to be installed.
 
-    pyarrow imports it when it first converts anything, to know its types again: a third of the start of a stage, none
-    of which uses it.
+    pyarrow imports pandas on its first conversion, only to recognise pandas types. That takes a third of the start-up
+    time of a stage, and no stage uses pandas.
     """
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
@@ -20,14 +20,14 @@ class _WithoutPandas(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("stages run without pandas", name=fullname)
 
 
-if sys.argv[1:2] and sys.argv[1] in (*STAGES, "warm-server"):  # in their workers, too, which also start here
+if sys.argv[1:2] and sys.argv[1] in (*STAGES, "warm-server"):  # worker processes start here as well
     sys.meta_path.insert(0, _WithoutPandas())
 
 
 def run() -> int:
-    """Run the command line; a stage in a warm process, where this run has one."""
+    """Run the command line; a stage runs on the warm server if this run has one."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may lack a name's characters
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may lack characters of a name
     if "NUCLEUS_PIPELINE_WARM" in os.environ and sys.argv[1:2] and sys.argv[1] in STAGES:
         from pipeline.warm import ask_server
 

@@ -1,15 +1,15 @@
-"""From maps to nuclei, exactly, whatever the blocks.
+"""Find all nuclei of a slide in its maps, with a result that does not depend on how the slide is split into blocks.
 
-The unit of work is the foreground component. A block looks at its core and a halo around it, and makes the nuclei of
-the components whose first pixel in raster order lies in its core and that it sees whole. The others are found by their
-seams: blocks hand in which of their components reach the edges of their cores, joining these across blocks gives each
-component's box, and what no block has seen whole is looked at once more, on a window of just that size. Nothing is
-merged and nothing is dropped: the nuclei do not depend on blocks, halo, workers or order, and the work grows with the
-slide's area alone.
+The unit of work is the foreground component. A worker reads a block with a halo around it, and makes the nuclei of the
+components whose first pixel in raster order lies in the block and that lie entirely within block and halo. For all
+other components the worker reports which of them reach the edges of the block. Joining these reports (`Seams`) across
+blocks gives the bounding box of each component, and a component that no block contained entirely is processed in a
+second pass, on a window that covers its box. Nuclei are never merged or dropped between blocks: they do not depend on
+block size, halo, workers or order, and the work grows only with the area of the slide.
 
-A component whose box holds more than `MAX_COMPONENT` pixels is no nucleus nor a clump of nuclei, and would not fit the
-memory: it is cut along the lines of a grid of `CUT` pixels that is tied to the slide, each piece counts as a component,
-and the manifest says so.
+A component whose box holds more than `MAX_COMPONENT` pixels is neither a nucleus nor a clump of nuclei, and would not
+fit into memory. It is cut along a grid of `CUT` pixels that starts at the slide's corner, each piece counts as a
+component, and the manifest records how many components were cut.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ DEFAULT_BLOCK = 2048
 DEFAULT_HALO = 128
 
 WORKER_MEGAPIXELS = 32
-"""Megapixels of blocks, two to three seconds of work, below which a process is not worth its start."""
+"""Megapixels of blocks (two to three seconds of work) that make it worth starting one more process."""
 
 LIBRARIES = ("pyarrow.compute", "scipy.sparse.csgraph", "skimage.morphology", "skimage.segmentation")
-"""What is imported late in each process that does tasks, or joins their seams."""
+"""Modules that are imported on first use by the worker processes and by the process that joins seams."""
 
 
 def _windows(first: np.ndarray, boxes: np.ndarray, limit: int) -> list[Task]:
-    """Tasks for components: neighbours share a window of at most `limit` pixels, larger ones have their own."""
+    """Tasks for components: neighbours share a window of at most `limit` pixels, a larger component has its own."""
     tasks: list[Task] = []
     chosen: list[int] = []
     window: np.ndarray | None = None
@@ -80,7 +80,7 @@ def _windows(first: np.ndarray, boxes: np.ndarray, limit: int) -> list[Task]:
 
 
 def slide_blocks(store: Maps, side: int) -> list[Block]:
-    """Squares of a slide's grid that hold anything, in raster order."""
+    """Squares of the grid that contain pixels the network has processed, in raster order."""
     width, height = store.grid.width, store.grid.height
     squares = [
         Block(x, y, min(side, width - x), min(side, height - y))
@@ -92,7 +92,7 @@ def slide_blocks(store: Maps, side: int) -> list[Block]:
 
 _setup: list[Setup] = []
 _worker: list[Worker] = []
-"""The slide of this process, and its worker, once there is something to do."""
+"""Setup and worker of this process: at most one of each, and no worker before the first task."""
 
 
 def _begin(setup: Setup) -> None:
@@ -109,7 +109,7 @@ def _begin_process(setup: Setup) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the process that gives the tasks ends, however it does: when killed it cannot tell."""
+    """End this process when its parent ends: a parent that is killed cannot stop its workers."""
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -122,7 +122,7 @@ def _run_task(task: Task) -> tuple[Seam | None, dict[int, Entry]]:
 
 
 class _Inline(Executor):
-    """Runs what it is given at once."""
+    """Executor that runs each task immediately, in the calling thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -139,12 +139,12 @@ def _here(setup: Setup) -> Executor:
 
 
 def _processes(setup: Setup, workers: int) -> Executor:
-    """Processes for a slide. Ask for them before its maps are opened: that starts threads."""
+    """Start processes for a slide. Call this before opening its maps, which starts threads and so prevents forking."""
     if workers == 1:
         return _here(setup)
     if sys.platform == "linux" and threading.active_count() == 1:
         return _forked(setup, workers)
-    # Forked from a server that has imported everything once, and has no threads.
+    # A fork server imports everything once and has no threads, so its forks are safe and start quickly.
     method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
     context = get_context(method)
     if method == "forkserver":
@@ -153,16 +153,16 @@ def _processes(setup: Setup, workers: int) -> Executor:
 
 
 def _forked(setup: Setup, workers: int) -> Executor:
-    """Processes that are copies of this one, with everything imported: they start at once."""
+    """Fork processes from this one after importing `LIBRARIES`, so that they are ready immediately."""
     import cv2
 
     for name in LIBRARIES:
         importlib.import_module(name)
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_process, initargs=(setup,))
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # of those that it has, a copy would wait for ever
+    cv2.setNumThreads(1)  # a forked process would wait for ever for OpenCV threads, which are not copied
     with warnings.catch_warnings():
-        # Python 3.12 warns of any thread. Those of OpenBLAS and Arrow, which this can only be, are made for forks.
+        # Python 3.12 warns if there is any thread. Only OpenBLAS and Arrow can have any here, and both handle forks.
         warnings.simplefilter("ignore", DeprecationWarning)
         pool.submit(os.getpid)  # the first task starts all processes
     cv2.setNumThreads(threads)
@@ -170,23 +170,23 @@ def _forked(setup: Setup, workers: int) -> Executor:
 
 
 def useful_workers(workers: int, blocks: Sequence[Block]) -> int:
-    """How many of `workers` processes pay: to start two of them takes three seconds of CPU time."""
+    """Number of processes, up to `workers`, that are worth starting: two of them take three seconds of CPU time."""
     megapixels = sum(block.width * block.height for block in blocks) / 1e6
     return min(workers, max(1, int(megapixels / WORKER_MEGAPIXELS)))
 
 
 @dataclass
 class Census:
-    """All nuclei of a slide, on disk, not yet in order.
+    """All nuclei of a slide, in files on disk and not yet sorted.
 
     Parameters
     ----------
     entries : dict of int to list of Entry
-        Where the nuclei that begin in each band are.
+        Where the nuclei are stored, by the band that contains their first pixel.
     followed : int
-        Components that no block saw whole.
+        Number of components that no block contained entirely.
     cut : int
-        Components that were too large to be looked at whole.
+        Number of components that were too large to process whole.
     """
 
     entries: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
@@ -194,12 +194,12 @@ class Census:
     cut: int = 0
 
     def add(self, entries: dict[int, Entry]) -> None:
-        """Take in where the nuclei of a block are."""
+        """Add the entries of a block, by band."""
         for band, entry in entries.items():
             self.entries[band].append(entry)
 
     def batches(self) -> Iterator[pa.Table]:
-        """The nuclei in the order of their ids, a band at a time."""
+        """Yield the nuclei in the order of their ids, one band at a time."""
         for band in sorted(self.entries):
             pieces = []
             for entry in self.entries[band]:
@@ -211,12 +211,12 @@ class Census:
 
 
 def check_blocks(block: int, halo: int, workers: int) -> None:
-    """Refuse settings that make no sense.
+    """Check that block, halo and number of workers are not too small.
 
     Raises
     ------
     PipelineError
-        When a value is too small.
+        When one of them is.
     """
     if block < 1 or halo < 0 or workers < 1:
         raise PipelineError(f"block {block}, halo {halo}, workers {workers}", "use at least 1, 0 and 1")
@@ -243,11 +243,17 @@ def take_census(
     setup : Setup
         The slide.
     block, halo : int
-        Side of a block and width of its halo in grid pixels. They change the speed, never the result.
+        Side of a block and width of its halo in grid pixels. They affect the speed, never the result.
     workers : int
-        Processes.
+        Number of processes.
     parts : sequence of pathlib.Path
-        What `take_survey` left of all parts of the slide, with the same `block`; no block is looked at again then.
+        Folders that `take_survey` wrote for all parts of the slide, with the same `block`. Blocks are not processed
+        again then.
+
+    Returns
+    -------
+    Census
+        The nuclei.
     """
     check_blocks(block, halo, workers)
     census = Census()
@@ -300,14 +306,14 @@ def take_census(
 
 
 def take_survey(setup: Setup, part: Part, *, block: int, halo: int, workers: int) -> None:
-    """Look at some of a slide's blocks, and leave their nuclei and seams in the setup's folder, a part's.
+    """Process the blocks of one part of a slide, and write their nuclei and seams to the setup's spool folder.
 
     Parameters
     ----------
     setup : Setup
-        The slide, and the folder.
+        The slide and the spool folder.
     part : Part
-        Which of its blocks.
+        The part of the slide's blocks to process.
     block, halo, workers : int
         See `take_census`.
     """
@@ -325,7 +331,7 @@ def take_survey(setup: Setup, part: Part, *, block: int, halo: int, workers: int
 
 
 def _squares(store: Maps, boxes: np.ndarray, side: int) -> list[Block]:
-    """Squares of the slide's grid that meet any of the boxes."""
+    """Squares of the grid that intersect any of the boxes."""
     width, height = store.grid.width, store.grid.height
     met = np.zeros((-(-height // side), -(-width // side)), bool)
     for x0, y0, x1, y1 in boxes.tolist():
@@ -347,7 +353,7 @@ def slide_nuclei(
     tissue: Any = None,
     **limits: int,
 ) -> pa.Table:
-    """All nuclei of a slide that fit into memory, in the order of their ids.
+    """Return all nuclei of a slide in memory, in the order of their ids.
 
     Parameters
     ----------
@@ -363,6 +369,11 @@ def slide_nuclei(
         Nuclei whose centre lies outside are left out; level-0 pixels.
     **limits : int
         `max_component` and `cut` of `Setup`.
+
+    Returns
+    -------
+    pyarrow.Table
+        The nuclei, with the columns of `BATCH_SCHEMA`.
     """
     outline = None if tissue is None else shapely.to_wkb(tissue)
     with tempfile.TemporaryDirectory() as spool:

@@ -1,6 +1,6 @@
-"""What a worker makes of a block of maps: the nuclei of the components it sees whole, and what reaches its edges.
+"""Process one block of maps: make the nuclei of complete components and report the components at the block's edges.
 
-See `pipeline.census`, which gives out the blocks.
+`pipeline.census` assigns the blocks to workers and joins the reports.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from pipeline.maps import open_maps
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema
 
 MAX_COMPONENT = 1 << 23
-"""Pixels in the box of the largest component that is looked at whole: 0.7 mm by 0.7 mm at 0.25 µm."""
+"""Largest bounding box, in pixels, of a component that is processed whole: 0.7 mm by 0.7 mm at 0.25 µm."""
 
 CUT = 2048
 """Side of the squares that larger components are cut into."""
 
 _PIXELS_AT_ONCE = 1 << 19
-"""Pixels of components that are divided into nuclei at once: their arrays outweigh a block's images."""
+"""Component pixels that are split into nuclei at once: the arrays for this need more memory than the block's images."""
 
 BAND = 256
-"""Rows of the grid whose nuclei are sorted at once."""
+"""Height of a band, in rows of the grid: nuclei are sorted one band at a time."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of the grid that nuclei are made on: the slide's, or one of half its pixels where the rules refine.
+    """A rectangle of the grid that nuclei are made on.
+
+    This is the slide's grid, or one with pixels of half the size where the rules refine the maps.
 
     Parameters
     ----------
     x, y, width, height : int
-        In its pixels.
+        Corner and size in pixels of that grid.
     """
 
     x: int
@@ -54,14 +56,14 @@ class Task:
     Parameters
     ----------
     block : Block
-        Where to look.
+        The block to process.
     halo : int
-        Pixels around the block that are looked at with it.
+        Width of the margin, in pixels, that is read around the block.
     chosen : tuple of int, optional
-        First pixels (``row << 32 | column``) of the components to make nuclei of, all of them whole within the block.
-        Without them: those that begin in the block and do not run out of the halo.
+        First pixels (``row << 32 | column``) of the components to make nuclei of; all of them must lie entirely within
+        the block. By default, components whose first pixel lies in the block and that do not extend beyond the halo.
     survey : bool
-        Tell which components reach the block's edges; not together with `chosen`.
+        Return the block's seam; not together with `chosen`.
     nuclei : bool
         Make nuclei.
     """
@@ -75,18 +77,19 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Seam:
-    """Components that reach the edges of a block, or begin in it and are too large to be looked at whole.
+    """Components that reach the edges of a block, or begin in it and are too large to process whole.
 
     Parameters
     ----------
     sides : tuple of numpy.ndarray
         int32: number of the component at each pixel of the top, bottom, left and right side of the block; 0 is none.
     first : numpy.ndarray
-        int64 ``(k,)``: first pixel (``row << 32 | column``) of what the block sees of components 1 to k.
+        int64 ``(k,)``: first pixel (``row << 32 | column``) of components 1 to k, as far as block and halo show them.
     boxes : numpy.ndarray
-        int64 ``(k, 4)``: left, top, right, bottom of what the block sees of them, in grid pixels.
+        int64 ``(k, 4)``: left, top, right, bottom of these components, as far as block and halo show them, in grid
+        pixels.
     done : numpy.ndarray
-        bool ``(k,)``: the block has made its nuclei.
+        bool ``(k,)``: whether this block has made the component's nuclei.
     """
 
     sides: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -97,14 +100,14 @@ class Seam:
 
 @dataclass(frozen=True)
 class Entry:
-    """Nuclei of one band in a file.
+    """Location of nuclei of one band in a file.
 
     Parameters
     ----------
     path : str
         The file.
     offset, size : int
-        Where in it, in bytes.
+        Position and length of the record batch in the file, in bytes.
     """
 
     path: str
@@ -114,7 +117,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What all tasks of a slide have in common.
+    """What all tasks of a slide share.
 
     Parameters
     ----------
@@ -125,11 +128,11 @@ class Setup:
     classes : tuple of str
         Names of the model's classes.
     spool : pathlib.Path
-        Folder for nuclei that are not yet in order.
+        Folder for nuclei that are not yet sorted.
     tissue : bytes, optional
         WKB in level-0 pixels; nuclei whose centre lies outside are left out.
     max_component, cut : int
-        See `MAX_COMPONENT` and `CUT`. Unlike blocks, they are part of what a nucleus is.
+        See `MAX_COMPONENT` and `CUT`. Unlike the block size, they affect the result.
     """
 
     maps: Path
@@ -146,11 +149,11 @@ class Setup:
 
 
 BATCH_SCHEMA = pa.schema(nuclei_schema({}, [RUNS_FIELD]), metadata={})
-"""Columns of nuclei on their way to the table."""
+"""Columns of the nuclei that workers write."""
 
 
 class Worker:
-    """Does tasks of one slide, one after another.
+    """Runs tasks of one slide, one after another.
 
     Parameters
     ----------
@@ -164,7 +167,7 @@ class Worker:
         self.rules = setup.rules.fine
         self.names = pa.array(list(setup.classes), pa.string())
         self.channels = Channels.of(self.store.channels)
-        first = None if self.channels.types is None else self.channels.types + 1  # after the background
+        first = None if self.channels.types is None else self.channels.types + 1  # the first is the background
         several = len(setup.classes) > 1
         self.types = range(first, first + len(setup.classes)) if several and first is not None else range(0)
         self.tissue = None if setup.tissue is None else shapely.from_wkb(setup.tissue)
@@ -173,13 +176,26 @@ class Worker:
         self.path = setup.spool / f"{os.getpid()}.spool"
 
     def run(self, task: Task) -> tuple[Seam | None, dict[int, Entry]]:
-        """Do a task; the block's seam, if asked for, and where its nuclei are by band."""
+        """Run a task.
+
+        Parameters
+        ----------
+        task : Task
+            The task.
+
+        Returns
+        -------
+        seam : Seam or None
+            The block's seam; None without `Task.survey`, or if there is nothing to report.
+        entries : dict of int to Entry
+            Where the block's nuclei are stored, by band.
+        """
         grid, block = self.store.grid, task.block
         x0, y0 = max(block.x - task.halo, 0), max(block.y - task.halo, 0)
         x1 = min(block.x + block.width + task.halo, grid.width)
         y1 = min(block.y + block.height + task.halo, grid.height)
         maps = self.store.read(x0, y0, x1 - x0 + 1, y1 - y0)
-        maps[:, :, -1] = 0  # a window's last column is empty
+        maps[:, :, -1] = 0  # the read is one column wider: `foreground` needs the last column to be empty
         front = foreground(maps[self.channels.nucleus], self.rules.nucleus)
         if front.count == 0:
             return None, {}
@@ -209,14 +225,14 @@ class Worker:
         if not task.nuclei or not make.any():
             return seam, {}
         chosen = np.flatnonzero(make)
-        # Of a component that winds through its box, the box is what takes the memory.
+        # A long, winding component has a box much larger than its area, and the box then determines the memory.
         boxes = front.boxes[chosen, 2].astype(np.int64) * front.boxes[chosen, 3]
         load = np.cumsum(np.maximum(front.areas[chosen], boxes // 8))
         pieces = np.split(chosen, np.flatnonzero(np.diff(load // _PIXELS_AT_ONCE)) + 1)
         return seam, self._spool(pa.concat_batches([self._nuclei(maps, front, piece, x0, y0) for piece in pieces]))
 
     def _nuclei(self, maps: np.ndarray, front: Foreground, chosen: np.ndarray, x: int, y: int) -> pa.RecordBatch:
-        """Nuclei of the `chosen` components of a window that begins at grid pixel (x, y), in no order."""
+        """Nuclei of the `chosen` components of a window whose corner is grid pixel (x, y), unsorted."""
         grid = self.store.grid
         make = np.zeros(front.count, bool)
         make[chosen] = True
@@ -235,7 +251,7 @@ class Worker:
         runs += np.array([y, x, x], np.int32)
         firsts = runs[starts[:-1]].astype(np.uint64)
         ids = firsts[:, 0] << np.uint64(32) | firsts[:, 1]
-        if self.setup.rules.refine > 1:  # stains are measured on the slide's grid, whose pixels hold no more
+        if self.setup.rules.refine > 1:  # stains are measured on the slide's own, coarser grid
             runs, starts = every_second(runs, starts)
         half = np.array([grid.scale_x, grid.scale_y]) / 2
         shapes = replace(shapes, points=(shapes.points + np.array([2 * x, 2 * y])) * half)
@@ -261,7 +277,7 @@ class Worker:
         return batch
 
     def _spool(self, batch: pa.RecordBatch) -> dict[int, Entry]:
-        """Append nuclei to the worker's file in the order of their ids, one piece a band."""
+        """Append nuclei to the worker's file in the order of their ids, as one record batch per band."""
         entries: dict[int, Entry] = {}
         if batch.num_rows == 0:
             return entries

@@ -1,4 +1,4 @@
-"""Drawing of ``classified.png``: where the classes of nuclei are, and how many there are of each."""
+"""Draw ``classified.png``: a map of the classes of nuclei, and the number of nuclei of each class."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
 CLASSES_SHOWN = 14
-"""Classes that have a bar."""
+"""Largest number of classes that are shown with a bar."""
 
 DOT_UM = 8.0
-"""Least side of a square on the map in µm."""
+"""Smallest side of a square on the map in µm, about the size of a nucleus."""
 
 
 def class_map(
@@ -44,14 +44,14 @@ def class_map(
     colours: Sequence[Sequence[int]],
     grid: Grid,
 ) -> tuple[npt.NDArray[np.uint8], float]:
-    """Classes of nuclei as a picture: each pixel has the colour of the class that most nuclei in it are of.
+    """Draw a map of classes: each pixel has the colour of the most frequent class of the nuclei in it.
 
     Parameters
     ----------
     centroids : numpy.ndarray of float64, shape (n, 2)
         Centroids in grid pixels, x first.
     kinds : numpy.ndarray of int64, shape (n,)
-        Class of each.
+        Index of each nucleus' class.
     colours : sequence of (int, int, int)
         RGB of each class.
     grid : Grid
@@ -60,9 +60,9 @@ def class_map(
     Returns
     -------
     image : numpy.ndarray of uint8, shape (rows, columns, 3)
-        White where there is no nucleus; of two classes that are as common, the first.
+        White where there is no nucleus. If several classes are equally frequent, the first one counts.
     bin_pixels : float
-        Grid pixels a pixel: at least `DOT_UM`, as large as a nucleus.
+        Side of a pixel of the map in grid pixels; at least `DOT_UM`.
     """
     size = max(DOT_UM / grid.mpp, max(grid.width, grid.height) / THUMBNAIL_SIDE)
     rows, cols = math.ceil(grid.height / size), math.ceil(grid.width / size)
@@ -86,29 +86,29 @@ def draw_classes(
     kinds: npt.NDArray[np.int64],
     composition: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Draw where the classes of nuclei are, and how many there are of each.
+    """Draw the map of classes, and the number of nuclei of each class.
 
     Parameters
     ----------
     path : pathlib.Path
         PNG to write.
     slide : str
-        Name of the slide, shown as it is.
+        Name of the slide.
     grid : Grid
         The slide's grid.
     tissue : sequence of shapely.Polygon
-        The tissue, level-0 pixels.
+        The tissue in level-0 pixels.
     centroids, kinds
         See `class_map`.
     composition : mapping
-        ``count``, ``share``, ``per_mm2`` and ``color`` of each class by its name, in the order of `kinds`.
+        ``count``, ``share``, ``per_mm2`` and ``color`` of each class by name; `kinds` are indices in this order.
     """
     import shapely
     from matplotlib.collections import LineCollection
 
     rings = [shapely.get_coordinates(ring) / (grid.scale_x, grid.scale_y) for ring in shapely.get_rings(tissue)]
     image, size = class_map(centroids, kinds, [item["color"] for item in composition.values()], grid)
-    wide, tall = map_size(grid.width, grid.height, (8.3, 7.0), 3.2)  # what is told stands beside
+    wide, tall = map_size(grid.width, grid.height, (8.3, 7.0), 3.2)  # the list of classes stands beside the map
     with picture(path, 1.3 + max(tall, 0.42 * min(len(composition), CLASSES_SHOWN)) + 0.4) as figure:
         count = sum(item["count"] for item in composition.values())
         heading(figure, slide, f"{count:,} nuclei by class")
@@ -125,7 +125,7 @@ def draw_classes(
 def _draw_composition(
     figure: Figure, corner: tuple[float, float], composition: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """A bar for each class, the commonest first."""
+    """Draw a bar for each class, the most frequent class first."""
     from matplotlib.patches import Rectangle
 
     left, top = corner

@@ -1,7 +1,7 @@
-"""Classifiers: a file of numbers that tells classes of nuclei apart by what was measured of them.
+"""Classifiers, which assign classes to nuclei by their measurements, and the files that store them.
 
-A network's classes come with the network. A classifier is learned from nuclei that somebody named on a few slides,
-after the network has found them (`pipeline.training.classifier`), and the stage ``classify`` applies it.
+The classes of a network are fixed when it is trained. A classifier is trained afterwards, on nuclei that the network
+has found and a user has labelled on a few slides (`pipeline.training.classifier`). The stage ``classify`` applies it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
 
 
 KIND = "nucleus classifier"
-"""What the file says it is."""
+"""Value of ``kind`` that identifies a classifier's file."""
 
 ANEW = "make it again: python -m pipeline classifier"
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """What tells classes of nuclei apart.
+    """A classifier of nuclei.
 
     Parameters
     ----------
     name : str
-        Its name.
+        Name of the classifier.
     classes : tuple of NucleusClass
-        Names and colours.
+        Names and colours of the classes.
     model : dict
-        ``name`` and ``sha256`` of the model whose nuclei it knows.
+        ``name`` and ``sha256`` of the model on whose nuclei the classifier was trained.
     mean, spread : numpy.ndarray
-        Of the features, float64 ``(f,)``.
+        Mean and spread of the features, float64 ``(f,)``.
     weights : numpy.ndarray
         float64 ``(t, classes)``; see `pipeline.kernels.classify.design`.
     data : tuple of dict
-        What it was learned from: ``slide`` and ``nuclei``, how many of each class.
+        Training data: for each slide ``slide`` and ``nuclei``, the number of nuclei of each class.
     scores : dict
-        How well it does on nuclei that were left out, and how they were.
+        Scores on nuclei that were held out of the training, and how they were chosen.
     sha256 : str
-        Hash of its file, empty as long as there is none.
+        Hash of the classifier's file; empty for one that was not loaded from a file.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Classifier:
 
     @classmethod
     def load(cls, path: Path) -> Classifier:
-        """Read a file.
+        """Read a classifier from a file.
 
         Raises
         ------
         PipelineError
-            When it is missing, damaged, or of features that are others now.
+            When the file is missing or damaged, or its features differ from those of this version of the pipeline.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ class Classifier:
             raise PipelineError(f"classifier {str(path)!r} is damaged: {error}", ANEW) from None
 
     def save(self, path: Path) -> None:
-        """Write a file, whole or not at all."""
+        """Write the classifier to a file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_files(path) as (staged,):
             write_json(staged, {
@@ -139,12 +139,12 @@ class Classifier:
             })  # fmt: skip
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """Probability of each class, float64 ``(n, classes)``, from `pipeline.kernels.classify.features`."""
+        """Probability of each class, float64 ``(n, classes)``, for features by `pipeline.kernels.classify.features`."""
         return kernel.probabilities(kernel.design(features, self.mean, self.spread), self.weights)
 
 
 def check_classifier(path: Path, card: Mapping[str, Any]) -> None:
-    """Refuse a classifier that cannot be read, or knows another model's nuclei, before anything runs.
+    """Check, before a run starts, that a classifier can be read and was made for the run's model.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def check_classifier(path: Path, card: Mapping[str, Any]) -> None:
     Raises
     ------
     PipelineError
-        One line.
+        When it cannot be read or was made for another model.
     """
     model = Classifier.load(path).model
     if model.get("sha256") != card["sha256"]:
@@ -168,7 +168,7 @@ def check_classifier(path: Path, card: Mapping[str, Any]) -> None:
 
 
 class Measured:
-    """What was measured of a slide's nuclei, and where each lies.
+    """Measurements and positions of a slide's nuclei, from which features are computed.
 
     Parameters
     ----------
@@ -193,5 +193,5 @@ class Measured:
         return len(self.points)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Features of some nuclei, float64 ``(m, f)``."""
+        """Features of the nuclei in the given rows, float64 ``(m, f)``."""
         return kernel.features(self.columns, rows, *kernel.nearest(self.points, rows, self.tree))

@@ -1,6 +1,6 @@
-"""Stage ``classify``: the class of each nucleus by a classifier, where the settings name one.
+"""Stage ``classify``: assign a class to each nucleus with a classifier. It runs if the settings name a classifier.
 
-It reads what was measured, so the nuclei of a run are there already: choosing another classifier runs this stage alone.
+The stage only reads measurements, so with another classifier the earlier stages of a run are not repeated.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, r
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16_384
-"""Nuclei whose features are in memory at once: some 20 MB with their products."""
+"""Nuclei whose features are in memory at once: some 20 MB, including the products of features."""
 
 
 def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
-    """Write a table of nuclei again, with classes by a classifier.
+    """Write a copy of a table of nuclei with classes assigned by a classifier.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
     classifier : Classifier
         The classifier.
     out : pathlib.Path
-        ``classified.parquet`` to write: the same rows, with other ``class`` and ``class_id``, and with
+        ``classified.parquet`` to write: the same rows with new ``class`` and ``class_id``, and a further column
         ``class_probability``, float32.
 
     Returns
@@ -48,7 +48,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
     Raises
     ------
     PipelineError
-        When they are nuclei of another model than the classifier's.
+        When the nuclei are from another model than the classifier was made for.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -116,7 +116,7 @@ def run_classify(
     inspect, tissue, tissue_geojson : pathlib.Path
         ``slide.json``, ``tissue.json`` and ``tissue.geojson``.
     measure, nuclei : pathlib.Path
-        What the stage ``measure`` wrote.
+        Outputs of the stage ``measure``.
     classifier : pathlib.Path
         The classifier's file.
     out, parquet, geojson, png : pathlib.Path
@@ -124,7 +124,7 @@ def run_classify(
     origin : {"slide", "bounds"}
         See `pipeline.geojson.origin_of`.
     workers : int
-        Threads that compress.
+        Number of threads that compress.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 

@@ -1,4 +1,4 @@
-"""Commands ``demo-slides`` and ``demo-table``: synthetic slides with known nuclei, and what a run made of them."""
+"""Commands ``demo-slides`` and ``demo-table``: write synthetic slides with known nuclei, and show a run's results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout
 
 SMALLEST, LARGEST = 0.1, 20.0
-"""Factors on the sides of the demo slides."""
+"""Range of the factor on the sides of the demo slides."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class DemoSlide:
     Parameters
     ----------
     file : str
-        File name; its ending chooses the format.
+        File name; its ending determines the format.
     width, height : int
         Size in pixels.
     mpp : float
         µm per pixel.
     stain : str
-        A name of `pipeline.slides.synthetic.STAINS`.
+        A key of `pipeline.slides.synthetic.STAINS`.
     seed : int
-        Seed of the field.
+        Seed of the synthetic tissue.
     """
 
     file: str
@@ -55,16 +55,16 @@ SLIDES = (
     DemoSlide("demo 2.tiff", 1800, 1500, 0.5, "rose", 12),
     DemoSlide("demo-3.ome.tiff", 2000, 1600, 0.37, "violet", 13),
 )
-"""One of each format, of different stain, size and pixel size; one name holds a blank."""
+"""One slide of each format, with different stains, sizes and pixel sizes; one name contains a space."""
 
 
 def write_demo_slides(folder: Path, size: float = 1.0) -> Path:
-    """Write the demo slides, their known nuclei and the table that names them.
+    """Write the demo slides, their known nuclei and their slide table.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Where to; made when missing.
+        Folder to write to; created if it does not exist.
     size : float
         Factor on the sides of the slides.
 
@@ -91,7 +91,7 @@ def write_demo_slides(folder: Path, size: float = 1.0) -> Path:
         )
         truth = Path("truth", f"{slide.name}.geojson.gz")
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as beside:
-            staged = Path(beside, slide.file)  # the files tell their own names
+            staged = Path(beside, slide.file)  # under its final name, which some formats store in the file
             writers[slide.file.removeprefix(slide.name)](staged, rgb, slide.mpp)
             staged.rename(folder / slide.file)
         (folder / truth).write_bytes(synthetic.truth_geojson(labels, name=slide.name))
@@ -104,7 +104,7 @@ def write_demo_slides(folder: Path, size: float = 1.0) -> Path:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text in columns: the first to the left, the others to the right.
+    """Format rows of cells as text in columns: the first column is left-aligned, the others are right-aligned.
 
     >>> print(aligned([("slide", "n"), ("a", "12")]))
     slide   n
@@ -133,7 +133,7 @@ def _cells(metrics: dict[str, Any]) -> tuple[str, ...]:
 
 
 def results_table(results: Path) -> str:
-    """What a run found, as text: a line for each slide, then where the results are.
+    """Format the results of a run as text: one line per slide, then failures and the location of the results.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def results_table(results: Path) -> str:
     Returns
     -------
     str
-        Columns: slide, tissue mm², nuclei, nuclei/mm², F1 against the known nuclei, seconds of all stages.
+        The text. Columns: slide, tissue mm², nuclei, nuclei/mm², F1 against the known nuclei, seconds of all stages.
 
     Raises
     ------

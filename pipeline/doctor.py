@@ -1,4 +1,4 @@
-"""``python -m pipeline doctor``: what this machine has for the pipeline, and what is wrong."""
+"""Command ``doctor``: check whether this machine has all that the pipeline needs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from pipeline.errors import PipelineError
 from pipeline.settings import check_model
 
 MIN_FREE_GB = 5.0
-"""Free disk below which a run is likely to end early: the tiles of one slide alone may take a few GB."""
+"""Free disk space in GB below which a run may not finish: the tiles of one slide alone can take a few GB."""
 
 MIN_MEMORY_GB = 4.0
-"""Memory below which the stages do not fit."""
+"""Memory in GB that the stages need."""
 
 SETUP = "set the environment up again: make .venv, or envs/pipeline.yaml with conda"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """Result of one check.
 
     Parameters
     ----------
     name : str
-        What was looked at.
+        What was checked.
     state : {"ok", "warning", "missing"}
-        Fine, worth knowing, or something that the pipeline cannot do without.
+        ``ok``; ``warning`` for something worth knowing; ``missing`` if the pipeline cannot run without it.
     detail : str
-        What is there.
+        What was found.
     advice : str
-        What to do, where something is to be done.
+        What to do; empty if there is nothing to do.
     """
 
     name: str
@@ -62,7 +62,7 @@ def _version(package: str) -> str:
 
 
 def check_python() -> Finding:
-    """The Python that runs and the system."""
+    """Check the version of Python; the detail names the system as well."""
     found = f"Python {platform.python_version()} on {platform.platform()}"
     if [int(part) for part in platform.python_version_tuple()[:2]] < [3, 11]:
         return Finding("python", "missing", found, "Python 3.11 or newer is needed")
@@ -70,7 +70,7 @@ def check_python() -> Finding:
 
 
 def check_reader(name: str, package: str, opener: Callable[[Path], tuple[int, int]]) -> Finding:
-    """A slide reader: it opens a tiny slide made for it."""
+    """Check that a slide reader can open a tiny slide, which is written for this check."""
     import numpy as np
 
     size = (96, 64)
@@ -82,7 +82,7 @@ def check_reader(name: str, package: str, opener: Callable[[Path], tuple[int, in
             pixels = np.full((size[1], size[0], 3), 200, np.uint8)
             tifffile.imwrite(path, pixels, tile=(32, 32), photometric="rgb")
             opened = opener(path)
-    except Exception as error:  # whatever a broken library raises is the finding
+    except Exception as error:  # a broken library can raise anything
         return Finding(name, "missing", _first_line(error), SETUP)
     if opened != size:
         return Finding(name, "missing", f"{package} {_version(package)} opened a {size} slide as {opened}", SETUP)
@@ -108,10 +108,10 @@ def _tiffslide(path: Path) -> tuple[int, int]:
 
 
 def check_torch() -> Finding:
-    """PyTorch, and the GPU or the CPU that it will use."""
+    """Check PyTorch; the detail names the GPUs or the number of CPU threads that it will use."""
     try:
         import torch
-    except Exception as error:  # a torch that does not load raises anything
+    except Exception as error:  # a broken PyTorch can raise anything
         return Finding("torch", "missing", _first_line(error), SETUP)
     if torch.cuda.is_available():
         cards = []
@@ -130,11 +130,11 @@ def check_torch() -> Finding:
 
 
 def check_stain() -> Finding:
-    """Extractors of stain matrices; Macenko has a kernel of our own."""
+    """Check the optional package staintools; stain method macenko does not need it."""
     try:
         importlib.import_module("staintools")
         importlib.import_module("spams")
-    except Exception as error:  # as above
+    except Exception as error:  # a broken library can raise anything
         return Finding(
             "stain extractors",
             "warning",
@@ -145,7 +145,7 @@ def check_stain() -> Finding:
 
 
 def check_packages() -> list[Finding]:
-    """The other libraries that the stages import."""
+    """Check the other libraries that the stages import."""
     findings = []
     for module, package in (
         ("cv2", "opencv-python-headless"),
@@ -159,13 +159,13 @@ def check_packages() -> list[Finding]:
     ):
         try:
             importlib.import_module(module)
-        except Exception as error:  # as above
+        except Exception as error:  # a broken library can raise anything
             findings.append(Finding(package, "missing", _first_line(error), SETUP))
     return findings or [Finding("libraries", "ok", "all import")]
 
 
 def check_snakemake() -> Finding:
-    """The workflow engine; in a conda environment made for the rules alone there is none."""
+    """Check the workflow engine, which is missing in a conda environment that Snakemake creates for its rules."""
     try:
         version = importlib.metadata.version("snakemake")
     except importlib.metadata.PackageNotFoundError:
@@ -176,7 +176,7 @@ def check_snakemake() -> Finding:
 
 
 def check_package(folder: Path) -> Finding:
-    """The model package: card and hash."""
+    """Check card and hash of the model package."""
     if not folder.exists() and not folder.is_absolute():
         beside = Path(__file__).resolve().parent.parent / folder
         folder = beside if beside.exists() else folder
@@ -191,7 +191,7 @@ def check_package(folder: Path) -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Free disk where the results will be."""
+    """Check the free disk space of the results folder, or of its closest parent that exists."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -205,7 +205,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_memory() -> Finding:
-    """Memory and processors."""
+    """Check the memory; the detail gives the number of processors as well."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -223,7 +223,12 @@ def examine(model: Path, results: Path) -> list[Finding]:
     model : pathlib.Path
         Model package.
     results : pathlib.Path
-        Folder for results; need not exist.
+        Folder for results, which need not exist.
+
+    Returns
+    -------
+    list of Finding
+        The findings; a failed check does not prevent the others.
     """
     checks: list[tuple[str, Callable[[], Finding | list[Finding]]]] = [
         ("python", check_python),
@@ -241,14 +246,14 @@ def examine(model: Path, results: Path) -> list[Finding]:
     for name, check in checks:
         try:
             found = check()
-        except Exception as error:  # a check that cannot run is a finding too, and the others go on
+        except Exception as error:  # a check that fails to run is a finding as well
             found = Finding(name, "missing", _first_line(error), SETUP)
         findings += found if isinstance(found, list) else [found]
     return findings
 
 
 def report(findings: list[Finding]) -> str:
-    """The findings as lines of text, with what is wrong at the end."""
+    """Format findings as lines of text, followed by advice for those that are not ok."""
     marks = {"ok": "ok     ", "warning": "warning", "missing": "MISSING"}
     width = max(len(finding.name) for finding in findings)
     lines = [f"{marks[f.state]}  {f.name:<{width}}  {f.detail}" for f in findings]

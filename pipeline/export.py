@@ -1,4 +1,4 @@
-"""Stage ``export``: the nuclei as GeoJSON that QuPath opens as editable detections.
+"""Stage ``export``: write the nuclei as GeoJSON that QuPath opens as editable detections.
 
 The table is read in batches of rows and the text is compressed while the next batch is made, so memory does not grow
 with the number of nuclei.
@@ -50,25 +50,25 @@ MEASUREMENTS = {
     "eosin_std": "Eosin OD std dev",
     "probability": "Probability",
 }
-"""Columns of the table and what they are called in QuPath, in this order."""
+"""Columns of the table and their names in QuPath, in the order of the export."""
 
 RANKED = tuple(name for name in MEASUREMENTS if name != "orientation")
-"""Those that have percentiles: half a turn is not a turn, so angles of axes have neither a least nor a middle one."""
+"""Measurements that have percentiles: all but the orientation, since angles are periodic and have no order."""
 
 SHOWN = MEASUREMENTS | {"class_probability": "Class probability"}
-"""The same with those that only some tables have."""
+"""`MEASUREMENTS` and those that only some tables have."""
 
 BATCH_ROWS = 8192
-"""Nuclei made into text at once, some 6 MB."""
+"""Nuclei converted to text at once, some 6 MB."""
 
 GZIP_LEVEL = 4
-"""Measured on nuclei: 69 MB/s a core and 25 % of the text; level 6 does 30 MB/s and 23 %."""
+"""Measured on nuclei: level 4 compresses 69 MB/s per core to 25 % of the size; level 6, 30 MB/s to 23 %."""
 
 DIGITS = 2
 """Decimals of a coordinate in level-0 pixels."""
 
 DEFAULT_COLOUR = (46, 160, 67)
-"""Colour of a class that the model gave none."""
+"""Colour of a class for which the model defines none."""
 
 
 def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -79,19 +79,19 @@ def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def nucleus_uuids(slide: str, ids: npt.NDArray[np.uint64]) -> list[str]:
-    """UUIDs of nuclei, the same in every run of the same slide.
+    """UUIDs of nuclei, which are the same in every run of the same slide.
 
     Parameters
     ----------
     slide : str
         Name of the slide.
     ids : numpy.ndarray of uint64, shape (n,)
-        Ids of its nuclei.
+        Ids of the slide's nuclei.
 
     Returns
     -------
     list of str
-        UUIDs of version 8 (RFC 9562): both halves are made of the slide's own UUID and the nucleus' id.
+        UUIDs of version 8 (RFC 9562): each half is computed from a UUID of the slide and the id of the nucleus.
     """
     high, low = struct.unpack(">QQ", uuid.uuid5(uuid.NAMESPACE_URL, f"slide:{slide}").bytes)
     ids = np.asarray(ids, dtype=np.uint64)
@@ -110,7 +110,7 @@ def nucleus_uuids(slide: str, ids: npt.NDArray[np.uint64]) -> list[str]:
 
 
 def classifications(classes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """QuPath's ``classification`` of each class by its name."""
+    """QuPath's ``classification`` of each class, by the name of the class."""
     result = {}
     for item in classes:
         colour = item.get("color") or DEFAULT_COLOUR
@@ -135,14 +135,14 @@ def features(
     known : mapping
         What `classifications` returned.
     origin : tuple of int
-        Level-0 pixel from which coordinates count, x and y.
+        Origin of the coordinates as a level-0 pixel, x and y.
 
     Returns
     -------
     list of dict
-        One feature a row, rings as float64 arrays of shape (k, 2): a list for each point would keep the garbage
-        collector busier than the work itself. A measurement that is not finite is left out, for QuPath takes numbers
-        only.
+        One feature per row. Rings are float64 arrays of shape (k, 2), since a list for each point would cost more time
+        in the garbage collector than the work itself. A measurement that is not finite is left out, because QuPath
+        accepts only numbers.
     """
     if batch.num_rows == 0:
         return []
@@ -175,7 +175,7 @@ def features(
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Without Python's search for cycles, of which features have none: it looks at each of them many times."""
+    """Disable the garbage collector: features have no reference cycles, yet it would traverse them repeatedly."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -188,15 +188,15 @@ def _no_collector() -> Iterator[None]:
 class GzipWriter:
     """Write one gzip member whose blocks are compressed on threads.
 
-    Blocks are compressed apart and joined at byte boundaries, so the bytes depend on how the text is cut into blocks
-    but neither on the number of threads nor on the time of day.
+    Blocks are compressed independently and joined at byte boundaries. The bytes written depend on how the text is
+    divided into blocks, but not on the number of threads or the time of day.
 
     Parameters
     ----------
     stream : binary file
         Where to write.
     workers : int
-        Threads; twice as many blocks are in memory at most.
+        Number of threads; at most twice as many blocks are in memory.
     """
 
     def __init__(self, stream: BinaryIO, workers: int = 1) -> None:
@@ -219,7 +219,7 @@ class GzipWriter:
             if error is None:
                 while self._pending:
                     self._stream.write(self._pending.popleft().result())
-                # An empty last block, then the sums.
+                # An empty last block, then checksum and size.
                 self._stream.write(b"\x03\x00" + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))
         finally:
             self._pool.shutdown(cancel_futures=True)
@@ -263,9 +263,9 @@ def write_geojson(source: Path, target: Path, slide: str, *, origin: tuple[int, 
     slide : str
         Name of the slide.
     origin : tuple of int
-        Level-0 pixel from which coordinates count, x and y; another one than (0, 0) is written into the collection.
+        Origin of the coordinates as a level-0 pixel, x and y. It is stored in the collection unless it is (0, 0).
     workers : int
-        Threads that compress. The bytes written do not depend on it.
+        Number of threads that compress. The bytes written do not depend on it.
 
     Returns
     -------
@@ -307,15 +307,15 @@ def run_export(
     slide : str
         Name of the slide.
     measure, nuclei : pathlib.Path
-        What the stage ``measure`` wrote.
+        Outputs of the stage ``measure``.
     out, geojson : pathlib.Path
         The manifest and the GeoJSON to write.
     inspect : pathlib.Path, optional
-        ``slide.json``, without which there are no bounds.
+        ``slide.json``, which holds the bounds; required for `origin` ``"bounds"``.
     origin : {"slide", "bounds"}
         See `pipeline.geojson.origin_of`.
     workers : int
-        Threads that compress.
+        Number of threads that compress.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
@@ -327,7 +327,7 @@ def run_export(
     Raises
     ------
     PipelineError
-        When the bounds are asked for without `inspect`.
+        When `origin` is ``"bounds"`` and `inspect` is missing.
     """
     if origin == "bounds" and inspect is None:
         raise PipelineError(f"slide {slide!r}: origin 'bounds' without a slide.json", "give it with --inspect")

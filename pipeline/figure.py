@@ -1,6 +1,6 @@
-"""What the pictures of a slide share: a figure that becomes a PNG, titled panels, scale bars, text.
+"""Helpers for the pictures of a slide: a figure that is saved as PNG, panels with titles, scale bars and text.
 
-Figures are made with Matplotlib's objects and its Agg canvas; no global state is touched.
+Figures use Matplotlib's object interface and the Agg canvas, without pyplot and its global state.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THUMBNAIL_SIDE = 1300
-"""Most pixels of a map's longest side; half of them are as many as it has on the picture."""
+"""Largest number of pixels of a map's longer side, about twice as many as it has in the picture."""
 
 MARGIN = 0.45
-"""Inches, on a figure 13 inches wide."""
+"""Margin in inches, on a figure 13 inches wide."""
 
 INK, MUTED, RULE = "#1b1f24", "#667085", "#d0d5dd"
 TISSUE_LINE = "#0b7285"
 PNG_LEVEL = 4
-"""Compression of pictures: a twentieth larger at most than with Pillow's 6, in half the time."""
+"""Compression level of pictures: at most 5 % larger than with Pillow's default of 6, in half the time."""
 
 FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
 
@@ -38,14 +38,14 @@ Box = tuple[float, float, float, float]
 
 @contextmanager
 def picture(path: Path, high: float) -> Iterator[Figure]:
-    """A figure to draw on, 13 inches wide, which is written as a PNG afterwards."""
+    """Provide a figure, 13 inches wide and `high` inches high, and save it as PNG when the context ends."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that are not there are no news
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not all of `FONTS` need exist
     with rc_context({"font.family": FONTS, "axes.unicode_minus": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names come in all scripts
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
         figure = Figure(figsize=(13, high), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
@@ -54,20 +54,19 @@ def picture(path: Path, high: float) -> Iterator[Figure]:
 
 
 def write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Write text at a place in inches from the upper left corner."""
-    # Names are shown as they are: nothing in them is a formula.
+    """Write text at a position in inches from the upper left corner, without parsing dollar signs as formulas."""
     wide, high = figure.get_size_inches()
     figure.text(x / wide, 1 - y / high, text, parse_math=False, **style)
 
 
 def heading(figure: Figure, slide: str, line: str) -> None:
-    """Write the slide's name and, below it, a line of what is known of it."""
+    """Write the slide's name and a line of text below it."""
     write(figure, MARGIN, 0.4, shorten(slide, 70), fontsize=17, fontweight="bold", color=INK, va="center")
     write(figure, MARGIN, 0.72, line, fontsize=10.5, color=MUTED, va="center")
 
 
 def panel(figure: Figure, box: Box, title: str, note: str) -> Axes:
-    """Axes within `box`, titled at its corners whatever the picture's shape."""
+    """Add axes within `box`, with `title` and `note` above its upper corners, whatever the shape of the picture."""
     left, top, width, height = box
     wide, high = figure.get_size_inches()
     axes = figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high), anchor="NW")
@@ -82,14 +81,14 @@ def panel(figure: Figure, box: Box, title: str, note: str) -> Axes:
 
 
 def map_size(width: float, height: float, most: tuple[float, float], narrowest: float) -> tuple[float, float]:
-    """Width and height in inches of a map of a slide: within `most`, 1.8 high and `narrowest` wide at least."""
+    """Width and height in inches of a slide's map: at most `most`, at least 1.8 high and `narrowest` wide."""
     wide, high = most
     tall = min(high, max(1.8, wide * height / width))
     return min(wide, max(narrowest, tall * width / height)), tall
 
 
 def scale_bar(axes: Axes, um_per_pixel: float) -> None:
-    """Draw a scale bar, a quarter of the width long at most, in the lower left corner."""
+    """Draw a scale bar in the lower left corner, at most a quarter of the width long."""
     from matplotlib import patheffects
 
     left, right = sorted(axes.get_xlim())
@@ -104,23 +103,23 @@ def scale_bar(axes: Axes, um_per_pixel: float) -> None:
 
 
 def round_length(limit: float) -> float:
-    """The longest of 1, 2, 5, 10 … times a power of ten that is not longer than `limit`."""
+    """Largest number of the form 1, 2 or 5 times a power of ten that is at most `limit`."""
     power: float = 10.0 ** math.floor(math.log10(limit))
     return max(step * power for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9))
 
 
 def length_label(um: float) -> str:
-    """A length with its unit."""
+    """Format a length in µm or mm with its unit."""
     return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
 
 
 def hex_code(colour: Sequence[int]) -> str:
-    """A colour as Matplotlib takes it."""
+    """Format an RGB colour (0 to 255) as a hexadecimal code for Matplotlib."""
     return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in colour))
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """`text` with its middle left out where it is longer than `length`."""
+    """Return `text`, shortened in the middle to `length` characters if it is longer."""
     if len(text) <= length:
         return text
     head = (length - 1) * 2 // 3

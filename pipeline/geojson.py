@@ -1,4 +1,4 @@
-"""GeoJSON files, plain or gzipped, as they come from here, from QuPath and from others."""
+"""Read GeoJSON files, plain or gzipped, as this pipeline, QuPath and other programs write them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
 REGIONS = ("region", "training")
-"""Beginnings of names and classes of annotations that outline what is completely annotated."""
+"""Prefixes of the names and classes of annotations that outline a completely annotated region."""
 
 IGNORED = "ignore"
-"""Beginning of the class of objects that are no nuclei."""
+"""Prefix of the class of objects that are to be ignored."""
 
 MAX_COORDINATE = 1e7
-"""Pixels beyond which a coordinate is taken for damage."""
+"""Largest plausible coordinate in pixels; a larger one means that the file is damaged."""
 
 ORIGIN = "level0_origin"
-"""Member of a collection whose coordinates count from another pixel of level 0 than (0, 0): its x and y."""
+"""Member of a collection that gives the origin of its coordinates, x and y in level-0 pixels, if not (0, 0)."""
 
 
 def read_geojson(path: Path) -> Any:
@@ -36,7 +36,7 @@ def read_geojson(path: Path) -> Any:
     Raises
     ------
     PipelineError
-        When it is missing, damaged or no JSON.
+        When the file is missing, damaged or not JSON.
     """
     import orjson
 
@@ -55,19 +55,24 @@ def read_geojson(path: Path) -> Any:
 
 @contextmanager
 def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
-    """A file's content, whose features are walked inside: an error that their shape raises is told as the file's.
+    """Open a GeoJSON file as a context; errors that its unexpected content causes within become a `PipelineError`.
 
     Parameters
     ----------
     path : pathlib.Path
         The file.
     what, hint : str
-        What it should be, and what to do where it is not.
+        What the file should be, and what to do if it is something else; for the error message.
+
+    Yields
+    ------
+    object
+        The parsed JSON.
 
     Raises
     ------
     PipelineError
-        When it is missing, damaged or of another shape.
+        When the file is missing or damaged, or when its content has an unexpected structure.
     """
     value = read_geojson(path)
     try:
@@ -77,25 +82,25 @@ def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
 
 
 def iter_features(value: Any) -> Iterator[dict[str, Any]]:
-    """The features of a file: of a collection, a list of features or collections, or a bare geometry.
+    """Yield the features of a feature collection, a feature, a list of either, or a bare geometry.
 
     Yields
     ------
     dict
-        With ``geometry``, which may be None, as the format allows.
+        A feature; its ``geometry`` may be None, as the format allows.
 
     Raises
     ------
     KeyError, TypeError, AttributeError
         When `value` is not GeoJSON.
     """
-    if isinstance(value, list):  # as QuPath wrote once
+    if isinstance(value, list):  # as old versions of QuPath write
         for item in value:
             yield from iter_features(item)
     elif value["type"] == "FeatureCollection":
         yield from iter_features(value["features"])
     elif value["type"] == "Feature":
-        value["geometry"]  # a KeyError tells that it is none
+        value["geometry"]  # raises a KeyError if there is none
         yield value
     elif value["type"] == "GeometryCollection":
         yield from iter_features(value["geometries"])
@@ -104,27 +109,33 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def stated_origin(value: Any, origin: tuple[float, float] = (0, 0)) -> tuple[float, float]:
-    """Level-0 pixel from which the coordinates of a file count: as it says itself, else `origin`."""
+    """Origin of a file's coordinates as a level-0 pixel: the one that the file states, else `origin`."""
     x, y = value.get(ORIGIN, origin) if isinstance(value, dict) else origin
     return float(x), float(y)
 
 
 def origin_of(info: Mapping[str, Any], origin: str) -> tuple[int, int]:
-    """Level-0 pixel from which coordinates count that go to QuPath or come from there.
+    """Origin, as a level-0 pixel, of coordinates that are exchanged with QuPath.
 
     Parameters
     ----------
     info : mapping
         ``slide.json``.
     origin : {"slide", "bounds"}
-        The corner of level 0, or that of the bounds where the slide has them, from which on QuPath shows it.
+        ``slide`` is the corner of level 0. ``bounds`` is the corner of the slide's bounds, from which QuPath shows the
+        slide, or the corner of level 0 if the slide has no bounds.
+
+    Returns
+    -------
+    tuple of int
+        x and y.
     """
     bounds = info.get("bounds") if origin == "bounds" else None
     return (int(bounds[0]), int(bounds[1])) if bounds else (0, 0)
 
 
 def scanned(info: Mapping[str, Any]) -> BaseGeometry:
-    """The part of level 0 that was scanned, by ``slide.json``."""
+    """Scanned area of a slide in level-0 pixels: its bounds in ``slide.json``, or all of level 0 if it has none."""
     import shapely
 
     x, y, width, height = info.get("bounds") or (0, 0, info["width"], info["height"])
@@ -132,15 +143,15 @@ def scanned(info: Mapping[str, Any]) -> BaseGeometry:
 
 
 def polygonal(shape: BaseGeometry) -> BaseGeometry:
-    """The polygons of a valid shape as a MultiPolygon, without the points and lines that cutting leaves."""
+    """Polygons of a valid shape as a MultiPolygon, without points and lines that are left from intersections."""
     import shapely
 
-    parts = shapely.get_parts(shapely.get_parts(shape))  # of collections of multipolygons
+    parts = shapely.get_parts(shapely.get_parts(shape))  # twice: collections may contain multipolygons
     return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])
 
 
 def class_names(feature: dict[str, Any]) -> list[str]:
-    """Classes of a QuPath object, the base class first: ``[Tumor, Positive]``; empty where it has none."""
+    """Classes of a QuPath object, the base class first, such as ``[Tumor, Positive]``; empty if it has none."""
     value = (feature.get("properties") or {}).get("classification") or {}
     names = value if isinstance(value, str) else value.get("names") or value.get("name") or ""
     names = [names] if isinstance(names, str) else names
@@ -148,32 +159,32 @@ def class_names(feature: dict[str, Any]) -> list[str]:
 
 
 def base_class(feature: dict[str, Any]) -> str:
-    """The base class of a QuPath object, empty where it has none."""
+    """Base class of a QuPath object; empty if it has none."""
     return next(iter(class_names(feature)), "")
 
 
 def object_type(feature: dict[str, Any]) -> str:
-    """Type that QuPath gives an object, in lower case (``annotation``, ``detection``, ``cell``); empty where none."""
-    # Before 0.4, QuPath told the type by the feature's id; others' ids may be any text.
+    """Type of a QuPath object in lower case (``annotation``, ``detection``, ``cell``); empty if it has none."""
+    # Before version 0.4, QuPath stored the type in the feature's id. Ids of other programs can be any text.
     old = str(feature.get("id") or "")
     told = (feature.get("properties") or {}).get("objectType")
     return str(told or (old if old.endswith("Object") else "")).casefold()
 
 
 def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
-    """What an object of QuPath is there for.
+    """Role of a QuPath object.
 
     Parameters
     ----------
     feature : dict
         The feature.
     regions : tuple of str
-        Beginnings of names and classes, in lower case, of what outlines an annotated region.
+        Prefixes, in lower case, of the names and classes of objects that outline an annotated region.
 
     Returns
     -------
     {"nucleus", "region", "other"}
-        ``other`` are QuPath's own frames (root, tiles, TMA cores) and objects of classes to be ignored.
+        ``other`` stands for QuPath's own frames (root, tiles, TMA cores) and for objects of classes to be ignored.
     """
     properties = feature.get("properties") or {}
     kind = object_type(feature)
@@ -186,12 +197,12 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
 
 
 def nucleus_geometry(feature: dict[str, Any]) -> Any:
-    """Geometry of a feature; of a QuPath cell, that of its nucleus."""
+    """Geometry of a feature; for a QuPath cell, the geometry of its nucleus."""
     return feature.get("nucleusGeometry") or feature["geometry"]
 
 
 def no_areas(what: str, path: Path, why: str) -> SlideError:
-    """That a file does not outline what it is there for."""
+    """Return the error for a file of outlines that cannot be used, with the reason `why`."""
     return SlideError(f"{what} {path}: {why}", "give GeoJSON polygons in level-0 pixels")
 
 
@@ -210,25 +221,25 @@ def read_areas(
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON, ``.gz`` too.
+        GeoJSON, plain or gzipped.
     what : str
-        What it is, for messages.
+        What the file describes, for messages.
     wanted : callable
-        Whether a feature counts.
+        Takes a feature and returns whether to include it.
     origin : tuple of int
-        Level-0 pixel from which the file counts, where it does not say so itself.
+        Origin of the coordinates as a level-0 pixel, unless the file states its own.
 
     Returns
     -------
     list of (dict, list of shapely.Polygon)
-        The features that have a geometry, and the polygons of each in pixels of level 0, valid or not.
+        The included features that have a geometry, each with its polygons in level-0 pixels, which may be invalid.
 
     Raises
     ------
     SlideError
-        When it is missing or no GeoJSON.
+        When the file is missing or not GeoJSON.
     OSError
-        When the disk or the file server failed.
+        When the disk or the file server fails.
     """
     import shapely
     from shapely.geometry import shape
@@ -251,7 +262,7 @@ def read_areas(
         for feature in iter_features(value):
             if feature["geometry"] is not None and wanted(feature):
                 with np.errstate(invalid="ignore"):
-                    parts = shapely.get_parts(shapely.get_parts(shape(feature["geometry"])))  # of collections as well
+                    parts = shapely.get_parts(shapely.get_parts(shape(feature["geometry"])))  # twice, as in `polygonal`
                 polygons = [part for part in parts if part.geom_type == "Polygon"]
                 found.append((feature, [shapely.transform(one, lambda points: points + by) for one in polygons]))
     except (

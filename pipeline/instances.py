@@ -1,4 +1,4 @@
-"""Stage ``instances``: from maps to the table of nuclei. How: `pipeline.census`."""
+"""Stage ``instances``: find the nuclei in a slide's maps and write their table, see `pipeline.census`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROW_GROUP = 1 << 14
-"""Nuclei in a row group of the table."""
+"""Nuclei per row group of the table."""
 
 
 def regroup(parts: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Nuclei in groups of exactly `size` (the last may be smaller), each in one piece."""
+    """Yield tables of exactly `size` nuclei (the last may be smaller), each with contiguous columns."""
     held: list[pa.Table] = []
     count = 0
     for part in parts:
@@ -51,7 +51,7 @@ def regroup(parts: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def one_ahead(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """`tables`, each made in a thread while the one before it is used."""
+    """Yield `tables`, computing each in a thread while the caller uses the previous one."""
     source = iter(tables)
     with ThreadPoolExecutor(1, "ahead") as pool:
         future = pool.submit(next, source, None)
@@ -76,12 +76,12 @@ def write_part(
     workers: int,
     tissue: BaseGeometry | None = None,
 ) -> dict[str, Any]:
-    """Look at some of a slide's blocks, and leave their nuclei and seams in a folder.
+    """Process the blocks of one part of a slide, and write their nuclei and seams to the folder `out`.
 
     Returns
     -------
     dict
-        ``part``, ``block`` and ``model``, its hash.
+        ``part``, ``block`` and ``model`` (hash of the model).
     """
     out.mkdir()
     take_survey(_setup(maps, package, out, tissue), part, block=block, halo=halo, workers=workers)
@@ -100,20 +100,21 @@ def write_instances(
     tissue: BaseGeometry | None = None,
     parts: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Find a slide's nuclei and write their table; `parts`: see `take_census`.
+    """Find a slide's nuclei and write their table; for `parts` see `take_census`.
 
     Returns
     -------
     dict
-        ``nuclei``, ``nuclei_per_s``, ``components_followed`` (that no block saw whole), ``components_cut`` (too large)
-        and ``digest``, the sha256 of ids, polygons and classes.
+        ``nuclei`` (count), ``nuclei_per_s``, ``components_followed`` (number that no block contained entirely),
+        ``components_cut`` (number that were too large to process whole) and ``digest``, the sha256 of ids, polygons and
+        classes.
     """
     digest = hashlib.sha256()
     count, start = 0, time.monotonic()
-    # Beside the table, under a name that `run_stage` clears away after a killed run.
+    # The folder lies beside the table, and `run_stage` recognises its name and removes it after a killed run.
     with tempfile.TemporaryDirectory(prefix=".part-spool-", suffix=f"-{out.name}", dir=out.parent) as spool:
         setup = _setup(maps, package, Path(spool), tissue)
-        # First of all: it may fork, which wants a process without threads and open files.
+        # This must come first: it may fork, and a process with threads or open files cannot be forked safely.
         census = take_census(setup, block=block, halo=halo, workers=workers, parts=parts)
         about = {
             "slide": slide,
@@ -173,9 +174,9 @@ def run_instances(
     model : pathlib.Path
         Folder of the model package.
     out : pathlib.Path
-        The table of nuclei to write; with `part`, a folder.
+        The table of nuclei to write; with `part`, a folder to write.
     maps_manifest : pathlib.Path, optional
-        ``maps.json``, without which maps are taken as they are.
+        ``maps.json``. Without it, the maps are used without looking for a failed earlier stage or damage.
     manifest : pathlib.Path, optional
         The manifest to write; by default beside `out`.
     tissue : pathlib.Path, optional
@@ -183,16 +184,16 @@ def run_instances(
     block, halo, workers : int
         See `pipeline.census.take_census`.
     part : Part, optional
-        Look at this part of the slide alone.
+        Process only this part of the slide.
     parts : sequence of pathlib.Path
-        Folders of all parts, to be put together; no block is looked at again then.
+        Folders of all parts, to be combined. Blocks are not processed again then.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
     dict
-        The manifest, with what `write_instances` or `write_part` tells.
+        The manifest, with what `write_instances` or `write_part` returns.
     """
     stores = {path: manifest_of(path) for path in parts}
     if maps_manifest is not None:

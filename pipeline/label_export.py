@@ -1,8 +1,8 @@
-"""Stage ``labels``, where the settings ask for it: the nuclei as a label map, a pyramid in OME-Zarr.
+"""Stage ``labels``: write the nuclei as a label map, an OME-Zarr pyramid. The stage is optional, see the settings.
 
-The map is painted from the outlines of ``nuclei.parquet``, which run between the pixels' centres, so that each nucleus
-has the very pixels that it was found with. Bands as high as a chunk are painted beside each other; of the table, each
-reads the row groups that reach into it, and paints one chunk after another.
+The map is painted from the outlines of ``nuclei.parquet``. They run between the centres of pixels, so each nucleus has
+exactly the pixels that it was found with. Bands of the height of a chunk are painted in parallel; each reads the row
+groups of the table that reach into it.
 
 References
 ----------
@@ -36,14 +36,14 @@ CHUNK = 1024
 """Side of a chunk in pixels."""
 
 SMALLEST = 1024
-"""There are levels until one has no longer side than this."""
+"""Levels are added until the longer side of the last one is at most this, in pixels."""
 
 VERSION = "0.5"
-"""Of OME-Zarr."""
+"""Version of OME-Zarr that is written."""
 
 
 class OutlineReader:
-    """The outlines of a table of nuclei, a row group at a time; safe to use from several threads.
+    """Reads outlines from a table of nuclei, one row group at a time; safe to use from several threads.
 
     Parameters
     ----------
@@ -59,40 +59,40 @@ class OutlineReader:
         metadata = self._file.metadata
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        """Row of the table with which each group begins, and the number of all rows."""
+        """First row of each row group in the table, and at the end the total number of rows."""
 
     def outlines(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Points (grid pixels), rings and polygons of a row group, see `pipeline.kernels.contours.wkb_rings`."""
+        """Points (in grid pixels), rings and polygons of a row group, see `pipeline.kernels.contours.wkb_rings`."""
         with self._lock:
             column = self._file.read_row_group(group, ["geometry"]).column("geometry")
         points, rings, polygons = wkb_rings(*wkb_of(column.combine_chunks()))
-        # They were on half pixels before they were scaled to level 0.
+        # Points lie on half pixels of the grid. Rounding undoes the error of scaling to level 0 and back.
         return np.rint(points * (2 / self.grid.scale_x, 2 / self.grid.scale_y)) / 2, rings, polygons
 
     def rows(self, group: int) -> tuple[int, int]:
-        """First row of the grid that the nuclei of a row group reach, and the one after the last."""
+        """First row of the grid that the nuclei of a row group reach, and the row after the last."""
         y = self.outlines(group)[0][:, 1]
         return (int(np.floor(y.min())), int(np.ceil(y.max()))) if len(y) else (0, 0)
 
 
 def paint_band(nuclei: OutlineReader, groups: Iterable[int], top: int, array: Any) -> int:
-    """Paint a band of chunks.
+    """Paint the nuclei of one band of chunks into a label map.
 
     Parameters
     ----------
     nuclei : OutlineReader
         The nuclei.
     groups : iterable of int
-        The row groups that reach into the band, at least.
+        Row groups to read; must include all that reach into the band.
     top : int
         First row of the band, a multiple of `CHUNK`.
     array : zarr.Array
-        Label map to write into, uint32 ``(height, width)``. Chunks without a nucleus are left out.
+        Label map to write into, uint32 ``(height, width)``. Chunks without a nucleus are not written.
 
     Returns
     -------
     int
-        Pixels of the band.
+        Number of pixels of the band.
     """
     height, width = array.shape
     bottom = min(top + CHUNK, height)
@@ -111,12 +111,12 @@ def paint_band(nuclei: OutlineReader, groups: Iterable[int], top: int, array: An
         tile = np.zeros((bottom - top, right - left), np.uint32)
         for places, labels in parts:
             paint_runs(places, labels, tile, 0, left)
-        array[top:bottom, left:right] = tile  # a chunk of its own: no two threads write the same
+        array[top:bottom, left:right] = tile  # exactly one chunk, which no other thread writes
     return (bottom - top) * int(width)
 
 
 def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Rows and columns of each level: halved, rounded up, until the longer side is at most `SMALLEST`."""
+    """Rows and columns of each level: halved and rounded up until the longer side is at most `SMALLEST`."""
     shapes = [(height, width)]
     while max(shapes[-1]) > SMALLEST:
         shapes.append((-(-shapes[-1][0] // 2), -(-shapes[-1][1] // 2)))
@@ -124,13 +124,13 @@ def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def ome_metadata(grid: Grid, levels: int) -> dict[str, Any]:
-    """What OME-Zarr wants to know of a label map with so many levels."""
+    """OME-Zarr metadata of a label map with the given number of levels."""
     datasets = []
     for level in range(levels):
         factor = 2**level
         transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [factor * grid.mpp] * 2}]
         if level:
-            # The middle of the first pixel, which covers so many of level 0.
+            # Centre of the first pixel, which covers factor x factor pixels of level 0.
             transforms.append({"type": "translation", "translation": [(factor - 1) / 2 * grid.mpp] * 2})
         datasets.append({"path": str(level), "coordinateTransformations": transforms})
     return {
@@ -149,7 +149,7 @@ def ome_metadata(grid: Grid, levels: int) -> dict[str, Any]:
 
 
 def _create(path: Path, about: dict[str, Any], grid: Grid) -> list[Any]:
-    """Make an empty store; its levels."""
+    """Create an empty store and return the arrays of its levels."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -163,18 +163,18 @@ def _create(path: Path, about: dict[str, Any], grid: Grid) -> list[Any]:
             dtype="uint32",
             fill_value=0,
             dimension_names=["y", "x"],
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],  # half of what Blosc with shuffled bytes makes of labels
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],  # half the size of Blosc with shuffled bytes
         )
         for level, shape in enumerate(shapes)
     ]
 
 
 def _compute(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], workers: int) -> list[Any]:
-    """The values of a function for each set of arguments, some of them at a time."""
+    """Return the values of a function for each tuple of arguments, computed on `workers` threads."""
     from dask.base import compute
     from dask.delayed import delayed
 
-    # Not pure, not traversed: nothing is hashed, nor copied into the graph.
+    # Without these options dask would hash the arguments and copy them into the graph.
     calls = delayed(function, pure=False, traverse=False)
     return list(compute(*[calls(*each) for each in arguments], scheduler="threads", num_workers=workers))
 
@@ -189,13 +189,13 @@ def write_labels(source: Path, target: Path, *, workers: int = 1) -> dict[str, A
     target : pathlib.Path
         The store to write.
     workers : int
-        Threads. The bytes written do not depend on it.
+        Number of threads. The bytes written do not depend on it.
 
     Returns
     -------
     dict
-        ``nuclei``, ``shape`` (rows and columns of the first level), ``levels``, and ``mp_per_s``, megapixels of the
-        first level a second.
+        ``nuclei`` (count), ``shape`` (rows and columns of the first level), ``levels`` (count), and ``mp_per_s``,
+        megapixels of the first level per second.
     """
     import dask.array as da
     from dask.callbacks import Callback
@@ -214,7 +214,7 @@ def write_labels(source: Path, target: Path, *, workers: int = 1) -> dict[str, A
         with Callback(posttask=lambda key, pixels, *_: progress.advance(pixels / 1e6)):
             _compute(paint_band, bands, workers)
         for finer, coarser in pairwise(levels):
-            # Four chunks make one.
+            # Four chunks of the finer level make one of the coarser level.
             pixels = da.from_zarr(finer, chunks=(2 * CHUNK, 2 * CHUNK))[::2, ::2]
             da.store(pixels, coarser, lock=False, scheduler="threads", num_workers=workers)
         return {
@@ -242,11 +242,11 @@ def run_labels(
     slide : str
         Name of the slide.
     measure, nuclei : pathlib.Path
-        What the stage ``measure`` wrote.
+        Outputs of the stage ``measure``.
     out, zarr : pathlib.Path
         The manifest and the store to write.
     workers : int
-        Threads.
+        Number of threads.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 

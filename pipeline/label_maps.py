@@ -1,4 +1,4 @@
-"""Instance label maps from image files and ``.npy`` arrays, read without running anything that they hold."""
+"""Read instance label maps from image files and ``.npy`` arrays, without executing any code stored in the files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.errors import PipelineError, of_the_machine
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".tiff", ".tif", ".npy")
-"""Files that hold a label map."""
+"""Suffixes of files that can hold a label map."""
 
 _HINT = "is it a label map?"
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype`` while a pickle is read."""
+    """Stands in for ``numpy.dtype`` while a pickle is read."""
 
     def __init__(self, code: object = "", *flags: object) -> None:
         self.code = code
@@ -38,7 +38,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array while a pickle is read."""
+    """Stands in for ``numpy.ndarray`` while a pickle is read."""
 
     state: tuple[Any, ...] = ()
 
@@ -57,7 +57,7 @@ def _reconstruct(*_: object) -> _Array:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, numbers, text and what contains them. No name in the file is ever looked up or called."""
+    """Unpickler for arrays, numbers, text and containers of these. It never imports or calls a name from the file."""
 
     _NAMES = {  # noqa: RUF012
         **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
@@ -78,18 +78,18 @@ def load_npy(path: Path) -> Any:
     Parameters
     ----------
     path : pathlib.Path
-        An array, which is mapped into memory rather than read, or one Python object as ``numpy.save`` pickles it.
+        An array, which is memory-mapped, or a dict of arrays as ``numpy.save`` pickles it.
 
     Returns
     -------
     numpy.ndarray or dict
-        The array; for an object, a dict of arrays.
+        The array, or the dict of arrays.
 
     Raises
     ------
     PipelineError
-        When the file is damaged or holds something else than arrays in a dict. Nothing in it is run: a pickle is read
-        by a reader that knows arrays alone.
+        When the file is damaged or holds anything but an array or a dict of arrays. No code in the file is executed:
+        pickles are read by an unpickler that accepts only arrays.
     """
     try:
         with path.open("rb") as file:
@@ -103,7 +103,7 @@ def load_npy(path: Path) -> Any:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except PipelineError:
         raise
-    except Exception as error:  # a damaged pickle or header raises nearly anything
+    except Exception as error:  # a damaged pickle or header can raise almost any exception
         if of_the_machine(error):
             raise
         raise PipelineError(f"{path} cannot be read: {error}", "is it a whole .npy file of arrays?") from None
@@ -127,18 +127,18 @@ def read_label_map(path: Path) -> np.ndarray:
     Parameters
     ----------
     path : pathlib.Path
-        ``.png`` or ``.tif`` with one channel (or several that are alike, as image editors write grey), or ``.npy`` with
-        an array ``(H, W)`` of whole numbers or a dict of arrays with ``inst_map``.
+        ``.png`` or ``.tif`` with one channel (or several equal ones, as image editors write grey), or ``.npy`` with
+        an array ``(H, W)`` of whole numbers or a dict of arrays with the key ``inst_map``.
 
     Returns
     -------
     numpy.ndarray
-        Integers or bool ``(H, W)``, none negative.
+        Non-negative integers or bool ``(H, W)``.
 
     Raises
     ------
     PipelineError
-        When the file is missing, damaged, or no label map.
+        When the file is missing, damaged or not a label map.
     """
     if not path.is_file():
         raise PipelineError(f"{path} is missing", "give a label map: PNG, TIFF or npy")
@@ -146,7 +146,7 @@ def read_label_map(path: Path) -> np.ndarray:
         labels = _read(path)
     except PipelineError:
         raise
-    except Exception as error:  # readers raise what they like over damaged files
+    except Exception as error:  # image readers raise many kinds of exceptions for damaged files
         if of_the_machine(error):
             raise
         raise PipelineError(f"{path} cannot be read: {error}", _HINT) from None
@@ -198,7 +198,7 @@ def _read(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "RGBA"):
                 return np.asarray(image)
-    import cv2  # keeps 16 bits of colour, where Pillow drops half of them
+    import cv2  # keeps 16 bits per colour channel, which Pillow reduces to 8
 
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if pixels is None:
@@ -207,9 +207,10 @@ def _read(path: Path) -> np.ndarray:
 
 
 def read_instances(path: Path) -> np.ndarray:
-    """`read_label_map`, a mask being taken apart into its 4-connected parts.
+    """Read a label map; a binary mask is split into its 4-connected components.
 
-    A mask is an array of bool, one of 0 and 255 alone, or one of 0 and 1 in several parts; a warning tells of it.
+    An array is a mask if it is bool, an 8-bit array of only 0 and 255, or an array of 0 and 1 with several components.
+    A warning is logged for a mask.
 
     Returns
     -------
@@ -220,7 +221,7 @@ def read_instances(path: Path) -> np.ndarray:
 
 
 def instances_of(content: np.ndarray | dict[str, np.ndarray], path: Path) -> np.ndarray:
-    """`read_instances` of what `load_npy` has read from a file."""
+    """Like `read_instances`, for content that `load_npy` has already read; `path` is for messages."""
     return _separate(_checked(_array(content, path), path), path)
 
 

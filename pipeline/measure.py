@@ -1,7 +1,7 @@
 """Stage ``measure``: shape and stain of each nucleus.
 
-The table of nuclei is read, measured and written in batches of rows, and the tiles under them are read block by block,
-each once, so memory does not grow with the slide.
+The table of nuclei is read, measured and written in batches of rows, and the tiles are read block by block, so memory
+does not grow with the slide. A block that several waiting batches need is read once for all of them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ BATCH_ROWS = 16_384
 """Nuclei measured at once."""
 
 BATCHES_AT_ONCE = 4
-"""Batches that wait for blocks that the next one may meet too: on a wide slide, one row of blocks has several."""
+"""Batches that may wait for further blocks at the same time: on a wide slide, several batches share a row of blocks."""
 
 SHAPES_AT_ONCE = 1024
-"""Nuclei whose outlines are measured at once: as many as the processor's caches hold."""
+"""Nuclei whose outlines are measured at once: few enough to fit into the processor's caches."""
 
 BLOCK = 1024
 """Side of the blocks in which tiles are read, in grid pixels."""
@@ -59,20 +59,20 @@ COLUMNS = (
 
 
 def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
-    """Shape of polygons.
+    """Measure the shape of polygons.
 
     Parameters
     ----------
     geometry : pyarrow.BinaryArray
         Polygons in level-0 pixels, WKB, ``(n,)``.
     grid : Grid
-        The grid that they were made on, which knows how large a level-0 pixel is in either direction.
+        The grid that the polygons were made on; it gives the size of a level-0 pixel in both directions.
 
     Returns
     -------
     dict of str to numpy.ndarray
         float64 ``(n,)``: the columns of `pipeline.kernels.measure.polygon_shapes`, the centroid in level-0 pixels, and
-        ``solidity``, the area over that of the convex hull.
+        ``solidity``, the area divided by that of the convex hull.
     """
     from pipeline.nuclei import wkb_of
 
@@ -81,17 +81,17 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
     values = polygon_shapes(points * um, rings[:-1], polygons[:-1])
     values["centroid_x"] /= um[0]
     values["centroid_y"] /= um[1]
-    hull = _hulls(points, rings, polygons, grid) * um.prod()  # ratios of areas survive unequal scales
+    hull = _hulls(points, rings, polygons, grid) * um.prod()  # the hull of scaled points is the scaled hull
     with np.errstate(invalid="ignore", divide="ignore"):
         values["solidity"] = np.where(hull > 0, np.minimum(values["area_um2"] / hull, 1), 0)
     return values
 
 
 def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Grid) -> np.ndarray:
-    """Areas of the convex hulls of polygons' shells in square level-0 pixels."""
+    """Areas, in square level-0 pixels, of the convex hulls of the polygons' exteriors."""
     lengths = np.diff(rings)[polygons[:-1]]
     shells = points if len(rings) == len(polygons) else points[expand(rings[polygons[:-1]], lengths)]
-    # Outlines of the stage `instances` have their points on half pixels of the grid.
+    # Outlines from the stage `instances` have their points on half pixels of the grid: integers suffice for the hulls.
     half = np.array([grid.scale_x, grid.scale_y]) / 2
     places = shells / half
     lattice = np.rint(places)
@@ -113,13 +113,13 @@ class Batch:
     rows : pyarrow.RecordBatch
         The rows, without their runs.
     shapes : dict of str to numpy.ndarray
-        What `measure_shapes` says of them.
+        What `measure_shapes` returned for the rows.
     pieces : Pieces
-        Their runs, block by block.
+        The runs of the nuclei, cut into blocks.
     stains : StainSums
         Sums over the pixels of the blocks that have been read.
     done : int
-        How many blocks those are.
+        Number of blocks that have been read.
     """
 
     rows: pa.RecordBatch
@@ -130,7 +130,7 @@ class Batch:
 
     @property
     def finished(self) -> bool:
-        """Whether all its blocks have been read."""
+        """Whether all blocks of this batch have been read."""
         return self.done == len(self.pieces.blocks)
 
     @property
@@ -140,7 +140,7 @@ class Batch:
 
 
 def begin_batch(batch: pa.RecordBatch, grid: Grid, matrix: np.ndarray, white: np.ndarray | None = None) -> Batch:
-    """Measure what needs no pixels of some rows of ``instances.parquet``."""
+    """Start a batch of rows of ``instances.parquet``: measure the shapes, which need no pixels, and cut the runs."""
     geometry, lists = batch.column("geometry"), batch.column("runs")
     parts = [measure_shapes(geometry.slice(at, SHAPES_AT_ONCE), grid) for at in range(0, len(lists), SHAPES_AT_ONCE)]
     shapes = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -151,7 +151,10 @@ def begin_batch(batch: pa.RecordBatch, grid: Grid, matrix: np.ndarray, white: np
 
 
 def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
-    """Add the pixels of the blocks in the rows of blocks before this one, those that several batches meet only once."""
+    """Add pixels to the stain sums of `batches`, for all unread blocks in the rows of blocks above row `before`.
+
+    A block that several batches need is read once.
+    """
     blocks: dict[tuple[int, int], list[tuple[Batch, slice]]] = {}
     for batch in batches:
         pieces = batch.pieces
@@ -175,7 +178,7 @@ def read_blocks(batches: Sequence[Batch], tiles: Tiles, before: int) -> None:
 def measured_batches(
     source: Any, tiles: Tiles, matrix: np.ndarray, white: np.ndarray | None, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of ``nuclei.parquet`` from an open ``instances.parquet``."""
+    """Yield batches of rows for ``nuclei.parquet``, measured from an open ``instances.parquet``."""
     import pyarrow as pa
 
     from pipeline.nuclei import grid_of
@@ -197,7 +200,7 @@ def measured_batches(
         if rows.num_rows == 0:
             continue
         waiting.append(begin_batch(rows, grid, matrix, white))
-        # What comes later begins no higher than the last of these.
+        # Rows are ordered by id, so no later nucleus begins above the last one: rows of blocks above it are complete.
         last = (int(rows.column("id")[-1].as_py()) >> 32) // refine
         read_blocks(waiting, tiles, last // BLOCK)
         if len(waiting) > BATCHES_AT_ONCE:
@@ -209,7 +212,7 @@ def measured_batches(
 
 
 def measured_schema(schema: pa.Schema) -> pa.Schema:
-    """Schema of ``nuclei.parquet`` from that of ``instances.parquet``, with its metadata."""
+    """Return the schema of ``nuclei.parquet`` for a schema of ``instances.parquet``; the metadata is kept."""
     import pyarrow as pa
 
     fields = [field for field in schema if field.name != "runs"]
@@ -232,9 +235,9 @@ def write_measured(
     matrix : numpy.ndarray
         Stain matrix, ``(2, 3)``.
     out : pathlib.Path
-        ``nuclei.parquet`` to write; one row group a batch.
+        ``nuclei.parquet`` to write, with one row group per batch.
     white : numpy.ndarray, optional
-        OD of the glass, ``(3,)``.
+        OD of the glass, ``(3,)``; subtracted before stains are measured.
 
     Returns
     -------
@@ -273,9 +276,9 @@ def run_measure(
     slide : str
         Name of the slide.
     instances, parquet : pathlib.Path
-        What the stage ``instances`` wrote.
+        Outputs of the stage ``instances``.
     tiles, zarr : pathlib.Path
-        What the stage ``tiles`` wrote.
+        Outputs of the stage ``tiles``.
     stain : pathlib.Path
         Manifest of the stage ``stain``.
     out, nuclei : pathlib.Path
@@ -286,8 +289,8 @@ def run_measure(
     Returns
     -------
     dict
-        The manifest, with ``nuclei`` (count), ``stains`` (the 2 x 3 vectors that were measured), ``white`` (OD of the
-        glass, taken off first) and ``stains_origin`` (``slide`` or ``ruifrok``).
+        The manifest, with ``nuclei`` (count), ``stains`` (the 2 x 3 matrix of stain vectors used), ``white`` (OD of the
+        glass, subtracted first) and ``stains_origin`` (``slide`` or ``ruifrok``).
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The table of nuclei of one slide: GeoParquet, polygons in level-0 pixels.
 
-Columns: ``id`` (uint64: row and column of the nucleus' first pixel in raster order on the grid that nuclei were made
-on, ``row << 32 | column``), ``geometry`` (WKB), ``class``, ``class_id``, ``probability`` (mean of the nucleus map
-inside, 0 to 1); between the instances and the measure stage also ``runs`` (pixels of the slide's grid: row, first
-column, column after the last, one after another). Rows are ordered by id. What the table belongs to stands in the
-file's metadata under ``nuclei``.
+The columns are ``id`` (uint64: row and column of the nucleus' first pixel in raster order on the grid that nuclei were
+made on, ``row << 32 | column``), ``geometry`` (WKB), ``class``, ``class_id`` and ``probability`` (mean of the nucleus
+map inside the nucleus, 0 to 1). Between the stages ``instances`` and ``measure`` the table also has ``runs``: the
+pixels of the slide's grid as a flat list of row, first column and column after the last of each run. Rows are ordered
+by id. The file's metadata holds slide, grid, classes and model under the key ``nuclei``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BASE_FIELDS = [
 RUNS_FIELD = pa.field("runs", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False)
 
 COMPRESSION = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["class", "class_id"]}
-"""How nuclei are packed in a file. Dictionaries of values that hardly repeat take as long as all the rest."""
+"""Options for writing Parquet. Dictionaries of columns whose values hardly repeat would double the time of writing."""
 
 
 def nuclei_schema(about: dict[str, Any], extra: list[pa.Field] | None = None) -> pa.Schema:
@@ -50,19 +50,24 @@ def nuclei_schema(about: dict[str, Any], extra: list[pa.Field] | None = None) ->
     about : dict
         JSON values for the file's metadata: ``slide``, ``grid``, ``classes``, ``model``.
     extra : list of pyarrow.Field, optional
-        Columns beyond the basic ones.
+        Columns besides `BASE_FIELDS`.
+
+    Returns
+    -------
+    pyarrow.Schema
+        The schema, with the metadata of GeoParquet.
     """
     metadata = {b"geo": json.dumps(GEO_META).encode(), META_KEY: json.dumps(about, sort_keys=True).encode()}
     return pa.schema([*BASE_FIELDS, *(extra or [])], metadata=metadata)
 
 
 def open_nuclei(path: Path) -> pq.ParquetFile:
-    """Open a file of nuclei for reading in parts.
+    """Open a table of nuclei, to be read in parts.
 
     Raises
     ------
     PipelineError
-        When it is missing or no such file.
+        When the file is missing or not a table of nuclei.
     """
     try:
         file = pq.ParquetFile(path)
@@ -76,19 +81,19 @@ def open_nuclei(path: Path) -> pq.ParquetFile:
 
 
 def about_nuclei(schema: pa.Schema) -> dict[str, Any]:
-    """What a table of nuclei belongs to."""
+    """Metadata of a table of nuclei: ``slide``, ``grid``, ``classes`` and ``model``."""
     value: dict[str, Any] = json.loads(schema.metadata[META_KEY])
     return value
 
 
 def read_nuclei(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a file of nuclei, or some of its columns."""
+    """Read a table of nuclei, or some of its columns."""
     with open_nuclei(path) as file:
         return file.read(columns=columns)
 
 
 def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The polygons of a column in one piece: bytes uint8, and where each begins in them, int64 ``(n + 1,)``."""
+    """WKB of a column of polygons: all bytes as uint8, and the offset of each polygon in them, int64 ``(n + 1,)``."""
     offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
     first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
     data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last]
@@ -96,6 +101,9 @@ def wkb_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grid_of(table: pa.Table | pq.ParquetFile) -> Grid:
-    """The grid that nuclei were made on: the slide's, or one of half its pixels where the model's rules refine."""
+    """Grid that the nuclei were made on.
+
+    This is the slide's grid, or one with pixels of half the size where the model's rules refine the maps.
+    """
     schema = table.schema if isinstance(table, pa.Table) else table.schema_arrow
     return Grid.from_json(about_nuclei(schema)["grid"])

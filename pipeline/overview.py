@@ -1,4 +1,4 @@
-"""Drawing of ``overview.png``: where the tissue is, how dense the nuclei are, and what they look like up close."""
+"""Draw ``overview.png``: the tissue, the density of nuclei, and a few regions at full resolution."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ CROP_UM = 128.0
 """Side of a crop in µm."""
 
 MAP_WIDTH, CROP_WIDTH = 5.475, (13 - 2 * MARGIN - 2 * 0.4) / 3
-"""Inches, on a figure 13 inches wide."""
+"""Width of a map and of a crop in inches, on a figure 13 inches wide."""
 
 LEGEND_LETTERS = 30
-"""Letters of a class name that the legend shows."""
+"""Largest number of characters of a class name in the legend."""
 
 COLOUR_MAP = "magma"
 
@@ -59,11 +59,11 @@ class Region:
     Parameters
     ----------
     name : str
-        Why it was chosen.
+        Name of the region, which says why it was chosen.
     x, y, side : int
         Corner and side in grid pixels.
     count : int
-        Nuclei whose centroid lies in it.
+        Number of nuclei whose centroid lies in the region.
     """
 
     name: str
@@ -90,21 +90,22 @@ class Density:
 
 
 def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.uint8], int]:
-    """Shrink the stored tissue by averaging whole blocks of pixels.
+    """Make a thumbnail of the stored tissue by averaging blocks of pixels.
 
     Parameters
     ----------
     tiles : Tiles
         The slide's pixels.
     side : int
-        Most pixels of its longest side.
+        Largest number of pixels of the thumbnail's longer side.
 
     Returns
     -------
     image : numpy.ndarray of uint8, shape (ceil(H / factor), ceil(W / factor), 3)
         The thumbnail, white where nothing is stored.
     factor : int
-        Grid pixels per thumbnail pixel, a power of two: whole stored tiles are whole pixels, and are read once.
+        Grid pixels per thumbnail pixel. It is a power of two, so that no thumbnail pixel straddles two stored tiles and
+        each tile is read once.
     """
     grid, active = tiles.grid, np.asarray(tiles.active)
     factor = 1 << max(0, math.ceil(math.log2(max(grid.width, grid.height) / side)))
@@ -117,7 +118,7 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
             if not active[cells].any():
                 continue
             block: npt.NDArray[Any] = tiles.read(left, top, w, h)
-            if h % factor or w % factor:  # at the slide's end
+            if h % factor or w % factor:  # at the right or bottom edge of the slide
                 block = cv2.copyMakeBorder(block, 0, -h % factor, 0, -w % factor, cv2.BORDER_REPLICATE)
             small = shrink(block, factor, factor)
             y, x = top // factor, left // factor
@@ -126,12 +127,12 @@ def thumbnail(tiles: Tiles, side: int = THUMBNAIL_SIDE) -> tuple[npt.NDArray[np.
 
 
 def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, scale: float) -> npt.NDArray[np.float64]:
-    """Share of each bin that lies inside of `rings` (even–odd rule).
+    """Fraction of each bin that lies inside `rings` (even–odd rule).
 
     Parameters
     ----------
     rings : sequence of numpy.ndarray, shape (k, 2)
-        Exteriors and holes, any unit.
+        Exteriors and holes, in any unit.
     rows, cols : int
         Number of bins.
     scale : float
@@ -140,7 +141,7 @@ def coverage(rings: Sequence[npt.NDArray[np.float64]], rows: int, cols: int, sca
     Returns
     -------
     numpy.ndarray of float64, shape (rows, cols)
-        0..1.
+        Fractions, 0 to 1.
     """
     fine, shift = 4, 8
     mask = np.zeros((rows * fine, cols * fine), dtype=np.uint8)
@@ -171,8 +172,8 @@ def density_map(
     Returns
     -------
     Density
-        Of 110 bins on the longer side, of 20 µm at least. Counts and tissue are smoothed alike (Gaussian of 1.5 bins or
-        50 µm) before one is divided by the other.
+        Bins are 1/110 of the slide's longer side, but at least 20 µm. Counts and tissue area are smoothed alike before
+        they are divided (Gaussian with a sigma of 1.5 bins or 50 µm, whichever is larger).
     """
     bin_um = max(20.0, max(size) / 110)
     rows, cols = max(1, math.ceil(size[1] / bin_um)), max(1, math.ceil(size[0] / bin_um))
@@ -206,7 +207,7 @@ def choose_regions(
     Returns
     -------
     list of Region
-        Without nuclei, one region where there is most tissue.
+        The regions. On a slide without nuclei, a single one where there is most tissue.
     """
     side = min(max(16, round(CROP_UM / grid.mpp)), grid.width, grid.height)
     half = max(1, side // 2)
@@ -215,7 +216,7 @@ def choose_regions(
     def windows(bins: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if side == 1:
             return bins
-        # Squares start at every bin but the last one of a row or column, which has no neighbour.
+        # A square covers 2 x 2 bins, so none begins in the last row or column of bins.
         padded = np.pad(bins, 1)
         sums = padded[1:-1, 1:-1] + padded[1:-1, 2:] + padded[2:, 1:-1] + padded[2:, 2:]
         return sums[: max(1, rows - 1), : max(1, cols - 1)]
@@ -266,9 +267,9 @@ def draw(
     path : pathlib.Path
         PNG to write.
     slide : str
-        Name of the slide, shown as it is.
+        Name of the slide.
     facts : sequence of str
-        What stands below the name.
+        Facts about the slide, shown below its name.
     tiles : Tiles
         The slide's pixels.
     rings : sequence of numpy.ndarray, shape (k, 2)
@@ -276,14 +277,14 @@ def draw(
     centroids : numpy.ndarray of float64, shape (n, 2)
         Centroids of all nuclei in grid pixels.
     regions : sequence of Region
-        What is shown at full resolution.
+        Regions to show at full resolution.
     contours : sequence
-        For each region the outlines in grid pixels with their colours.
+        For each region, the outlines of its nuclei with their colours.
     legend : sequence of tuple
-        Names and colours of the classes; shown when there are several.
+        Names and colours of the classes; drawn if there are several.
     """
     grid = tiles.grid
-    wide, tall = map_size(grid.width, grid.height, (MAP_WIDTH, 5.2), 4.2)  # of both maps
+    wide, tall = map_size(grid.width, grid.height, (MAP_WIDTH, 5.2), 4.2)  # of each of the two maps
     columns, rows = legend_layout([name for name, _ in legend])
     with picture(path, 1.3 + tall + 0.55 + CROP_WIDTH + 0.3 + 0.2 * rows) as figure:
         heading(figure, slide, "   ·   ".join(facts))
@@ -325,7 +326,7 @@ def _draw_tissue(
         corner = (region.x, region.y)
         axes.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec="white", lw=2.6))
         axes.add_patch(Rectangle(corner, region.side, region.side, fill=False, ec=INK, lw=1.4))
-        above = region.y > 0.04 * grid.height  # else the badge would lie on the panel's title
+        above = region.y > 0.04 * grid.height  # a badge above a region at the top would cover the panel's title
         axes.annotate(
             str(number),
             (region.x, region.y),
@@ -361,7 +362,7 @@ def _draw_crop(figure: Figure, box: Box, title: str, tiles: Tiles, region: Regio
 
 
 def legend_layout(names: Sequence[str]) -> tuple[int, int]:
-    """Columns and rows of a legend of these names below the panels.
+    """Columns and rows of the legend below the panels, for classes of these names.
 
     >>> legend_layout(["Nucleus"]), legend_layout(["Tumour", "Stroma", "Immune"])
     ((1, 1), (3, 1))
@@ -409,7 +410,7 @@ def _draw_density(
     axes.set_xlim(0, grid.width)
     axes.set_ylim(grid.height, 0)
     axes.set_aspect("equal")
-    axes.apply_aspect()  # the axes shrink to the slide's shape; the colour bar stands beside what is left
+    axes.apply_aspect()  # shrink the axes to the slide's shape now, since the colour bar is placed beside them
     if top <= 0:
         note = "no nuclei" if finite.size else "no tissue"
         axes.text(0.5, 0.5, note, ha="center", va="center", color=MUTED, fontsize=10, transform=axes.transAxes)
@@ -441,10 +442,10 @@ def _draw_density(
 def _fine(
     density: Density, rings: Sequence[npt.NDArray[np.float64]], grid: Grid
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The density between the middles of bins, and how much of each fine bin is tissue."""
+    """Interpolate the density to finer bins, and return it with the fraction of tissue in each of them."""
     values = density.values
     known = np.isfinite(values)
-    if known.any() and not known.all():  # from the nearest bin, so that the edge of the tissue has a colour
+    if known.any() and not known.all():  # fill from the nearest bin, so that tissue has a colour up to its edge
         unknown = (~known).astype(np.uint8)
         _, bins = cv2.distanceTransformWithLabels(unknown, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
         found = np.zeros(int(bins.max()) + 1)

@@ -1,6 +1,7 @@
-"""Stage ``regions``: what there is in the regions that somebody has drawn on a slide, where the slide table has them.
+"""Stage ``regions``: nuclei and tissue in the regions that a user has drawn on a slide.
 
-It reads what was measured, so the nuclei of a run are there already: other regions run this stage alone.
+The stage runs for slides that have regions in the slide table. It only reads measurements, so with other regions the
+earlier stages of a run are not repeated.
 """
 
 from __future__ import annotations
@@ -28,29 +29,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WHAT = "regions"
-"""What messages call the file."""
+"""Name of the file of regions in messages."""
 
 ELSEWHERE = "(elsewhere)"
-"""Name of the row for what lies in no region."""
+"""Name of the row for everything that lies in no region."""
 
 BATCH_ROWS = 65_536
-"""Nuclei looked up at once."""
+"""Nuclei that are assigned to regions at once."""
 
 NUDGE = (1e-6, 3.1e-8)
-"""Level-0 pixels by which nuclei are moved before they are looked up, so that none lies on a border: one that does
-belongs to what is right of it, or below, and of regions side by side to one. The slope is none that anybody draws."""
+"""Shift of nuclei in level-0 pixels, x and y, before they are assigned to regions, so that none lies on a border.
+
+A nucleus on a border thus belongs to the region on its right or, for a horizontal border, below it, and to exactly one
+of two adjacent regions. The direction of the shift is one that drawn borders practically never have.
+"""
 
 
 @dataclass(frozen=True)
 class Region:
-    """What was drawn under one name.
+    """The area of all annotations of one name.
 
     Parameters
     ----------
     name : str
-        The name.
+        Name of the region.
     area : shapely geometry
-        Polygons in level-0 pixels, valid, as far as they lie on the slide; may be empty.
+        Valid polygons in level-0 pixels, clipped to the slide; may be empty.
     """
 
     name: str
@@ -58,15 +62,15 @@ class Region:
 
 
 def is_annotation(feature: dict[str, Any]) -> bool:
-    """Whether an object of QuPath outlines a region: no detection, cell or frame, and not to be ignored."""
+    """Whether a QuPath object outlines a region: it is no detection, cell or frame, and its class is not ignored."""
     return role(feature, ("",)) == "region" and not base_class(feature).casefold().startswith(IGNORED)
 
 
 def region_name(feature: dict[str, Any], number: int) -> str:
-    """Name of an annotation: its own, else its class, else its number among the file's annotations."""
+    """Name of an annotation: its own name, else its class, else its number among the file's annotations."""
     own = str((feature.get("properties") or {}).get("name") or "")
     name = " ".join((own.strip() or ": ".join(class_names(feature)) or f"region {number}").split())
-    return name.encode("utf-8", "replace").decode("utf-8")  # JSON may hold halves of characters
+    return name.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates
 
 
 def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -> tuple[list[Region], list[str]]:
@@ -75,25 +79,26 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`.
+        GeoJSON, plain or gzipped, see `pipeline.geojson`.
     box : shapely geometry
-        The slide; what lies outside is cut off.
+        The slide; regions are clipped to it.
     origin : tuple of int
-        Level-0 pixel from which the file counts, where it does not say so itself.
+        Origin of the coordinates as a level-0 pixel, unless the file states its own.
 
     Returns
     -------
     regions : list of Region
-        In the order of the file. Annotations of one name are one region.
+        In the order of the file. Annotations of the same name form one region.
     warnings : list of str
         What was left out.
 
     Raises
     ------
     SlideError
-        When the file is missing or no GeoJSON, or none of its annotations has an area on the slide.
+        When the file is missing or not GeoJSON, when it has objects but no annotation with an area on the slide, or
+        when a region has the name `ELSEWHERE`.
     OSError
-        When the disk or the file server failed.
+        When the disk or the file server fails.
     """
     import shapely
 
@@ -108,7 +113,7 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
     named: dict[str, list[BaseGeometry]] = {}
     without = outside = 0
     for number, (feature, polygons) in enumerate(found, 1):
-        # Where an outline winds around something twice, that is inside.
+        # Structure: an area that an outline encloses twice is inside, which the default method treats as outside.
         with np.errstate(over="ignore"):
             drawn = shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))
             shape = shapely.intersection(drawn, box)
@@ -135,19 +140,19 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
 
 
 def inside(points: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> npt.NDArray[np.bool_]:
-    """Which points lie in which areas.
+    """Determine which points lie in which areas.
 
     Parameters
     ----------
     points : numpy.ndarray of float64, shape (n, 2)
-        Level-0 pixels, x first.
+        Points in level-0 pixels, x first.
     areas : sequence of shapely geometries
-        Level-0 pixels; they may overlap.
+        Areas in level-0 pixels; they may overlap.
 
     Returns
     -------
     numpy.ndarray of bool, shape (n, areas)
-        See `NUDGE` for points on borders.
+        Whether each point lies in each area; see `NUDGE` for points on borders.
     """
     import shapely
 
@@ -162,14 +167,14 @@ def inside(points: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> np
 
 
 def tissue_within(area: BaseGeometry, tissue: npt.NDArray[np.object_]) -> float:
-    """Area of tissue, polygons that do not overlap, within an area."""
+    """Area of tissue within `area`; the polygons of `tissue` must not overlap."""
     import shapely
 
     return float(shapely.area(shapely.intersection(tissue, area)).sum())
 
 
 def members(centroids: npt.NDArray[np.float64], areas: Sequence[BaseGeometry]) -> list[npt.NDArray[np.int64]]:
-    """Rows of the nuclei whose centroid, in level-0 pixels, lies in each area, and last of those that lie in none."""
+    """Rows of the nuclei whose centroid (in level-0 pixels) lies in each area, and last of the nuclei in no area."""
     rows: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(len(areas) + 1)]
     for start in range(0, len(centroids), BATCH_ROWS):
         found = inside(centroids[start : start + BATCH_ROWS], areas)
@@ -186,7 +191,7 @@ def count_regions(
     box: BaseGeometry,
     mpp: tuple[float, float],
 ) -> list[dict[str, Any]]:
-    """What there is in each region of a slide.
+    """Count and summarise the nuclei and the tissue in each region of a slide.
 
     Parameters
     ----------
@@ -195,7 +200,7 @@ def count_regions(
     nuclei : pathlib.Path
         ``nuclei.parquet`` or ``classified.parquet``.
     tissue : sequence of shapely.Polygon
-        The tissue, level-0 pixels.
+        The tissue in level-0 pixels.
     box : shapely geometry
         The slide.
     mpp : tuple of float
@@ -204,8 +209,8 @@ def count_regions(
     Returns
     -------
     list of dict
-        Of each region, and last of what lies in none, `ELSEWHERE`: ``region``, ``area_mm2``, and as in ``metrics.json``
-        ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``, ``composition`` and ``quantiles``.
+        One for each region, and a last one, `ELSEWHERE`, for everything in no region: ``region`` (name), ``area_mm2``,
+        and as in ``metrics.json`` ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``, ``composition`` and ``quantiles``.
     """
     import shapely
 
@@ -264,11 +269,11 @@ def run_regions(
     inspect, tissue, tissue_geojson, tissue_png : pathlib.Path
         ``slide.json``, ``tissue.json``, ``tissue.geojson`` and ``tissue.png``.
     measure, nuclei : pathlib.Path
-        What the stage ``measure`` wrote, or ``classify``.
+        Outputs of the stage ``measure`` or ``classify``.
     regions : pathlib.Path
         The regions, see `read_regions`.
     origin : {"slide", "bounds"}
-        From where they count where they do not say so; see `pipeline.geojson.origin_of`.
+        Origin of the regions' coordinates, unless their file states its own; see `pipeline.geojson.origin_of`.
     out, png : pathlib.Path
         The manifest and ``regions.png`` to write.
     **how : Any
@@ -277,8 +282,8 @@ def run_regions(
     Returns
     -------
     dict
-        The manifest, with ``regions`` (see `count_regions`), ``sha256`` of their file, ``classifier`` (name and hash,
-        or None) and ``warnings``.
+        The manifest, with ``regions`` (see `count_regions`), ``sha256`` (of the file of regions), ``classifier`` (name
+        and hash, or None) and ``warnings``.
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Components that reach the edges of blocks: joined across them, and kept for another process."""
+"""Join components across the edges of blocks, and store what blocks report for another process."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from pipeline.census_worker import Block, Entry, Seam
 
 SURVEY = "survey.npz"
-"""What the blocks of a part told, in the part's folder."""
+"""Name of the file in a part's folder that holds what its blocks report."""
 
 
 class Seams:
-    """Joins the components of blocks across their edges; blocks come in any order.
+    """Joins components across the edges of blocks, which may be added in any order.
 
     Parameters
     ----------
     block : int
-        Distance between blocks, which begin at multiples of it.
+        Spacing of the blocks: their corners lie at multiples of it.
     """
 
     def __init__(self, block: int) -> None:
@@ -29,11 +29,11 @@ class Seams:
         self._boxes: list[np.ndarray] = []
         self._done: list[np.ndarray] = []
         self._pairs: list[np.ndarray] = []
-        # A side that waits for its counterpart, by the place of the edge: row, column, and whether it is vertical.
+        # Sides whose neighbour has not been added yet, by edge: row, column, and whether the edge is vertical.
         self._waiting: dict[tuple[int, int, bool], np.ndarray] = {}
 
     def add(self, block: Block, seam: Seam | None) -> None:
-        """Take what a block tells; None is nothing at its edges."""
+        """Add the seam of a block; None if no component reaches its edges."""
         row, column = block.y // self.block, block.x // self.block
         base = self.count
         places = [(row, column, False), (row + 1, column, False), (row, column, True), (row, column + 1, True)]
@@ -56,12 +56,14 @@ class Seams:
             self._done.append(seam.done)
 
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What the blocks saw.
+        """Group the parts of components that the blocks have reported by the component they belong to.
 
         Returns
         -------
-        group, first, boxes, done : numpy.ndarray
-            For each part of a component that reaches an edge: number of its component from 0 on, and as in `Seam`.
+        group : numpy.ndarray
+            int32 ``(n,)``: number of the component of each part, from 0.
+        first, boxes, done : numpy.ndarray
+            First pixel, box and state of each part, see `Seam`.
         """
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
@@ -77,7 +79,7 @@ class Seams:
 def whole_components(
     group: np.ndarray, first: np.ndarray, boxes: np.ndarray, done: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First pixel, box and state of each component from those of its parts."""
+    """Combine first pixels, boxes and states of parts (see `Seams.parts`) into those of whole components."""
     count = int(group.max(initial=-1)) + 1
     start = np.full(count, np.iinfo(np.int64).max)
     np.minimum.at(start, group, first)
@@ -93,14 +95,14 @@ def whole_components(
 
 
 def write_survey(path: Path, surveyed: Iterable[tuple[Block, Seam | None, dict[int, Entry]]]) -> None:
-    """Write what blocks told, for another process: an archive of plain arrays.
+    """Write what blocks report to an archive of plain arrays, which another process reads.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file (``.npz``); the nuclei's files are beside it.
+        The file (``.npz``), in the same folder as the files of nuclei.
     surveyed : iterable
-        Of each block its seam and where its nuclei are.
+        Each block with its seam and the entries of its nuclei.
     """
     blocks, entries, sides, found = [], [], [np.zeros(0, np.int32)], [np.zeros((0, 6), np.int64)]
     names: dict[str, int] = {}
@@ -124,7 +126,7 @@ def write_survey(path: Path, surveyed: Iterable[tuple[Block, Seam | None, dict[i
 
 
 def read_survey(path: Path) -> Iterator[tuple[Block, Seam | None, dict[int, Entry]]]:
-    """What `write_survey` wrote into the folder `path`."""
+    """Yield each block with its seam and entries from the file that `write_survey` wrote into the folder `path`."""
     with np.load(path / SURVEY, allow_pickle=False) as file:
         blocks, sides, found, entries = (file[name] for name in ("blocks", "sides", "found", "entries"))
         names = [str(path / name) for name in file["names"]]

@@ -1,4 +1,4 @@
-"""Stage ``summary``: a slide's numbers (``metrics.json``) and its picture (``overview.png``)."""
+"""Stage ``summary``: write the metrics of a slide (``metrics.json``) and draw its overview (``overview.png``)."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ QUANTILES = (5, 25, 50, 75, 95)
 """Percentiles of each measurement that are reported."""
 
 MANIFESTS = ("inspect", "tissue", "tiles", "stain", "maps", "instances", "measure", "export")
-"""Manifests of the stages before this one, as the command line and `pipeline.layout.SlideLayout` name them."""
+"""Manifests of the earlier stages, by their names on the command line and in `pipeline.layout.SlideLayout`."""
 
 
 @dataclass(frozen=True)
 class Nuclei:
-    """The light columns of ``nuclei.parquet``.
+    """The small columns of a table of nuclei, which fit into memory: classes and centroids.
 
     Parameters
     ----------
     path : pathlib.Path
-        The file.
+        The table, ``nuclei.parquet`` or ``classified.parquet``.
     grid : Grid
-        The grid that `centroids` are on.
+        The grid in whose pixels `centroids` are given.
     classes : tuple of (str, tuple of int)
-        Names and colours, in the model's order; classes that occur without being listed come last.
+        Names and colours, in the order of the table's metadata; classes that it does not list come last.
     kinds : numpy.ndarray of int64, shape (n,)
-        Index into `classes` of each nucleus.
+        Index of each nucleus' class in `classes`.
     centroids : numpy.ndarray of float64, shape (n, 2)
         Centroids in grid pixels, x first.
     """
@@ -60,7 +60,7 @@ class Nuclei:
 
     @classmethod
     def open(cls, path: Path, grid: Grid | None = None) -> Nuclei:
-        """Read the light columns of a table of nuclei; `grid` is that of the table unless another is given."""
+        """Read classes and centroids from a table of nuclei; `grid` is by default the table's own."""
         table = read_nuclei(path, ["class", "centroid_x", "centroid_y"])
         about, grid = about_nuclei(table.schema), grid or grid_of(table)
         listed = {str(item["name"]): tuple(item.get("color") or DEFAULT_COLOUR) for item in about.get("classes") or ()}
@@ -77,7 +77,7 @@ class Nuclei:
         return len(self.kinds)
 
     def quantiles(self, groups: Sequence[npt.NDArray[np.int64] | slice]) -> list[dict[str, dict[str, float | None]]]:
-        """Percentiles of `RANKED` in groups of the table's rows. One column in memory at once."""
+        """Percentiles of the measurements in `RANKED` for groups of rows. Only one column is in memory at a time."""
         result: list[dict[str, dict[str, float | None]]] = [{} for _ in groups]
         with open_nuclei(self.path) as file:
             for name in (name for name in RANKED if name in file.schema_arrow.names):
@@ -100,10 +100,10 @@ class Nuclei:
         return result
 
     def contours(self, regions: Sequence[Region]) -> list[list[tuple[npt.NDArray[np.float64], tuple[int, ...]]]]:
-        """Outlines in grid pixels, with the colour of the class, of the nuclei near each region."""
+        """Outlines of the nuclei near each region, in grid pixels, each with the colour of its class."""
         import shapely
 
-        margin = 60.0 / self.grid.mpp  # no nucleus reaches farther from its centroid
+        margin = 60.0 / self.grid.mpp  # 60 µm: no nucleus extends farther from its centroid
         near = []
         for region in regions:
             low = np.array([region.x, region.y]) - margin
@@ -116,7 +116,7 @@ class Nuclei:
             for group in range(file.num_row_groups):
                 start, stop = stop, stop + file.metadata.row_group(group).num_rows
                 if not any(mask[start:stop].any() for mask in near):
-                    continue  # most of a large slide's
+                    continue  # true for most row groups of a large slide
                 wkb = file.read_row_group(group, ["geometry"])["geometry"].to_numpy()
                 for found, mask in zip(result, near, strict=True):
                     rows = np.flatnonzero(mask[start:stop])
@@ -127,19 +127,19 @@ class Nuclei:
 
 
 def rounded(value: float, digits: int = 4) -> float | None:
-    """`value` rounded, or None when it is not finite: JSON has no NaN."""
+    """Round `value`; None if it is not finite, because JSON has no NaN."""
     return round(float(value), digits) if math.isfinite(value) else None
 
 
 def percentiles(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
-    """`QUANTILES` of a measurement by their text; None where no value is finite."""
+    """Percentiles of a measurement, keyed by `QUANTILES` as text; None if no value is finite."""
     values = values[np.isfinite(values)]
     found = np.percentile(values, QUANTILES) if len(values) else [math.nan] * len(QUANTILES)
     return {str(q): rounded(value) for q, value in zip(QUANTILES, found, strict=True)}
 
 
 def warnings_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the stages before warned of, each with its stage."""
+    """Warnings of the earlier stages, each prefixed with the name of its stage."""
     found = [f"{name}: {text}" for name, manifest in manifests.items() for text in manifest.get("warnings") or ()]
     share = manifests["tiles"].get("unreadable_share") or 0
     if share:
@@ -150,19 +150,19 @@ def warnings_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of a slide.
+    """Compute the metrics of a slide.
 
     Parameters
     ----------
     nuclei : Nuclei
-        Its nuclei.
+        The slide's nuclei.
     manifests : mapping
-        The manifests of the stages before, by the names of `MANIFESTS`.
+        The manifests of the earlier stages, by the names in `MANIFESTS`.
 
     Returns
     -------
     dict
-        What ``metrics.json`` holds but for the evaluation. Densities are per mm² of tissue; None without tissue.
+        The content of ``metrics.json`` except the evaluation. Densities are per mm² of tissue, or None without tissue.
     """
     inspect, tissue, tiles = manifests["inspect"], manifests["tissue"], manifests["tiles"]
     area = float(tissue["area_mm2"])
@@ -203,7 +203,7 @@ def summarise(nuclei: Nuclei, manifests: Mapping[str, Mapping[str, Any]]) -> dic
 def evaluate_slide(
     nuclei: Nuclei, truth: Path, size: tuple[int, int], origin: tuple[int, int] = (0, 0)
 ) -> dict[str, Any]:
-    """Compare a slide's nuclei with known ones.
+    """Compare a slide's nuclei with known nuclei.
 
     Parameters
     ----------
@@ -214,20 +214,21 @@ def evaluate_slide(
     size : tuple of int
         Width and height of level 0.
     origin : tuple of int
-        Level-0 pixel from which polygons count, where their file does not say so itself.
+        Origin of the polygons' coordinates as a level-0 pixel, unless their file states its own.
 
     Returns
     -------
     dict
-        Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals; ``n_outside``, how many of the
-        truths lie outside of the slide, which count as missed; and ``region``: the box (left, top, right, bottom in
-        level-0 pixels) around the known nuclei on the slide, or the label map's, or the slide's where none is known.
-        Nuclei whose centroid lies outside of it are left out, so that a part of a slide may be annotated.
+        Scores and counts of `pipeline.evaluation.metrics.score`, rounded to 6 decimals; ``n_outside``, the number of
+        known nuclei outside the slide, which count as missed; and ``region``, the evaluated box (left, top, right,
+        bottom in level-0 pixels). This is the box around the known nuclei on the slide, or that of the label map, or
+        the whole slide if no nucleus is known. Nuclei whose centroid lies outside the box are left out, so that it
+        suffices to annotate a part of a slide.
 
     Raises
     ------
     SlideError
-        When the truth cannot be read or is none of this slide.
+        When the truth cannot be read or does not belong to this slide.
     """
     from pipeline.evaluation.metrics import Overlaps, score_overlaps
     from pipeline.evaluation.readers import LabelMap, compare, load, some_nuclei
@@ -254,7 +255,7 @@ def evaluate_slide(
         places = nuclei.centroids * (nuclei.grid.scale_x, nuclei.grid.scale_y)
         wanted = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
         scores = compare(known, some_nuclei(nuclei.path, wanted), slide)
-    else:  # all that was found is wrong, whatever its outlines
+    else:  # no known nuclei: all that were found are false positives
         found = np.arange(1, len(nuclei) + 1)
         scores = score_overlaps(Overlaps.of(np.zeros_like(found), found)) | {"n_outside": 0}
     told = {name: round(value, 6) if isinstance(value, float) else value for name, value in scores.items()}
@@ -321,22 +322,22 @@ def run_summary(
     slide : str
         Name of the slide.
     manifests : mapping of str to pathlib.Path
-        Manifests of the stages before, by the names of `MANIFESTS`.
+        Manifests of the earlier stages, by the names in `MANIFESTS`.
     nuclei, tissue_geojson, tiles_zarr : pathlib.Path
         ``nuclei.parquet``, ``tissue.geojson`` and ``tiles.zarr``.
     out, png : pathlib.Path
-        ``metrics.json`` and ``overview.png``.
+        ``metrics.json`` and ``overview.png`` to write.
     truth : pathlib.Path or None
         Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
     origin : {"slide", "bounds"}
-        From where such a GeoJSON counts where it does not say so; see `pipeline.geojson.origin_of`.
+        Origin of the GeoJSON's coordinates, unless it states its own; see `pipeline.geojson.origin_of`.
     **how : Any
         `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
 
     Returns
     -------
     dict
-        The manifest; see `summarise`, and ``evaluation`` (scores, or None without truth).
+        The manifest, with the result of `summarise` and ``evaluation`` (see `evaluate_slide`; None without truth).
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:

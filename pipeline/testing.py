@@ -1,4 +1,4 @@
-"""Results of the stages, made up, for tests and benchmarks of what comes after them."""
+"""Synthetic outputs of stages, for tests and benchmarks of the stages that read them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "colo
 
 
 def pixels_of(labels: np.ndarray) -> Pixels:
-    """The pixels of a label map, int ``(H, W)``."""
+    """Convert a label map, int ``(H, W)``, to `Pixels`."""
     padded = np.pad(labels, ((0, 0), (0, 1)))
     index = np.flatnonzero(padded)
     return Pixels(index, padded.ravel()[index].astype(np.int32), int(labels.max(initial=0)), padded.shape[1])
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of all files of a folder, names included."""
+    """SHA-256 of the names and contents of all files in a folder."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -42,7 +42,7 @@ def digest(folder: Path) -> str:
 
 
 def nuclei_table(count: int, width: float, height: float, seed: int = 0) -> pa.Table:
-    """Nuclei in rows over a slide of ``width x height`` level-0 pixels of 0.25 µm."""
+    """Make a table of random nuclei on a slide of ``width x height`` level-0 pixels of 0.25 µm."""
     mpp = 0.25
     rng = np.random.default_rng(seed)
     x = rng.uniform(40, width - 40, count)
@@ -80,7 +80,7 @@ def write_nuclei(path: Path, table: pa.Table, grid: Grid, slide: str) -> None:
 
 
 def write_tiles(path: Path, grid: Grid, seed: int = 0) -> None:
-    """Write ``tiles.zarr``: pink tissue everywhere but in a white margin."""
+    """Write ``tiles.zarr``: pink tissue with a white margin of 64 pixels."""
     import zarr
 
     rng = np.random.default_rng(seed)
@@ -100,7 +100,7 @@ def write_tiles(path: Path, grid: Grid, seed: int = 0) -> None:
 def write_slide(
     results: Path, slide: str, *, count: int = 400, width: int = 2400, height: int = 1800, seed: int = 0
 ) -> SlideLayout:
-    """Write what the stages up to ``export`` leave of a good slide of 0.25 µm/px, seen at 0.5 µm/px."""
+    """Write the outputs of the stages up to ``export`` for a good slide of 0.25 µm/px, analysed at 0.5 µm/px."""
     paths = RunLayout(results).slide(slide)
     paths.root.mkdir(parents=True)
     grid = Grid.for_slide(width, height, 0.25, 0.25, 0.5)
@@ -146,7 +146,7 @@ def write_slide(
 
 
 def write_failed_slide(results: Path, slide: str, stage: str, reason: str, hint: str = "") -> SlideLayout:
-    """Write the manifests of a slide that failed at its first stage."""
+    """Write the manifests of a slide that failed at `stage`: all stages up to ``export`` record the same failure."""
     paths = RunLayout(results).slide(slide)
     paths.root.mkdir(parents=True)
     failure = {"stage": stage, "reason": reason, "hint": hint}
@@ -168,7 +168,7 @@ def write_package(
     mpp: float = 0.5,
     seed: int = 0,
 ) -> ModelPackage:
-    """Write a model package of an untrained network."""
+    """Write a model package with an untrained network."""
     import torch
     from safetensors.torch import save_file
 
@@ -202,13 +202,13 @@ def write_package(
 
 
 def ring_of(wkb: bytes) -> list[list[float]]:
-    """Exterior of a polygon given as WKB."""
+    """Points of the exterior of a polygon given as WKB."""
     points: list[list[float]] = shapely.get_coordinates(shapely.get_exterior_ring(shapely.from_wkb(wkb))).tolist()
     return points
 
 
 def stained(height: int, width: int, seed: int) -> np.ndarray:
-    """Random H&E tissue, uint8 RGB."""
+    """Make an image of random H&E tissue, uint8 RGB."""
     from scipy import ndimage
 
     rng = np.random.default_rng(seed)
@@ -217,7 +217,7 @@ def stained(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def write_inputs(folder: Path, rgb: np.ndarray, chunk: int = 128) -> dict[str, Path]:
-    """What the stages before inference leave of a slide of these pixels, one corner of it not tissue."""
+    """Write the outputs of the stages before inference for a slide with these pixels, one corner without tissue."""
     import zarr
 
     height, width = rgb.shape[:2]

@@ -1,7 +1,7 @@
-"""Overlap blending in integers.
+"""Blend the maps of overlapping windows in integers.
 
-Patches lie on a fixed grid; each pixel's predictions, rounded to uint8, are summed with integer weights that add up to
-the same constant everywhere. Integer sums do not depend on order, so neither do the maps.
+Windows lie on a fixed grid. The predictions for each pixel, rounded to uint8, are summed with integer weights that add
+up to the same constant everywhere. Integer sums do not depend on the order of their terms, and so neither do the maps.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Windows of one size that overlap by a fixed number of pixels and cover a slide completely.
+    """Grid of equal windows that overlap by a fixed number of pixels and cover a slide completely.
 
-    The first window begins `overlap` pixels before the slide, so that every pixel of the slide has its full weight.
+    The first window begins `overlap` pixels before the slide, so that the weights are complete at every pixel of the
+    slide.
 
     Parameters
     ----------
     width, height : int
         Size of the slide's grid in pixels.
     patch, overlap : int
-        Side of a window and overlap of neighbours in pixels.
+        Side of a window and overlap of neighbouring windows in pixels.
     """
 
     width: int
@@ -36,17 +37,17 @@ class PatchGrid:
 
     @property
     def stride(self) -> int:
-        """Distance between windows."""
+        """Distance between the origins of neighbouring windows, in pixels."""
         return self.patch - self.overlap
 
     @property
     def columns(self) -> int:
-        """Windows in a row."""
+        """Number of windows in a row."""
         return -(-(self.width + self.overlap) // self.stride)
 
     @property
     def rows(self) -> int:
-        """Rows of windows."""
+        """Number of rows of windows."""
         return -(-(self.height + self.overlap) // self.stride)
 
     def origin(self, row: int, column: int) -> tuple[int, int]:
@@ -57,8 +58,8 @@ class PatchGrid:
 def ramp_weights(patch: int, overlap: int) -> np.ndarray:
     """Integer weights of a window along one axis.
 
-    They rise over `overlap` pixels, stay, and fall over `overlap` pixels; the falling end of one window and the
-    rising end of the next add up to ``overlap + 1``, the weight in between.
+    Weights rise over `overlap` pixels, stay constant and fall over `overlap` pixels. The falling weights of a window
+    and the rising weights of the next one add up to ``overlap + 1``, the constant weight in between.
 
     Returns
     -------
@@ -73,29 +74,29 @@ def ramp_weights(patch: int, overlap: int) -> np.ndarray:
 
 
 def blend_weights(patch: int, overlap: int) -> np.ndarray:
-    """Integer weights of a window, int32 ``(patch, patch)``; with all neighbours they add up to `weight_sum`."""
+    """Integer weights of a window, int32 ``(patch, patch)``; with those of all neighbours they sum to `weight_sum`."""
     line = ramp_weights(patch, overlap)
     return line[:, None] * line[None, :]
 
 
 def weight_sum(overlap: int) -> int:
-    """What the weights of all windows over a pixel add up to."""
+    """Return the sum of the weights of all windows at a pixel."""
     return (overlap + 1) ** 2
 
 
 class Blender:
-    """Blend windows that arrive in raster order, in memory of the overlap of those in two rows.
+    """Blend windows that arrive in raster order, keeping only the overlaps of two rows of windows in memory.
 
-    A window that is never added counts as having nothing to say about its pixels; they come out as 0 or as what the
-    windows beside it say of them.
+    A window that is never added counts as 0 at all its pixels, and the pixels that its `add` would return are never
+    returned.
 
     Parameters
     ----------
     grid : PatchGrid
-        Where the windows lie.
+        Positions of the windows.
     largest : bool
-        Take the largest value of the windows over a pixel instead of their weighted mean; for maps of instances, of
-        which each window draws its own alone.
+        Take the largest value of the windows at a pixel instead of their weighted mean; for maps of instances, where
+        each window draws only the instances that belong to it.
     """
 
     def __init__(self, grid: PatchGrid, largest: bool = False) -> None:
@@ -103,26 +104,26 @@ class Blender:
         self._largest = largest
         self._weights = blend_weights(grid.patch, grid.overlap)
         self._sum = weight_sum(grid.overlap)
-        # Lower edges of windows by column: those of the row above that are still to be met, and those of this row.
+        # Lower overlaps of windows by column: those of the row above that are not yet joined, and those of this row.
         self._above: dict[int, np.ndarray] = {}
         self._below: dict[int, np.ndarray] = {}
         self._left = np.empty(0, np.int32)
         self._left_of = (-2, -2)
 
     def add(self, row: int, column: int, prediction: np.ndarray) -> np.ndarray:
-        """Add a window.
+        """Add a window and return the pixels that are then final.
 
         Parameters
         ----------
         row, column : int
-            Its place; windows come in raster order.
+            Position of the window in the grid; windows must be added in raster order.
         prediction : numpy.ndarray
             uint8 ``(C, patch, patch)``.
 
         Returns
         -------
         numpy.ndarray
-            uint8 ``(C, stride, stride)``: the pixels that no later window reaches, from the window's origin on.
+            uint8 ``(C, stride, stride)``: the pixels from the window's origin on, which no later window overlaps.
         """
         stride, overlap = self.grid.stride, self.grid.overlap
         join = np.maximum if self._largest else np.add

@@ -1,4 +1,4 @@
-"""Borders between the pieces that a picture is stored in: damage inside of one makes it jump there."""
+"""Find damaged tiles of an image by jumps of its colours at the borders between tiles."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import cv2
 import numpy as np
 
 RUN = 64
-"""Pixels along a border that are looked at together, from multiples of it."""
+"""Pixels along a border that are judged together; each such run begins at a multiple of this."""
 
 _ASIDE = 8
-"""Side of a JPEG block: the steps at a border are compared with those between blocks beside it."""
+"""Side of a JPEG block: the step at a border is compared with the steps between neighbouring blocks."""
 
 _REACH = 2 * _ASIDE + 2
-"""Pixels on each side of a border that are looked at."""
+"""Pixels on each side of a border that are read."""
 
 _NEAR = _REACH + np.arange(-2, 3)[:, None] * _ASIDE + np.arange(-2, 2)
-"""Of these, two on each side of the border, and of the blocks' borders beside it."""
+"""Columns of a strip next to its border and to two block borders on either side, two left and two right of each."""
 
 _GREY = 12.0
-"""Grey levels by which the step at a border must exceed..."""
+"""Grey levels by which the step at a border must exceed `_TIMES` times the largest step beside it."""
 
 _TIMES = 2.0
-"""... so many times the largest of those beside it."""
+"""Factor of the largest step beside a border in the comparison with the step at the border, see `_GREY`."""
 
 
 def jumps(strip: np.ndarray) -> np.ndarray:
-    """Where an image jumps at a border from top to bottom.
+    """Find where an image jumps at a vertical border.
 
-    A decoder that has lost its place in the data of a tile goes on with wrong brightness, or with blocks that belong
-    elsewhere. Inside a tile that may be a picture; at its border to a sound one it is a straight step, where tissue
-    goes on in both directions. Contrast that is as strong one and two blocks away is the tissue's own, and a side of
-    one colour is a tile that was never scanned.
+    A decoder that has lost its position in the data of a tile continues with wrong brightness or with blocks from
+    elsewhere. Inside the tile this may look like a picture, but at the border to an intact tile it makes a straight
+    step, whereas tissue continues across borders. A step is not a jump when there is similar contrast one or two
+    blocks away, which belongs to the tissue, or when one side has a single colour, which is a tile that was never
+    scanned.
 
     Parameters
     ----------
@@ -43,13 +44,13 @@ def jumps(strip: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        bool, shape (h // 64,): 64 rows that jump in both of their halves.
+        bool, shape (h // 64,): whether the image jumps in both halves of each run of 64 rows.
     """
     runs = len(strip) // RUN
     halves = np.ascontiguousarray(strip[: runs * RUN]).reshape(runs * 2, RUN // 2, 2 * _REACH, 3)
     means = halves.sum(axis=1, dtype=np.uint16)[:, _NEAR].astype(np.float32) / (RUN // 2)
     before, left, right, after = np.moveaxis(means, 2, 0)
-    # The step from one pixel to the next beyond what the slope on both sides makes of it.
+    # The step between the two pixels at a border, less what the slopes on both sides explain.
     step = np.abs((right - left) - (left - before + after - right) / 2).max(axis=-1)
     beside = step[:, [0, 1, 3, 4]].max(axis=-1)
     found = step[:, 2] > _GREY + _TIMES * beside
@@ -60,20 +61,20 @@ def jumps(strip: np.ndarray) -> np.ndarray:
 
 
 def surroundings(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
-    """What must be known along one axis to judge the borders in a window.
+    """Range of pixels along one axis that is needed to judge the borders in a window.
 
     Parameters
     ----------
     start, stop : int
-        The window.
+        First pixel of the window and the pixel after its last.
     side, size : int
-        Of a tile, and of the image.
+        Length of a tile and of the image along the axis.
 
     Returns
     -------
     tuple of int
-        The window with whole runs, and with both sides of each border. No tile is met for the first time on the
-        right where the window ends at one's border.
+        Start and stop of the window, extended to whole runs and to both sides of each border. A border exactly at
+        `stop` does not count, so that no tile is read only because the window ends at its border.
     """
     first, last = -(-start // side) * side, (stop - 1) // side * side
     start, stop = start // RUN * RUN, -(-stop // RUN) * RUN
@@ -88,17 +89,17 @@ def border_jumps(pixels: np.ndarray, x: int, y: int, across: int, down: int) -> 
     Parameters
     ----------
     pixels : numpy.ndarray
-        RGB, uint8, shape (h, w, 3).
+        The window, RGB, uint8, shape (h, w, 3).
     x, y : int
-        Its place in the image.
+        Position of the window in the image.
     across, down : int
-        Size of a tile.
+        Width and height of a tile.
 
     Returns
     -------
     list of tuple of (int, int, bool)
-        The middle of each run of 64 pixels right of a border from top to bottom (true), or below one from left to
-        right: x and y in the image.
+        Of each run of 64 pixels that jumps, x and y in the image of the pixel at its middle, right of a vertical or
+        below a horizontal border, and whether the border is vertical.
     """
     found = []
     h, w = pixels.shape[:2]
@@ -115,14 +116,19 @@ def border_jumps(pixels: np.ndarray, x: int, y: int, across: int, down: int) -> 
 
 
 def torn_tiles(sides: Iterable[tuple[int, int, bool]]) -> set[tuple[int, int]]:
-    """Tiles that jump to at least two of their neighbours: columns and rows.
+    """Find tiles with a jump to at least two of their neighbours.
 
-    At one side alone it may be the end of a fold or a seam of the scan; damage is seen from all around.
+    A jump at a single side may be the end of a fold or a seam of the scan; damage shows on all sides.
 
     Parameters
     ----------
     sides : iterable of tuple of (int, int, bool)
-        Column and row of tiles, and whether they jump on the left (true) or at the top.
+        Column and row of a tile that jumps, and whether it jumps at its left (true) or at its upper side.
+
+    Returns
+    -------
+    set of tuple of (int, int)
+        Columns and rows of the tiles.
     """
     count: Counter[tuple[int, int]] = Counter()
     for column, row, left in set(sides):

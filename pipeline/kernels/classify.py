@@ -1,9 +1,9 @@
-"""Classes of nuclei from their measurements: features, and a linear model of them and their products.
+"""Classify nuclei by their measurements with a linear model of features and their products.
 
-What a nucleus is shows in its size, shape and stain, and in what lies around it: lymphocytes lie close together and are
-small, dark and round, as their neighbours are. The classifier is multinomial logistic regression on these features and
-all their products of two, with an L2 penalty: as many numbers as fit into a small file, learned from some dozens of
-nuclei a class in a second, and no code in it.
+The class of a nucleus shows in its size, shape and stain, and in the nuclei around it: lymphocytes are small, dark and
+round, and so are their neighbours, which lie close by. The classifier is multinomial logistic regression with an L2
+penalty on these features and all products of two features. It is learned in a second from some dozens of nuclei per
+class, and is stored as a small file of numbers without any code.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ OWN = {
     "eosin_std": "",
     "probability": "",
 }
-"""Columns of a nucleus that are features, and those of which it is the logarithm."""
+"""Columns that are features of a nucleus; of those marked ``log``, the feature is the logarithm."""
 
 AROUND = ("area_um2", "eccentricity", "hematoxylin_mean", "eosin_mean")
-"""Columns whose mean over the neighbours is a feature, too."""
+"""Columns whose mean over the neighbours is a feature as well."""
 
 COLUMNS = (*OWN, "orientation")
-"""What of a table of nuclei is needed, beside the centroids."""
+"""Columns that are needed of a table of nuclei, besides the centroids."""
 
 FEATURES = (*OWN, "crowding", *(f"{name} around" for name in AROUND), "alignment")
 """Names of the features, in order."""
 
 NEIGHBOURS = 8
-"""Nearest nuclei that are what lies around one."""
+"""Number of nearest nuclei that count as the neighbours of a nucleus."""
 
 LIMIT = 5.0
-"""Standard deviations at which features are cut off: products of two of an odd nucleus would outweigh all else."""
+"""Standard deviations at which features are clipped, so that products of outliers do not outweigh everything else."""
 
 
 def nearest(points: np.ndarray, rows: np.ndarray, tree: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest other points.
+    """Find the nearest neighbours of points.
 
     Parameters
     ----------
     points : numpy.ndarray
         Centroids in µm, float64 ``(n, 2)``.
     rows : numpy.ndarray
-        Those of which the neighbours are asked for, int64 ``(m,)``.
+        Indices of the points whose neighbours are wanted, int64 ``(m,)``.
     tree : scipy.spatial.cKDTree
-        Of all points.
+        Tree of all points.
 
     Returns
     -------
     index : numpy.ndarray
-        int64 ``(m, k)``, k the lesser of `NEIGHBOURS` and n - 1, the nearest first.
+        Indices of the neighbours, nearest first, int64 ``(m, k)``; k is the smaller of `NEIGHBOURS` and n - 1.
     distance : numpy.ndarray
-        To the last of them in µm, float64 ``(m,)``; infinite where there are none.
+        Distance to the farthest of these neighbours in µm, float64 ``(m,)``; infinite if there are none.
     """
     k = min(NEIGHBOURS, len(points) - 1)
     if k < 1:
         return np.empty((len(rows), 0), np.int64), np.full(len(rows), np.inf)
     distance, index = tree.query(points[rows], k=k + 1)
-    # Itself is among them, the first but for others on the same place.
+    # A point is usually its own first neighbour, but others at the same position may precede or even displace it.
     other = index != rows[:, None]
     other[other.all(axis=1), -1] = False
     return index[other].reshape(-1, k), distance[other].reshape(-1, k)[:, -1]
@@ -76,23 +76,24 @@ def nearest(points: np.ndarray, rows: np.ndarray, tree: Any) -> tuple[np.ndarray
 def features(
     columns: Mapping[str, np.ndarray], rows: np.ndarray, index: np.ndarray, distance: np.ndarray
 ) -> np.ndarray:
-    """Features of nuclei.
+    """Compute the features of nuclei.
 
     Parameters
     ----------
     columns : mapping of str to numpy.ndarray
         `COLUMNS` of all nuclei of a slide, ``(n,)``.
     rows : numpy.ndarray
-        Those that are asked for, int64 ``(m,)``.
+        Indices of the nuclei whose features are wanted, int64 ``(m,)``.
     index, distance : numpy.ndarray
-        What `nearest` returned for these.
+        Results of `nearest` for these nuclei.
 
     Returns
     -------
     numpy.ndarray
-        float64 ``(m, len(FEATURES))``, NaN where there is no such value. *Crowding* is the logarithm of the density of
-        nuclei within the last neighbour (per µm²), *alignment* the mean over the neighbours of ``cos 2 d``, d being the
-        angle between two major axes: 1 in a bundle, 0 in disorder, -1 across it.
+        float64 ``(m, len(FEATURES))``, NaN for values that are missing or not finite. *Crowding* is the logarithm of
+        the density of nuclei (per µm²) within the distance of the farthest neighbour. *Alignment* is the mean over the
+        neighbours of ``cos 2 d``, with d the angle between the major axes of nucleus and neighbour: 1 for parallel
+        axes, 0 in disorder, -1 for a nucleus at right angles to its neighbours.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = {name: np.log(columns[name]) for name, how in OWN.items() if how}
@@ -111,7 +112,7 @@ def features(
 
 
 def scale_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of features, each float64 ``(f,)``; one that never varies has 0 and 1."""
+    """Mean and standard deviation of each feature, float64 ``(f,)``; the deviation of a constant feature is 1."""
     known = np.isfinite(matrix)
     count = known.sum(axis=0)
     filled = np.where(known, matrix, 0)
@@ -121,14 +122,14 @@ def scale_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def design(matrix: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """What the model is linear in: 1, the scaled features, and all products of two.
+    """Terms of the linear model: 1, the scaled features and all products of two of them.
 
     Parameters
     ----------
     matrix : numpy.ndarray
-        Features, ``(n, f)``; NaN counts as the mean.
+        Features, ``(n, f)``; NaN is replaced by the mean.
     mean, spread : numpy.ndarray
-        See `scale_of`.
+        Mean and standard deviation of the features, see `scale_of`.
 
     Returns
     -------
@@ -141,7 +142,7 @@ def design(matrix: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarr
 
 
 def probabilities(terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Softmax of a linear model: ``(n, t)`` terms and ``(t, c)`` weights to ``(n, c)``, rows of sum 1."""
+    """Softmax of the linear model with ``(n, t)`` terms and ``(t, c)`` weights; ``(n, c)``, each row sums to 1."""
     logits = terms @ weights
     logits -= logits.max(axis=1, keepdims=True)
     np.exp(logits, out=logits)
@@ -149,18 +150,19 @@ def probabilities(terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def fit_weights(terms: np.ndarray, kinds: np.ndarray, classes: int, penalty: float) -> np.ndarray:
-    """Weights of the multinomial logistic regression, all classes counting alike.
+    """Fit the weights of the multinomial logistic regression, giving all classes the same total weight.
 
     Parameters
     ----------
     terms : numpy.ndarray
-        What `design` returned, ``(n, t)``.
+        Result of `design`, ``(n, t)``.
     kinds : numpy.ndarray
         Class of each row, int ``(n,)``.
     classes : int
-        How many there are. Each occurs.
+        Number of classes, each of which occurs in `kinds`.
     penalty : float
-        Of the mean square of the weights but the first term's, beside the mean log-loss.
+        Factor of half the sum of squared weights, which is added to the mean log-loss; the weights of the first term
+        are not penalised.
 
     Returns
     -------
@@ -172,7 +174,7 @@ def fit_weights(terms: np.ndarray, kinds: np.ndarray, classes: int, penalty: flo
     share = 1 / (classes * np.bincount(kinds, minlength=classes))[kinds]
     truth = np.eye(classes)[kinds]
     held = np.ones((terms.shape[1], 1))
-    held[0] = 0  # how common a class is, nobody knows
+    held[0] = 0  # the intercept is not penalised: nothing is known about how common a class is
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = flat.reshape(-1, classes)

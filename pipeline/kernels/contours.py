@@ -1,4 +1,4 @@
-"""Pixel runs, outlines and polygons of many instances at once."""
+"""Compute pixel runs, outlines and polygons of many instances at once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ def pixel_runs(pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     pixels : Pixels
-        Their pixels.
+        Pixels of the instances.
 
     Returns
     -------
     runs : numpy.ndarray
-        int32 ``(m, 3)``: row, first column, column after the last; instance by instance in the order of their labels,
-        within one in raster order.
+        int32 ``(m, 3)``: row, first column, column after the last; ordered by label, then in raster order.
     starts : numpy.ndarray
-        int64 ``(count + 1,)``: where the runs of each instance begin, and `m`.
+        int64 ``(count + 1,)``: where the runs of each instance begin in `runs`, and `m`.
     """
     index, label = pixels.index, pixels.label
     if len(index) == 0:
@@ -41,17 +40,17 @@ def pixel_runs(pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def every_second(runs: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of every second pixel of every second row, on pixels of twice the size.
+    """Resample runs to pixels of twice the size, keeping every second pixel of every second row.
 
     Parameters
     ----------
     runs, starts : numpy.ndarray
-        What `pixel_runs` gave, from the slide's corner.
+        As returned by `pixel_runs`, with coordinates from the slide's corner.
 
     Returns
     -------
     runs, starts : numpy.ndarray
-        The same; no two instances share a pixel, and one may have none.
+        Runs of the larger pixels, in the same form; no two instances share a pixel, and an instance may have none.
     """
     thin = np.stack([runs[:, 0], runs[:, 1] + 1, runs[:, 2] + 1], axis=1) >> 1
     kept = (runs[:, 0] % 2 == 0) & (thin[:, 1] < thin[:, 2])
@@ -59,7 +58,7 @@ def every_second(runs: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def run_boxes(runs: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Left, top, width, height of instances, none of them empty, from what `pixel_runs` gave; int64 ``(n, 4)``."""
+    """Left, top, width, height of non-empty instances from the result of `pixel_runs`, int64 ``(n, 4)``."""
     if len(starts) < 2:
         return np.zeros((0, 4), np.int64)
     left = np.minimum.reduceat(runs[:, 1], starts[:-1])
@@ -79,7 +78,7 @@ class Outlines:
     rings : numpy.ndarray
         int64 ``(r + 1,)``: where each ring begins in `points`, and `p`.
     polygons : numpy.ndarray
-        int64 ``(n + 1,)``: where each polygon begins among the rings, and `r`; the shell comes first.
+        int64 ``(n + 1,)``: index of each polygon's first ring, its shell, and `r`; its holes follow the shell.
     """
 
     points: np.ndarray
@@ -88,30 +87,31 @@ class Outlines:
 
 
 def outlines(runs: np.ndarray, starts: np.ndarray) -> Outlines:
-    """Outlines of instances through the middles of their border pixels' outer edges.
+    """Outlines of instances through the midpoints of their border pixels' outer edges.
 
-    This is the marching-squares outline of a binary image: its area is the number of pixels less a half for an
-    instance without holes, unlike outlines through pixel centres, which lose half a pixel all round. Each middle lies
-    on one ring only, so the polygons are valid; pixels that touch at a corner are joined there.
+    This is the marching-squares outline of a binary image. For an instance without holes its area is the number of
+    pixels less a half, whereas outlines through pixel centres lose half a pixel all round. Each midpoint lies on one
+    ring only, so the polygons are valid; pixels that touch at a corner are joined there.
 
     Parameters
     ----------
     runs, starts : numpy.ndarray
-        What `pixel_runs` gave; each instance is 8-connected and none is empty.
+        As returned by `pixel_runs`; each instance is 8-connected and none is empty.
 
     Returns
     -------
     Outlines
-        Points int32 in *half* pixels from the window's corner, none of them in the middle of a straight run.
+        Points are int32 in *half* pixels from the window's corner; those in the middle of straight runs are left out.
     """
     count = len(starts) - 1
     if count == 0:
         return Outlines(np.zeros((0, 2), np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64))
-    # Each instance has a place of its own in a packed image, so that neighbours do not touch there.
+    # Instances are drawn into a packed image, in which neighbours do not touch.
     packing = Packing.of(run_boxes(runs, starts))
     owner = np.repeat(np.arange(1, count + 1), np.diff(starts))
     rows, columns = runs[:, 0] + packing.down[owner], runs[:, 1] + packing.right[owner]
-    # On a lattice of half pixels, pixel centres are odd, edges and corners even; one step of padding all round.
+    # Lattice of half pixels with one step of padding all round: without the padding, coordinates of pixel centres are
+    # odd and those of edges and corners even.
     lattice = np.zeros((2 * packing.shape[0] + 3, 2 * packing.shape[1] + 3), np.uint8)
     stride = lattice.shape[1]
     lattice.ravel()[expand((2 * rows + 2) * stride + 2 * columns + 2, runs[:, 2] - runs[:, 1], 2)] = 1
@@ -120,7 +120,8 @@ def outlines(runs: np.ndarray, starts: np.ndarray) -> Outlines:
     lengths = np.fromiter(map(len, contours), np.int64, len(contours))
     begins = np.cumsum(lengths) - lengths
     points = np.concatenate(contours).reshape(-1, 2).astype(np.int32, copy=False) - 1
-    # A ring is known by its first point in raster order; that of a shell is the corner of its instance's first pixel.
+    # Rings are identified by their first point in raster order; for a shell, this is the corner of its instance's first
+    # pixel.
     key = np.minimum.reduceat(points[:, 1].astype(np.int64) * stride + points[:, 0], begins)
     corners = 2 * rows[starts[:-1]] * stride + 2 * columns[starts[:-1]]
     order = np.argsort(corners)
@@ -142,19 +143,19 @@ def outlines(runs: np.ndarray, starts: np.ndarray) -> Outlines:
 
 
 def drop_collinear(points: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Leave out points in the middle of straight runs, of many rings at once.
+    """Remove points in the middle of straight runs from many rings at once.
 
     Parameters
     ----------
     points : numpy.ndarray
         int ``(n, 2)``: the points of all open rings one after another.
     offsets : numpy.ndarray
-        int ``(k + 1,)``: where each ring begins, and `n`.
+        int ``(k + 1,)``: where each ring begins in `points`, and `n`.
 
     Returns
     -------
-    points, offsets
-        As given, with fewer points; every ring keeps its shape.
+    points, offsets : numpy.ndarray
+        The remaining points, in the same form; every ring keeps its shape.
     """
     if len(points) == 0:
         return points, offsets
@@ -172,13 +173,14 @@ def drop_collinear(points: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
 
 
 def centroids(shapes: Outlines) -> np.ndarray:
-    """Centres of gravity of polygons with an area, float64 ``(n, 2)``; holes count as such."""
+    """Centroids of polygons, float64 ``(n, 2)``; holes are subtracted, and no polygon may have an area of 0."""
     n = len(shapes.polygons) - 1
     if n == 0:
         return np.zeros((0, 2))
     first, last = shapes.rings[:-1], shapes.rings[1:] - 1
     shell = shapes.polygons[:-1]
-    # Coordinates from each polygon's first point on: the sums of small shapes far out would cancel otherwise.
+    # Coordinates are relative to each polygon's first point: sums of small shapes far from the origin would otherwise
+    # suffer from cancellation.
     origin = shapes.points[first[shell]].astype(np.float64)
     owner = np.repeat(np.arange(n), np.diff(shapes.polygons))
     here = shapes.points - np.repeat(origin[owner], np.diff(shapes.rings), axis=0)
@@ -188,7 +190,7 @@ def centroids(shapes: Outlines) -> np.ndarray:
     cross = here[:, 0] * following[:, 1] - following[:, 0] * here[:, 1]
     area = np.add.reduceat(cross, first)
     moments = np.add.reduceat((here + following) * cross[:, None], first)
-    # Whichever way a ring turns: shells count, holes are taken off.
+    # Add shells and subtract holes, whatever the orientation of their rings.
     sign = np.where(area < 0, -1.0, 1.0)
     sign[np.setdiff1d(np.arange(len(area)), shell)] *= -1
     total = np.add.reduceat(area * sign, shell)
@@ -196,7 +198,7 @@ def centroids(shapes: Outlines) -> np.ndarray:
 
 
 def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
-    """Polygons as well-known binary, little-endian.
+    """Encode polygons as little-endian well-known binary (WKB).
 
     Parameters
     ----------
@@ -208,14 +210,14 @@ def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
     data : numpy.ndarray
         uint8: all polygons one after another.
     offsets : numpy.ndarray
-        int64 ``(n + 1,)``: where each begins in `data`, and its size.
+        int64 ``(n + 1,)``: where each polygon begins in `data`, and the size of `data`.
 
     References
     ----------
     OGC 06-103r4, Simple feature access, part 1, section 8.
     """
     lengths = np.diff(shapes.rings)
-    # A ring: its number of points, then the points, the first one again at the end.
+    # A ring is its number of points, followed by the points, with the first point repeated at the end.
     ring_sizes = 4 + 16 * (lengths + 1)
     ring_ends = np.concatenate([[0], np.cumsum(ring_sizes)])
     polygons = len(shapes.polygons) - 1
@@ -230,7 +232,7 @@ def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
     words[offsets[:-1] + 1] = 3
     words[offsets[:-1] + 5] = counts
     words[ring_at] = lengths + 1
-    # Both coordinates of a point are moved as one piece of 16 bytes to wherever they belong.
+    # Both coordinates of a point are copied together, as one item of 16 bytes.
     places = np.ndarray((len(data) - 15,), "V16", data, strides=(1,))
     values = np.ascontiguousarray(shapes.points, "<f8").view("V16").ravel()
     at = np.repeat(ring_at + 4 - 16 * shapes.rings[:-1], lengths) + 16 * np.arange(len(values))
@@ -240,26 +242,27 @@ def polygon_wkb(shapes: Outlines) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wkb_rings(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rings of polygons in well-known binary, little-endian, two dimensions.
+    """Decode polygons of two dimensions from little-endian well-known binary (WKB).
 
     Parameters
     ----------
     data : numpy.ndarray
         uint8: all polygons one after another.
     offsets : numpy.ndarray
-        int ``(n + 1,)``: where each begins in `data`, and the end of the last.
+        int ``(n + 1,)``: where each polygon begins in `data`, and where the last one ends.
 
     Returns
     -------
     points : numpy.ndarray
         float64 ``(p, 2)``: the points of all rings one after another, each ring closed (last point = first).
     rings, polygons : numpy.ndarray
-        int64 ``(r + 1,)`` and ``(n + 1,)``: where each ring begins in `points`, and each polygon among the rings.
+        int64 ``(r + 1,)`` and ``(n + 1,)``: where each ring begins in `points`, and the index of each polygon's first
+        ring; the last values are `p` and `r`.
 
     Raises
     ------
     ValueError
-        When something else is among them.
+        When a geometry is not such a polygon.
     """
     offsets = np.asarray(offsets, np.int64)
     if len(offsets) < 2:

@@ -1,4 +1,4 @@
-"""Instances that a network found by itself, drawn as maps from which the instances stage finds them again."""
+"""Draw the instances found by a network as maps from which the stage `instances` recovers them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import cv2
 import numpy as np
 
 LEVELS = range(32, 256, 16)
-"""Values of the distance map above which a drawn nucleus is one connected part."""
+"""Values of the distance map at each of which the pixels of at least that value form one connected part."""
 
 SLACK = 2
-"""Pixels beyond its core to which a window draws."""
+"""Distance in pixels beyond its core within which a window also draws nuclei."""
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a network of the Mask R-CNN kind says of one window.
+    """Nuclei that a network of the Mask R-CNN type detects in a window.
 
     Parameters
     ----------
     boxes : numpy.ndarray
-        float ``(n, 4)``: left, top, right, bottom in pixels, pixel edges at whole numbers.
+        float ``(n, 4)``: left, top, right, bottom in pixels; whole numbers are edges of pixels.
     scores : numpy.ndarray
         float ``(n,)`` in [0, 1].
     masks : numpy.ndarray
-        float32 ``(n, m, m)`` in [0, 1]: probability of the nucleus over its box.
+        float32 ``(n, m, m)`` in [0, 1]: probability of the nucleus, on a grid that covers its box.
     """
 
     boxes: np.ndarray
@@ -36,25 +36,25 @@ class Detections:
 def paste_mask(
     mask: np.ndarray, box: np.ndarray, shape: tuple[int, int], threshold: float
 ) -> tuple[np.ndarray, int, int]:
-    """Bring a mask from its box to the pixels of a window.
+    """Resample a mask from its box to the pixels of a window.
 
     Parameters
     ----------
     mask : numpy.ndarray
-        float32 ``(m, m)`` in [0, 1].
+        float32 ``(m, m)`` in [0, 1], on a grid that covers `box`.
     box : numpy.ndarray
         Left, top, right, bottom in pixels.
     shape : (int, int)
         Height and width of the window.
     threshold : float
-        What the mask reaches inside.
+        Mask value from which a pixel is inside.
 
     Returns
     -------
     inside : numpy.ndarray
-        bool ``(h, w)``: pixels whose centre is inside; empty when none of the box is in the window.
+        bool ``(h, w)``: pixels whose centre is inside; empty when the box lies outside the window.
     top, left : int
-        Where they begin.
+        Row and column of the first pixel of `inside` in the window.
     """
     x0, y0, x1, y1 = (float(v) for v in box)
     left, top = max(int(np.floor(x0)), 0), max(int(np.floor(y0)), 0)
@@ -87,10 +87,10 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
 
 
 def depth_map(mask: np.ndarray) -> np.ndarray:
-    """Distance to the mask's border, 255 at its deepest point, with one peak.
+    """Distance to the mask's border, scaled to 255 at the deepest point, with a single peak.
 
-    A waist would leave two peaks, from which watershed would make two nuclei: a side peak is cut down to the height at
-    which it joins the deepest one, in steps (`LEVELS`).
+    A mask with a waist has two peaks, from which the watershed would make two nuclei. Lower peaks are therefore cut
+    down to the height at which they join the highest one, in the steps of `LEVELS`.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def depth_map(mask: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        uint8 ``(H, W)``, 0 outside.
+        uint8 ``(H, W)``, 0 outside the mask.
     """
     padded = np.pad(mask, 1).astype(np.uint8)
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
@@ -116,27 +116,28 @@ def depth_map(mask: np.ndarray) -> np.ndarray:
 def draw_instances(found: Detections, shape: tuple[int, int], margin: int = 0, threshold: float = 0.5) -> np.ndarray:
     """Draw the nuclei that belong to a window.
 
-    Nuclei take their pixels in the order of their scores; one that finds most of its own taken is another view of the
-    same nucleus and is left out. A nucleus belongs to the window when the middle of its bounding box lies in the
-    window's core. Neighbouring windows' cores adjoin; each also draws nuclei up to `SLACK` pixels beyond, so that none
-    is lost when two windows see its middle a little differently. Drawn by both, it covers itself: the maps of
-    neighbouring windows are joined by taking the larger value, which does not depend on order.
+    Nuclei take their pixels in descending order of score. A nucleus with at least half of its pixels already taken is a
+    duplicate and is left out. A nucleus belongs to the window when the middle of its bounding box lies in the window's
+    core. The cores of neighbouring windows adjoin; each window also draws nuclei up to `SLACK` pixels beyond its core,
+    so that none is lost when two windows locate its middle slightly differently. A nucleus that both windows draw
+    coincides with itself: the maps of neighbouring windows are joined by their maximum, which does not depend on order.
 
     Parameters
     ----------
     found : Detections
-        All nuclei that the network sees in the window.
+        All nuclei that the network detects in the window.
     shape : (int, int)
         Height and width of the window.
     margin : int
-        The core begins this many pixels inside the window; 0 takes all nuclei.
+        Distance in pixels between the window's edges and its core; with 0, all nuclei are drawn.
     threshold : float
-        Where a mask is inside.
+        Mask value from which a pixel is inside.
 
     Returns
     -------
     numpy.ndarray
-        uint8 ``(2, H, W)``: the nucleus map, which is the score (255 is 1) wherever a nucleus is, and the distance map.
+        uint8 ``(2, H, W)``: the nucleus map, which has the score (255 is 1) at all pixels of a nucleus, and the
+        distance map.
     """
     maps = np.zeros((2, *shape), np.uint8)
     taken = np.zeros(shape, bool)

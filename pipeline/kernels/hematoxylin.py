@@ -1,6 +1,7 @@
-"""Nucleus and distance maps from hematoxylin alone: no learning, a baseline that a model must beat.
+"""Compute nucleus and distance maps from hematoxylin alone, without learning: a baseline that a model must beat.
 
-Everything is local and of fixed scale: a pixel's values depend on pixels at most `REACH` away.
+All operations are local and have a fixed scale: a pixel's values depend only on pixels at most
+`HematoxylinRules.reach` away.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ import numpy as np
 from pipeline.kernels.stain import MAX_OD, OD_TABLE, RUIFROK, unmixing
 
 _MAX_DEPTH = 24
-"""Pixels; distances to the background count up to this."""
+"""Distances to the background are limited to this many pixels."""
 
 
 @dataclass(frozen=True)
 class HematoxylinRules:
-    """Scales and thresholds, in pixels and in natural optical density of hematoxylin.
+    """Scales in pixels and thresholds in natural optical density of hematoxylin.
 
     Parameters
     ----------
     smooth : float
         Standard deviation of the first smoothing.
     surround : int
-        Half the side of the square whose mean is the local background.
+        Half the side of the square whose mean density is the local background.
     contrast : float
-        A nucleus is at least this much darker than the local background.
+        A nucleus is at least this much denser than the local background.
     density : float
-        A nucleus has at least this density whatever is around it.
+        A nucleus has at least this density, whatever its surroundings.
     softness : float
-        Density over which the nucleus map rises from 0.5 to 0.73.
+        Increase in density over which the nucleus map rises from 0.5 to 0.73.
     depth_smooth : float
         Standard deviation of the smoothing of distances to the background.
     peak : int
-        Half the side of the square in which a distance is compared with the largest.
+        Radius of the disk in which a distance is compared with the largest one.
     """
 
     smooth: float = 1.5
@@ -56,18 +57,18 @@ class HematoxylinRules:
 
     @property
     def reach(self) -> int:
-        """How far a pixel's values look, in pixels."""
+        """Distance in pixels beyond which no pixel affects a pixel's values."""
         return 2 * (round(4 * self.smooth) + self.surround) + _MAX_DEPTH + round(4 * self.depth_smooth) + self.peak
 
 
 def hematoxylin_density(rgb: np.ndarray) -> np.ndarray:
-    """Natural optical density of hematoxylin by Ruifrok's vectors, float32 ``(H, W)``, of RGB uint8 ``(H, W, 3)``."""
+    """Natural optical density of hematoxylin of RGB uint8 ``(H, W, 3)`` by Ruifrok's vectors, float32 ``(H, W)``."""
     weights = unmixing(RUIFROK)[:, 0].astype(np.float32)
     return np.asarray(cv2.transform(cv2.LUT(rgb, OD_TABLE), weights[None]))
 
 
 def hematoxylin_maps(rgb: np.ndarray, rules: HematoxylinRules) -> np.ndarray:
-    """Nucleus and distance map of one image.
+    """Compute the nucleus map and the distance map of an image.
 
     Parameters
     ----------
@@ -79,9 +80,9 @@ def hematoxylin_maps(rgb: np.ndarray, rules: HematoxylinRules) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        uint8 ``(2, H, W)``: the nucleus map passes 128 where hematoxylin is dense enough, both against a fixed level
-        and against its surroundings; the distance map is the depth inside the nucleus over the largest depth nearby,
-        so that it is 255 at the middle of nuclei and falls towards necks between them.
+        uint8 ``(2, H, W)``: the nucleus map is at least 128 where hematoxylin is dense enough, both in absolute terms
+        and compared with its surroundings. The distance map is the depth inside the nucleus divided by the largest
+        depth nearby, so that it is 255 in the middle of nuclei and falls towards necks between them.
 
     References
     ----------

@@ -1,12 +1,12 @@
-"""Instances from maps, all foreground components of a window at once.
+"""Make nucleus instances from maps, for all foreground components of a window at once.
 
-The nuclei of a foreground component depend on the component's own pixels (and the background pixels of its holes)
-and on nothing else: thresholds are fixed integers, markers are connected components, and a flood never leaves its
-component nor depends on what else is flooded in the same call. Whoever holds the whole component gets the same
+The nuclei of a foreground component depend only on the component's own pixels and the background pixels of its holes:
+thresholds are fixed integers, markers are connected components, and a flood neither leaves its component nor depends
+on what else is flooded in the same call. Every window that contains the whole component therefore yields the same
 nuclei.
 
-Regions are runs and lists of pixels here, hardly ever masks of the window, so that the work is in proportion to the
-foreground.
+Regions are stored as runs or lists of pixels and hardly ever as masks of the window, so that the amount of work is
+proportional to the foreground.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ import cv2
 import numpy as np
 
 MARKER_SOURCES = ("distance", "hv", "contour", "nucleus")
-"""What markers can be made from, the best first."""
+"""Maps that markers can be made from, best first."""
 
 RISE = 32
-"""Sobel response (5x5, map values) that is one step of the marker map made from the h/v maps: a quarter of a map value
-a pixel, since a slope of one gives 128."""
+"""Sobel response (5x5, map values) per step of the marker map that is made from the h/v maps.
+
+A slope of one map value per pixel has a response of 128, so that one step is a quarter of a map value per pixel.
+"""
 
 DEPTH_STEPS = 8
-"""Steps of the marker map made from the nucleus map alone, a pixel of depth."""
+"""Steps per pixel of depth of the marker map that is made from the nucleus map alone."""
 
 MARKER_REACH = 2
-"""Pixels around a component that `marker_map` looks at: half of the Sobel operator's."""
+"""Pixels around a component that `marker_map` reads: the radius of the 5x5 Sobel operator."""
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Where the maps are in a stack of them.
+    """Positions of the maps in a stack ``(C, H, W)``.
 
     Parameters
     ----------
     nucleus : int
         The nucleus map.
     distance, contour, hv : int, optional
-        Those of the further heads; `hv` is the horizontal one, the vertical one follows.
+        The maps of the further heads; `hv` is the horizontal map, and the vertical map follows it.
     types : int, optional
-        The first of the class maps, which is the background's; the classes follow.
+        The first class map, which is that of the background; the maps of the classes follow it.
     """
 
     nucleus: int = 0
@@ -54,20 +56,20 @@ class Channels:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Channels:
-        """Where the maps of these names are."""
+        """Return the positions of the maps in a list of their names."""
         place = {name: index for index, name in reversed(list(enumerate(names)))}
         types = next((index for index, name in enumerate(names) if name.startswith("type:")), None)
         return cls(place.get("nucleus", 0), place.get("distance"), place.get("contour"), place.get("h"), types)
 
     @property
     def marker_source(self) -> str:
-        """The best of the maps to make markers from."""
+        """The best available map to make markers from, one of `MARKER_SOURCES`."""
         return next(name for name in MARKER_SOURCES if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
 class InstanceRules:
-    """How maps become instances; travels in the model package.
+    """Thresholds and sizes for making instances from maps; part of the model package.
 
     Parameters
     ----------
@@ -76,21 +78,22 @@ class InstanceRules:
     marker : int
         Markers are where the marker map is at least this (0 to 255).
     min_marker : int
-        Smaller markers (pixels) do not count.
+        Smaller markers (pixels) are ignored.
     min_area : int
         Smaller nuclei (pixels) are dropped.
     max_hole : int
         Holes of at most this many pixels are filled.
     markers : str
-        What the marker map is made from, see `marker_map`.
+        The map that markers are made from, see `marker_map`.
     smooth : float
-        Sigma in pixels by which the marker map is smoothed, 0 outside the component; 0 for none.
+        Standard deviation in pixels of the Gaussian that smooths the marker map, which is set to 0 outside the
+        component; 0 for no smoothing.
     depth : int
-        Markers are the maxima that stand out by more than this (h-maxima) instead of all that reaches `marker`; 0 for
-        all. Ways from one maximum to the next stay in the component.
+        If above 0, only the maxima of the marker map that reach `marker` and stand out by more than this (h-maxima)
+        are markers; with 0, all pixels that reach `marker` are. Paths between maxima stay within the component.
     refine : int
-        1, or 2: maps are brought to pixels of half the size first, see `refined`; for markers of ``distance`` or
-        ``contour``. All sizes here stay in pixels of the maps as they are.
+        1, or 2 to resample the maps to pixels of half the size first, see `refined`; 2 requires markers from
+        ``distance`` or ``contour``. The other sizes remain in pixels of the original maps.
     """
 
     nucleus: int = 128
@@ -122,7 +125,7 @@ class InstanceRules:
 
     @property
     def fine(self) -> InstanceRules:
-        """These rules for maps that have been `refined`."""
+        """These rules, with sizes in pixels of the `refined` maps."""
         area = self.refine**2
         return replace(
             self,
@@ -135,7 +138,7 @@ class InstanceRules:
 
     @classmethod
     def default_for(cls, markers: str, mpp: float = 0.5) -> InstanceRules:
-        """Rules to begin with for a model of this pixel size (µm) whose markers come from these maps."""
+        """Return initial rules for a model with this pixel size (µm) and source of markers."""
         area = (0.5 / mpp) ** 2
         sizes = {"min_marker": round(4 * area), "min_area": round(30 * area), "max_hole": round(200 * area)}
         started: dict[str, dict[str, float]] = {
@@ -149,15 +152,15 @@ class InstanceRules:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """The pixels of labelled regions of a window in raster order.
+    """Pixels of the labelled regions of a window, in raster order.
 
     Parameters
     ----------
     index : numpy.ndarray
-        int64 ``(n,)``: ``row * stride + column``, growing. The window's last column is empty, so that pixels with
-        consecutive numbers are neighbours.
+        int64 ``(n,)``: ``row * stride + column``, ascending. The window's last column is empty, so that consecutive
+        indices are always neighbouring pixels.
     label : numpy.ndarray
-        int32 ``(n,)``: 1 to `count`.
+        int32 ``(n,)``: label of each pixel, 1 to `count`.
     count : int
         Number of labels.
     stride : int
@@ -179,7 +182,8 @@ class Foreground:
     image : numpy.ndarray
         int32 ``(H, W)``: number of the component at each pixel, 0 is background. The last column is empty.
     starts, ends : numpy.ndarray
-        int64 ``(m,)``: horizontal runs in raster order, as ``row * W + column`` of the first pixel and after the last.
+        int64 ``(m,)``: horizontal runs in raster order; ``row * W + column`` of the first pixel and of the pixel after
+        the last.
     label : numpy.ndarray
         int32 ``(m,)``: component of each run.
     first : numpy.ndarray
@@ -187,7 +191,7 @@ class Foreground:
     boxes : numpy.ndarray
         int64 ``(n, 4)``: left, top, width, height of the components.
     areas : numpy.ndarray
-        int64 ``(n,)``: pixels.
+        int64 ``(n,)``: number of pixels of the components.
     """
 
     image: np.ndarray
@@ -205,21 +209,21 @@ class Foreground:
 
 
 def _components(mask: np.ndarray, connectivity: int) -> tuple[int, np.ndarray]:
-    """Number of components and background, and their numbers at each pixel, int32."""
-    # Without OpenCV's statistics, which take three times as long as the labels.
+    """Number of components, including the background, and their label image, int32."""
+    # OpenCV's statistics are not requested: they take three times as long as the labels.
     count, image = cv2.connectedComponentsWithAlgorithm(mask, connectivity, cv2.CV_32S, cv2.CCL_SPAGHETTI)
     return count, image
 
 
 def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
-    """4-connected components of the foreground.
+    """Find the 4-connected components of the foreground.
 
     Parameters
     ----------
     nucleus : numpy.ndarray
-        uint8 nucleus map ``(H, W)``; its last column is 0.
+        uint8 nucleus map ``(H, W)``; its last column must be below the threshold.
     threshold : int
-        Foreground is at least this.
+        Foreground is where the nucleus map is at least this.
     """
     width = nucleus.shape[1]
     mask = (nucleus >= threshold).view(np.uint8)
@@ -232,7 +236,7 @@ def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
     label = image.ravel()[starts]
     rows = starts // width
     left, right = starts - rows * width, ends - rows * width
-    # Where several values go to one place the last one stays.
+    # When several values are assigned to one element, the last one stays.
     order = np.arange(len(starts))
     first, last = np.zeros(count, np.int64), np.zeros(count, np.int64)
     first[label[::-1]], last[label] = order[::-1], order
@@ -246,7 +250,7 @@ def foreground(nucleus: np.ndarray, threshold: int) -> Foreground:
 
 
 def expand(starts: np.ndarray, lengths: np.ndarray, step: int = 1) -> np.ndarray:
-    """Numbers of runs: `lengths` numbers from each of `starts` on, `step` apart; int64."""
+    """Concatenate arithmetic sequences: `lengths` numbers from each of `starts`, `step` apart; int64."""
     if len(starts) == 0:
         return np.zeros(0, np.int64)
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -257,14 +261,14 @@ def expand(starts: np.ndarray, lengths: np.ndarray, step: int = 1) -> np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Boxes side by side in an image of their own, some pixels apart from each other and from its edges.
+    """Placement of boxes side by side in a packed image, with a gap between them and at the image's edges.
 
     Parameters
     ----------
     shape : (int, int)
         Rows and columns of the image.
     down, right : numpy.ndarray
-        int64 ``(n + 1,)``: rows and columns from the window to the image for boxes 1 to n.
+        int64 ``(n + 1,)``: offsets from rows and columns of the window to those of the image, for boxes 1 to n.
     """
 
     shape: tuple[int, int]
@@ -280,15 +284,15 @@ class Packing:
         boxes : numpy.ndarray
             int ``(n, 4)``: left, top, width, height.
         used : numpy.ndarray, optional
-            bool ``(n,)``: the boxes that need a place.
+            bool ``(n,)``: the boxes to place; all by default.
         gap : int
-            Pixels between them.
+            Pixels between neighbouring boxes, and between boxes and the edges of the image.
         """
         down, right = np.zeros(len(boxes) + 1, np.int64), np.zeros(len(boxes) + 1, np.int64)
         chosen = np.arange(len(boxes)) if used is None else np.flatnonzero(used)
         if len(chosen) == 0:
             return cls((1, 1), down, right)
-        # Shelves of boxes of falling height; a shelf's last box may reach beyond its nominal width.
+        # Fill shelves with boxes in descending order of height; a shelf's last box may exceed its nominal width.
         width, height = boxes[chosen, 2] + gap, boxes[chosen, 3] + gap
         order = np.argsort(-height, kind="stable")
         chosen, width, height = chosen[order], width[order], height[order]
@@ -303,22 +307,22 @@ class Packing:
         return cls((int(tall.sum()) + gap, int((left + width).max())), down, right)
 
     def place(self, rows: np.ndarray, columns: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Numbers in the image of pixels of the window, int64."""
+        """Flat indices in the packed image of pixels of the window, int64."""
         return np.asarray((rows + self.down[label]) * self.shape[1] + columns + self.right[label])
 
 
 def _holes(
     front: Foreground, packing: Packing, place: np.ndarray, label: np.ndarray, largest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of small holes in raster order, and the component around each.
+    """Pixels of holes of at most `largest` pixels in raster order, and the component around each pixel.
 
-    A hole that holds another component is none.
+    Holes that contain another component of the window are left out.
     """
     none = np.zeros(0, np.int64), np.zeros(0, np.int32)
     image = np.ones(packing.shape, np.uint8)
     image.ravel()[place] = 0
     count, regions = _components(image, 8)
-    if count <= 2:  # the components and what is around them
+    if count <= 2:  # only the components and their surroundings
         return none
     found = np.flatnonzero((regions != 0) & (regions != regions[0, 0]))
     number = regions.ravel()[found]
@@ -326,7 +330,7 @@ def _holes(
     found, number = found[small[number]], number[small[number]]
     if len(found) == 0:
         return none
-    # Above a hole's first pixel is the component that it belongs to.
+    # The pixel above a hole's first pixel belongs to the component around the hole.
     names = np.zeros(packing.shape, np.int32)
     names.ravel()[place] = label
     owner = np.zeros(count, np.int32)
@@ -344,23 +348,24 @@ def _holes(
 def _flood(
     index: np.ndarray, label: np.ndarray, stride: int, boxes: np.ndarray, marker: np.ndarray, priority: np.ndarray
 ) -> np.ndarray:
-    """Marker-controlled watershed of components, each on its own.
+    """Marker-controlled watershed of components, each independent of the others.
 
-    Markers flood in raster order, then pixel by pixel in the order of the highest `priority` on the way to it, and
-    among equals in the order in which they were reached; over 4-neighbours.
+    Flooding spreads over 4-neighbours. The markers' own pixels come first, in raster order; each further pixel is
+    flooded in the order of the highest `priority` on the path to it, and pixels of equal priority in the order in which
+    they were reached.
 
     Parameters
     ----------
     index, label : numpy.ndarray
-        Pixels of the components and their component, as in `Pixels`.
+        Pixels, as in `Pixels`, and the component of each.
     stride : int
         Columns of the window.
     boxes : numpy.ndarray
-        Boxes of all components of the window.
+        Boxes of all components of the window, as in `Foreground`.
     marker : numpy.ndarray
         int32 ``(n,)``: number of the marker that a pixel belongs to, or 0. Each component has at least one.
     priority : numpy.ndarray
-        uint8 ``(n,)``: low comes first.
+        uint8 ``(n,)``: low values are flooded first.
 
     Returns
     -------
@@ -380,14 +385,14 @@ def _flood(
     mask.ravel()[place] = True
     markers = np.zeros(packing.shape, np.int32)
     markers.ravel()[place] = marker
-    # Inside a marker there is nothing left to flood: only its rim needs to enter the queue.
+    # There is nothing to flood inside a marker, so only its rim needs to enter the queue.
     solid = markers > 0
     inner = np.zeros_like(solid)
     inner[1:-1, 1:-1] = solid[:-2, 1:-1] & solid[2:, 1:-1] & solid[1:-1, :-2] & solid[1:-1, 2:] & solid[1:-1, 1:-1]
     mask &= ~inner
     rim = np.where(inner, 0, markers)
-    # Of equal entries that are in the queue from the start, which comes first would depend on what else is in it: each
-    # pixel of a marker gets a value of its own, below all others.
+    # The order of equal entries that are in the queue from the start would depend on what else is in the queue, so
+    # each marker pixel gets a unique value below all others.
     value = np.zeros(packing.shape, np.float64)
     value.ravel()[place] = priority
     starts = np.flatnonzero(rim)
@@ -397,12 +402,13 @@ def _flood(
 
 
 def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Channels) -> np.ndarray:
-    """Where nuclei have their middles: high there, low at their borders.
+    """Map that is high in the middle of nuclei and low at their borders.
 
-    ``distance``: the distance map as it is. ``contour``: the nucleus map where there is no contour. ``hv``: how fast
-    the horizontal map rises to the right and the vertical one downwards, the smaller of both; inside a nucleus both
-    rise, from one nucleus to the next they fall. ``nucleus``: the depth within the component. Scales are fixed, so
-    a component's values depend on it alone, as long as no other is within `MARKER_REACH` pixels.
+    ``distance``: the distance map, unchanged. ``contour``: the nucleus map, multiplied by the inverted contour map.
+    ``hv``: the smaller of the slope of the horizontal map to the right and that of the vertical map downwards; inside a
+    nucleus both maps rise, from one nucleus to the next they fall. ``nucleus``: the depth within the component. Scales
+    are fixed, so that a component's values depend on that component alone as long as no other component is within
+    `MARKER_REACH` pixels.
 
     Parameters
     ----------
@@ -413,7 +419,7 @@ def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Chann
     markers : str
         One of `MARKER_SOURCES`.
     channels : Channels
-        Where the maps are.
+        Positions of the maps.
 
     Returns
     -------
@@ -423,12 +429,12 @@ def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Chann
     Raises
     ------
     ValueError
-        When there is no such map.
+        When the map that markers come from is missing.
 
     References
     ----------
-    Graham et al., "HoVer-Net", Medical Image Analysis 2019, whose gradients are scaled by each image's extremes;
-    Chen et al., "DCAN", CVPR 2016, for contours.
+    ``hv``: Graham et al., "HoVer-Net", Medical Image Analysis 2019; they scale gradients by the extremes of each image.
+    ``contour``: Chen et al., "DCAN", CVPR 2016.
     """
     if markers == "nucleus":
         return _depth_map(mask)
@@ -442,7 +448,7 @@ def marker_map(maps: np.ndarray, mask: np.ndarray, markers: str, channels: Chann
         return np.asarray((product + 127) // 255, np.uint8)
     slopes = []
     for index, (dx, dy) in enumerate(((1, 0), (0, 1))):
-        # Background is the middle of the range, and so is what lies beyond the image.
+        # Background and the area beyond the image are set to the middle of the range.
         level = np.pad(np.where(mask, maps[place + index], 128).astype(np.int16) - 128, 2)
         slopes.append(cv2.Sobel(level, cv2.CV_16S, dx, dy, ksize=5)[2:-2, 2:-2])
     return np.clip(128 + np.minimum(*slopes) // RISE, 0, 255).astype(np.uint8)
@@ -459,9 +465,9 @@ def standing_out(values: np.ndarray, depth: int) -> np.ndarray:
     Parameters
     ----------
     values : numpy.ndarray
-        uint8 or int16 ``(H, W)``, all far from the ends of int16.
+        uint8 or int16 ``(H, W)``, far from the limits of int16.
     depth : int
-        How far one has to go down from one maximum to get to a higher one, at most.
+        A maximum is left out when a path that descends by at most this leads from it to a higher one.
 
     References
     ----------
@@ -469,7 +475,7 @@ def standing_out(values: np.ndarray, depth: int) -> np.ndarray:
     """
     from skimage.morphology import local_maxima, reconstruction
 
-    # Everything is raised, so that maxima of less than the depth count too.
+    # Both images are raised by the depth, so that maxima below the depth count as well.
     raised = values.astype(np.int16) + depth
     flattened = reconstruction(raised - depth, raised, method="dilation")
     padded = np.pad(flattened, 1, constant_values=flattened.min() - 1)
@@ -479,12 +485,12 @@ def standing_out(values: np.ndarray, depth: int) -> np.ndarray:
 def _marker_values(
     maps: np.ndarray, index: np.ndarray, label: np.ndarray, boxes: np.ndarray, rules: InstanceRules, channels: Channels
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The marker map at pixels of components, uint8 ``(n,)``, and whether they belong to a marker, bool ``(n,)``."""
+    """Marker map at the pixels of components, uint8 ``(n,)``, and which of them belong to a marker, bool ``(n,)``."""
     stride = maps.shape[2]
     if rules.markers == "distance" and not rules.smooth and not rules.depth and channels.distance is not None:
         values = maps[channels.distance].ravel()[index]
         return values, values >= rules.marker
-    # Far enough apart that no component is within the other's reach.
+    # With this gap, no component is within the reach of another one's filters.
     gap = MARKER_REACH + 4 * int(np.ceil(rules.smooth))
     packing = Packing.of(boxes, np.bincount(label, minlength=len(boxes) + 1)[1:] > 0, gap)
     rows, columns = np.divmod(index, stride)
@@ -521,16 +527,16 @@ def split_components(
     front : Foreground
         The components of the window.
     chosen : numpy.ndarray
-        bool ``(n,)``: those to divide, each of them whole in the window.
+        bool ``(n,)``: the components to divide, each of which lies completely in the window.
     rules : InstanceRules
         Thresholds.
     channels : Channels
-        Where the maps are.
+        Positions of the maps.
 
     Returns
     -------
     Pixels
-        The nuclei's pixels, nuclei in no particular order.
+        Pixels of the nuclei, which are labelled in no particular order.
     """
     stride, count = front.image.shape[1], front.count
     used = np.r_[False, chosen][front.label]
@@ -549,7 +555,7 @@ def split_components(
             place = np.insert(place, before, packing.place(rows, columns, around))
 
     here: np.ndarray | slice = slice(None)
-    if rules.markers != "distance":  # which alone can tell where there is hardly room for two nuclei
+    if rules.markers != "distance":  # only the distance map separates nuclei where there is hardly room for two
         here = np.flatnonzero((np.bincount(label, minlength=count + 1) >= 2 * rules.min_area)[label])
     part, owner, at = index[here], label[here], place[here]
     values, seeds = _marker_values(maps, part, owner, front.boxes, rules, channels)
@@ -576,27 +582,27 @@ def split_components(
 
 
 def refined(maps: np.ndarray) -> np.ndarray:
-    """Maps on pixels of half the size, by bilinear interpolation.
+    """Resample maps to pixels of half the size by bilinear interpolation.
 
-    Outlines that follow the edges of pixels come nearer to where the nucleus map crosses its threshold. A value depends
-    on its pixel and those around it alone, and is the same whatever else is in the window.
+    On smaller pixels, outlines come closer to where the nucleus map crosses its threshold. A value depends only on its
+    pixel and the pixels around it, not on the rest of the window.
 
     Parameters
     ----------
     maps : numpy.ndarray
-        uint8 ``(C, H, W)``, none of them 0.
+        uint8 ``(C, H, W)``; no dimension is 0.
 
     Returns
     -------
     numpy.ndarray
-        uint8 ``(C, 2 H, 2 W)``; beyond the window's edges, its outermost pixels are taken to go on.
+        uint8 ``(C, 2 H, 2 W)``; beyond the window's edges, its outermost pixels are repeated.
     """
     size = 2 * maps.shape[2], 2 * maps.shape[1]
     return np.stack([cv2.resize(one, size, interpolation=cv2.INTER_LINEAR_EXACT) for one in maps])
 
 
 def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channels(distance=1)) -> np.ndarray:
-    """All nuclei of maps that fit into memory.
+    """Segment all nuclei of maps that fit into memory.
 
     Parameters
     ----------
@@ -605,12 +611,12 @@ def segment(maps: np.ndarray, rules: InstanceRules, channels: Channels = Channel
     rules : InstanceRules
         Thresholds.
     channels : Channels
-        Where the maps are.
+        Positions of the maps.
 
     Returns
     -------
     numpy.ndarray
-        int32 label map ``(H, W)``, 0 is background; ``(2 H, 2 W)`` with ``rules.refine`` of 2.
+        int32 label map, 0 is background; ``(H, W)``, or ``(2 H, 2 W)`` with ``rules.refine`` of 2.
     """
     if rules.refine > 1:
         maps, rules = refined(maps), rules.fine

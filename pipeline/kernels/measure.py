@@ -1,4 +1,4 @@
-"""Shape and stain of many nuclei at once."""
+"""Measure shape and stain of many nuclei at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHAPE_COLUMNS = (
 """Columns of `polygon_shapes` besides the centroid."""
 
 _NOISE = 1e-9
-"""Share of a variance that rounding may make of nothing, even far from the slide's corner."""
+"""Second moments below this share of the mean variance may be rounding errors, even far from the slide's corner."""
 
 STAIN_COLUMNS = ("hematoxylin_mean", "hematoxylin_std", "eosin_mean", "eosin_std")
 """Columns of `StainSums.columns`."""
 
 
 def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: np.ndarray) -> dict[str, np.ndarray]:
-    """Shape of polygons by their corners (Green's theorem), no pixels involved.
+    """Shape of polygons, computed from their corners (Green's theorem) without rasterising them.
 
     Parameters
     ----------
@@ -39,16 +39,17 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     ring_starts : numpy.ndarray
         Where each ring begins in `points`, int ``(r,)``.
     polygon_starts : numpy.ndarray
-        Where each polygon begins among the rings, int ``(n,)``: its shell, then its holes, in any direction of turn.
+        Index of each polygon's first ring, its shell, int ``(n,)``; its holes follow. Rings may have any orientation.
 
     Returns
     -------
     dict of str to numpy.ndarray
         float64 ``(n,)`` each: ``centroid_x``, ``centroid_y`` in µm; ``area_um2`` without holes; ``perimeter_um`` of the
         shell; ``major_axis_um``, ``minor_axis_um``, ``eccentricity`` and ``orientation`` of the ellipse with the same
-        second moments (axes are whole lengths, four times the standard deviation; orientation is the major axis'
-        angle to the x axis, towards y, in (-pi/2, pi/2], and 0 where both axes are alike); ``circularity`` 4 pi area /
-        perimeter², at most 1. A polygon without area has the centroid of its first corner and zeros.
+        second moments (axes are full lengths, four times the standard deviation; orientation is the angle of the major
+        axis to the x axis, towards y, in (-pi/2, pi/2], and 0 when both axes are equal); ``circularity``
+        4 pi area / perimeter², at most 1. A polygon without area has its first corner as centroid and zeros for
+        everything but the perimeter.
 
     References
     ----------
@@ -61,7 +62,8 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     polygon_of_ring[polygon_starts[1:]] = 1
     polygon_of_ring = np.cumsum(polygon_of_ring)
     ring_sizes = np.diff(np.r_[ring_starts, len(points)])
-    # Coordinates from each polygon's first corner on: moments of small shapes far out would cancel otherwise.
+    # Coordinates are relative to each polygon's first corner: moments of small shapes far from the origin would
+    # otherwise suffer from cancellation.
     origin = points[ring_starts[polygon_starts]]
     x, y = (points[:, axis] - np.repeat(origin[polygon_of_ring, axis], ring_sizes) for axis in (0, 1))
     x0, y0, x1, y1 = x[:-1], y[:-1], x[1:], y[1:]
@@ -92,7 +94,7 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     var_y = np.where(some, per_polygon(cross * (y0 * y0 + y1 * sy), 12) / safe - mean_y**2, 0)
     cov = np.where(some, per_polygon(cross * (sx * sy + x0 * y0 + x1 * y1), 24) / safe - mean_x * mean_y, 0)
     middle, apart = (var_x + var_y) / 2, var_x - var_y
-    # Of what is symmetrical, rounding shall not choose the axis.
+    # Rounding errors must not determine the orientation of symmetrical shapes.
     cov, apart = (np.where(np.abs(value) > _NOISE * middle, value, 0.0) for value in (cov, apart))
     half = np.hypot(apart / 2, cov)
     large, small = middle + half, np.maximum(middle - half, 0)
@@ -114,14 +116,14 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
 
 
 def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Areas of the convex hulls of many sets of points on a lattice.
+    """Areas of the convex hulls of many sets of integer points.
 
     Parameters
     ----------
     points : numpy.ndarray
         int64 ``(p, 2)``, x first: the points of all sets one after another; no set is empty.
     starts : numpy.ndarray
-        int ``(n + 1,)``: where each set begins, and `p`.
+        int ``(n + 1,)``: where each set begins in `points`, and `p`.
 
     Returns
     -------
@@ -130,7 +132,7 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
     References
     ----------
-    Chains of points in the order of one coordinate: Andrew, Information Processing Letters 9, 1979.
+    Hulls from chains of points sorted by one coordinate: Andrew, Information Processing Letters 9, 1979.
     """
     if len(starts) < 2:
         return np.zeros(0)
@@ -146,13 +148,13 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
     owners = np.repeat(np.arange(len(levels)), levels)[row]
     place = (np.cumsum(used) - 1)[place]
     total = np.zeros(len(starts) - 1)
-    # The hull lies between two chains, one through the least and one through the largest x of each row.
+    # Two chains of points bound the hull: one through the smallest and one through the largest x of each row.
     for side in (x, -x):
         cx, cy, whose = np.full(len(row), np.iinfo(np.int64).max), row, owners
         np.minimum.at(cx, place, side)
         while len(cx) > 2:
-            # A point that is not outside of the line through its neighbours is none of the hull's, and a point of the
-            # hull is outside of any line: all can go at once.
+            # A point that is not outside the line through its neighbours is no corner of the hull, and a corner of the
+            # hull is outside the line through any two other points: all points found here can be removed at once.
             dx, dy = cx[2:] - cx[:-2], cy[2:] - cy[:-2]
             inside = (cx[1:-1] - cx[:-2]) * dy >= dx * (cy[1:-1] - cy[:-2])
             inside &= whose[2:] == whose[:-2]
@@ -173,7 +175,7 @@ class Pieces:
     Parameters
     ----------
     nucleus, y, x0, x1 : numpy.ndarray
-        For each piece: index of its nucleus, row, first column, column after the last; int32 ``(p,)``.
+        Of each piece: index of its nucleus, row, first column, column after the last; int32 ``(p,)``.
     blocks : numpy.ndarray
         Row and column of each block that has pieces, int64 ``(b, 2)``, in raster order.
     starts, ends : numpy.ndarray
@@ -190,23 +192,28 @@ class Pieces:
 
 
 def cut_runs(runs: np.ndarray, nucleus: np.ndarray, block: int) -> Pieces:
-    """Cut runs at the borders of blocks.
+    """Cut pixel runs at the borders of square blocks.
 
     Parameters
     ----------
     runs : numpy.ndarray
-        Row, first column, column after the last; int ``(m, 3)``, coordinates not negative.
+        Row, first column, column after the last; int ``(m, 3)``, not negative.
     nucleus : numpy.ndarray
-        Index of each run's nucleus, int ``(m,)``, never falling.
+        Index of each run's nucleus, int ``(m,)``, in ascending order.
     block : int
-        Side of a block.
+        Side of a block in pixels.
+
+    Returns
+    -------
+    Pieces
+        The pieces of all runs.
     """
     y, x0, x1 = np.ascontiguousarray(runs.T, np.int32)
     nucleus = np.asarray(nucleus, np.int32)
     column = x0 // block
     border = (column + 1) * block
     left, right = x0, np.minimum(x1, border)
-    cut = np.flatnonzero(x1 > border)  # few: their parts in further blocks are pieces of their own
+    cut = np.flatnonzero(x1 > border)  # few: their parts in further blocks become separate pieces
     if len(cut):
         further = (x1[cut] - 1) // block - column[cut]
         which = np.repeat(cut, further)
@@ -235,8 +242,8 @@ def cut_runs(runs: np.ndarray, nucleus: np.ndarray, block: int) -> Pieces:
 class StainSums:
     """Sums of hematoxylin and eosin over the pixels of nuclei.
 
-    Concentrations are taken from tables of integers and summed as integers, so the sums do not depend on how the
-    pixels are cut into blocks nor on their order.
+    Concentrations are looked up in integer tables and their sums are exact, so that the sums depend neither on how the
+    pixels are divided into blocks nor on their order.
 
     Parameters
     ----------
@@ -245,14 +252,14 @@ class StainSums:
     matrix : numpy.ndarray
         Stain matrix, ``(2, 3)``, rows hematoxylin and eosin.
     white : numpy.ndarray, optional
-        OD of the glass in each channel, ``(3,)``, which is not a stain; none without it.
+        OD of the glass in each channel, ``(3,)``, which is subtracted first; nothing is subtracted without it.
     """
 
     SCALE = 4096
-    """Integer steps of one unit of (natural) OD."""
+    """Integer steps per unit of natural OD."""
 
     _LIMIT = 1 << 24
-    """Steps that no pixel reaches of stains that can be told apart."""
+    """Concentration in integer steps that no pixel reaches unless the stain vectors are too close to each other."""
 
     def __init__(self, count: int, matrix: np.ndarray, white: np.ndarray | None = None) -> None:
         vectors = unmixing(matrix)
@@ -262,7 +269,7 @@ class StainSums:
         if np.abs(table).max() * 3 >= self._LIMIT:
             raise ValueError("the stain vectors are too close to each other to be told apart")
         table = table.astype(np.int32)
-        # Two look-ups a pixel, both stains at once: red and green in one table, blue in another.
+        # Two look-ups per pixel give both stains: one table is indexed by red and green, the other by blue.
         self._red_green = (table[:, 1][:, None] + table[:, 0][None, :]).reshape(-1, 2)
         self._blue = np.ascontiguousarray(table[:, 2])
         self.pixels = np.zeros(count, np.int64)
@@ -270,16 +277,16 @@ class StainSums:
         self.squares = np.zeros((2, count), np.int64)
 
     def add(self, rgb: np.ndarray, nucleus: np.ndarray, y: np.ndarray, x0: np.ndarray, x1: np.ndarray) -> None:
-        """Add the pixels of runs.
+        """Add the pixels of runs to the sums.
 
         Parameters
         ----------
         rgb : numpy.ndarray
             uint8, shape ``(h, w, 3)``.
         nucleus : numpy.ndarray
-            Index of each run's nucleus, never falling.
+            Index of each run's nucleus, in ascending order.
         y, x0, x1 : numpy.ndarray
-            Runs within `rgb`.
+            Row, first column and column after the last of each run in `rgb`.
         """
         some = x1 > x0
         if not some.all():
@@ -295,7 +302,7 @@ class StainSums:
         size = np.add.reduceat(lengths, change)
         whose, starts = nucleus[change], np.cumsum(size) - size
         self.pixels[whose] += size
-        # Whole numbers below 2**53 are exact in float64, and so are their sums in any order. A complex number is two.
+        # Integers below 2**53 and their sums in any order are exact in float64. A complex number holds both stains.
         values = stains.astype(np.float64)
         for power, total in enumerate((self.sums, self.squares), start=1):
             if power == 2:
@@ -305,10 +312,9 @@ class StainSums:
             total[1, whose] += both.imag.astype(np.int64)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Mean and standard deviation of each nucleus, float64, as decadic OD; NaN for a nucleus without pixels.
+        """Mean and standard deviation of both stains for each nucleus, float64; NaN for a nucleus without pixels.
 
-        Absorption is counted in powers of ten here, as in QuPath and in photometry; one decadic unit is ln 10 natural
-        ones.
+        Values are decadic OD, as in QuPath and in photometry; one decadic unit is ln 10 natural units.
         """
         values: dict[str, np.ndarray] = {}
         unit = self.SCALE * np.log(10)

@@ -1,4 +1,4 @@
-"""Random nuclei: instance label maps that no picture belongs to yet."""
+"""Make instance label maps of random nuclei, for which images are to be synthesised."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import cv2
 import numpy as np
 
 SPACING = 0.8
-"""Least distance of two centres, as a share of the sum of both radii."""
+"""Smallest distance between two centres, as a share of the sum of both radii."""
 
 TRIES = 30
-"""Places that are tried for a nucleus before it is given up."""
+"""Positions that are tried for a nucleus before it is left out."""
 
 MIN_PIXELS = 12
-"""Of a nucleus within the map."""
+"""Fewest pixels that a nucleus has within the map."""
 
 OVERLAP = 0.1
-"""Largest share of a nucleus that others may have taken, see `paint_nucleus`."""
+"""Largest share of a nucleus that other nuclei may already cover, see `paint_nucleus`."""
 
 LEAST_PIXELS = 30
-"""Of a nucleus whose shape is used again."""
+"""Fewest pixels of a nucleus whose shape is reused."""
 
 
 def drawn_nucleus(radius: float, rng: np.random.Generator) -> np.ndarray:
-    """An ellipse whose outline is moved by 10 to 20 % at 8 to 12 places and smoothed between them.
+    """Draw an ellipse whose outline is displaced by up to 10 to 20 % at 8 to 12 points, with a spline between them.
 
     Parameters
     ----------
     radius : float
-        That of a circle of the ellipse's area, in pixels.
+        Radius of the circle with the ellipse's area, in pixels.
     rng : numpy.random.Generator
         Source of randomness.
 
@@ -58,12 +58,12 @@ def drawn_nucleus(radius: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def turned_nucleus(shape: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A known nucleus, turned by any angle, mirrored or not and 0.8 to 1.2 times as large.
+    """Rotate a known nucleus by a random angle, mirror it at random and scale it by a random factor of 0.8 to 1.2.
 
     Parameters
     ----------
     shape : numpy.ndarray
-        bool ``(h, w)``.
+        bool ``(h, w)``, the nucleus.
     rng : numpy.random.Generator
         Source of randomness.
 
@@ -83,23 +83,24 @@ def turned_nucleus(shape: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def paint_nucleus(labels: np.ndarray, mask: np.ndarray, place: tuple[int, int], overlap: float) -> bool:
-    """Add a nucleus to a label map where there is room; the ones that are there keep their pixels.
+    """Add a nucleus to a label map if there is room; nuclei that are already there keep their pixels.
 
     Parameters
     ----------
     labels : numpy.ndarray
-        int32 label map ``(H, W)``, changed in place: the nucleus is the next whole number.
+        int32 label map ``(H, W)``, changed in place: the nucleus gets the next free label.
     mask : numpy.ndarray
-        bool, the nucleus; sides are odd.
+        bool, the nucleus; both sides are odd.
     place : (int, int)
-        Row and column of the mask's middle; what lies outside of the map is cut off.
+        Row and column of the mask's centre; what lies outside the map is cut off.
     overlap : float
-        Largest share of its pixels in the map that may be taken, or cut off from its largest part.
+        Largest share of the nucleus' pixels in the map that may be lost because other nuclei cover them or separate
+        them from its largest free part, which is what is painted.
 
     Returns
     -------
     bool
-        Whether it was added.
+        Whether the nucleus was added.
     """
     top, left = (at - side // 2 for at, side in zip(place, mask.shape, strict=True))
     window = labels[max(0, top) : top + mask.shape[0], max(0, left) : left + mask.shape[1]]
@@ -125,7 +126,7 @@ def random_nuclei(
     known: Sequence[np.ndarray] = (),
     share: float = 0.0,
 ) -> np.ndarray:
-    """A label map of nuclei at random places, no two centres near each other (Poisson disc).
+    """Make a label map of nuclei at random positions, with a minimum distance between centres (Poisson disc).
 
     Parameters
     ----------
@@ -134,13 +135,13 @@ def random_nuclei(
     rng : numpy.random.Generator
         Source of randomness.
     count : int
-        Nuclei; a few may find no room.
+        Number of nuclei to place; those that find no room are left out.
     radius : (float, float)
         Range of the radii of drawn nuclei in pixels.
     known : sequence of numpy.ndarray
         Shapes of real nuclei, bool, see `nucleus_shapes`.
     share : float
-        Share of nuclei that take one of them.
+        Share of nuclei that have a shape from `known`.
 
     Returns
     -------
@@ -149,9 +150,9 @@ def random_nuclei(
 
     References
     ----------
-    Cook, "Stochastic sampling in computer graphics", ACM Transactions on Graphics 1986, for the places; Mahmood et al.,
-    "Deep adversarial training for multi-organ nuclei segmentation in histopathology images", IEEE TMI 2020, who
-    publish no generator of such masks.
+    Positions: Cook, "Stochastic sampling in computer graphics", ACM Transactions on Graphics 1986. Synthetic masks:
+    Mahmood et al., "Deep adversarial training for multi-organ nuclei segmentation in histopathology images", IEEE TMI
+    2020; their mask generator is not published.
     """
     labels = np.zeros(shape, np.int32)
     centres = np.empty((0, 3))
@@ -171,7 +172,7 @@ def random_nuclei(
 
 
 def nucleus_shapes(labels: np.ndarray) -> list[np.ndarray]:
-    """Shapes of a label map's nuclei, those at its edge and those below `LEAST_PIXELS` left out.
+    """Shapes of the nuclei of a label map, except those at its edge and those of fewer than `LEAST_PIXELS` pixels.
 
     Parameters
     ----------
@@ -181,7 +182,7 @@ def nucleus_shapes(labels: np.ndarray) -> list[np.ndarray]:
     Returns
     -------
     list of numpy.ndarray
-        bool crops.
+        bool masks, each cropped to the bounding box of its nucleus.
     """
     from scipy import ndimage
 
@@ -197,7 +198,7 @@ def nucleus_shapes(labels: np.ndarray) -> list[np.ndarray]:
 
 
 def mask_picture(labels: np.ndarray) -> np.ndarray:
-    """Nuclei black on white, dark as hematoxylin makes them, with a white line where two of them touch.
+    """Draw nuclei in black on white, dark as hematoxylin makes them, with a white line where two nuclei touch.
 
     Parameters
     ----------

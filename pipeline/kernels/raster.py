@@ -1,4 +1,4 @@
-"""Polygons to pixels."""
+"""Convert polygons to pixel runs and paint runs into label maps."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ def polygon_runs(
     *,
     even_ties: bool = False,
 ) -> np.ndarray:
-    """Pixel runs of polygons.
+    """Convert polygons to pixel runs.
 
-    A pixel belongs to a polygon when its centre lies inside, by the even-odd rule over all rings. A centre on the
-    outline belongs to what lies to its right or, on a horizontal edge, below it, so that polygons that share an edge
-    share no pixel and leave none out. Pixel (x, y) covers ``[x, x+1) x [y, y+1)``.
+    A pixel belongs to a polygon when its centre lies inside, by the even-odd rule over all rings. A centre on an
+    outline belongs to the area to its right or, on a horizontal edge, to the area below, so that polygons with a common
+    edge neither share a pixel nor leave a gap. Pixel (x, y) covers ``[x, x+1) x [y, y+1)``.
 
     Parameters
     ----------
     points : numpy.ndarray
-        Corners of all rings one after another, float64 ``(p, 2)``, x first. Rings may be closed or not.
+        Corners of all rings one after another, float64 ``(p, 2)``, x first. Rings may be closed or open.
     ring_starts : numpy.ndarray
         Where each ring begins in `points`, int ``(r,)``.
     polygon_starts : numpy.ndarray
-        Where each polygon begins among the rings, int ``(n,)``.
+        Index of each polygon's first ring, int ``(n,)``.
     rows : (int, int), optional
-        First row and row after the last to look at; all without it.
+        First row and row after the last to rasterise; all rows by default.
     even_ties : bool
-        Give a centre on the outline to the right in even columns and to the left in odd ones. Outlines of a label map
-        that are enlarged by an even factor run through centres along all diagonals: given to one side, they shift the
-        shape by a quarter of a pixel; given by columns, they do not, and at the factor 2 each pixel becomes four.
+        Assign a centre on an outline to the area to its right in even columns and to that on its left in odd columns.
+        When outlines of a label map are enlarged by an even factor, all their diagonals run through pixel centres.
+        Assigning these always to the right shifts the shape by a quarter of a pixel; assigning them by column does not,
+        and at a factor of 2 each pixel becomes exactly four.
 
     Returns
     -------
@@ -52,7 +53,7 @@ def polygon_runs(
     polygon = np.repeat(ring_polygon, ring_sizes)
     x0, y0 = points.T
     x1, y1 = points[following].T
-    # Each edge downwards, so that both polygons at an edge compute the same crossings.
+    # All edges point downwards, so that two polygons with a common edge compute the same crossings.
     flip = y1 < y0
     x0, x1 = np.where(flip, x1, x0), np.where(flip, x0, x1)
     y0, y1 = np.where(flip, y1, y0), np.where(flip, y0, y1)
@@ -78,7 +79,10 @@ def polygon_runs(
 
 
 def _batches(rows: np.ndarray, polygon: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges of edges with so many crossings, never cutting a polygon."""
+    """Ranges of edges with at most `_CROSSINGS_AT_ONCE` crossings each, or more for a single larger polygon.
+
+    The edges of a polygon are never split between ranges.
+    """
     total = np.cumsum(rows)
     borders = np.r_[0, np.flatnonzero(np.diff(polygon)) + 1, len(polygon)]
     work = np.r_[0, total][borders]
@@ -92,24 +96,24 @@ def _batches(rows: np.ndarray, polygon: np.ndarray) -> list[tuple[int, int]]:
 
 
 def paint_runs(runs: np.ndarray, labels: np.ndarray, out: np.ndarray, top: int = 0, left: int = 0) -> None:
-    """Paint runs into a label map; where runs overlap the one that comes first stays.
+    """Paint runs into a label map; where runs overlap, the first one is kept.
 
     Parameters
     ----------
     runs : numpy.ndarray
-        Row, first column, column after the last, int ``(m, 3)``; what lies outside `out` is left out.
+        Row, first column, column after the last, int ``(m, 3)``; parts outside `out` are ignored.
     labels : numpy.ndarray
         Label of each run, ``(m,)``.
     out : numpy.ndarray
         Label map to paint into, ``(h, w)``, C-contiguous.
     top, left : int
-        Row and column of its first pixel.
+        Row and column of the first pixel of `out`.
     """
     height, width = out.shape
     row, x0, x1 = np.asarray(runs, np.int64).T.reshape(3, -1)
     row = row - top
     x0, x1 = np.clip(x0 - left, 0, width), np.clip(x1 - left, 0, width)
-    keep = np.flatnonzero((row >= 0) & (row < height) & (x1 > x0))[::-1]  # of equal targets the last one written stays
+    keep = np.flatnonzero((row >= 0) & (row < height) & (x1 > x0))[::-1]  # reversed: the last write wins
     lengths = (x1 - x0)[keep]
     begins = np.cumsum(lengths) - lengths
     target = np.repeat((row * width + x0)[keep] - begins, lengths) + np.arange(int(lengths.sum()))

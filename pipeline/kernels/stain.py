@@ -2,11 +2,12 @@
 
 Conventions
 -----------
-Optical density is natural, ``OD = -ln((I + 1) / 256)`` for an 8-bit value ``I``: 255 is exactly 0, 0 is ``ln 256``, and
-nothing has to be excepted. The way back is ``I = 256 exp(-OD) - 1`` with OD clamped to 0..ln 256 and the result rounded
-to the nearest integer, ties to even. A pixel is tissue when the mean OD of its channels is at least `TISSUE_OD` and
-green is absorbed at least `INK_RATIO` times as much as red (it is not ink). Stain matrices hold one unit vector a row,
-hematoxylin first, then eosin: ``OD = concentrations @ matrix``. Lab is CIE L*a*b* of sRGB under D65, L in 0..100.
+Optical density (OD) is natural, ``OD = -ln((I + 1) / 256)`` for an 8-bit value ``I``: 255 becomes exactly 0 and 0
+becomes ``ln 256``, so that no value needs special treatment. The inverse is ``I = 256 exp(-OD) - 1`` with OD clamped to
+0..ln 256 and the result rounded to the nearest integer, ties to even. A pixel is tissue when the mean OD of its
+channels is at least `TISSUE_OD` and its OD of green is at least `INK_RATIO` times that of red (otherwise it is ink).
+Stain matrices hold one unit vector per row, hematoxylin first, then eosin: ``OD = concentrations @ matrix``. Lab is
+CIE L*a*b* of sRGB under D65, L in 0..100.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ import cv2
 import numpy as np
 
 MAX_OD = math.log(256)
-"""OD of the value 0."""
+"""OD of the 8-bit value 0."""
 
 TISSUE_OD = 0.15
-"""Mean OD of a pixel from which it counts as tissue."""
+"""Mean OD from which a pixel counts as tissue."""
 
 WHITE_SHARE = 0.005
-"""Share of the pixels that are brighter than what counts as glass."""
+"""Share of pixels that may be brighter than the colour that is taken for glass."""
 
 WHITE_OD = 0.1
-"""Mean OD from which the brightest pixels are not glass."""
+"""Mean OD from which the brightest pixels are not taken for glass."""
 
 INK_RATIO = 0.7
-"""OD of green over OD of red below which a pixel is blue or green ink: no mixture of hematoxylin and eosin is so."""
+"""OD of green over OD of red below which a pixel is blue or green ink; mixtures of hematoxylin and eosin are above."""
 
 MIN_PIXELS = 1000
-"""Tissue pixels below which no stain is fitted."""
+"""Fewest tissue pixels that a stain is fitted to."""
 
 MOST_PIXELS = 500_000
-"""Tissue pixels of an image that are looked at."""
+"""Most tissue pixels of an image that are used."""
 
 METHODS = ("none", "macenko", "vahadane", "reinhard", "histogram")
 """Methods of normalisation."""
@@ -49,94 +50,101 @@ OD_TABLE = np.log(256.0 / np.arange(1, 257)).astype(np.float32)
 RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]) / np.linalg.norm(
     [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], axis=1, keepdims=True
 )
-"""Hematoxylin and eosin of Ruifrok and Johnston, Anal. Quant. Cytol. Histol. 23, 2001; shape ``(2, 3)``."""
+"""Vectors of hematoxylin and eosin by Ruifrok and Johnston, Anal. Quant. Cytol. Histol. 23, 2001; shape ``(2, 3)``."""
 
 MIN_STAIN_ANGLE = 10.0
-"""Degrees between hematoxylin and eosin below which a fit is refused."""
+"""Angle in degrees between hematoxylin and eosin below which a fit is rejected."""
 
 MAX_OFF_ANGLE = (30.0, 46.0)
-"""Degrees between fitted hematoxylin and eosin and Ruifrok's above which a fit is refused.
+"""Angles in degrees between fitted hematoxylin or eosin and Ruifrok's vector above which a fit is rejected.
 
-Eosin gets more room: with saffron (HES, common in France) real fields reach 44 degrees; DAB is at 47.
+The limit for eosin is wider: with saffron (HES, common in France) real fields reach 44 degrees; DAB is at 47.
 """
 
 KNOWN_ANGLES = (10.0, 14.0)
-"""Degrees between a slide's hematoxylin and the reference's up to which a stain counts as known, and from which as new.
+"""Angles in degrees between the hematoxylin vectors of a slide and of the reference.
 
-Fields of MoNuSeg and NuCLS are within 10 degrees of the reference of the models that ship.
+Up to the first angle a stain counts as known, from the second as new. Fields of MoNuSeg and NuCLS are within
+10 degrees of the reference of the models that are shipped.
 """
 
 MAX_SCALE = 5.0
-"""Largest factor, up or down, by which a stain's strength may be changed."""
+"""Largest factor by which a stain's strength may be raised or lowered."""
 
-_PEAKS = (226, 252)  # green values of glass that is not white: OD up to some more than WHITE_OD
+_PEAKS = (226, 252)  # green values of glass that is not white, up to slightly above WHITE_OD
 
-_BLOCK = 1 << 16  # pixels worked on at once: what fits the cache
+_BLOCK = 1 << 16  # pixels processed at once, so that they fit into the cache
 
 Extractor = Callable[[np.ndarray], np.ndarray]
-"""From RGB tissue pixels, uint8 ``(n, 3)``, to a stain matrix, float64 ``(2, 3)``."""
+"""Function that finds the stain matrix, float64 ``(2, 3)``, of RGB tissue pixels, uint8 ``(n, 3)``."""
 
 
 class StainFitError(ValueError):
-    """The pixels at hand do not determine the two stains; the message is one line that says why."""
+    """Raised when pixels do not determine the two stains; the message is one line that gives the reason."""
 
 
 def rgb_to_od(rgb: np.ndarray) -> np.ndarray:
-    """OD of 8-bit values, float32, of the same shape."""
+    """Convert 8-bit values to OD, float32, of the same shape."""
     return OD_TABLE[rgb]
 
 
 def od_to_rgb(od: np.ndarray) -> np.ndarray:
-    """8-bit values of OD, uint8, of the same shape."""
+    """Convert OD to 8-bit values, uint8, of the same shape."""
     clamped = np.clip(np.asarray(od, np.float32), 0, np.float32(MAX_OD))
     return np.rint(256 * np.exp(-clamped) - 1).astype(np.uint8)
 
 
 def tissue_mask(rgb: np.ndarray) -> np.ndarray:
-    """Which pixels of RGB ``(..., 3)`` are tissue by their colour alone (neither pale nor ink), bool ``(...)``."""
+    """Mask of the pixels of RGB ``(..., 3)`` that are tissue by colour alone (neither pale nor ink), bool ``(...)``."""
     od = rgb_to_od(rgb)
     return (od.sum(axis=-1) >= 3 * TISSUE_OD) & (od[..., 1] >= INK_RATIO * od[..., 0])
 
 
 def tissue_pixels(rgb: np.ndarray) -> np.ndarray:
-    """Tissue pixels of RGB uint8 ``(..., 3)`` as uint8 ``(n, 3)``; evenly thinned out to `MOST_PIXELS`."""
+    """Tissue pixels of RGB uint8 ``(..., 3)`` as uint8 ``(n, 3)``; evenly thinned out to at most `MOST_PIXELS`."""
     flat = np.asarray(rgb).reshape(-1, 3)
     pixels = flat[tissue_mask(flat)]
     return thinned(pixels, MOST_PIXELS)
 
 
 def thinned(pixels: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of some pixels ``(n, 3)``, evenly spread."""
+    """Select at most `most` of the pixels ``(n, 3)``, evenly spread."""
     return pixels if len(pixels) <= most else pixels[np.linspace(0, len(pixels) - 1, most).astype(np.int64)]
 
 
 def white_level(rgb: np.ndarray) -> np.ndarray:
-    """OD of the glass beside the tissue: that of the brightest pixels of each channel.
+    """OD of the glass around the tissue, estimated from the brightest pixels of each channel.
 
     Parameters
     ----------
     rgb : numpy.ndarray
-        uint8, shape ``(..., 3)``, tissue and background.
+        Image of tissue and background, uint8, shape ``(..., 3)``.
 
     Returns
     -------
     numpy.ndarray
-        float64, shape ``(3,)``; zeros where the brightest pixels are so dark that no glass can be among them.
+        float64, shape ``(3,)``; zeros when the brightest pixels are too dark to be glass.
     """
     return white_of_counts(*count_values(rgb))
 
 
 def count_values(rgb: np.ndarray) -> tuple[np.ndarray, int]:
-    """How often each value occurs in each channel, int64 ``(3, 256)``, and how many pixels are wholly white."""
+    """Count how often each value occurs in each channel, int64 ``(3, 256)``, and how many pixels are pure white."""
     flat = np.asarray(rgb).reshape(-1, 3)
     counts = np.stack([np.bincount(flat[:, channel], minlength=256) for channel in range(3)])
     return counts, int(np.count_nonzero((flat[:, 0] == 255) & (flat[:, 1] == 255) & (flat[:, 2] == 255)))
 
 
 def glass_is_darker(green: np.ndarray) -> bool:
-    """Whether green values, integers ``(256,)`` of pixels that are not wholly white, have a narrow bright peak.
+    """Whether a histogram of green values has a narrow bright peak, as glass that is not white gives.
 
-    Glass that the scanner shows as white leaves a tail that hardly falls towards 255, tissue a wide hump.
+    By contrast, glass that the scanner shows as white leaves only a tail that hardly falls towards 255, and tissue a
+    wide hump.
+
+    Parameters
+    ----------
+    green : numpy.ndarray
+        Counts of the green values of the pixels that are not pure white, integers ``(256,)``.
     """
     smooth = np.convolve(green, np.ones(5), "same")
     peak = _PEAKS[0] + int(smooth[slice(*_PEAKS)].argmax())
@@ -145,10 +153,10 @@ def glass_is_darker(green: np.ndarray) -> bool:
 
 
 def white_of_counts(counts: np.ndarray, white_pixels: int = 0) -> np.ndarray:
-    """`white_level` from what `count_values` gave.
+    """Return `white_level` from the results of `count_values`.
 
-    Pixels that are wholly white may be glass, or filler where nothing was scanned, decoded or stored: they do not count
-    where the rest shows glass of another colour.
+    Pure white pixels may be glass, or filler where nothing was scanned, decoded or stored. They are ignored when the
+    other pixels show glass of another colour.
     """
     total = counts[0].sum()
     if total == 0:
@@ -166,7 +174,7 @@ def white_of_counts(counts: np.ndarray, white_pixels: int = 0) -> np.ndarray:
 
 
 def balanced_tissue(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Tissue pixels ``(n, 3)`` with the OD of the glass subtracted; those that were no more than glass go."""
+    """Subtract the OD of the glass from tissue pixels ``(n, 3)`` and drop those that are not tissue after that."""
     if not white.any():
         return rgb
     rgb = balance(rgb, white)
@@ -174,7 +182,7 @@ def balanced_tissue(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
 
 
 def balance(rgb: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """Colours with the OD of the glass subtracted, uint8, of the same shape as `rgb`."""
+    """Subtract the OD of the glass from colours; uint8, of the same shape as `rgb`."""
     table = od_to_rgb(np.maximum(OD_TABLE[:, None] - np.asarray(white, np.float32), 0))
     return np.stack([table[rgb[..., channel], channel] for channel in range(3)], axis=-1)
 
@@ -190,7 +198,7 @@ def angle(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def extract_macenko(rgb: np.ndarray) -> np.ndarray:
-    """Stain matrix by the extreme angles (percentiles 1 and 99) in the plane of largest variance of OD.
+    """Stain matrix from the extreme angles (percentiles 1 and 99) in the plane of largest variance of OD.
 
     Parameters
     ----------
@@ -200,18 +208,18 @@ def extract_macenko(rgb: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        Unit rows, hematoxylin (the redder OD) first, float64, shape ``(2, 3)``. Whether it makes sense is for
-        `check_matrix` to say.
+        Unit rows, float64, shape ``(2, 3)``; hematoxylin, the vector with the larger OD of red, comes first. Use
+        `check_matrix` to test whether the vectors are plausible.
 
     Raises
     ------
     StainFitError
-        When there are too few pixels or they span no plane.
+        When there are too few pixels or they do not span a plane.
 
     References
     ----------
-    Macenko et al., A method for normalizing histology slides for quantitative analysis, ISBI 2009. Tissue is told by
-    the mean OD here: the original drops pixels of low OD in any channel, which loses eosin.
+    Macenko et al., A method for normalizing histology slides for quantitative analysis, ISBI 2009. Here, tissue pixels
+    are those with a high mean OD: the original drops pixels with a low OD in any channel and with them eosin.
     """
     _require_pixels(rgb)
     od = rgb_to_od(rgb).astype(np.float64)
@@ -229,7 +237,7 @@ def extract_macenko(rgb: np.ndarray) -> np.ndarray:
 
 
 OWN_EXTRACTORS: Mapping[str, Extractor] = {"macenko": extract_macenko}
-"""Stain matrix extraction by method, as far as it needs no further library."""
+"""Stain matrix extraction by method, for methods that need no further library."""
 
 
 def _require_pixels(rgb: np.ndarray) -> None:
@@ -238,13 +246,14 @@ def _require_pixels(rgb: np.ndarray) -> None:
 
 
 def check_matrix(matrix: np.ndarray) -> None:
-    """Refuse a stain matrix that is not of hematoxylin and eosin.
+    """Raise an error if a stain matrix is not that of hematoxylin and eosin.
 
     Raises
     ------
     StainFitError
-        When it holds non-finite numbers, a vector points the wrong way (light instead of ink), the two are nearly
-        one (a single stain), or one is far from what it shall be (pen ink, another stain).
+        When the matrix has non-finite numbers or a zero row, a vector points the wrong way (negative absorption), the
+        two vectors are nearly the same (a single stain), or a vector is far from its typical direction (pen ink,
+        another stain).
     """
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape != (2, 3) or not np.isfinite(matrix).all() or not np.linalg.norm(matrix, axis=1).all():
@@ -300,14 +309,14 @@ def matching_table(source: np.ndarray, target: np.ndarray, alpha: float = 1.0) -
     source, target : numpy.ndarray
         Cumulative distributions, shape ``(3, 256)``.
     alpha : float
-        0 leaves the colours as they are, 1 takes the target's, in between a linear blend.
+        0 leaves the colours unchanged, 1 gives those of the target, values in between a linear blend.
 
     Returns
     -------
     numpy.ndarray
-        uint8, shape ``(3, 256)``, never falling. Values are matched at the middle of their step of the source's
-        distribution. Outside its 0.5 and 99.5 percentiles the table runs straight to 0 and to 255, so that background
-        stays white and few extreme pixels bend nothing.
+        uint8, shape ``(3, 256)``, non-decreasing. Each value is matched at the middle of its step in the source's
+        distribution. Outside the source's 0.5 and 99.5 percentiles the table runs straight to 0 and to 255, so that
+        background stays white and a few extreme pixels do not distort the table.
 
     References
     ----------
@@ -352,24 +361,24 @@ def _rows(value: Any) -> Rows:
 
 @dataclass(frozen=True)
 class StainTransform:
-    """A colour transform, the same for every pixel of a slide.
+    """Colour transform that is the same for every pixel of a slide.
 
     Parameters
     ----------
     method : {"none", "matrix", "reinhard", "lut"}
         ``matrix``: ``OD' = max(OD - white, 0) @ matrix``. ``reinhard``: mean and spread of each Lab channel are moved
-        from source to target, ``Lab' = Lab * scale + offset`` with the numbers of `lab_affine`. ``lut``: one table of
-        256 values a channel. The latter two are faded out towards white: with ``w = min(1, mean OD / TISSUE_OD)`` the
-        result is
-        ``rint(rgb + w (moved - rgb))``, `moved` being clipped to 0..255 but not rounded.
+        from source to target, ``Lab' = Lab * scale + offset`` with scale and offset from `lab_affine`. ``lut``: one
+        table of 256 values per channel. The latter two are faded out towards white: with
+        ``w = min(1, mean OD / TISSUE_OD)`` the result is ``rint(rgb + w (moved - rgb))``, `moved` being the transformed
+        colour, clipped to 0..255 but not rounded.
     matrix : tuple, optional
-        3 x 3.
+        3 x 3, for method ``matrix``.
     white : tuple, optional
-        OD of the glass in each channel, with a matrix; without it, nothing is subtracted.
+        OD of the glass in each channel, for method ``matrix``; without it, nothing is subtracted.
     source, target : tuple, optional
-        Means and standard deviations of L, a and b: 2 x 3 each.
+        Means and standard deviations of L, a and b, 2 x 3 each, for method ``reinhard``.
     lut : tuple, optional
-        3 x 256 integers in 0..255.
+        3 x 256 integers in 0..255, for method ``lut``.
     """
 
     method: str = "none"
@@ -398,7 +407,7 @@ class StainTransform:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StainTransform:
-        """The transform that `to_json` described."""
+        """Create a transform from the result of `to_json`."""
         fields = dict(value)
         lut, white = fields.pop("lut", None), fields.pop("white", None)
         return cls(
@@ -409,7 +418,7 @@ class StainTransform:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The transform as plain JSON values, without what its method does not need."""
+        """Return the transform as plain JSON values, only the fields that its method needs."""
         fields: dict[str, Any] = {"method": self.method}
         for name in ("matrix", "source", "target", "lut"):
             value = getattr(self, name)
@@ -444,17 +453,17 @@ class StainTransform:
         return out.reshape(rgb.shape)
 
     def table(self, each: Callable[..., Iterable[Any]] = map) -> np.ndarray:
-        """What becomes of every colour, to look up where `apply` cannot run.
+        """Tabulate the transform of every colour, for use where `apply` cannot run.
 
         Parameters
         ----------
         each : callable
-            Like `map`: that of a pool makes use of its threads.
+            Function like the built-in `map`; use that of a thread pool to fill the table in parallel.
 
         Returns
         -------
         numpy.ndarray
-            uint8 ``(256, 256, 256, 4)``, by red, green and blue: the new colour and a 0.
+            uint8 ``(256, 256, 256, 4)``, indexed by red, green and blue: the new colour, followed by a 0.
         """
         table = np.zeros((256, 256, 256, 4), np.uint8)
         values = np.arange(256, dtype=np.uint8)
@@ -493,19 +502,19 @@ class StainTransform:
 
 
 def _rounded(array: np.ndarray) -> list[Any]:
-    # Six decimals: far below one grey level, and the same in memory as when read back.
+    # Six decimals are far finer than one grey level and make the numbers the same in memory as when read back.
     return np.round(np.asarray(array, np.float64), 6).tolist()
 
 
 def fit_stains(rgb: np.ndarray, extract: Extractor) -> dict[str, Any]:
-    """Stain matrix and strengths of tissue pixels.
+    """Fit the stain matrix and the strengths of both stains to tissue pixels.
 
     Parameters
     ----------
     rgb : numpy.ndarray
         Tissue pixels, uint8, shape ``(n, 3)``.
     extract : callable
-        Finds the stain matrix.
+        Function that finds the stain matrix.
 
     Returns
     -------
@@ -546,12 +555,12 @@ def fit_histogram(rgb: np.ndarray) -> dict[str, Any]:
 
 
 def fit_reference(rgb: np.ndarray, extractors: Mapping[str, Extractor] = OWN_EXTRACTORS) -> dict[str, Any]:
-    """What a model package says of its training data's stain, as the target of `fit_transform`.
+    """Describe the stain of a model's training data, for its package and as the target of `fit_transform`.
 
     Parameters
     ----------
     rgb : numpy.ndarray
-        Pixels or images of the reference, uint8, shape ``(..., 3)``; background is dropped here.
+        Pixels or images of the reference, uint8, shape ``(..., 3)``; background is ignored.
     extractors : mapping of str to callable
         Stain matrix extraction by method.
 
@@ -578,22 +587,23 @@ def _require_scale(what: str, scale: np.ndarray) -> None:
 
 
 def adapted_strength(source: Mapping[str, Any], target: Mapping[str, Any], strength: float) -> float:
-    """Strength of normalisation for a slide: `strength` where its hematoxylin is like the reference's, else up to 1.
+    """Strength of normalisation for a slide: `strength` for a known stain, up to 1 for a new one.
 
-    A network does best on stains that it knows as they are, and on new ones when they are brought to those it knows.
+    A network does best on known stains when their colours are kept, and on new stains when they are normalised to known
+    ones. A stain is known when its hematoxylin is close to the reference's.
 
     Parameters
     ----------
     source, target : mapping
-        What `fit_stains` gave for the slide and for the reference.
+        Results of `fit_stains` for the slide and for the reference.
     strength : float
-        For known stains, 0 to 1.
+        Strength for known stains, 0 to 1.
 
     Returns
     -------
     float
-        `strength` to 1, rising between the two angles of `KNOWN_ANGLES`; 0 stays 0. Methods without stain vectors keep
-        `strength`.
+        Between `strength` and 1, rising between the two angles of `KNOWN_ANGLES`. A strength of 0 and the strength of
+        methods without stain vectors are returned unchanged.
     """
     if strength == 0 or "matrix" not in source:
         return strength
@@ -619,38 +629,39 @@ def fit_transform(
     method : str
         One of `METHODS`.
     reference : mapping
-        What `fit_reference` gave.
+        Result of `fit_reference`.
     extractors : mapping of str to callable
-        As for `fit_reference`.
+        Stain matrix extraction by method, as for `fit_reference`.
     strength : float
-        How far towards the reference, 0 (the slide's own colours) to 1 (the reference's): in between lie, of a matrix
-        method, the weighted geometric mean of transmitted light (the mean of OD), of ``reinhard`` and ``histogram`` the
-        weighted mean of the slide's and the reference's statistics.
+        How far to move towards the reference, from 0 (the slide's own colours) to 1 (the reference's). Values in
+        between give a weighted mean: for matrix methods, of OD (the weighted geometric mean of transmitted light); for
+        ``reinhard``, of the slide's and the reference's statistics; for ``histogram``, of the colours before and after
+        matching.
     white : numpy.ndarray, optional
-        What `white_level` gave for the slide. Matrix methods take it off first, or the glass would be coloured by what
-        strengthens pale stains; the other methods leave what is pale as it is.
+        Result of `white_level` for the slide. Matrix methods subtract it first, because a transform that strengthens
+        pale stains would otherwise colour the glass; the other methods leave pale pixels unchanged.
     adapt : bool
-        Whether `strength` is that of known stains and new ones get more, see `adapted_strength`.
+        Whether new stains get a higher strength than `strength`, see `adapted_strength`.
 
     Returns
     -------
     transform : StainTransform
         The transform.
     source : dict
-        The slide's own fit, of the same shape as the method's entry of `reference`.
+        The fit of the slide, with the same fields as the method's entry in `reference`.
 
     Raises
     ------
     StainFitError
-        When the pixels do not allow it; the slide should be left as it is then.
+        When no plausible transform can be fitted to the pixels; the slide should then be left unchanged.
     KeyError
-        When `reference` has no entry for the method or there is no extractor for it.
+        When `reference` or `extractors` has no entry for the method.
 
     References
     ----------
     Matrix methods: Macenko 2009; Vahadane et al., Structure-preserving color normalization and sparse stain separation
-    for histological images, IEEE TMI 35(8), 2016. The least-squares unmixing, the scaling of both strengths and the
-    mixing with the target's vectors are one 3 x 3 matrix on OD. ``reinhard``: Reinhard et al., Color transfer between
+    for histological images, IEEE TMI 35(8), 2016. Least-squares unmixing, scaling of both strengths and mixing with the
+    target's vectors are combined into one 3 x 3 matrix on OD. ``reinhard``: Reinhard et al., Color transfer between
     images, IEEE CG&A 21(5), 2001, in Lab.
     """
     if not 0 <= strength <= 1:
