@@ -81,7 +81,7 @@ class DeviceBlender:
                 self._join(run[begin : begin + below, ..., :overlap, :stride], edges)
             self._edges[columns] = run[..., stride:, :stride]
             self._rows[columns] = row
-            self._left, self._last = right[end - 1], (row, first + count - 1)
+            self._left, self._last = right[end - 1].clone(), (row, first + count - 1)
             start = end
         done = total[..., :stride, :stride]
         return (done if self._largest else (done + self._sum // 2) // self._sum).byte()

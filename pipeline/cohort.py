@@ -1,4 +1,4 @@
-"""Stage ``cohort``: tables, report and provenance of all slides of a run, and what failed."""
+"""Stage ``cohort``: write the tables, report and provenance of a run, and the list of failed slides."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCORES = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
-"""Scores of ``metrics.json`` that become columns when a slide has a truth."""
+"""Scores of ``metrics.json`` that become columns if any slide has a truth."""
 
 FAILED_COLUMNS = ("slide", "stage", "reason", "hint")
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What the slides of a run left.
+    """Results of the slides of a run.
 
     Parameters
     ----------
     table : SlideTable
         The slides in order.
     good : list of dict
-        ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table),
-        ``total_seconds``, and where it has regions ``regions``, what is in each.
+        ``metrics.json`` of each finished slide, with ``extra`` (further columns of the slide table) and
+        ``total_seconds``. With a classifier, ``composition`` is by its classes and ``classifier`` says which it is; a
+        slide with regions also has ``regions``, see `pipeline.regions.count_regions`.
     failed : list of dict
         ``slide``, ``stage``, ``reason`` and ``hint`` of each slide that cannot be processed.
     waiting : list of str
-        The others: slides that an unfinished run has not come to the end of.
+        Names of the other slides, which have not been finished yet.
     hashes : dict of str to str
         Quick hash of each slide that could be opened.
     """
@@ -60,7 +61,7 @@ class Cohort:
 
 
 def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort:
-    """Read the last manifest of every slide of a run.
+    """Read the results of every slide of a run.
 
     Parameters
     ----------
@@ -69,8 +70,13 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
     slides : pathlib.Path
         The run's slide table.
     classifier : str, optional
-        The file by which the stage ``classify`` tells classes, where it does: a slide that it has not come to is not
-        finished.
+        File of the run's classifier, if it has one. A slide is then finished only if the stage ``classify`` has
+        processed it with this classifier (with any, if the file does not exist).
+
+    Returns
+    -------
+    Cohort
+        The results.
 
     Raises
     ------
@@ -100,7 +106,8 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
             last["stages"] |= kinds.pop("stages", {})
             last["warnings"] += drawn.pop("warnings", [])
             seconds = sum(stage["seconds"] for stage in last["stages"].values()) + last["seconds"]
-            twin = first_of.setdefault(str(cohort.hashes[entry.name]), entry.name)
+            known = cohort.hashes[entry.name]
+            twin = entry.name if known is None else first_of.setdefault(known, entry.name)
             if twin != entry.name:
                 warning = f"cohort: holds the same data as slide {twin!r}, and counts beside it"
                 log.warning("slide %r: %s", entry.name, warning)
@@ -111,7 +118,10 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
 
 
 def _classes(paths: SlideLayout, by: str | None) -> dict[str, Any] | None:
-    """Composition by a classifier, which it is, and costs; None where there is none by the one of this hash."""
+    """Composition, classifier and costs from the stage ``classify``.
+
+    None if the stage has not finished, or has used another classifier than the one with the hash `by`.
+    """
     made: dict[str, Any] = read_manifest(paths.classify) if paths.classify.exists() else {"status": "failed"}
     if made["status"] != "ok" or (by is not None and made["classifier"]["sha256"] != by):
         return None
@@ -119,7 +129,10 @@ def _classes(paths: SlideLayout, by: str | None) -> dict[str, Any] | None:
 
 
 def _regions(paths: SlideLayout, path: Path, classifier: dict[str, str] | None) -> dict[str, Any] | None:
-    """What is in each region, and warnings, or the failure; None where not of this file, or of other classes."""
+    """Regions and warnings from the stage ``regions``, or its failure.
+
+    None if the stage has not finished, or has used another file of regions than `path` or another classifier.
+    """
     made: dict[str, Any] = read_manifest(paths.regions) if paths.regions.exists() else {"status": "missing"}
     if made["status"] == "failed":
         return {"failure": manifest_failure(made)}
@@ -131,7 +144,7 @@ def _regions(paths: SlideLayout, path: Path, classifier: dict[str, str] | None) 
 
 
 def cohort_table(cohort: Cohort) -> pa.Table:
-    """One row for each finished slide.
+    """Make the table of finished slides, one row each.
 
     Parameters
     ----------
@@ -141,12 +154,12 @@ def cohort_table(cohort: Cohort) -> pa.Table:
     Returns
     -------
     pyarrow.Table
-        Columns: ``slide``; those of the slide table as text; ``tissue_mm2``, ``nuclei``, ``nuclei_per_mm2``; count,
-        density and share of each class (``nuclei:NAME`` …); the median of each measurement but the orientation
-        (``area_um2_median`` …); the scores where a slide has a truth; ``mpp``; ``blur_um``, ``blurred_share``,
-        ``unreadable_share``, ``doubtful_cells``, ``ink_fraction`` and ``warnings`` (their number), of which slides that
-        an older version has finished lack some; ``seconds``, ``peak_rss_mb``. A column of the slide table that bears
-        the name of another one gets ``table:`` before its name.
+        Columns: ``slide``; the further columns of the slide table as text; ``tissue_mm2``, ``nuclei``,
+        ``nuclei_per_mm2``; count, density and share of each class (``nuclei:NAME`` …); the median of each measurement
+        except the orientation (``area_um2_median`` …); the scores if any slide has a truth; ``mpp``; ``blur_um``,
+        ``blurred_share``, ``unreadable_share``, ``doubtful_cells``, ``ink_fraction`` and ``warnings`` (count), some of
+        which are missing for slides processed by older versions; ``seconds``, ``peak_rss_mb``. A column of the slide
+        table whose name is already taken is prefixed with ``table:``.
     """
     import pyarrow as pa
 
@@ -171,13 +184,15 @@ def cohort_table(cohort: Cohort) -> pa.Table:
 
 
 def region_table(cohort: Cohort) -> pa.Table:
-    """One row for each region of each finished slide that has any, and one for what lies in none of them.
+    """Make the table of regions of finished slides.
+
+    It has one row for each region, and for each slide with regions one more for everything that lies in none of them.
 
     Returns
     -------
     pyarrow.Table
-        Columns: ``slide``, those of the slide table, ``region``, ``area_mm2``, and those of `cohort_table` for tissue,
-        nuclei, classes and medians.
+        Columns: ``slide``, the further columns of the slide table, ``region``, ``area_mm2``, and the columns of
+        `cohort_table` for tissue, nuclei, classes and medians.
     """
     import pyarrow as pa
 
@@ -192,7 +207,7 @@ def region_table(cohort: Cohort) -> pa.Table:
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-    """Columns for tissue, nuclei, classes and medians of slides, or of regions."""
+    """Columns for tissue, nuclei, classes and medians; rows are slides or regions."""
     import pyarrow as pa
 
     real, whole = pa.float64(), pa.int64()
@@ -212,7 +227,7 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
 
 
 def _with_slides(cohort: Cohort, rows: Sequence[Mapping[str, Any]], own: dict[str, pa.Array]) -> pa.Table:
-    """A table whose rows begin with the slide's name and the further columns of the slide table."""
+    """Make a table of the slides' names, the further columns of the slide table, and the columns `own`."""
     import pyarrow as pa
 
     columns = {"slide": pa.array([row["slide"] for row in rows], pa.string())}
@@ -223,10 +238,10 @@ def _with_slides(cohort: Cohort, rows: Sequence[Mapping[str, Any]], own: dict[st
 
 
 def cell(value: Any) -> str:
-    """A value as the text of a TSV cell.
+    """Format a value as the text of a TSV cell.
 
-    Missing values are empty, line breaks and tabs become blanks. Text that a spreadsheet would take for a formula gets
-    an apostrophe before it, unless it is a number.
+    Missing values are empty; line breaks and tabs become spaces. Text that a spreadsheet would interpret as a formula
+    is prefixed with an apostrophe, unless it is a number.
 
     >>> [cell(value) for value in (None, 2.5, "-2.5", "=1+1", "a\\tb")]
     ['', '2.5', '-2.5', "'=1+1", 'a b']
@@ -245,7 +260,7 @@ def cell(value: Any) -> str:
 
 
 def write_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table with tabs; see `cell`. Quotes are doubled within quotes, as spreadsheets and pandas read them."""
+    """Write a table as TSV, see `cell`. Text with quotes is quoted, as spreadsheets and pandas expect it."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerow([cell(name) for name in header])
@@ -269,7 +284,7 @@ def _size(path: Path) -> int | None:
 def run_manifest(
     cohort: Cohort, results: Path, *, settings: dict[str, Any] | None, model: Path | None
 ) -> dict[str, Any]:
-    """Provenance of a run: versions, settings, model card, slides with their hashes.
+    """Return the provenance of a run: versions, settings, model card, and the slides with their hashes.
 
     Parameters
     ----------
@@ -280,7 +295,12 @@ def run_manifest(
     settings : dict or None
         The settings.
     model : pathlib.Path or None
-        Folder of the model package; without it, the model is told by name and hash as the slides know it.
+        Folder of the model package. Without it, only the model's name and hash are given, from the slides' metrics.
+
+    Returns
+    -------
+    dict
+        The content of ``manifest.json``, except the hashes of the outputs.
     """
     card: dict[str, Any] = {}
     if model is not None:
@@ -335,7 +355,7 @@ def run_cohort(
     config: Path | None = None,
     model: Path | None = None,
 ) -> Mapping[str, Any]:
-    """Run the stage. The outputs appear together, the manifest last.
+    """Run the stage. The outputs are moved into place together, the manifest last.
 
     Parameters
     ----------
@@ -344,9 +364,9 @@ def run_cohort(
     slides : pathlib.Path
         The run's slide table.
     tsv, parquet, failed, report, manifest : pathlib.Path
-        ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``.
+        ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json`` to write.
     regions_tsv, regions_parquet : pathlib.Path
-        ``regions.tsv`` and ``regions.parquet``, written where the slide table has regions, else removed.
+        ``regions.tsv`` and ``regions.parquet``, written if the slide table has regions, removed otherwise.
     config : pathlib.Path or None
         The settings as JSON.
     model : pathlib.Path or None
@@ -388,7 +408,7 @@ def run_cohort(
         )
         record["outputs"] = {path.name: file_sha256(part) for path, part in zip(finals[:-2], parts[:-2], strict=True)}
         write_json(parts[-1], record)
-    if not of_regions:  # of a run with regions
+    if not of_regions:  # may be left from a run with regions
         regions_tsv.unlink(missing_ok=True)
         regions_parquet.unlink(missing_ok=True)
     log.info(

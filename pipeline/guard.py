@@ -146,8 +146,13 @@ def _in_child(work: Callable[[], Any], pipe: IO[bytes], parent: int) -> None:
             if not isinstance(error, (PipelineError, OSError, KeyboardInterrupt)):
                 log.exception("a crash")
             answer = False, error
+        try:
+            sent = pickle.dumps(answer)
+        except Exception as error:  # an exception of a library may hold what cannot be sent
+            log.exception("a crash")
+            sent = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
         with pipe:
-            pipe.write(pickle.dumps(answer))
+            pipe.write(sent)
         status = 0
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Drawing of ``regions.png``: where a slide's regions are, and how many nuclei are in each."""
+"""Draw ``regions.png``: a map of a slide's regions, and the number of nuclei in each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
 
 SHOWN = 22
-"""Regions whose counts are told."""
+"""Largest number of regions whose counts are listed."""
 
 COLOURS = ("#1f5fbf", "#c8401f", "#7a3fa0", "#0b8a8a", "#b8860b", "#b0306a", "#4a5a10", "#333333")
 
@@ -27,14 +27,14 @@ def draw_regions(
     regions: Sequence[tuple[str, BaseGeometry]],
     counts: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Draw the regions of a slide, and how many nuclei are in each.
+    """Draw the regions of a slide, and the number of nuclei in each.
 
     Parameters
     ----------
     path : pathlib.Path
         PNG to write.
     slide : str
-        Name of the slide, shown as it is.
+        Name of the slide.
     tissue : pathlib.Path
         ``tissue.png``, a picture of the whole slide.
     size : tuple of int
@@ -44,21 +44,22 @@ def draw_regions(
     regions : sequence of (str, shapely geometry)
         Names and areas in level-0 pixels.
     counts : sequence of mapping
-        What `pipeline.regions.count_regions` told.
+        What `pipeline.regions.count_regions` returned.
     """
     import shapely
     from matplotlib import patheffects
     from matplotlib.collections import LineCollection
     from PIL import Image
 
-    # In µm, as the slide is seen where pixels are not squares.
+    # Drawn in µm, so that proportions are right even if pixels are not square.
     wide_um, high_um = size[0] * mpp[0], size[1] * mpp[1]
     wide, tall = map_size(wide_um, high_um, (8.3, 7.0), 3.2)
     shown = counts[:SHOWN]
     with picture(path, 1.3 + max(tall, 0.3 * (len(shown) + 2)) + 0.4) as figure:
         heading(figure, slide, f"{len(regions)} region{'' if len(regions) == 1 else 's'}")
         axes = panel(figure, (MARGIN, 1.3, wide, tall), "Where they are", "green: tissue")
-        axes.imshow(Image.open(tissue), extent=(0, wide_um, high_um, 0), interpolation="antialiased")
+        with Image.open(tissue) as view:
+            axes.imshow(view, extent=(0, wide_um, high_um, 0), interpolation="antialiased")
         for number, (name, area) in enumerate(regions):
             colour = COLOURS[number % len(COLOURS)]
             rings = [shapely.get_coordinates(ring) * mpp for ring in shapely.get_rings(shapely.get_parts(area))]

@@ -50,9 +50,13 @@ def load_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
+_WORDS = {word: word for word in ("true", "false", "null")}
+"""Values that may be written with capitals."""
+
+
 def _from_text(value: str) -> Any:
     try:
-        return json.loads(value.strip().lower())
+        return json.loads(_WORDS.get(value.strip().lower(), value))
     except ValueError:
         return value
 

@@ -238,7 +238,9 @@ def slide_bytes(path: Path, alone: bool = True) -> int:
     if kind == ".dcm":
         return total + (sum(size for name, size in beside.items() if name.lower().endswith(kind)) if alone else 0)
     # Hamamatsu: NAME.jpg or .ngr, NAME(1,0).jpg, NAME_map2.jpg, NAME.opt
-    return total + sum(size for name, size in beside.items() if name.startswith(path.stem))
+    return total + sum(
+        size for name, size in beside.items() if name.startswith(tuple(path.stem + mark for mark in "._("))
+    )
 
 
 def content_stamp(path: Path) -> list[int]:

@@ -276,8 +276,6 @@ def draw_outline(rgb: np.ndarray, polygons: list[BaseGeometry], scale_x: float, 
     factor = min(_PNG_SIDE / max(rgb.shape[:2]), 1.0)
     size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
     image = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
-    if image is rgb:
-        image = rgb.copy()
     to_image = np.array([size[0] / rgb.shape[1] / scale_x, size[1] / rgb.shape[0] / scale_y])
     rings = [
         np.round(shapely.get_coordinates(ring) * to_image * 16).astype(np.int32) for ring in shapely.get_rings(polygons)

@@ -10,8 +10,13 @@ FREE = re.compile(r"CC0|CC BY|MIT|BSD|Apache", re.IGNORECASE)
 
 
 def restrictions(licence: str) -> set[str]:
-    """Terms of a licence beyond attribution: no commercial use (NC), no changes (ND), same licence (SA, GPL, AGPL)."""
-    return set(re.findall(r"\b(NC|ND|SA|GPL|AGPL)\b", licence.upper()))
+    """Terms beyond attribution: no commercial use (NC), no changes (ND), the same licence (SA, LGPL, GPL, AGPL).
+
+    >>> sorted(restrictions("CC BY-NC-SA 4.0")), sorted(restrictions("GPLv3")), sorted(restrictions("MIT"))
+    (['NC', 'SA'], ['GPL'], [])
+    """
+    # A version may follow without a space, as in GPLv3.
+    return set(re.findall(r"\b(NC|ND|SA|LGPL|GPL|AGPL)(?![A-UW-Z])", licence.upper()))
 
 
 def strictest(licences: Sequence[str]) -> str:

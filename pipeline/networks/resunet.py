@@ -129,6 +129,9 @@ class ResidualUNet(nn.Module):
         if set(state) - set(own):
             raise ValueError(f"no {min(set(state) - set(own))} in this network")
         stem, head = "stem.0.weight", "head.3"
+        for name in (stem, f"{head}.weight", f"{head}.bias"):
+            if name not in state:
+                raise ValueError(f"{name} is missing")
         old = dict(state)
         if own[stem].shape[1] != state[stem].shape[1]:
             if state[stem].shape[1] != 3:

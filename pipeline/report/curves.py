@@ -36,7 +36,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     ----------
     folder : pathlib.Path
         Folder with a ``log-STEP/metrics.csv`` of each run, where STEP is the step at which the run started or resumed.
-        A run replaces what earlier runs logged from its STEP on.
+        A run replaces what earlier runs logged after its STEP.
 
     Returns
     -------
@@ -47,7 +47,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     for path in sorted(folder.glob("log*/metrics.csv")):
         start = int(path.parent.name.partition("-")[2] or 0)
         for values in points.values():
-            for step in [s for s in values if s >= start]:
+            for step in [s for s in values if s > start]:
                 del values[step]
         with path.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):

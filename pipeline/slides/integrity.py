@@ -70,7 +70,7 @@ def check_tiff(path: Path) -> None:
     Parameters
     ----------
     path : pathlib.Path
-        A TIFF or BigTIFF file; other files are not checked.
+        A TIFF or BigTIFF file. Other files are not checked, nor are files from 4 GiB on that are not BigTIFF.
 
     Raises
     ------
@@ -82,6 +82,8 @@ def check_tiff(path: Path) -> None:
         layout = _layout(file.read(4))
         if layout is None:
             return
+        if not layout.big and size >= 2**32:
+            return  # NDPI, which stores the upper halves of its offsets elsewhere, that of the first directory too
         file.seek(8 if layout.big else 4)
         first = _unpack(file, *layout.offset, size)
         pending = [first]
@@ -94,8 +96,6 @@ def check_tiff(path: Path) -> None:
             seen.add(at)
             tags, following = _directory(file, layout, at, size)
             ndpi = ndpi or _NDPI in tags
-            if ndpi and size >= 2**32:
-                return  # NDPI files over 4 GB store the upper halves of their offsets elsewhere
             if not ndpi:
                 pending.append(following)
             pending += [int(v) for v in _values(file, layout, tags, _SUB_IFDS, size)]

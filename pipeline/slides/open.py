@@ -116,7 +116,7 @@ def _open_with(path: Path, reader: str) -> Slide | None:
     """Open the slide with one reader; None if the reader cannot open it."""
     try:
         return _CLASSES[reader](path)
-    except SlideError:
+    except PipelineError:
         raise
     except MemoryError:
         raise SlideError(f"{reader} asks for more memory than there is to open the file") from None

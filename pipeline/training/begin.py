@@ -64,10 +64,14 @@ def load_data(experiment: Experiment) -> Data:
 
 
 def digest_of(fields: Sequence[Field]) -> str:
-    """Return the SHA-256 of all fields: their names, sources, patients, pixel sizes, images, labels and classes."""
+    """Return the SHA-256 of all fields: their names, sources, patients, pixel sizes, images, labels, classes
+    and the classes' names.
+    """
     found = hashlib.sha256()
     for field in fields:
         found.update(repr((field.name, field.source, field.patient, field.mpp, field.image.shape)).encode())
+        if field.types is not None:
+            found.update(repr(field.classes).encode())
         for array in (field.image, field.labels, field.types):
             found.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return found.hexdigest()

@@ -129,7 +129,10 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
             if geometry is None:
                 continue
             if geometry["type"] in ("Point", "MultiPoint"):
-                found = np.atleast_2d(np.array(geometry["coordinates"], np.float64))[:, :2] + by
+                found = np.atleast_2d(np.array(geometry["coordinates"], np.float64))[:, :2]
+                if not found.size:
+                    continue
+                found = found + by
                 if not (np.abs(found) < MAX_COORDINATE).all():
                     raise ValueError("a point lies nowhere")
                 points.append(found)

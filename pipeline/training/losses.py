@@ -365,13 +365,15 @@ class CombinedLoss:
         targets : mapping of str to torch.Tensor
             See `pipeline.training.targets.Targets.unpack`.
         """
-        logits = logits.float()
-        parts: dict[str, Tensor] = {}
-        if self.own:
-            parts = nucleus_distance_loss(torch.cat([logits[:, self.slices[head]] for head in OWN], dim=1), targets)
-        total = parts.pop("loss", logits.new_zeros(()))
-        for term in self.terms:
-            value = LOSSES[term.loss][0](logits[:, self.slices[term.head]], targets, term.head, **term.args)
-            parts[term.name] = value
-            total = total + term.weight * value
+        # In full precision, also where a training step computes with less: a loss may hold convolutions.
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            parts: dict[str, Tensor] = {}
+            if self.own:
+                parts = nucleus_distance_loss(torch.cat([logits[:, self.slices[head]] for head in OWN], dim=1), targets)
+            total = parts.pop("loss", logits.new_zeros(()))
+            for term in self.terms:
+                value = LOSSES[term.loss][0](logits[:, self.slices[term.head]], targets, term.head, **term.args)
+                parts[term.name] = value
+                total = total + term.weight * value
         return {"loss": total, **parts}

@@ -177,6 +177,7 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
             test = _test_patients([f for f in fields if f.source == source], organs, settings, rng)
             if settings.method == "kumar":
                 fields = [f for f in fields if f.source != source or f.patient in {*KUMAR_TRAIN, *KUMAR_TEST}]
+                organs = patients_by_organ(fields, source, settings.strata)
             rest = {organ: [p for p in patients if p not in test] for organ, patients in organs.items()}
             validation = draw_validation(rest, rng, n_validation)
         split = assign(fields, test, validation, source, seed)
@@ -314,7 +315,7 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
         raise PipelineError(f"split: {unknown[0]!r} is not a patient and begins no field's name", "correct the list")
     patient = {f.name: f.patient for f in fields}
     if n_validation and not lists["validation"]:
-        rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source)
+        rest = patients_by_organ([f for f in fields if f.name in set(parts["train"])], source, settings.strata)
         chosen = draw_validation(rest, np.random.default_rng(seed), n_validation)
         parts["validation"] = [name for name in parts["train"] if patient[name] in chosen and name not in others]
         parts["train"] = [name for name in parts["train"] if patient[name] not in chosen]

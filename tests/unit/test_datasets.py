@@ -152,6 +152,8 @@ def test_nucls_arrays(tmp_path: Path) -> None:
     assert field.mpp == 0.2
     (tmp_path / "meta" / "label_map.yaml").write_text("- Tumor\n")
     fails("nucls", tmp_path, "does not name the classes")
+    (tmp_path / "meta" / "label_map.yaml").write_text("1: Tumor\nother: Stroma\n")
+    fails("nucls", tmp_path, "does not name the classes")
     (tmp_path / "meta" / "label_map.yaml").write_text('1: "Non-Tumor"\n')
     fails("nucls", tmp_path, "class 2 has no name")
     (tmp_path / "meta" / "label_map.yaml").unlink()

@@ -41,6 +41,12 @@ def test_results_and_errors_come_back() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0, 1)
 
+    def bound() -> None:
+        raise ValueError("of a library", lambda: None)
+
+    with pytest.raises(RuntimeError, match=r"pickle.* of a library|pickle"):  # it holds what cannot be sent
+        guarded(bound, 1)
+
 
 def test_large_results_come_back() -> None:
     assert guarded(lambda: "x" * 10_000_000, 1) == "x" * 10_000_000

@@ -87,6 +87,10 @@ PLACES = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 100.0)]
         # A point lies in a nucleus, or within 3 µm of one: 6 pixels.
         ([feature(dots((101, 101), (409, 115), (205, 118)), "A")], ["A", "", "", "A", "lost 0 1"]),
         ([feature({"type": "Point", "coordinates": [205, 105, 0]}, "A")], ["", "A", "", "", "lost 0 0"]),
+        (
+            [feature(dots(), "A"), feature(dots((101, 101)), "A")],
+            ["A", "", "", "", "lost 0 0"],
+        ),  # points that were removed
         # Detections; one whose outline has moved off the nucleus' middle; one beside all.
         ([feature(box(100, 100, 110, 110), "C", "detection")], ["C", "", "", "", "lost 0 0"]),
         # Those that have the class with which they were exported name nothing; what is around them does.

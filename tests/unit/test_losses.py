@@ -100,6 +100,14 @@ def test_slopes_of_h_and_v_count_inside_nuclei_alone(truth: dict[str, Any]) -> N
     assert losses.hv_mse(hv, truth, "hv") > 0.1
 
 
+def test_losses_are_computed_in_full_precision(truth: dict[str, Any]) -> None:
+    logits = logits_of(truth)[:, 3:5] + 0.123
+    loss = CombinedLoss([{"loss": "hv_msge", "head": "hv"}], ["hv"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(logits, truth)["loss"]
+    assert found.equal(loss(logits, truth)["loss"])
+
+
 @pytest.mark.parametrize("name", ["type_ce", "type_bce", "type_dice", "type_focal"])
 def test_unknown_classes_play_no_part(name: str, truth: dict[str, Any]) -> None:
     function = LOSSES[name][0]

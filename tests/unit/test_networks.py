@@ -226,6 +226,10 @@ def test_networks_that_cannot_grow() -> None:
     for small in ({"widths": [4, 6, 9]}, {"widths": [4, 6, 8, 8]}, {"widths": [4, 6, 8], "fold": 2}):
         with pytest.raises(PipelineError, match="the weights belong to another network"):
             load_weights(large, build_network("resunet", 2, small).state_dict(), grow=True)
+    for lost in ("stem.0.weight", "head.3.bias"):
+        state = {name: weight for name, weight in large.state_dict().items() if name != lost}
+        with pytest.raises(PipelineError, match=f"another network: {lost} is missing"):
+            load_weights(large, state, grow=True)
     with pytest.raises(PipelineError, match="blocks has 2 levels, widths has 3"):
         build_network("resunet", 2, {"widths": [4, 6, 8], "blocks": [1, 1]})
 

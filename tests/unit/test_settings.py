@@ -92,14 +92,16 @@ def test_nested_settings_of_the_command_line_come_as_text() -> None:
     checked = check_settings(
         {
             "tiles": {"keep": "true", "tile": "512"},
-            "infer": {"batch": "null"},
+            "infer": {"batch": "Null"},
             "tissue": {"mpp": "4.5"},
+            "licences": '["CC BY 4.0", "MIT"]',
             "slides": 2024,
         },
         SCHEMA,
     )
     assert checked["tiles"] == {"keep": True, "tile": 512, "max_unreadable": 0.02}
     assert checked["infer"]["batch"] is None
+    assert checked["licences"] == ["CC BY 4.0", "MIT"]
     assert checked["tissue"]["mpp"] == 4.5
     assert checked["slides"] == "2024"
 

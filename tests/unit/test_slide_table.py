@@ -371,6 +371,7 @@ def test_size_of_slides_in_several_files(tmp_path: Path) -> None:
     mirax, _, _ = sized("m/a.MRXS", 1), sized("m/a/Data0000.dat", 10), sized("m/a/Data0001.dat", 20)
     vms, *_ = sized("v/a b.vms", 1), sized("v/a b.jpg", 10), sized("v/a b(1,0).jpg", 20), sized("v/a b_map2.jpg", 30)
     sized("v/other.jpg", 500)
+    sized("v/a b2.jpg", 500)  # of a slide whose name begins alike
     dicom, *_ = sized("d/1.dcm", 1), sized("d/2.DCM", 10), sized("d/notes.txt", 500)
     assert [slide_bytes(path) for path in (svs, other, mirax, vms, dicom)] == [5, 100, 31, 61, 11]
     assert slide_bytes(dicom, alone=False) == 1

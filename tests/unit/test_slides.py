@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.errors import PipelineError, SlideError
 from pipeline.slide_table import UNREADABLE
+from pipeline.slides import open as open_module
 from pipeline.slides.inspect import reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
 from pipeline.slides.open import open_slide, resolve_mpp
@@ -505,6 +506,31 @@ def test_truncated_real(tmp_path: Path, shared_data: Path, share: float) -> None
 def test_good_files_are_whole(shared_data: Path) -> None:
     for path in [*(shared_data / "slides").glob("*.svs"), *(shared_data / "monuseg" / "images").glob("*.tif")]:
         check_tiff(path)
+
+
+def test_offsets_of_large_ndpi_files_are_not_judged(tmp_path: Path) -> None:
+    path = tmp_path / "a.ndpi"
+    # Its first directory lies beyond 4 GiB, which a classic TIFF cannot say: here 64 bits do, as NDPI has it.
+    path.write_bytes(b"II*\0" + (2**32 + 8).to_bytes(8, "little") + bytes(100))
+    os.truncate(path, 2**32 + 1000)  # nearly all of it a hole
+    check_tiff(path)
+    os.truncate(path, 100)
+    with pytest.raises(SlideError, match="file is truncated"):
+        check_tiff(path)
+
+
+def test_memory_that_runs_out_while_a_slide_is_opened_is_no_fault_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+
+    def full(path: Path) -> Any:
+        raise PipelineError("there is not enough memory to read the slide", "give the job more memory")
+
+    monkeypatch.setitem(open_module._CLASSES, "image", full)
+    with pytest.raises(PipelineError, match="not enough memory") as caught:
+        open_slide(tmp_path / "a.png", reader="image")
+    assert not isinstance(caught.value, SlideError)
 
 
 def test_not_a_slide(tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ def test_stratified_takes_from_every_cohort() -> None:
         assert {p.rstrip("0123456789") for p in patients(fields, found.validation)} == {"crag", "glas"}
         drawn.append(found.test)
     assert len(set(drawn)) > 5  # each seed draws again
+    # Validation patients for listed test patients: of each cohort in turn.
+    fields = [replace(field(f"{c}{i}", "colon"), cohort=c) for c in "xy" for i in range(20)]
+    for seed in range(10):
+        found = split(fields, seed, method="lists", test_list=("x0",), strata="cohort")
+        assert {name.split("-")[1][0] for name in found.validation} == {"x", "y"}
     with pytest.raises(PipelineError, match="strata cohort, but 'monuseg' names no cohorts"):
         split(MANY, method="stratified", strata="cohort")
 
@@ -139,6 +144,10 @@ def test_kumar() -> None:
     assert "HoVer-Net's list" in SplitSettings(method="kumar").describe("monuseg")  # others list other patients
     with pytest.raises(PipelineError, match="kumar needs patient"):
         split(MONUSEG[1:], method="kumar")
+    more = [field(f"new{number}", "liver") for number in range(30)]  # patients of a larger collection
+    found = split([*MONUSEG, *more], method="kumar", n_validation=5)
+    assert len(found.validation) == 5
+    assert patients(MONUSEG, found.train + found.validation) == set(KUMAR_TRAIN)
 
 
 def test_kumar_is_that_of_the_data(shared_data: Any) -> None:

@@ -32,7 +32,7 @@ from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
 from pipeline.predictors import channel_names  # noqa: E402
 from pipeline.training.balance import classes_present, repeats  # noqa: E402
-from pipeline.training.begin import check_classes, check_licences, load_data  # noqa: E402
+from pipeline.training.begin import check_classes, check_licences, digest_of, load_data  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402
 from pipeline.training.experiment import Experiment, protocol  # noqa: E402
 from pipeline.training.files import read_json  # noqa: E402
@@ -341,6 +341,14 @@ def test_changed_data_are_refused(data: Path, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=r"the data of 'tiny' changed after its training in .*work began"):
             Run(longer, tmp_path / "work", "cpu")
     assert (tmp_path / "work" / "split.json").read_bytes() == before
+
+
+def test_names_of_classes_are_part_of_the_data() -> None:
+    types = np.ones((4, 4), np.uint8)
+    one = Field(
+        "f", "s", "p", "", 0.5, np.zeros((4, 4, 3), np.uint8), types.astype(np.int32), types, ("Tumour", "Stroma")
+    )
+    assert digest_of([one]) != digest_of([replace(one, classes=("Stroma", "Tumour"))])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -47,9 +47,9 @@ def test_curves_of_several_starts_are_one(tmp_path: Path) -> None:
     write_log(tmp_path, 0, [(10, "3", ""), (20, "2", ""), (20, "", "0.1"), (30, "9", "")])
     write_log(tmp_path, 20, [(30, "1", ""), (40, "0.5", ""), (40, "", "0.4")])
     curves = read_curves(tmp_path)
-    assert curves["train/loss"][0].tolist() == [10, 30, 40]  # the first run's from 20 on counts no more
-    assert curves["train/loss"][1].tolist() == [3, 1, 0.5]
-    assert curves["val/aji"][1].tolist() == [0.4]
+    assert curves["train/loss"][0].tolist() == [10, 20, 30, 40]  # the first run's after 20 counts no more
+    assert curves["train/loss"][1].tolist() == [3, 2, 1, 0.5]
+    assert curves["val/aji"][1].tolist() == [0.1, 0.4]
     assert read_curves(tmp_path / "none") == {}
 
 

@@ -85,9 +85,10 @@ MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safe
 TRAINS = dict.fromkeys(("train", "crossval", "transfer"), RUN.training(config["train"]["name"]))
 TRAINS |= {"compare": RUN.training(config["compare"]["name"]), "synthesize": RUN.synthesis(config["synthesis"]["name"])}
 
-# Slides and model are not checked if the command line names a target, a file or an option that needs none.
+# Slides and model are not checked if the command line names a target, a file or an option that needs none, unless it
+# names the target `all` as well.
 WITHOUT_SLIDES = {*TRAINS, "--lint", "--unlock", "--list-rules", "-l"}
-NEEDS_SLIDES = not any(
+NEEDS_SLIDES = "all" in sys.argv[1:] or not any(
     word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
     for word in sys.argv[1:]
 )
@@ -124,7 +125,9 @@ os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 # it wrote into the first lock.
 LOCKS, RESTART = {}, None
 if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
-    PLACES = sorted({TRAINS[word] for word in sys.argv[1:] if word in TRAINS}) or [RUN.results]
+    PLACES = sorted({TRAINS[word] for word in sys.argv[1:] if word in TRAINS})
+    if "all" in sys.argv[1:] or not PLACES:
+        PLACES.insert(0, RUN.results)
     try:
         LOCKS = {place: lock_run(place) for place in PLACES}
     except PipelineError as error:

@@ -122,7 +122,7 @@ def settings_known(wildcards):
     added or removed slides either, so an outdated slide table is rewritten before Snakemake looks at it.
     """
     try:
-        # Slides and a training in one command (snakemake all train): only the training's folder is locked so far.
+        # Slides and a training in one command: a file of the slides was named, and only the training's folder is locked.
         if workflow.is_main_process and runs_jobs(sys.argv[1:]) and RUN.results not in LOCKS:
             LOCKS[RUN.results] = lock_run(RUN.results)
         if (

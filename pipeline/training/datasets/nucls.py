@@ -53,7 +53,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
         names = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PipelineError(f"{path} cannot be read: {error}", "it names the classes: 1: NAME") from None
-    if not isinstance(names, dict) or sorted(names) != list(range(1, len(names) + 1)):
+    if not isinstance(names, dict) or set(names) != set(range(1, len(names) + 1)):
         raise PipelineError(f"{path} does not name the classes from 1 on", "write 1: NAME, 2: NAME")
     return tuple(str(names[number]) for number in sorted(names))
 
