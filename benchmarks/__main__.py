@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", help=f"what to measure: {', '.join(ROWS)}; default: all but the long ones")
     parser.add_argument("--quick", action="store_true", help="small inputs, two minutes for all")
     parser.add_argument("--model", type=Path, default=DEFAULT, help="model package of the rows with a network")
-    parser.add_argument("--slide", type=Path, help="slide for the rows tiles and slide (default: a synthetic one)")
+    parser.add_argument(
+        "--slide", type=Path, help="slide for the rows tiles, slide, slide-gpu and tiatoolbox (default: synthetic)"
+    )
     parser.add_argument("--peer", type=Path, help="Python of an environment with tiatoolbox, for the row of that name")
     parser.add_argument("--count", type=int, default=40, help="tiny slides of the row cohort (default: 40)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="numbers that networks compute with")

@@ -189,9 +189,9 @@ class _Watched:
             return
 
 
-def stage(name: str, *arguments: str | Path, **options: Any) -> Run:
+def stage(name: str, **options: Any) -> Run:
     """Run one stage in a process of its own, as the workflow does; ``key=value`` becomes the option ``--key=value``."""
-    return run_command([sys.executable, "-m", "pipeline", name, *arguments, *_listed(options)])
+    return run_command([sys.executable, "-m", "pipeline", name, *_listed(options)])
 
 
 def stage_here(name: str, **options: Any) -> Run:

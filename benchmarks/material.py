@@ -97,17 +97,14 @@ def _chunks(squares: np.ndarray, width: int, height: int, side: int) -> Iterator
                 yield slice(y, bottom), slice(x, right), slice(top, top + bottom - y), slice(left, left + right - x)
 
 
-def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> int:
-    """Write a store of maps of a slide with this share of tissue; return the number of tissue pixels."""
+def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, share: float) -> None:
+    """Write a store of maps of a slide with this share of tissue."""
     squares = tissue_squares(width, height, share)
     grid = Grid(width, height, mpp, 1.0, 1.0)
     cells = active_cells(squares, width, height)
     store = MapStore.create(path, grid, ("nucleus", "distance"), cells, (1024, 1024))
-    total = 0
     for rows, columns, top, left in _chunks(squares, width, height, 1024):
         store.array[:, rows, columns] = field.maps[:, top, left]
-        total += (rows.stop - rows.start) * (columns.stop - columns.start)
-    return total
 
 
 def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, share: float, tile: int = 1024) -> None:

@@ -67,7 +67,7 @@ class Options:
     def slide_file(self, folder: Path, side: int, share: float, mpp: float = 0.25) -> tuple[Path, str]:
         """Return the path of the given slide, or of a synthetic one written to `folder`, and a description of it."""
         if self.slide is not None:
-            return self.slide.absolute(), f"{self.slide.name}"
+            return self.slide.absolute(), self.slide.name
         material.write_slide(folder / "slide.svs", material.field(0.25), side, side, mpp, share)
         return folder / "slide.svs", f"{side} x {side} px JPEG at {mpp:g} µm/px, {100 * share:.0f} % tissue"
 
@@ -587,7 +587,6 @@ def summary_options(folder: Path) -> dict[str, Any]:
 def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precision: str) -> tuple[float, str]:
     """CPU seconds of the network alone on all windows of a slide, extrapolated from a few, and its precision."""
     from pipeline.inference import active_windows
-    from pipeline.kernels.blend import PatchGrid
     from pipeline.predictors import choose_predictor, one_result
     from pipeline.tile_store import TileStore
 

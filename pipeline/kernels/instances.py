@@ -109,10 +109,10 @@ class InstanceRules:
     def __post_init__(self) -> None:
         if self.refine not in (1, 2):
             raise ValueError(f"refine must be 1 or 2, got {self.refine}")
-        if self.refine > 1 and self.markers not in ("distance", "contour"):
-            raise ValueError(f"refine must be 1 with markers of {self.markers}, got {self.refine}")
         if self.markers not in MARKER_SOURCES:
             raise ValueError(f"markers must be one of {', '.join(MARKER_SOURCES)}, got {self.markers!r}")
+        if self.refine > 1 and self.markers not in ("distance", "contour"):
+            raise ValueError(f"refine must be 1 with markers of {self.markers}, got {self.refine}")
         for name in ("nucleus", "marker", "min_marker", "min_area", "max_hole", "smooth", "depth"):
             if not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
@@ -120,7 +120,7 @@ class InstanceRules:
             if not 1 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name} must be within 1 and 255, got {getattr(self, name)}")
         for name in ("min_marker", "min_area", "max_hole", "smooth", "depth"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
