@@ -214,11 +214,11 @@ def closing_words(results: Path, failed: bool) -> str:
     status = run_status(results, now=now)
     lines = [describe(status, most=FAILURES_TOLD)]
     if failed:
-        lines.append("not finished: the same command goes on with what is left")
-        lines.append(f"messages of its jobs: {os.path.abspath(results / 'logs')}")
+        lines.append("not finished: run the same command again to continue")
+        lines.append(f"logs of its jobs: {os.path.abspath(results / 'logs')}")
         return "\n".join(lines)
     if status.failed:
-        lines.append("mend what failed and start the same command again: it works on these slides alone")
+        lines.append("fix the cause and run the same command again: only the failed slides are processed")
         lines.append(f"all that failed: {os.path.abspath(layout.failed)}")
     # A report that is older than the last stage is from an earlier run, as when this one was asked for other outputs.
     if layout.report.is_file() and now - layout.report.stat().st_mtime <= (status.idle_seconds or 0):

@@ -142,7 +142,7 @@ def test_a_run_ends_with_what_there_is_to_do(results: Path) -> None:
     told = write_report(results, START + 9000)
     text = status.closing_words(results, failed=True)
     assert text.startswith("6 slides: 2 finished, 1 failed, 3 to go\n")
-    assert "the same command goes on" in text
+    assert "run the same command again to continue" in text
     assert told not in text
     # Some targets alone were asked for, or all is there but a manifest that nothing needs.
     text = status.closing_words(results, failed=False)
