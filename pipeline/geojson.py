@@ -275,7 +275,7 @@ def read_areas(
         RecursionError,
         shapely.errors.ShapelyError,
     ) as error:
-        raise no_areas(what, path, f"no GeoJSON ({type(error).__name__}: {error})") from None
+        raise no_areas(what, path, f"it is not GeoJSON ({type(error).__name__}: {error})") from None
     if any(not np.isfinite(shapely.get_coordinates(polygons)).all() for _, polygons in found):
         raise no_areas(what, path, "coordinates that are not numbers")
     return found

@@ -559,30 +559,36 @@ def check_same_slides(table: SlideTable, run: RunLayout) -> None:
 
 
 def out_of_reach(table: SlideTable, run: RunLayout) -> dict[str, Path]:
-    """Return the finished slides that have a file that cannot be read, e.g. because a file system is not mounted.
+    """Find finished slides that have a file which cannot be read, for example because a file system is not mounted.
 
-    A run requests no outputs of these slides, so that they keep their results.
+    A run does not request anything for these slides, so that they keep their results. A regions file of which
+    nothing has been made yet does not count: its stage reports it.
 
     Parameters
     ----------
     table : SlideTable
         The slides.
     run : RunLayout
-        The run, with their results.
+        The run with their results.
 
     Returns
     -------
     dict of str to pathlib.Path
-        The first such file of each slide, by the slide's name: the slide itself, its tissue mask, truth or regions.
+        By slide name, the first file that cannot be read: the slide itself, its tissue mask, truth or regions.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for entry in table:
-        files = (getattr(entry, column) for column in ("path", *FILE_COLUMNS))
-        lost = next((file for file in files if file is not None and not readable(file)), None)
-        metrics = run.slide(entry.name).metrics
-        if lost is not None and metrics.is_file() and read_manifest(metrics)["status"] == "ok":
-            found[entry.name] = lost
+        made = run.slide(entry.name)
+        for column in ("path", *FILE_COLUMNS):
+            file: Path | None = getattr(entry, column)
+            manifests = made.metrics, getattr(made, FIRST_MANIFEST[column])
+            if file is not None and not readable(file) and all(map(_is_ok, manifests)):
+                found.setdefault(entry.name, file)
     return found
+
+
+def _is_ok(manifest: Path) -> bool:
+    return manifest.is_file() and bool(read_manifest(manifest)["status"] == "ok")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

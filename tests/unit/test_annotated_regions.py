@@ -238,8 +238,8 @@ def test_a_file_without_annotations(tmp_path: Path) -> None:
     ("content", "why"),
     [
         (b"nonsense", "no JSON"),
-        (b'{"type": "FeatureCollection"}', "is not GeoJSON"),
-        (b'{"type": "FeatureCollection", "features": [{"geometry": 7}]}', "is not GeoJSON"),
+        (b'{"type": "FeatureCollection"}', "it is not GeoJSON"),
+        (b'{"type": "FeatureCollection", "features": [{"geometry": 7}]}', "it is not GeoJSON"),
         (b"\x1f\x8b\x08\x00broken", "no JSON"),
         (json.dumps(feature({"type": "Point", "coordinates": [1, 1]})).encode(), "no annotation has an area"),
         (json.dumps(feature([square(0, 0, 9)], kind="detection")).encode(), "no annotation has an area"),

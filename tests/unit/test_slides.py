@@ -514,7 +514,7 @@ def test_offsets_of_large_ndpi_files_are_not_judged(tmp_path: Path) -> None:
     path.write_bytes(b"II*\0" + (2**32 + 8).to_bytes(8, "little") + bytes(100))
     os.truncate(path, 2**32 + 1000)  # nearly all of it a hole
     check_tiff(path)
-    os.truncate(path, 100)
+    path.write_bytes(b"II*\0" + (2**31 + 8).to_bytes(8, "little") + bytes(100))
     with pytest.raises(SlideError, match="file is truncated"):
         check_tiff(path)
 
