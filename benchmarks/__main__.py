@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if share_heap():
         del os.environ["MALLOC_ARENA_MAX"]
     start = time.perf_counter()
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmarks-") as folder:
         options = Options(
             Path(folder), args.quick, args.model, args.slide, args.peer, precision=args.precision, count=args.count
