@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.blocks import fold_norm, fold_sequences
+from pipeline.networks.fused import norm_relu, relu_of_sum
 
 
 class ResidualBlock(nn.Module):
@@ -34,8 +35,8 @@ class ResidualBlock(nn.Module):
         self.norm1 = self.norm2 = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.norm1(self.conv1(x)))
-        return functional.relu(x + self.norm2(self.conv2(y)))
+        y = norm_relu(self.conv1, self.norm1, x)
+        return norm_relu(self.conv2, self.norm2, y, x)
 
 
 class ResidualUNet(nn.Module):
@@ -160,16 +161,19 @@ class ResidualUNet(nn.Module):
                 part.fold_norms()
 
     def forward(self, x: Tensor) -> Tensor:
+        stem: Any = self.stem[0]
+        x = x.to(stem.weight.dtype)
         if self.fold > 1:
             x = functional.pixel_unshuffle(x, self.fold)
-        x = self.deeper[0](self.encode[0](self.stem(x)))
+        x = self.deeper[0](self.encode[0](norm_relu(stem, self.stem[1], x)))
         skips = [x]
+        down: Any
         for down, encode, deeper in zip(self.down, self.encode[1:], self.deeper[1:], strict=True):
-            x = deeper(encode(down(x)))
+            x = deeper(encode(norm_relu(down[0], down[1], x)))
             skips.append(x)
         skips.pop()
         for up, decode in zip(self.up, self.decode, strict=True):
             x = functional.interpolate(up(x), scale_factor=2.0, mode="nearest")
-            x = decode(torch.relu(x + skips.pop()))
-        logits: Tensor = self.head(x)
+            x = decode(relu_of_sum(x, skips.pop()))
+        logits: Tensor = self.head[3](norm_relu(self.head[0], self.head[1], x))
         return functional.pixel_shuffle(logits, self.fold) if self.fold > 1 else logits
