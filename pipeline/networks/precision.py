@@ -22,7 +22,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def has_amx() -> bool:
     """Whether this machine's CPU multiplies bfloat16 matrices in hardware (Intel AMX; detected on Linux only).
 
-    With AMX a network is about three times as fast in bfloat16 as in float32. CPUs that only have AVX-512 BF16 have not
+    With AMX a network is about four times as fast in bfloat16 as in float32. CPUs that only have AVX-512 BF16 have not
     been measured and count as not having it.
     """
     try:
