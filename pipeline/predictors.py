@@ -231,7 +231,7 @@ def network_on_cpu(network: nn.Module, outputs: Outputs, precision: torch.dtype)
 
     network.to(memory_format=torch.channels_last).eval()
     for part in network.modules():
-        if isinstance(part, torch.nn.Conv2d):
+        if type(part) is torch.nn.Conv2d:  # others may compute with their weights first
             part.to(precision)  # once, instead of for every window
 
     def maps(window: np.ndarray) -> np.ndarray:
