@@ -429,3 +429,28 @@ def test_labels() -> None:
     assert figure.length_label(50) == "50 µm"
     assert figure.shorten("x" * 200, 20) == "x" * 12 + "…" + "x" * 7
     assert figure.shorten("short") == "short"
+
+
+@pytest.mark.parametrize("count", [2, 9, 20])
+def test_legends_of_many_classes_stay_on_the_picture(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = testing.write_slide(tmp_path, "s", count=50)
+    names = [f"Non-neoplastic epithelial cell {number}" for number in range(count)]
+    boxes = []
+    drawn = overview._draw_legend
+
+    def measured(on: Any, legend: Any, columns: int) -> None:
+        drawn(on, legend, columns)
+        size = on.get_size_inches() * on.dpi
+        boxes.append(on.legends[0].get_window_extent(on.canvas.get_renderer()))
+        # Below the panels, and within the picture.
+        assert boxes[0].x0 >= 0 and boxes[0].x1 <= size[0] and boxes[0].y0 >= 0
+        assert boxes[0].y1 <= min(axes.get_window_extent().y0 for axes in on.axes)
+
+    monkeypatch.setattr(overview, "_draw_legend", measured)
+    known = [(name, (40 * (number % 6), 120, 200)) for number, name in enumerate(names)]
+    draw = overview.draw
+    monkeypatch.setattr(overview, "draw", lambda path, **how: draw(path, **(how | {"legend": known})))
+    run(paths, "s")
+    assert len(boxes) == 1
