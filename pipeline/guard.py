@@ -148,9 +148,9 @@ def _in_child(work: Callable[[], Any], pipe: IO[bytes], parent: int) -> None:
             answer = False, error
         try:
             sent = pickle.dumps(answer)
-        except Exception as error:  # an exception of a library may hold what cannot be sent
-            log.exception("a crash")
-            sent = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+        except Exception as error:  # an exception of a library may hold what cannot be sent: send its words
+            words = f"{type(answer[1]).__name__}: {answer[1]}"
+            sent = pickle.dumps((False, RuntimeError(f"{words} (it cannot be sent: {error})")))
         with pipe:
             pipe.write(sent)
         status = 0

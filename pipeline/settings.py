@@ -50,15 +50,18 @@ def load_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
-_WORDS = {word: word for word in ("true", "false", "null")}
-"""Values that may be written with capitals."""
-
-
 def _from_text(value: str) -> Any:
+    text = value.strip()
+    if text.lower() in ("true", "false", "null"):  # may be written with capitals
+        text = text.lower()
     try:
-        return json.loads(_WORDS.get(value.strip().lower(), value))
+        return json.loads(text, parse_constant=_refuse)
     except ValueError:
         return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
 
 
 def _coerced(value: Any, schema: dict[str, Any]) -> Any:

@@ -104,6 +104,9 @@ def test_nested_settings_of_the_command_line_come_as_text() -> None:
     assert checked["licences"] == ["CC BY 4.0", "MIT"]
     assert checked["tissue"]["mpp"] == 4.5
     assert checked["slides"] == "2024"
+    for wrong in ("NaN", "Infinity", "-Infinity"):
+        with pytest.raises(PipelineError, match=r"tissue\.mpp"):
+            check_settings({"tissue": {"mpp": wrong}}, SCHEMA)
 
 
 def test_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
