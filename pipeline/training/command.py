@@ -17,6 +17,7 @@ from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.lock import held
 from pipeline.settings import check_settings, load_schema
+from pipeline.training.start import inherited
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def read_section(path: Path) -> dict[str, Any]:
         section = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path} cannot be read: {error}", hint) from None
-    return checked_section(section, path, hint)
+    return checked_section(inherited(section) if isinstance(section, dict) else section, path, hint)
 
 
 def checked_section(section: Any, path: Path, hint: str, schema: Path = SCHEMA) -> dict[str, Any]:

@@ -6,13 +6,14 @@ The plans are made while Snakemake parses the workflow: they turn settings into 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings
+from pipeline.training.start import inherited
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def plan_crossval(train: Mapping[str, Any], crossval: Mapping[str, Any]) -> dict
     return runs
 
 
-def plan_compare(compare: Mapping[str, Any], folders: list[Path], schema: dict[str, Any]) -> dict[str, PlannedRun]:
+def plan_compare(
+    compare: Mapping[str, Any], folders: list[Path], schema: dict[str, Any], place: Callable[[str], str] = str
+) -> dict[str, PlannedRun]:
     """Plan a training for each experiment of a comparison.
 
     Parameters
@@ -136,7 +139,7 @@ def plan_compare(compare: Mapping[str, Any], folders: list[Path], schema: dict[s
         if name in runs:
             raise PipelineError(f"compare: two experiments are called {name!r}", "give one of them a name")
         try:
-            runs[name] = PlannedRun(check_settings(section | {"name": name}, schema))
+            runs[name] = PlannedRun(check_settings(inherited(section | {"name": name}, place), schema))
         except PipelineError as error:
             raise PipelineError(f"compare: experiment {name!r}: {error.reason}", error.hint) from None
     return runs

@@ -14,6 +14,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.data import IMPORTERS
 from pipeline.training.experiment import Experiment, check_parts
+from pipeline.training.start import inherited
 from pipeline.training.synthesis import SynthesisSettings
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,7 @@ def test_schema_of_synthetic_fields_agrees_with_its_class() -> None:
 def test_experiments_are_valid(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     whole = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    config["train"] = inherited(config["train"], lambda start: str(ROOT / start))
     experiment = Experiment.from_json(check_settings(config, whole)["train"])
     ships = (ROOT / "models" / path.stem).exists()  # a training would not write over it
     assert experiment.name == (f"{path.stem}-retrained" if ships else path.stem)
@@ -70,7 +72,8 @@ def test_what_trains_on_from_a_model_that_ships_is_like_it() -> None:
     """So that its weights, its stain and its thresholds fit."""
     seen = set()
     for path in EXPERIMENTS:
-        one = Experiment.from_json(yaml.safe_load(path.read_text(encoding="utf-8"))["train"])
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
+        one = Experiment.from_json(inherited(section, lambda start: str(ROOT / start)))
         if one.start_from and (ROOT / one.start_from).is_dir():
             start = ModelPackage.load(ROOT / one.start_from)
             same = (start.mpp, start.network, start.network_args, start.stain["method"], start.stain["strength"])

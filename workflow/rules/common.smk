@@ -43,6 +43,7 @@ from pipeline.slide_table import (
 )
 from pipeline.stage import clear_remains
 from pipeline.status import closing_words, some
+from pipeline.training.start import inherited
 from pipeline.warm import possible, start_server
 
 # Jobs run `python -m pipeline` from this checkout, whatever the working directory holds, with the `python` that runs
@@ -60,8 +61,16 @@ def stop(error):
     sys.exit(f"error: {error}")
 
 
+def beside(model):
+    """Return a model's folder: the path as given or, if only that exists, the same path beside the Snakefile."""
+    shipped = Path(workflow.basedir, model)
+    return str(shipped) if shipped.exists() and not Path(model).exists() else model
+
+
 SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 try:
+    if isinstance(config.get("train"), dict):
+        config["train"] = inherited(config["train"], beside)
     config.update(check_settings(config, SCHEMA))
     for place in filter(config.get, ("results", "scratch")):
         check_folder(place, Path(config[place]))
@@ -70,12 +79,6 @@ except PipelineError as error:
 
 RUN = RunLayout(Path(config["results"]))
 ONE = RUN.folder("{slide}")
-
-
-def beside(model):
-    """Return a model's folder: the path as given or, if only that exists, the same path beside the Snakefile."""
-    shipped = Path(workflow.basedir, model)
-    return str(shipped) if shipped.exists() and not Path(model).exists() else model
 
 
 MODEL = Path(beside(config["model"]))

@@ -17,6 +17,7 @@ try:
         config["compare"],
         [Path("config/experiments"), Path(workflow.basedir, "config/experiments")],
         SCHEMA["properties"]["train"],
+        beside,
     )
     if COMPARED and config["compare"]["name"] == NAME:
         raise PipelineError(f"compare.name and train.name are both {NAME!r}", "give one of them another name")
