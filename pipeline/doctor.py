@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.settings import check_model
 
@@ -205,12 +206,13 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_memory() -> Finding:
-    """Check the memory; the detail gives the number of processors as well."""
+    """Check the memory; the detail gives the number of processor cores as well."""
     import psutil
 
     memory = psutil.virtual_memory()
-    detail = f"{memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB of it free; {os.cpu_count()} processors"
-    if memory.total / 1e9 < MIN_MEMORY_GB:
+    total, free = memory.total / 1e9, memory.available / 1e9
+    detail = f"{total:.0f} GB, {free:.0f} GB of it free; {available_cores()} processor cores"
+    if total < MIN_MEMORY_GB:
         return Finding("memory", "warning", detail, f"{MIN_MEMORY_GB:.0f} GB are needed")
     return Finding("memory", "ok", detail)
 

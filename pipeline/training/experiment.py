@@ -199,7 +199,7 @@ class Experiment:
     teacher_share: float = 0.5
     rare_classes: float = 0.0
     half_weights: bool = False
-    patch: int = 320
+    patch: int = 512
     overlap: int = 32
     stain: str = "macenko"
     stain_strength: float = 1.0

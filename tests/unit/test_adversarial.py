@@ -289,7 +289,7 @@ def test_averages_are_of_the_network_alone() -> None:
     [
         ({"network": "maskrcnn-small", "patch": 320}, "adversarial.weight with network maskrcnn-small"),
         ({"heads": ("nucleus", "type")}, "adversarial.weight with network resunet, heads nucleus, type"),
-        ({"network": "pix2pix"}, "patch 320 does not suit pix2pix .use a multiple of 256"),
+        ({"network": "pix2pix", "patch": 320}, "patch 320 does not suit pix2pix .use a multiple of 256"),
         ({"adversarial": {"loss": "hinge"}}, "adversarial.loss 'hinge' .choose from vanilla, lsgan"),
         ({"adversarial": {"pool": -1}}, "adversarial: weight, pool"),
     ],

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
 from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
+from pipeline.networks.registry import needs_torch
 from pipeline.settings import (
     check_folder,
     check_licence,

@@ -332,10 +332,19 @@ def learning_gpus(device):
     return int(workflow.non_local_exec and device != "cpu") or own_gpus(device)
 
 
+def mapping_gpus():
+    """Return the number of GPUs for a job that computes maps: 0 if the model has no network, else as `own_gpus`."""
+    try:
+        network = json.loads(Path(MODEL_CARD).read_text(encoding="utf-8"))["network"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):  # refused elsewhere
+        return 0
+    return own_gpus(config["infer"]["device"]) if needs_torch(network) else 0
+
+
 @known
 def inference_gpus(wildcards):
-    """Return the number of GPUs for inference on a whole slide: 0 if the job only joins parts, else as `own_gpus`."""
-    return 0 if in_parts(wildcards) else own_gpus(config["infer"]["device"])
+    """Return the number of GPUs for inference on a whole slide: 0 if the job only joins parts, else as `mapping_gpus`."""
+    return 0 if in_parts(wildcards) else mapping_gpus()
 
 
 @known

@@ -45,7 +45,7 @@ use rule infer as infer_part with:
     resources:
         mem_mb=megabytes(6000, 100 / PARTS),
         runtime=minutes(60, 240 / PARTS),
-        gpu=own_gpus(config["infer"]["device"]),
+        gpu=mapping_gpus(),
     params:
         parts=part_option,
 
