@@ -76,3 +76,13 @@ def test_groups_that_parts_do_not_fit_in_are_refused_in_one_line(tmp_path: Path,
     (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: parts: tiles is in one group with inspect and tissue")
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("models/default", "1"), ("models/hematoxylin", "0")])
+def test_only_a_network_asks_for_a_gpu(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, model: str, gpus: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    asks = asked(run(tmp_path, config | {"model": str(ROOT / model)}, "-n"))
+    assert asks["infer"]["gpu"] == gpus
+    assert "gpu" not in asks["tiles"] or asks["tiles"]["gpu"] == "0"
