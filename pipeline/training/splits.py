@@ -58,8 +58,8 @@ class SplitSettings:
     organs : tuple of str
         Test organs for ``organs``; when empty, a share of the organs is drawn.
     train_list, validation_list, test_list : tuple of str
-        Entries for ``lists``: patients, or beginnings of field names. Without a `train_list`, fields in no other list
-        are for training.
+        Entries for ``lists``: patients, field names, or beginnings of field names. Without a `train_list`, fields in no
+        other list are for training.
     exclude : tuple of str
         Organs that are left out of all parts.
     strata : str
@@ -295,10 +295,12 @@ def _listed(fields: list[Field], settings: SplitSettings, source: str, seed: int
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     used: set[str] = set()
     others: set[str] = set()  # fields of other sources than `source` that are in no list
+    whole = {name for one in fields for name in (one.name, one.patient)}  # slide-1 is not the beginning of slide-10
     for one in fields:
         found = []
         for part, entries in lists.items():
-            if named := [e for e in entries if one.patient == e or one.name.startswith(e)]:
+            own = (one.name, one.patient)
+            if named := [e for e in entries if e in own or (e not in whole and one.name.startswith(e))]:
                 used.update(named)
                 found.append(part)
         if len(found) > 1:

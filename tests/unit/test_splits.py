@@ -186,6 +186,9 @@ def test_lists() -> None:
     # One name may be the beginning of another.
     tenth = [*MANY, field("a10")]
     assert split(tenth, method="lists", test_list=("monuseg-a1", "monuseg-a10")).test[-1] == tenth[-1].name
+    exact = [replace(field("a0"), name=name, patient=name) for name in ("s_1", "s_10", "s_2")]
+    found = split(exact, method="lists", test_list=("s_1",), train_list=("s_10", "s_2"), n_validation=0)
+    assert (found.test, found.train) == (("s_1",), ("s_10", "s_2"))
     for test_list, train_list, message in [
         (("zz",), (), "'zz' is not a patient"),
         (("a0",), ("a0",), "listed for train and test"),
