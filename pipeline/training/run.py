@@ -57,6 +57,9 @@ from pipeline.training.tuning import tune_rules
 
 log = logging.getLogger(__name__)
 
+FEW_NUCLEI = 300
+"""With fewer nuclei than this, a warning is logged when thresholds are tuned on them."""
+
 
 def leads() -> bool:
     """Whether this process is the one of a distributed training that writes the shared results."""
@@ -324,6 +327,11 @@ class Run:
         test = self.data.part("test")
         tuning = self.tuning_fields()
         if tuning:
+            if (count := sum(np.count_nonzero(np.unique(field.labels)) for field in tuning)) < FEW_NUCLEI:
+                log.warning(
+                    "thresholds are tuned on only %d nuclei and may suit no others (evaluation.tune: false keeps those "
+                    "from which the training starts)", count,
+                )  # fmt: skip
             maps = self.evaluator.maps(network, tuning)
             rules, tuned = tune_rules(maps, tuning, rules, self.evaluator.channels, one.mpp)
             log.info("thresholds: %s (%s)", rules, tuned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,7 @@ def test_fields_without_a_stain_can_be_trained_on(data: Path, tmp_path: Path, ca
     plain = Experiment.from_json(section(grey, stain="none", final_steps=0))
     run_experiment(plain, tmp_path / "work", tmp_path / "model", "cpu")
     assert "tiny will carry no stain reference" in caplog.text
+    assert re.search(r"thresholds are tuned on only \d+ nuclei", caplog.text)
     package = ModelPackage.load(tmp_path / "model", verify=True)
     assert package.stain == {"method": "none", "strength": 1.0, "reference": {}}
     assert resolve_method("model", package, None)[0] == "none"
