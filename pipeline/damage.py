@@ -28,7 +28,12 @@ _COMPARE_GREY = 24
 """Difference between two such means, in grey levels, that resampling and compression alone do not cause."""
 
 _COMPARE_SQUARES = 2
-"""Number of the 16 squares of a cell that must differ for the cell to be doubtful."""
+"""Number of the 16 squares of a cell that must differ for the cell to be doubtful; one suffices if it differs by twice
+as much."""
+
+_COMPARE_CELL = 10
+"""Difference between the means of a whole cell that makes it doubtful, in grey levels. Damage can shift the colour of
+the rest of a JPEG tile by too little to be seen in a single square; between whole levels the means differ by 1 or 2."""
 
 Jump = tuple[int, int, bool]
 """A jump of the image at a border of tiles: x, y and direction as in `border_jumps`, or with the column and row of the
@@ -212,8 +217,11 @@ def disagreement(slide: Slide, level: int, grid: Grid, pixels: np.ndarray, x0: i
         other = read_region(OneLevel(slide, level), coarse_grid, x0 // _COMPARE, y0 // _COMPARE, w, h)
     except SlideError:
         return ~cells
-    differ = (cv2.absdiff(fine, other).max(axis=2) > _COMPARE_GREY).astype(np.uint8)
     step = CELL // _COMPARE
-    padded = np.pad(differ, ((0, cells.shape[0] * step - h), (0, cells.shape[1] * step - w)))
-    counts = padded.reshape(cells.shape[0], step, cells.shape[1], step).sum(axis=(1, 3))
-    return np.asarray(counts >= _COMPARE_SQUARES)
+    edge = ((0, cells.shape[0] * step - h), (0, cells.shape[1] * step - w), (0, 0))
+    difference = np.pad(fine.astype(np.int16) - other, edge).reshape(cells.shape[0], step, cells.shape[1], step, 3)
+    squares = np.abs(difference).max(axis=4)
+    doubtful = (squares > _COMPARE_GREY).sum(axis=(1, 3)) >= _COMPARE_SQUARES
+    doubtful |= squares.max(axis=(1, 3)) > 2 * _COMPARE_GREY
+    doubtful |= np.abs(difference.mean(axis=(1, 3))).max(axis=2) > _COMPARE_CELL
+    return np.asarray(doubtful)

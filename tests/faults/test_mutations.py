@@ -37,7 +37,7 @@ SILENT = ("other pixels", "another size")
 PYRAMIDS = ("svs", "tif", "ome.tif")
 """Formats with levels that can be compared."""
 
-FEW, FAINT = 0.001, 24.0
+FEW, FAINT = 0.001, 48.0
 """Share of a slide's pixels, and grey levels of the mean of any square of 16 pixels: what is wrong of a slide with a
 pyramid, and not warned of, exceeds one of them at most."""
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from pipeline.damage import comparable_level, disagreement
+from pipeline.grid import Grid
 from pipeline.slides.inspect import run_inspect
+from pipeline.slides.open import open_slide
 from pipeline.slides.synthetic import make_field, write_ome_tiff, write_svs, write_tiff
 from pipeline.tiles import run_tiles
 from pipeline.tissue import run_tissue
@@ -64,6 +67,32 @@ def test_a_tile_that_shows_another_place_is_warned_of(tmp_path: Path, level: int
     assert record["doubtful_cells"] > 5
     (warning,) = record["warnings"]
     assert "differ between the levels of the slide, or one does not decode: is the file damaged? The first" in warning
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "grey", "doubtful"),
+    [
+        (64, 1, 14, True),  # a little, but all over a cell
+        (64, 1, 6, False),
+        (16, 1, 70, True),  # one square, by much
+        (16, 1, 36, False),
+        (16, 2, 36, True),  # two squares of one cell
+    ],
+)
+def test_how_much_of_a_cell_must_differ(tmp_path: Path, side: int, count: int, grey: int, doubtful: bool) -> None:
+    rgb, _ = make_field(1200, 900, 0.5, 2)
+    write_svs(tmp_path / "s.svs", rgb, 0.5)
+    slide = open_slide(tmp_path / "s.svs")
+    grid = Grid(1200, 900, 0.5, 1.0, 1.0)
+    level = comparable_level(slide, grid)
+    assert level is not None
+    pixels = slide.read(0, 0, 0, 1200, 900)
+    assert not disagreement(slide, level, grid, pixels, 0, 0).any()
+    part = pixels[128 : 128 + side, 192 : 192 + count * side]
+    part[...] = np.clip(part.astype(int) - grey, 0, 255)
+    found = disagreement(slide, level, grid, pixels, 0, 0)
+    assert np.argwhere(found).tolist() == ([[2, 3]] if doubtful else [])
+    slide.close()
 
 
 def test_a_level_that_does_not_decode_vouches_for_nothing(tmp_path: Path) -> None:
