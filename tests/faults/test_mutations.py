@@ -51,7 +51,7 @@ STATED = "| format | failed, listed |"
 def most_silent(kind: str, count: int, seed: int) -> int:
     """How many of so many damaged slides of a format may be taken for good, as docs/reliability.md says.
 
-    For other trials than those that it tells of: twice its share, and two standard deviations.
+    For other trials than those that it tells of: twice its share, and three standard deviations.
     """
     text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").split(STATED)[1]
     name = {"svs": "SVS", "tif": "tiled TIFF", "ome.tif": "OME-TIFF", "dcm": "DICOM"}[kind]
@@ -61,7 +61,7 @@ def most_silent(kind: str, count: int, seed: int) -> int:
     if (count, seed) == (total, 0):
         return silent
     share = 2 * silent / total
-    return math.floor(count * share + 2 * math.sqrt(count * share * (1 - share)))
+    return math.floor(count * share + 3 * math.sqrt(count * share * (1 - share)))
 
 
 def moved(pixels: np.ndarray, whole: np.ndarray) -> float:
