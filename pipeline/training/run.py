@@ -110,7 +110,7 @@ class Run:
         if "type" in experiment.heads:
             classes = experiment.classes or classes_of(self.data.fields, experiment.class_names)
             if not classes:
-                raise PipelineError("train: a type head, but no field has classes", "leave the head out")
+                raise PipelineError("train: a type head, but no field has classes", "set train.heads without it")
             check_classes(experiment, self.data.fields)
         self.targets = Targets(experiment.heads, classes, NETWORKS[experiment.network].instances)
         self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
