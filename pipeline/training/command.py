@@ -17,7 +17,7 @@ from pipeline.cores import available_cores
 from pipeline.errors import PipelineError
 from pipeline.lock import held
 from pipeline.settings import check_settings, load_schema
-from pipeline.training.start import inherited
+from pipeline.training.inherit import inherited
 
 log = logging.getLogger(__name__)
 

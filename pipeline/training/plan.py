@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.settings import check_settings
-from pipeline.training.start import inherited
+from pipeline.training.inherit import inherited
 
 
 @dataclass(frozen=True)

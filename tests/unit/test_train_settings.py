@@ -14,7 +14,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.settings import check_settings, load_schema
 from pipeline.training.data import IMPORTERS
 from pipeline.training.experiment import Experiment, check_parts
-from pipeline.training.start import inherited
+from pipeline.training.inherit import inherited
 from pipeline.training.synthesis import SynthesisSettings
 
 ROOT = Path(__file__).parents[2]

@@ -44,7 +44,7 @@ from pipeline.slide_table import (
 )
 from pipeline.stage import clear_remains
 from pipeline.status import closing_words, some
-from pipeline.training.start import inherited
+from pipeline.training.inherit import inherited
 from pipeline.warm import possible, start_server
 
 # Jobs run `python -m pipeline` from this checkout, whatever the working directory holds, with the `python` that runs

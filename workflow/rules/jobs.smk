@@ -332,6 +332,7 @@ def learning_gpus(device):
     return int(workflow.non_local_exec and device != "cpu") or own_gpus(device)
 
 
+@functools.cache
 def mapping_gpus():
     """Return the number of GPUs for a job that computes maps: 0 if the model has no network, else as `own_gpus`."""
     try:

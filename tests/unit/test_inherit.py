@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.training.start import inherited
+from pipeline.training.inherit import inherited
 
 CARD = {
     "mpp": 0.25,
