@@ -122,12 +122,11 @@ def check_torch() -> Finding:
         return Finding(
             "torch", "ok", f"{torch.__version__}, GPU: {', '.join(cards)}; model=models/accurate is for GPUs"
         )
-    from pipeline.networks.precision import has_amx
+    from pipeline.networks.precision import bfloat16_unit
 
-    threads = (
-        f"{torch.__version__}, no CUDA GPU: {torch.get_num_threads()} CPU threads{' with AMX' if has_amx() else ''}"
-    )
-    return Finding("torch", "ok", threads)
+    unit = bfloat16_unit()
+    threads = f"{torch.get_num_threads()} CPU threads{f' with {unit}' if unit else ''}"
+    return Finding("torch", "ok", f"{torch.__version__}, no CUDA GPU: {threads}")
 
 
 def check_stain() -> Finding:

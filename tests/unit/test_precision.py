@@ -20,20 +20,22 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the machine says of its CPU."""
     path = tmp_path / "cpuinfo"
     monkeypatch.setattr(precision, "CPUINFO", path)
-    precision.has_amx.cache_clear()
-    monkeypatch.setattr(precision, "has_amx", precision.has_amx.__wrapped__)
+    precision.bfloat16_unit.cache_clear()
+    monkeypatch.setattr(precision, "bfloat16_unit", precision.bfloat16_unit.__wrapped__)
     return path
 
 
 def test_auto_on_a_cpu_is_what_its_hardware_multiplies(flags: Path) -> None:
     network = build_network("resunet", 2, {"widths": [4, 6]})
     assert precision.choose_precision("auto", "cpu", network) is torch.float32  # nothing is known of it
-    flags.write_text("model name: amx_bf16\nflags: sse avx512_bf16\n")
+    flags.write_text("model name: amx_bf16\nflags: sse avx512f\n")
     assert precision.choose_precision("auto", "cpu", network) is torch.float32
     assert precision.choose_precision("bfloat16", "cpu", network) is torch.bfloat16
-    flags.write_text("flags\t\t: sse avx512f amx_bf16 amx_tile\n")
-    assert precision.choose_precision("auto", "cpu", network) is torch.bfloat16
-    assert precision.choose_precision("float32", "cpu", network) is torch.float32
+    for found, name in (("avx512_bf16", "AVX-512 BF16"), ("avx512_bf16 amx_bf16 amx_tile", "AMX")):
+        flags.write_text(f"flags\t\t: sse avx512f {found}\n")
+        assert precision.bfloat16_unit() == name
+        assert precision.choose_precision("auto", "cpu", network) is torch.bfloat16
+        assert precision.choose_precision("float32", "cpu", network) is torch.float32
 
 
 def test_a_network_that_finds_instances_computes_with_float32_on_cpus(flags: Path) -> None:
