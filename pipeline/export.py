@@ -40,6 +40,8 @@ MEASUREMENTS = {
     "perimeter_um": "Perimeter µm",
     "major_axis_um": "Major axis µm",
     "minor_axis_um": "Minor axis µm",
+    "max_diameter_um": "Max diameter µm",
+    "min_diameter_um": "Min diameter µm",
     "eccentricity": "Eccentricity",
     "solidity": "Solidity",
     "circularity": "Circularity",

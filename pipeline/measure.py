@@ -20,7 +20,16 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.grid import Grid
 from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
-from pipeline.kernels.measure import STAIN_COLUMNS, Pieces, StainSums, cut_runs, hull_areas, polygon_shapes
+from pipeline.kernels.measure import (
+    STAIN_COLUMNS,
+    Pieces,
+    StainSums,
+    cut_runs,
+    hull_areas,
+    hull_diameters,
+    hulls,
+    polygon_shapes,
+)
 from pipeline.progress import Progress
 from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.stain import stain_matrix
@@ -49,6 +58,8 @@ COLUMNS = (
     "perimeter_um",
     "major_axis_um",
     "minor_axis_um",
+    "max_diameter_um",
+    "min_diameter_um",
     "eccentricity",
     "solidity",
     "circularity",
@@ -71,8 +82,9 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
     Returns
     -------
     dict of str to numpy.ndarray
-        float64 ``(n,)``: the columns of `pipeline.kernels.measure.polygon_shapes`, the centroid in level-0 pixels, and
-        ``solidity``, the area divided by that of the convex hull.
+        float64 ``(n,)``: the columns of `pipeline.kernels.measure.polygon_shapes`, the centroid in level-0 pixels;
+        ``solidity``, the area divided by that of the convex hull; and ``max_diameter_um`` and ``min_diameter_um`` of
+        `pipeline.kernels.measure.hull_diameters`.
     """
     from pipeline.nuclei import wkb_of
 
@@ -81,14 +93,18 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
     values = polygon_shapes(points * um, rings[:-1], polygons[:-1])
     values["centroid_x"] /= um[0]
     values["centroid_y"] /= um[1]
-    hull = _hulls(points, rings, polygons, grid) * um.prod()  # the hull of scaled points is the scaled hull
+    corners, starts, unit = _hulls(points, rings, polygons, grid)
+    hull = hull_areas(corners, starts) * (unit * um).prod()  # the hull of scaled points is the scaled hull
     with np.errstate(invalid="ignore", divide="ignore"):
         values["solidity"] = np.where(hull > 0, np.minimum(values["area_um2"] / hull, 1), 0)
+    values["max_diameter_um"], values["min_diameter_um"] = hull_diameters(corners * (unit * um), starts)
     return values
 
 
-def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Grid) -> np.ndarray:
-    """Areas, in square level-0 pixels, of the convex hulls of the polygons' exteriors."""
+def _hulls(
+    points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Grid
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Corners of the convex hulls of the polygons' exteriors, where each begins, and their unit in level-0 pixels."""
     lengths = np.diff(rings)[polygons[:-1]]
     shells = points if len(rings) == len(polygons) else points[expand(rings[polygons[:-1]], lengths)]
     # Outlines from the stage `instances` have their points on half pixels of the grid: integers suffice for the hulls.
@@ -96,12 +112,17 @@ def _hulls(points: np.ndarray, rings: np.ndarray, polygons: np.ndarray, grid: Gr
     places = shells / half
     lattice = np.rint(places)
     if np.abs(lattice - places).max(initial=0) <= 1e-6:
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        return hull_areas(lattice.astype(np.int64), starts) * half.prod()
+        return *hulls(lattice.astype(np.int64), np.concatenate([[0], np.cumsum(lengths)])), half
     import shapely
 
     lines = shapely.linestrings(shells, indices=np.repeat(np.arange(len(lengths)), lengths))
-    return np.asarray(shapely.area(shapely.convex_hull(lines)))
+    corners, whose = shapely.get_coordinates(shapely.convex_hull(lines), return_index=True)
+    starts = np.searchsorted(whose, np.arange(len(lengths) + 1))
+    # A polygon's first corner is its last one too; a hull of points on a line is a line, and of one point a point.
+    last = starts[1:] - 1
+    last = last[(last > starts[:-1]) & (corners[last] == corners[starts[:-1]]).all(axis=1)]
+    keep = np.delete(np.arange(len(corners)), last)
+    return corners[keep], np.searchsorted(keep, starts), np.ones(2)
 
 
 @dataclass

@@ -64,6 +64,8 @@ def nuclei_table(count: int, width: float, height: float, seed: int = 0) -> pa.T
         "perimeter_um": (2 * np.pi * np.sqrt(a * b) * mpp).astype(np.float32),
         "major_axis_um": (2 * a * mpp).astype(np.float32),
         "minor_axis_um": (2 * b * mpp).astype(np.float32),
+        "max_diameter_um": (2 * a * mpp).astype(np.float32),
+        "min_diameter_um": (2 * b * mpp).astype(np.float32),
         "orientation": np.zeros(count, dtype=np.float32),
     }
     for name in ("eccentricity", "solidity", "circularity"):

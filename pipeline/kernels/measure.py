@@ -115,8 +115,8 @@ def polygon_shapes(points: np.ndarray, ring_starts: np.ndarray, polygon_starts: 
     }
 
 
-def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Areas of the convex hulls of many sets of integer points.
+def hulls(points: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the convex hulls of many sets of integer points.
 
     Parameters
     ----------
@@ -127,15 +127,17 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    numpy.ndarray
-        float64 ``(n,)``.
+    corners : numpy.ndarray
+        int64 ``(c, 2)``: the corners of all hulls one after another, each hull in order around it.
+    starts : numpy.ndarray
+        int64 ``(n + 1,)``: where each hull begins in `corners`, and `c`.
 
     References
     ----------
     Hulls from chains of points sorted by one coordinate: Andrew, Information Processing Letters 9, 1979.
     """
     if len(starts) < 2:
-        return np.zeros(0)
+        return np.zeros((0, 2), np.int64), np.zeros(1, np.int64)
     x, y = np.ascontiguousarray(points.T)
     owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     top = np.minimum.reduceat(y, starts[:-1])
@@ -147,8 +149,8 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
     row = np.flatnonzero(used)
     owners = np.repeat(np.arange(len(levels)), levels)[row]
     place = (np.cumsum(used) - 1)[place]
-    total = np.zeros(len(starts) - 1)
     # Two chains of points bound the hull: one through the smallest and one through the largest x of each row.
+    chains = []
     for side in (x, -x):
         cx, cy, whose = np.full(len(row), np.iinfo(np.int64).max), row, owners
         np.minimum.at(cx, place, side)
@@ -162,10 +164,91 @@ def hull_areas(points: np.ndarray, starts: np.ndarray) -> np.ndarray:
                 break
             keep = np.flatnonzero(np.concatenate([[True], ~inside, [True]]))
             cx, cy, whose = cx[keep], cy[keep], whose[keep]
-        same = whose[1:] == whose[:-1]
-        twice = np.where(same, (cx[1:] + cx[:-1]) * (cy[1:] - cy[:-1]), 0)
-        total -= np.bincount(whose[1:], twice, len(total)) / 2
-    return total
+        chains.append((cx, cy - base[whose] + top[whose], np.bincount(whose, minlength=len(levels))))
+    (left_x, left_y, left), (right_x, right_y, right) = chains
+    ends = np.cumsum(left + right)
+    first = ends - left - right
+    corners = np.empty((int(ends[-1]), 2), np.int64)
+    corners[expand(first, left)] = np.stack([left_x, left_y], axis=1)  # down on the left
+    corners[expand(ends - 1, right, -1)] = np.stack([-right_x, right_y], axis=1)  # up on the right
+    starts = np.concatenate([[0], ends])
+    # A row that has one corner has it in both chains.
+    twice = (corners == corners[_following(starts)]).all(axis=1)
+    twice[first] = False
+    keep = np.flatnonzero(~twice)
+    return corners[keep], np.searchsorted(keep, starts)
+
+
+def hull_areas(corners: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Areas of hulls from the `corners` and `starts` of `hulls`, float64 ``(n,)``."""
+    if len(starts) < 2:
+        return np.zeros(0)
+    x, y = np.ascontiguousarray(corners.T)
+    following = _following(starts)
+    twice = (x[following] + x) * (y[following] - y)
+    return np.abs(np.add.reduceat(twice, starts[:-1])) / 2
+
+
+def hull_diameters(corners: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Largest and smallest diameters of convex polygons, as between the jaws of a calliper.
+
+    Parameters
+    ----------
+    corners : numpy.ndarray
+        float64 ``(c, 2)``: the corners of all polygons one after another, each polygon in order around it. A polygon
+        of one or two corners is a point or a line.
+    starts : numpy.ndarray
+        int ``(n + 1,)``: where each polygon begins in `corners`, and `c`; none is empty.
+
+    Returns
+    -------
+    largest, smallest : numpy.ndarray
+        float64 ``(n,)`` each, in the unit of `corners`: the largest distance between two corners, and the smallest
+        distance between two parallel lines that hold the polygon between them.
+
+    References
+    ----------
+    One of those lines runs along an edge, and the largest distance is between corners that such lines touch: Shamos,
+    Computational Geometry, Yale University, 1978.
+    """
+    if len(starts) < 2:
+        return np.zeros(0), np.zeros(0)
+    first = starts[:-1]
+    sizes = np.diff(starts)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    x, y = (corners[:, axis] - corners[first, axis][owner] for axis in (0, 1))
+    after = _following(starts)
+    before = np.empty_like(after)
+    before[after] = np.arange(len(after))
+    turn = np.where(np.add.reduceat(x * y[after] - x[after] * y, first) < 0, -1.0, 1.0)
+    y *= turn[owner]  # now all run in the same direction
+    dx, dy = x[after] - x, y[after] - y
+    length = np.hypot(dx, dy)
+    with np.errstate(invalid="ignore"):
+        # Grows from 0 to 4 with the angle of the edge, of which only the order matters.
+        angle = dx / (np.abs(dx) + np.abs(dy))
+    angle = np.where(dy >= 0, 1 - angle, 3 + angle)
+    angle = np.where(length > 0, (angle - angle[first][owner]) % 4, 0)
+    # The corner opposite of an edge lies between the edges whose angles are about half a turn from its own. Corners
+    # beside it are tried too: angles are rounded, and opposite edges may be parallel.
+    opposite = np.searchsorted(angle + 4 * owner, (angle + 2) % 4 + 4 * owner)
+    opposite = np.where(opposite == starts[1:][owner], first[owner], opposite)
+    farthest, width = np.zeros(len(x)), np.zeros(len(x))
+    for corner in (before[opposite], opposite, after[opposite]):
+        ax, ay = x[corner] - x, y[corner] - y
+        bx, by = ax - dx, ay - dy
+        np.maximum(farthest, np.maximum(ax * ax + ay * ay, bx * bx + by * by), out=farthest)
+        np.maximum(width, np.abs(dx * ay - dy * ax), out=width)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        width = np.where(length > 0, width / length, 0)
+    return np.sqrt(np.maximum.reduceat(farthest, first)), np.minimum.reduceat(width, first)
+
+
+def _following(starts: np.ndarray) -> np.ndarray:
+    """Index of the corner after each corner, around each of the polygons that begin at `starts`."""
+    following = np.arange(1, int(starts[-1]) + 1)
+    following[starts[1:] - 1] = starts[:-1]
+    return following
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline import measure
 from pipeline.grid import Grid
 from pipeline.kernels import stain as stain_kernel
 from pipeline.kernels.contours import every_second, outlines, pixel_runs
-from pipeline.kernels.measure import StainSums, cut_runs, hull_areas, polygon_shapes
+from pipeline.kernels.measure import StainSums, cut_runs, hull_areas, hull_diameters, hulls, polygon_shapes
 from pipeline.nuclei import RUNS_FIELD, nuclei_schema, open_nuclei
 from pipeline.stage import write_json
 from pipeline.testing import pixels_of
@@ -66,6 +66,8 @@ def test_rectangle_with_a_hole() -> None:
             assert found["major_axis_um"] == pytest.approx(4 * np.sqrt((36 - 1 / 12) / 11))
             assert found["minor_axis_um"] == pytest.approx(4 * np.sqrt((4 - 1 / 12) / 11))
             assert found["solidity"] == pytest.approx(11 / 12)
+            assert found["max_diameter_um"] == pytest.approx(np.hypot(6, 2))
+            assert found["min_diameter_um"] == pytest.approx(2)
             assert found["circularity"] == pytest.approx(4 * np.pi * 11 / 256)
             assert found["orientation"] == pytest.approx(0)
 
@@ -84,6 +86,8 @@ def test_ellipse_and_circle() -> None:
     assert found["circularity"][1] == pytest.approx(1, abs=1e-5)
     assert found["circularity"].max() <= 1
     assert found["solidity"] == pytest.approx([1, 1])
+    assert found["max_diameter_um"] == pytest.approx([24, 14], rel=1e-4)
+    assert found["min_diameter_um"] == pytest.approx([10, 14], rel=1e-4)
 
 
 def test_pixels_that_are_not_square_and_levels_that_are_scaled() -> None:
@@ -93,6 +97,8 @@ def test_pixels_that_are_not_square_and_levels_that_are_scaled() -> None:
     assert found["area_um2"] == pytest.approx([400])
     assert found["perimeter_um"] == pytest.approx([80])
     assert found["eccentricity"] == pytest.approx([0], abs=1e-6)
+    assert found["max_diameter_um"] == pytest.approx([np.hypot(20, 20)])
+    assert found["min_diameter_um"] == pytest.approx([20])
     assert (found["centroid_x"][0], found["centroid_y"][0]) == pytest.approx((440, 120))
 
 
@@ -102,6 +108,7 @@ def test_agrees_with_regionprops(seed: int) -> None:
 
     labels = blobs(200, seed)
     names = ("bbox", "area", "centroid", "major_axis_length", "minor_axis_length", "eccentricity", "orientation")
+    names += ("feret_diameter_max",)
     names = tuple(name.replace("major_axis_length", "axis_major_length") for name in names)
     names = tuple(name.replace("minor_axis_length", "axis_minor_length") for name in names)
     table = regionprops_table(labels, properties=(*names, "solidity", "perimeter"))
@@ -117,6 +124,12 @@ def test_agrees_with_regionprops(seed: int) -> None:
     assert np.abs(found["centroid_y"] - table["centroid-0"] - 0.5).max() < 0.05
     assert np.abs(found["major_axis_um"] / table["axis_major_length"] - 1).max() < 0.02
     assert np.abs(found["minor_axis_um"] / table["axis_minor_length"] - 1).max() < 0.02
+    # Theirs is of the hull after it has been filled with pixels.
+    longer = table["feret_diameter_max"] - found["max_diameter_um"]
+    assert longer.min() > -1e-9
+    assert longer.max() < 1
+    assert (found["min_diameter_um"] <= found["max_diameter_um"]).all()
+    assert np.abs(found["min_diameter_um"] / found["minor_axis_um"] - 1).max() < 0.25
     long = table["eccentricity"] > 0.6
     assert long.sum() > 100
     assert np.abs(found["eccentricity"] - table["eccentricity"])[long].max() < 0.01
@@ -171,14 +184,26 @@ def test_hulls_are_those_of_geos(sets: list[list[tuple[int, int]]], shift: int) 
     points = np.array([p for part in sets for p in part], np.int64) + shift
     starts = np.cumsum([0, *map(len, sets)])
     expected = [shapely.MultiPoint(part).convex_hull.area for part in sets]
-    np.testing.assert_array_equal(hull_areas(points, starts), expected)
+    corners, ends = hulls(points, starts)
+    np.testing.assert_array_equal(hull_areas(corners, ends), expected)
+    largest, smallest = hull_diameters(corners.astype(float), ends)
+    for part, most, least in zip(sets, largest, smallest, strict=True):
+        # No direction gives a smaller width than the best of those through two points.
+        between = np.array(part)[:, None] - np.array(part)[None]
+        length = np.hypot(*between.transpose(2, 0, 1))
+        assert most == pytest.approx(length.max())
+        normals = between[length > 0][:, ::-1] * (1, -1) / length[length > 0][:, None]
+        widths = np.ptp(np.array(part) @ normals.T, axis=0)
+        assert least == pytest.approx(widths.min() if len(widths) else 0, abs=1e-9)
 
 
 def test_outlines_off_the_lattice_have_hulls_too() -> None:
     # The second is not an outline of the stage before: its points lie anywhere.
     square, odd = shapely.box(10, 10, 14, 12), shapely.Polygon([(0, 0), (4.1, 0), (2.3, 1), (4, 4.7), (0, 4)])
-    found = shapes(square, odd)["solidity"]
-    assert found == pytest.approx([1, odd.area / odd.convex_hull.area])
+    found = shapes(square, odd)
+    assert found["solidity"] == pytest.approx([1, odd.area / odd.convex_hull.area])
+    assert found["max_diameter_um"] == pytest.approx([np.hypot(4, 2), np.hypot(4, 4.7)])
+    assert found["min_diameter_um"][0] == pytest.approx(2)
 
 
 def test_nothing_and_degenerate_polygons() -> None:
@@ -187,6 +212,7 @@ def test_nothing_and_degenerate_polygons() -> None:
     found = shapes(flat)
     assert all(np.isfinite(values).all() for values in found.values())
     assert found["area_um2"][0] == found["circularity"][0] == found["solidity"][0] == 0
+    assert (found["max_diameter_um"][0], found["min_diameter_um"][0]) == (6, 0)
     assert all(len(v) == 0 for v in polygon_shapes(np.empty((0, 2)), np.empty(0, int), np.empty(0, int)).values())
 
 
