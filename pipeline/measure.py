@@ -116,7 +116,9 @@ def _hulls(
     import shapely
 
     lines = shapely.linestrings(shells, indices=np.repeat(np.arange(len(lengths)), lengths))
-    corners, whose = shapely.get_coordinates(shapely.convex_hull(lines), return_index=True)
+    corners, whose = shapely.get_coordinates(
+        shapely.orient_polygons(shapely.convex_hull(lines), exterior_cw=True), return_index=True
+    )
     starts = np.searchsorted(whose, np.arange(len(lengths) + 1))
     # A polygon's first corner is its last one too; a hull of points on a line is a line, and of one point a point.
     last = starts[1:] - 1

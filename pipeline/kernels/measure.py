@@ -21,6 +21,9 @@ SHAPE_COLUMNS = (
 )
 """Columns of `polygon_shapes` besides the centroid."""
 
+_TURN = 1 << 42
+"""A whole turn in the integers of `hull_diameters`."""
+
 _NOISE = 1e-9
 """Second moments below this share of the mean variance may be rounding errors, even far from the slide's corner."""
 
@@ -128,7 +131,8 @@ def hulls(points: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     Returns
     -------
     corners : numpy.ndarray
-        int64 ``(c, 2)``: the corners of all hulls one after another, each hull in order around it.
+        int64 ``(c, 2)``: the corners of all hulls one after another, each hull in order around it, anticlockwise
+        where y points down.
     starts : numpy.ndarray
         int64 ``(n + 1,)``: where each hull begins in `corners`, and `c`.
 
@@ -195,8 +199,8 @@ def hull_diameters(corners: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray,
     Parameters
     ----------
     corners : numpy.ndarray
-        float64 ``(c, 2)``: the corners of all polygons one after another, each polygon in order around it. A polygon
-        of one or two corners is a point or a line.
+        float64 ``(c, 2)``: the corners of all polygons one after another, each polygon in order around it,
+        anticlockwise where y points down. A polygon of one or two corners is a point or a line.
     starts : numpy.ndarray
         int ``(n + 1,)``: where each polygon begins in `corners`, and `c`; none is empty.
 
@@ -215,33 +219,33 @@ def hull_diameters(corners: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray,
         return np.zeros(0), np.zeros(0)
     first = starts[:-1]
     sizes = np.diff(starts)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    x, y = (corners[:, axis] - corners[first, axis][owner] for axis in (0, 1))
+    x, y = np.ascontiguousarray(corners.T)
     after = _following(starts)
     before = np.empty_like(after)
     before[after] = np.arange(len(after))
-    turn = np.where(np.add.reduceat(x * y[after] - x[after] * y, first) < 0, -1.0, 1.0)
-    y *= turn[owner]  # now all run in the same direction
-    dx, dy = x[after] - x, y[after] - y
-    length = np.hypot(dx, dy)
+    x1, y1 = x[after], y[after]
+    dx, dy = x1 - x, y1 - y
     with np.errstate(invalid="ignore"):
-        # Grows from 0 to 4 with the angle of the edge, of which only the order matters.
-        angle = dx / (np.abs(dx) + np.abs(dy))
-    angle = np.where(dy >= 0, 1 - angle, 3 + angle)
-    angle = np.where(length > 0, (angle - angle[first][owner]) % 4, 0)
-    # The corner opposite of an edge lies between the edges whose angles are about half a turn from its own. Corners
-    # beside it are tried too: angles are rounded, and opposite edges may be parallel.
-    opposite = np.searchsorted(angle + 4 * owner, (angle + 2) % 4 + 4 * owner)
-    opposite = np.where(opposite == starts[1:][owner], first[owner], opposite)
-    farthest, width = np.zeros(len(x)), np.zeros(len(x))
-    for corner in (before[opposite], opposite, after[opposite]):
-        ax, ay = x[corner] - x, y[corner] - y
-        bx, by = ax - dx, ay - dy
-        np.maximum(farthest, np.maximum(ax * ax + ay * ay, bx * bx + by * by), out=farthest)
-        np.maximum(width, np.abs(dx * ay - dy * ax), out=width)
+        # Grows with the angle of the edge; only its order matters. Integers, so that other polygons change nothing.
+        slope = dx / (np.abs(dx) + np.abs(dy))
+        angle = (np.where(dy <= 0, 1 - slope, 3 + slope) * (_TURN / 4)).astype(np.int64)
+    angle -= np.repeat(angle[first], sizes)
+    angle &= _TURN - 1
+    # The corner opposite of an edge lies between the two edges whose angles are half a turn from its own.
+    base = np.repeat(np.arange(len(sizes)) * _TURN, sizes)
+    opposite = np.searchsorted(angle + base, ((angle + _TURN // 2) & (_TURN - 1)) + base)
+    begin = np.repeat(first, sizes)
+    beyond = (opposite >= np.repeat(starts[1:], sizes)) | (opposite < begin)
+    opposite[beyond] = begin[beyond]
+    ax, ay = x[opposite] - x, y[opposite] - y
     with np.errstate(invalid="ignore", divide="ignore"):
-        width = np.where(length > 0, width / length, 0)
-    return np.sqrt(np.maximum.reduceat(farthest, first)), np.minimum.reduceat(width, first)
+        width = (dx * ay - dy * ax) ** 2 / (dx * dx + dy * dy)
+    width[first[sizes == 1]] = 0
+    farthest = np.maximum(ax * ax + ay * ay, (ax - dx) ** 2 + (ay - dy) ** 2)
+    # An edge parallel to this one has two opposite corners, of which rounding has chosen one.
+    for corner, to_x, to_y in ((before[opposite], x, y), (after[opposite], x1, y1)):
+        np.maximum(farthest, (x[corner] - to_x) ** 2 + (y[corner] - to_y) ** 2, out=farthest)
+    return np.sqrt(np.maximum.reduceat(farthest, first)), np.sqrt(np.minimum.reduceat(width, first))
 
 
 def _following(starts: np.ndarray) -> np.ndarray:
