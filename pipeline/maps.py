@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from pipeline.chunks import ChunkFiles
+from pipeline.chunks import ChunkFiles, ChunkReader
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
 from pipeline.kernels.instances import refined
@@ -125,10 +125,10 @@ class MapStore:
         result = np.zeros((len(self.channels), height, width), np.uint8)
         if x0 < x1 and y0 < y1:
             try:
-                part = self.array[:, y0:y1, x0:x1]
+                part = ChunkReader(self.path / "maps", self.array).read((0, len(result)), (y0, y1), (x0, x1))
             except (MemoryError, OSError):
                 raise  # the machine's fault, not the store's
-            except Exception as error:  # zarr's codecs raise many kinds
+            except Exception as error:  # codecs raise many kinds
                 if is_sealed(self.path):
                     raise DamagedStore(self.path, f"{type(error).__name__}: {error}") from None
                 raise PipelineError(f"{self.path} is damaged: {error}", "delete it and run again") from error

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.chunks import ChunkFiles
+from pipeline.chunks import ChunkFiles, ChunkReader
 from pipeline.errors import DamagedStore, PipelineError
 from pipeline.grid import Grid
 from pipeline.lattice import CELL
@@ -109,7 +109,7 @@ class TileStore:
     grid: Grid
     active: np.ndarray
     tile: int
-    _rgb: Any
+    _rgb: ChunkReader
 
     @classmethod
     def open(cls, path: Path) -> TileStore:
@@ -129,7 +129,8 @@ class TileStore:
                 raise ValueError(f"cells of {group.attrs['cell']} pixels")
             grid = Grid.from_json(group.attrs["grid"])  # type: ignore[arg-type]
             rgb, active = group["rgb"], np.asarray(group["active"][:])  # type: ignore[index]
-            return cls(Path(path), grid, active, int(rgb.chunks[0]), rgb)  # type: ignore[union-attr]
+            reader = ChunkReader(Path(path) / "rgb", rgb)
+            return cls(Path(path), grid, active, int(rgb.chunks[0]), reader)  # type: ignore[union-attr]
         except FileNotFoundError:
             raise PipelineError(f"{path} is missing", "run the stage `tiles` first") from None
         except Exception as error:
@@ -177,8 +178,8 @@ class TileStore:
         if not cells.any():
             return np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         try:
-            return np.asarray(self._rgb[y0:y1, x0:x1])
-        except Exception as error:  # zarr's codecs raise many kinds over a damaged chunk
+            return self._rgb.read((y0, y1), (x0, x1), (0, 3))
+        except Exception as error:  # codecs raise many kinds over a damaged chunk
             raise _damaged(self.path, error) from None
 
 
