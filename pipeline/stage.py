@@ -191,6 +191,32 @@ def clear_remains(store: Path, made: Path) -> None:
     _set_aside(store)
 
 
+def clear_finished(stores: Mapping[Path, Path], last: Sequence[Path], begun: float) -> None:
+    """Remove temporary stores of a slide if a run has made the last results from them.
+
+    Parameters
+    ----------
+    stores : mapping of pathlib.Path to pathlib.Path
+        Manifest of the stage that made each store, by store.
+    last : sequence of pathlib.Path
+        The results that are made last. Nothing is removed unless all exist, were made since `begun`, and are newer than
+        all manifests.
+    begun : float
+        When the run began, in seconds as of `time.time`.
+    """
+    try:
+        made = max(path.stat().st_mtime for path in stores.values()) if stores else begun
+        if min(path.stat().st_mtime for path in last) < max(made, begun):
+            return
+    except FileNotFoundError:  # not finished
+        return
+    for path in stores:
+        if path.is_dir():
+            _set_aside(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def to_disk(path: Path) -> None:
     """Flush a file to disk, so that a machine that crashes never leaves half of it under its final name.
 

@@ -18,7 +18,7 @@ from pipeline.errors import DamagedStore, PipelineError, SlideError
 from pipeline.grid import Grid
 from pipeline.maps import MapStore
 from pipeline.seal import SEAL, check_seal
-from pipeline.stage import clear_remains, run_stage
+from pipeline.stage import clear_finished, clear_remains, run_stage
 from pipeline.tile_store import TileStore, create_tiles
 
 GRID = Grid(640, 320, 0.5, 1.0, 1.0)
@@ -186,6 +186,25 @@ def test_what_a_removal_left_of_a_store_is_told_from_a_whole_one(
     assert path.with_name("other.zarr").exists()
     clear_remains(path.with_name("other.zarr"), path.with_name("other.json"))  # removed before it was
     assert not path.with_name("other.zarr").exists()
+
+
+@pytest.mark.parametrize("state", ["finished", "not finished", "finished by an earlier run", "made anew"])
+def test_temporary_stores_of_a_slide_that_a_run_has_finished_are_removed(tmp_path: Path, state: str) -> None:
+    stores = {tmp_path / "maps.zarr": tmp_path / "maps.json", tmp_path / "i.parquet": tmp_path / "i.json"}
+    (tmp_path / "maps.zarr").mkdir()
+    (tmp_path / "maps.zarr" / "chunk").write_text("pixels")
+    (tmp_path / "i.parquet").write_text("nuclei")
+    last = tmp_path / "metrics.json"
+    for path in (*stores.values(), last):
+        path.write_text("{}")
+        os.utime(path, (50, 50))
+    if state == "not finished":
+        last.unlink()
+    elif state == "made anew":
+        os.utime(tmp_path / "maps.json", (60, 60))
+    clear_finished(stores, [last], 55 if state == "finished by an earlier run" else 45)
+    assert [path.exists() for path in stores] == [state != "finished"] * 2
+    clear_finished(stores, [last], 45)  # nothing there is nothing to do
 
 
 @pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY])

@@ -42,7 +42,7 @@ from pipeline.slide_table import (
     resolve_slides,
     slide_bytes,
 )
-from pipeline.stage import clear_remains
+from pipeline.stage import clear_finished, clear_remains
 from pipeline.status import closing_words, some
 from pipeline.training.inherit import inherited
 from pipeline.warm import possible, start_server
@@ -168,6 +168,7 @@ onstart:
         RUN.unreadable.write_text(
             "".join(f"{slide.name}\n" for slide in SLIDES if not readable(slide.path)), "utf-8"
         )
+        atexit.register(clear_passing)
     # No automatic restart if jobs are forced to run again: the second run would force them once more.
     told = workflow.dag_settings
     if RESTART is not None and not (

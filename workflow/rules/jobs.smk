@@ -218,6 +218,33 @@ if RESTART is not None and SLIDES is not None:
         stop(error)
 
 
+def clear_passing():
+    """Remove the temporary stores of slides that this run has finished.
+
+    Snakemake removes a store when the last job that reads it ends, and never if a run is killed just then.
+    """
+    if workflow.storage_settings.notemp:
+        return
+    asked = workflow.dag_settings.targets
+    keep = {stage: config[stage]["keep"] for stage in ("tiles", "infer", "instances")}
+    for folder in map(RUN.folder, BY_FOLDER):
+        made = (
+            ("tiles", store(folder.tiles_zarr), folder.tiles),
+            ("infer", store(folder.maps_zarr), folder.maps),
+            ("instances", folder.instances_parquet, folder.instances),
+        )
+        passing_stores = {
+            Path(path): manifest for stage, path, manifest in made if not keep[stage] and str(path) not in asked
+        }
+        last = [folder.metrics, folder.overview]
+        last += [folder.labels] if config["export"]["labels"] else []
+        last += [folder.classify] if config["classifier"] is not None else []
+        try:
+            clear_finished(passing_stores, last, STARTED)
+        except OSError as error:
+            print(f"warning: {folder.root}: a temporary store was not removed: {error}", file=sys.stderr)
+
+
 def whole(path):
     """Return a file as an output that must not be empty."""
     return ensure(str(path), non_empty=True)
