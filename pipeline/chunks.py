@@ -59,7 +59,7 @@ class ChunkFiles:
 class ChunkReader:
     """Read windows of a uint8 array whose chunks are files of `ChunkFiles`; of other arrays through zarr.
 
-    zarr takes twice the time for a chunk, most of it in Python code, during which all other threads wait.
+    zarr takes three times as long for a chunk, most of it in Python code, during which all other threads wait.
 
     Parameters
     ----------

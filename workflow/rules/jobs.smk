@@ -202,16 +202,23 @@ if workflow.is_main_process and NEEDS_SLIDES and SLIDES is not None:
     except PipelineError as error:
         stop(error)
 
+
+def passing_stores(folder):
+    """Return the stores of a slide that are to be removed once they have been read, with their stages' manifests."""
+    made = (
+        ("tiles", store(folder.tiles_zarr), folder.tiles),
+        ("infer", store(folder.maps_zarr), folder.maps),
+        ("instances", folder.instances_parquet, folder.instances),
+    )
+    return {Path(path): manifest for stage, path, manifest in made if not config[stage]["keep"]}
+
+
 # If a run was killed, or its file server failed, while it removed a temporary store, some of the store is left.
 if RESTART is not None and SLIDES is not None:
     try:
         for folder in map(RUN.folder, BY_FOLDER):
-            for path, made, keep in (
-                (folder.tiles_zarr, folder.tiles, config["tiles"]["keep"]),
-                (folder.maps_zarr, folder.maps, config["infer"]["keep"]),
-            ):
-                if not keep:
-                    clear_remains(Path(store(path)), made)
+            for path, made in passing_stores(folder).items():
+                clear_remains(path, made)
             for part in folder.parts():
                 clear_remains(part, Path(f"{part}.json"))
     except (OSError, PipelineError) as error:
@@ -226,21 +233,13 @@ def clear_passing():
     if workflow.storage_settings.notemp:
         return
     asked = workflow.dag_settings.targets
-    keep = {stage: config[stage]["keep"] for stage in ("tiles", "infer", "instances")}
     for folder in map(RUN.folder, BY_FOLDER):
-        made = (
-            ("tiles", store(folder.tiles_zarr), folder.tiles),
-            ("infer", store(folder.maps_zarr), folder.maps),
-            ("instances", folder.instances_parquet, folder.instances),
-        )
-        passing_stores = {
-            Path(path): manifest for stage, path, manifest in made if not keep[stage] and str(path) not in asked
-        }
+        stores = {path: made for path, made in passing_stores(folder).items() if str(path) not in asked}
         last = [folder.metrics, folder.overview]
         last += [folder.labels] if config["export"]["labels"] else []
         last += [folder.classify] if config["classifier"] is not None else []
         try:
-            clear_finished(passing_stores, last, STARTED)
+            clear_finished(stores, last, STARTED)
         except OSError as error:
             print(f"warning: {folder.root}: a temporary store was not removed: {error}", file=sys.stderr)
 
