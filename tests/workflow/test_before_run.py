@@ -151,6 +151,13 @@ def test_training_needs_no_slides(tmp_path: Path) -> None:
     assert {name for name in defaults if not holds(told, name)} == {"schedule.max_minutes"}
 
 
+def test_only_targets_count_as_targets(tmp_path: Path) -> None:
+    # The value of an option can have the name of a target: all slides are asked for, and their model is missing.
+    slides(tmp_path / "s", "a.svs")
+    done = run(tmp_path, {"slides": "s", "results": "r", "model": "none"}, "-n", "--shadow-prefix", "train")
+    assert_one_line(done.output, "'none'")
+
+
 def holds(settings: dict[str, Any], name: str) -> bool:
     """Whether there is a setting of this name, such as ``schedule.steps``."""
     *above, key = name.split(".")

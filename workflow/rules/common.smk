@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 if workflow.basedir not in sys.path:
@@ -89,12 +90,17 @@ MODEL_CARD, MODEL_WEIGHTS = str(MODEL / "model.json"), str(MODEL / "weights.safe
 TRAINS = dict.fromkeys(("train", "crossval", "transfer"), RUN.training(config["train"]["name"]))
 TRAINS |= {"compare": RUN.training(config["compare"]["name"]), "synthesize": RUN.synthesis(config["synthesis"]["name"])}
 
+# Rules and files that the command line asks for. Snakemake knows them only after it has parsed the workflow.
+TARGETS = get_argument_parser().parse_known_args(sys.argv[1:])[0].targets if workflow.is_main_process else []
+
 # Slides and model are not checked if the command line names a target, a file or an option that needs none, unless it
 # names the target `all` as well.
-WITHOUT_SLIDES = {*TRAINS, "--lint", "--unlock", "--list-rules", "-l"}
-NEEDS_SLIDES = "all" in sys.argv[1:] or not any(
-    word in WITHOUT_SLIDES or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(word).parents)
-    for word in sys.argv[1:]
+NEEDS_SLIDES = "all" in TARGETS or not (
+    {"--lint", "--unlock", "--list-rules", "-l"}.intersection(sys.argv[1:])
+    or any(
+        target in TRAINS or {RUN.results / "training", RUN.results / "synthesis"}.intersection(Path(target).parents)
+        for target in TARGETS
+    )
 )
 
 SLIDES = None
@@ -128,9 +134,9 @@ os.environ.update(ON_BAD_SLIDE=config["on_bad_slide"])
 # Snakemake's own lock, which outlives a killed run, is off in the profiles. Jobs recognise their run by the text that
 # it wrote into the first lock.
 LOCKS, RESTART = {}, None
-if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in sys.argv[1:]:
-    PLACES = sorted({TRAINS[word] for word in sys.argv[1:] if word in TRAINS})
-    if "all" in sys.argv[1:] or not PLACES:
+if workflow.is_main_process and runs_jobs(sys.argv[1:]) and "so_far" not in TARGETS:
+    PLACES = sorted({TRAINS[target] for target in TARGETS if target in TRAINS})
+    if "all" in TARGETS or not PLACES:
         PLACES.insert(0, RUN.results)
     try:
         LOCKS = {place: lock_run(place) for place in PLACES}

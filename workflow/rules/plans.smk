@@ -114,7 +114,7 @@ PAGES = {
 
 onsuccess:
     for target, page in PAGES.items():
-        if target in sys.argv[1:]:
+        if target in TARGETS:
             if target in PACKAGES:
                 print(
                     f"\nmodel: {PACKAGES[target][0]}, in runs --config model={PACKAGES[target][0]}", file=sys.stderr
@@ -132,13 +132,13 @@ NOTHING = {
 }
 if workflow.is_main_process:
     for target, reason in NOTHING.items():
-        if reason and target in sys.argv[1:]:
+        if reason and target in TARGETS:
             stop(reason)
     try:
         for target, (folder, work) in PACKAGES.items():
-            if target in sys.argv[1:]:
+            if target in TARGETS:
                 check_place(folder, work)
-        for section in [section for target in CHECKED if target in sys.argv[1:] for section in CHECKED[target]]:
+        for section in [section for target in CHECKED if target in TARGETS for section in CHECKED[target]]:
             from pipeline.training.experiment import Experiment, check_parts
 
             check_parts(Experiment.from_json(section))
