@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks import exactness, peer, scale, speed
 from benchmarks.harness import Figure, table
 from benchmarks.speed import DEFAULT, Options
-from pipeline.allocator import share_heap
-from pipeline.cores import available_cores
+from pipeline.machine.allocator import share_heap
+from pipeline.machine.cores import available_cores
 from pipeline.networks.precision import PRECISIONS
 
 ROWS: dict[str, Callable[[Options], Iterator[Figure]]] = {

@@ -17,13 +17,13 @@ from scipy import ndimage
 from benchmarks import material
 from benchmarks.harness import Figure
 from benchmarks.speed import Options, not_refined
-from pipeline import census
-from pipeline.census import slide_nuclei
-from pipeline.census_worker import Block
+from pipeline.census import slide as census
+from pipeline.census.slide import slide_nuclei
+from pipeline.census.worker import Block
 from pipeline.instances import write_instances
 from pipeline.kernels.instances import InstanceRules, segment
-from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
+from pipeline.stores.maps import MapStore
 
 SIZES = {"full": (6144, 1024), "quick": (1536, 512)}
 """Side of the maps and of a tile, in pixels."""

@@ -18,9 +18,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline.grid import Grid
-from pipeline.lattice import CELL
-from pipeline.maps import MapStore
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
+from pipeline.stores.maps import MapStore
 
 SIDE = 2048
 """Side of the field, and of the squares of tissue on a slide, in pixels."""
@@ -109,7 +109,7 @@ def write_maps(path: Path, field: Field, width: int, height: int, mpp: float, sh
 
 def write_tiles(path: Path, field: Field, width: int, height: int, mpp: float, share: float, tile: int = 1024) -> None:
     """Write a store of tiles of a slide with this share of tissue."""
-    from pipeline.tile_store import create_tiles
+    from pipeline.stores.tile_store import create_tiles
 
     squares = tissue_squares(width, height, share)
     array = create_tiles(path, Grid(width, height, mpp, 1.0, 1.0), active_cells(squares, width, height), tile)

@@ -18,13 +18,13 @@ from numcodecs import CRC32C, Blosc
 
 from benchmarks import material
 from benchmarks.harness import ROOT, Figure, Run, Spent, best, best_in_turns, run_command, spent, stage, stage_here
-from pipeline.cores import available_cores
+from pipeline.batch.settings import check_settings, load_schema
+from pipeline.batch.stage import read_manifest
 from pipeline.kernels.blend import PatchGrid
 from pipeline.kernels.stain import StainTransform
+from pipeline.machine.cores import available_cores
 from pipeline.models.package import ModelPackage
-from pipeline.predictors import Finish, SlideMaps, Strip
-from pipeline.settings import check_settings, load_schema
-from pipeline.stage import read_manifest
+from pipeline.prediction.predictors import Finish, SlideMaps, Strip
 from pipeline.summary import MANIFESTS
 
 DEFAULT = ROOT / "models/default"
@@ -88,7 +88,7 @@ def tiles_row(options: Options) -> Iterator[Figure]:
 
 def _slide_to_tiles(options: Options, name: str, mpp: float, target: str) -> Figure:
     from pipeline import tiles
-    from pipeline.allocator import keep_freed_memory
+    from pipeline.machine.allocator import keep_freed_memory
     from pipeline.slides.inspect import reopen
 
     module: Any = tiles
@@ -153,10 +153,10 @@ def tissue_options(folder: Path) -> dict[str, Any]:
 
 def infer(options: Options, device: str = "cpu") -> Iterator[Figure]:
     """Tiles to maps, against the network's forward pass alone on windows of the same tiles."""
-    from pipeline.allocator import keep_freed_memory
     from pipeline.inference import active_windows, infer_slide
-    from pipeline.predictors import choose_predictor, one_result
-    from pipeline.tile_store import TileStore
+    from pipeline.machine.allocator import keep_freed_memory
+    from pipeline.prediction.predictors import choose_predictor, one_result
+    from pipeline.stores.tile_store import TileStore
 
     folder = options.place(f"infer-{device}")
     package = ModelPackage.load(options.model)
@@ -260,10 +260,10 @@ class _NoNetwork:
 
 def infer_host(options: Options) -> Iterator[Figure]:
     """Tiles to maps without a network, against the libraries' work alone: each tile decoded, each map encoded once."""
-    from pipeline.allocator import keep_freed_memory
     from pipeline.inference import infer_slide
-    from pipeline.maps import MapStore
-    from pipeline.tile_store import TileStore
+    from pipeline.machine.allocator import keep_freed_memory
+    from pipeline.stores.maps import MapStore
+    from pipeline.stores.tile_store import TileStore
 
     keep_freed_memory()
     folder = options.place("infer-host")
@@ -324,9 +324,9 @@ def instances(options: Options) -> Iterator[Figure]:
     from skimage.measure import label
     from skimage.segmentation import watershed
 
-    from pipeline.allocator import keep_freed_memory
     from pipeline.instances import write_instances
-    from pipeline.maps import MapStore
+    from pipeline.machine.allocator import keep_freed_memory
+    from pipeline.stores.maps import MapStore
 
     folder = options.place("instances")
     keep_freed_memory()  # as the stage does; here for both
@@ -395,11 +395,11 @@ def measure(options: Options) -> Iterator[Figure]:
     """Measurement of nuclei, all columns, against scikit-image's regionprops_table with the same properties."""
     from skimage.measure import regionprops_table
 
-    from pipeline.allocator import keep_freed_memory
     from pipeline.instances import write_instances
     from pipeline.kernels.stain import RUIFROK, concentrations
+    from pipeline.machine.allocator import keep_freed_memory
     from pipeline.measure import write_measured
-    from pipeline.tile_store import TileStore
+    from pipeline.stores.tile_store import TileStore
 
     keep_freed_memory()  # as the stage does
     for mpp in (0.5, 0.25):
@@ -432,8 +432,8 @@ def export(options: Options) -> Iterator[Figure]:
 
     from pipeline import export as module
     from pipeline import testing
-    from pipeline.grid import Grid
-    from pipeline.nuclei import open_nuclei
+    from pipeline.stores.grid import Grid
+    from pipeline.stores.nuclei import open_nuclei
 
     folder = options.place("export")
     count = 30_000 if options.quick else 200_000
@@ -587,8 +587,8 @@ def summary_options(folder: Path) -> dict[str, Any]:
 def _forward_seconds(folder: Path, package: ModelPackage, threads: int, precision: str) -> tuple[float, str]:
     """CPU seconds of the network alone on all windows of a slide, extrapolated from a few, and its precision."""
     from pipeline.inference import active_windows
-    from pipeline.predictors import choose_predictor, one_result
-    from pipeline.tile_store import TileStore
+    from pipeline.prediction.predictors import choose_predictor, one_result
+    from pipeline.stores.tile_store import TileStore
 
     store = TileStore.open(folder / "tiles.zarr")
     grid = PatchGrid(store.grid.width, store.grid.height, package.patch, package.overlap)

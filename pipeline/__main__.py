@@ -29,7 +29,7 @@ def run() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may lack characters of a name
     if "NUCLEUS_PIPELINE_WARM" in os.environ and sys.argv[1:2] and sys.argv[1] in STAGES:
-        from pipeline.warm import ask_server
+        from pipeline.batch.warm import ask_server
 
         status = ask_server(sys.argv[1:])
         if status is not None:

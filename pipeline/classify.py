@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.classifier import Classifier, Measured
+from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError
+from pipeline.exchange.geojson import origin_of
 from pipeline.export import write_geojson
-from pipeline.geojson import origin_of
+from pipeline.machine.allocator import keep_freed_memory
+from pipeline.models.classifier import Classifier, Measured
 from pipeline.progress import Progress
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def write_classified(nuclei: Path, classifier: Classifier, out: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.nuclei import COMPRESSION, META_KEY, about_nuclei, open_nuclei
+    from pipeline.stores.nuclei import COMPRESSION, META_KEY, about_nuclei, open_nuclei
 
     names = pa.array([one.name for one in classifier.classes])
     with open_nuclei(nuclei) as source:
@@ -122,11 +122,11 @@ def run_classify(
     out, parquet, geojson, png : pathlib.Path
         The manifest, ``classified.parquet``, ``classified.geojson.gz`` and ``classified.png`` to write.
     origin : {"slide", "bounds"}
-        See `pipeline.geojson.origin_of`.
+        See `pipeline.exchange.geojson.origin_of`.
     workers : int
         Number of threads that compress.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def run_classify(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.class_map import draw_classes
+        from pipeline.pictures.class_map import draw_classes
         from pipeline.summary import Nuclei
         from pipeline.tissue import read_tissue
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import __version__
-from pipeline.allocator import share_heap
 from pipeline.errors import PipelineError
+from pipeline.machine.allocator import share_heap
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ STAGES = {
 }
 TOOLS = {
     "status": Command("pipeline.status", "how far a run has come: slides by stage, rate, time left, failures"),
-    "slide-table": Command("pipeline.slide_table", "write the table of slides that a folder or table stands for"),
+    "slide-table": Command("pipeline.batch.slide_table", "write the table of slides that a folder or table stands for"),
     "evaluate": Command("pipeline.evaluation.command", "compare nuclei with known ones: AJI, PQ, Dice, F1, mPQ+, R2"),
     "masks": Command("pipeline.training.masks", "draw ImageScope annotations as masks and instance label maps"),
     "reference": Command("pipeline.training.reference", "choose the field whose stain the others are brought to"),
@@ -68,7 +68,7 @@ TOOLS = {
         "add_summary_arguments",
         "main_summary",
     ),
-    "warm-server": Command("pipeline.warm", "start stages for a run on this machine (the setting warm_start)"),
+    "warm-server": Command("pipeline.batch.warm", "start stages for a run on this machine (the setting warm_start)"),
     "doctor": Command("pipeline.doctor", "say what this machine has and what is wrong"),
     "demo-slides": Command(
         "pipeline.demo", "write synthetic slides with known nuclei", "add_slides_arguments", "main_slides"

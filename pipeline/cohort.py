@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import provenance
+from pipeline.batch import provenance
+from pipeline.batch.lock import held
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.slide_table import SlideTable, from_table
+from pipeline.batch.stage import keywords, manifest_failure, read_manifest, stage_costs, whole_files, write_json
 from pipeline.errors import PipelineError
 from pipeline.export import RANKED
 from pipeline.layout import RunLayout, SlideLayout
-from pipeline.lock import held
-from pipeline.settings import file_sha256
-from pipeline.slide_table import SlideTable, from_table
-from pipeline.stage import keywords, manifest_failure, read_manifest, stage_costs, whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -379,7 +379,7 @@ def run_cohort(
     """
     import pyarrow.parquet as pq
 
-    from pipeline.report import write_report
+    from pipeline.report.page import write_report
 
     settings = None if config is None else _read_json(config, "settings")
     cohort = gather(results, slides, (settings or {}).get("classifier"))

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
-from pipeline.cores import available_cores
+from pipeline.batch.settings import check_model
 from pipeline.errors import PipelineError
-from pipeline.settings import check_model
+from pipeline.machine.cores import available_cores
 
 MIN_FREE_GB = 5.0
 """Free disk space in GB below which a run may not finish: the tiles of one slide alone can take a few GB."""
@@ -178,7 +178,7 @@ def check_snakemake() -> Finding:
 def check_package(folder: Path) -> Finding:
     """Check card and hash of the model package."""
     if not folder.exists() and not folder.is_absolute():
-        beside = Path(__file__).resolve().parent.parent / folder
+        beside = Path(__file__).resolve().parents[1] / folder
         folder = beside if beside.exists() else folder
     try:
         card = check_model(folder)

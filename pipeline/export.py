@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError
-from pipeline.geojson import ORIGIN, origin_of
+from pipeline.exchange.geojson import ORIGIN, origin_of
 from pipeline.kernels.contours import wkb_rings
-from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stores.nuclei import about_nuclei, open_nuclei, wkb_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -315,11 +315,11 @@ def run_export(
     inspect : pathlib.Path, optional
         ``slide.json``, which holds the bounds; required for `origin` ``"bounds"``.
     origin : {"slide", "bounds"}
-        See `pipeline.geojson.origin_of`.
+        See `pipeline.exchange.geojson.origin_of`.
     workers : int
         Number of threads that compress.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

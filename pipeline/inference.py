@@ -20,23 +20,32 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.cores import available_cores
+from pipeline.batch.parts import Part, link_chunks, manifest_of, read_parts
+from pipeline.batch.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError
-from pipeline.gpus import borrow
 from pipeline.kernels.blend import PatchGrid
 from pipeline.kernels.stain import StainTransform
-from pipeline.lattice import CELL
-from pipeline.maps import MapStore
+from pipeline.machine.allocator import keep_freed_memory
+from pipeline.machine.cores import available_cores
+from pipeline.machine.gpus import borrow
 from pipeline.models.package import ModelPackage
 from pipeline.networks.outputs import FindsInstances
 from pipeline.networks.precision import PRECISIONS
 from pipeline.networks.registry import needs_torch
-from pipeline.parts import Part, link_chunks, manifest_of, read_parts
-from pipeline.predictors import Finish, Places, Predictor, Strip, channel_names, choose_predictor, one_result, runs
+from pipeline.prediction.predictors import (
+    Finish,
+    Places,
+    Predictor,
+    Strip,
+    channel_names,
+    choose_predictor,
+    one_result,
+    runs,
+)
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
-from pipeline.tile_store import RasterReader, TileStore
+from pipeline.stores.lattice import CELL
+from pipeline.stores.maps import MapStore
+from pipeline.stores.tile_store import RasterReader, TileStore
 
 log = logging.getLogger(__name__)
 
@@ -479,7 +488,7 @@ def run_infer(
     out, zarr_out : pathlib.Path
         The manifest and the store of maps to write.
     device, precision, batch
-        See `pipeline.predictors.choose_predictor`.
+        See `pipeline.prediction.predictors.choose_predictor`.
     threads : int
         CPU threads; 0 means one per core.
     part : Part, optional
@@ -487,7 +496,7 @@ def run_infer(
     parts : sequence of pathlib.Path
         Stores of all parts; when given, they are joined and nothing is computed.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Stage ``instances``: find the nuclei in a slide's maps and write their table, see `pipeline.census`."""
+"""Stage ``instances``: find the nuclei in a slide's maps and write their table, see `pipeline.census.slide`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.census import DEFAULT_BLOCK, DEFAULT_HALO, take_census, take_survey
-from pipeline.census_worker import Setup
-from pipeline.maps import open_maps
+from pipeline.batch.parts import Part, manifest_of, read_parts
+from pipeline.batch.stage import add_stage_arguments, keywords, run_stage
+from pipeline.census.slide import DEFAULT_BLOCK, DEFAULT_HALO, take_census, take_survey
+from pipeline.census.worker import Setup
+from pipeline.machine.allocator import keep_freed_memory
 from pipeline.models.package import ModelPackage
-from pipeline.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
-from pipeline.parts import Part, manifest_of, read_parts
-from pipeline.stage import add_stage_arguments, keywords, run_stage
+from pipeline.stores.maps import open_maps
+from pipeline.stores.nuclei import COMPRESSION, RUNS_FIELD, nuclei_schema, wkb_of
 from pipeline.tissue import read_tissue
 
 if TYPE_CHECKING:
@@ -182,13 +182,13 @@ def run_instances(
     tissue : pathlib.Path, optional
         ``tissue.geojson``; nuclei whose centre lies outside are left out.
     block, halo, workers : int
-        See `pipeline.census.take_census`.
+        See `pipeline.census.slide.take_census`.
     part : Part, optional
         Process only this part of the slide.
     parts : sequence of pathlib.Path
         Folders of all parts, to be combined. Blocks are not processed again then.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

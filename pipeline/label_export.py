@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.grid import Grid
+from pipeline.batch.stage import add_stage_arguments, keywords, run_stage
 from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.measure import cut_runs
 from pipeline.kernels.raster import paint_runs, polygon_runs
-from pipeline.nuclei import about_nuclei, open_nuclei, wkb_of
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, keywords, run_stage
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import about_nuclei, open_nuclei, wkb_of
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ def run_labels(
     workers : int
         Number of threads.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.grid import Grid
+from pipeline.batch.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.kernels.contours import wkb_rings
 from pipeline.kernels.instances import expand
 from pipeline.kernels.measure import (
@@ -30,14 +29,15 @@ from pipeline.kernels.measure import (
     hulls,
     polygon_shapes,
 )
+from pipeline.machine.allocator import keep_freed_memory
 from pipeline.progress import Progress
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.stain import stain_matrix
+from pipeline.stores.grid import Grid
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline.tile_store import Tiles
+    from pipeline.stores.tile_store import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def measure_shapes(geometry: pa.Array, grid: Grid) -> dict[str, np.ndarray]:
         ``solidity``, the area divided by that of the convex hull; and ``max_diameter_um`` and ``min_diameter_um`` of
         `pipeline.kernels.measure.hull_diameters`.
     """
-    from pipeline.nuclei import wkb_of
+    from pipeline.stores.nuclei import wkb_of
 
     um = np.array([grid.mpp / grid.scale_x, grid.mpp / grid.scale_y])
     points, rings, polygons = wkb_rings(*wkb_of(geometry))
@@ -204,7 +204,7 @@ def measured_batches(
     """Yield batches of rows for ``nuclei.parquet``, measured from an open ``instances.parquet``."""
     import pyarrow as pa
 
-    from pipeline.nuclei import grid_of
+    from pipeline.stores.nuclei import grid_of
 
     def finish(batch: Batch) -> pa.RecordBatch:
         values = batch.values
@@ -269,7 +269,7 @@ def write_measured(
     """
     import pyarrow.parquet as pq
 
-    from pipeline.nuclei import COMPRESSION, open_nuclei
+    from pipeline.stores.nuclei import COMPRESSION, open_nuclei
 
     with open_nuclei(instances) as source:
         schema = measured_schema(source.schema_arrow)
@@ -307,7 +307,7 @@ def run_measure(
     out, nuclei : pathlib.Path
         The manifest and the table to write.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------
@@ -317,7 +317,7 @@ def run_measure(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tile_store import TileStore
+        from pipeline.stores.tile_store import TileStore
 
         matrix, white, origin = stain_matrix(read_manifest(stain))
         count = write_measured(parquet, TileStore.open(zarr), matrix, staged["nuclei"], white)

@@ -16,11 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import SlideError
-from pipeline.geojson import IGNORED, base_class, class_names, no_areas, origin_of, polygonal, read_areas, role, scanned
-from pipeline.nuclei import about_nuclei, open_nuclei
-from pipeline.settings import file_sha256
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.exchange.geojson import (
+    IGNORED,
+    base_class,
+    class_names,
+    no_areas,
+    origin_of,
+    polygonal,
+    read_areas,
+    role,
+    scanned,
+)
+from pipeline.stores.nuclei import about_nuclei, open_nuclei
 from pipeline.summary import Nuclei, rounded
 
 if TYPE_CHECKING:
@@ -79,7 +89,7 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON, plain or gzipped, see `pipeline.geojson`.
+        GeoJSON, plain or gzipped, see `pipeline.exchange.geojson`.
     box : shapely geometry
         The slide; regions are clipped to it.
     origin : tuple of int
@@ -273,11 +283,11 @@ def run_regions(
     regions : pathlib.Path
         The regions, see `read_regions`.
     origin : {"slide", "bounds"}
-        Origin of the regions' coordinates, unless their file states its own; see `pipeline.geojson.origin_of`.
+        Origin of the regions' coordinates, unless their file states its own; see `pipeline.exchange.geojson.origin_of`.
     out, png : pathlib.Path
         The manifest and ``regions.png`` to write.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------
@@ -287,7 +297,7 @@ def run_regions(
     """
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.region_map import draw_regions
+        from pipeline.pictures.region_map import draw_regions
         from pipeline.tissue import read_tissue
 
         info = read_manifest(inspect)

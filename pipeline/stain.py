@@ -18,20 +18,20 @@ import cv2
 import numpy as np
 
 from pipeline import staintools_backend
-from pipeline.allocator import keep_freed_memory
+from pipeline.batch.stage import add_stage_arguments, keywords, run_stage
 from pipeline.errors import PipelineError
-from pipeline.figure import PNG_LEVEL
-from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.kernels.focus import BLURRED_UM, COARSEST_MPP, edge_blur
-from pipeline.lattice import CELL
+from pipeline.machine.allocator import keep_freed_memory
 from pipeline.models.package import ModelPackage
-from pipeline.stage import add_stage_arguments, keywords, run_stage
+from pipeline.pictures.figure import PNG_LEVEL
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from pipeline.tile_store import Tiles
+    from pipeline.stores.tile_store import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -327,7 +327,7 @@ def run_stain(
     strength : float, optional
         How far towards the reference, 0 to 1; see `fit_slide` for None.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------
@@ -337,7 +337,7 @@ def run_stain(
     package = ModelPackage.load(model)
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
-        from pipeline.tile_store import TileStore
+        from pipeline.stores.tile_store import TileStore
 
         store = TileStore.open(zarr)
         sample = sample_tissue(store)

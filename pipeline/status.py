@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.slide_table import resolve_slides
+from pipeline.batch.stage import manifest_failure, read_manifest
 from pipeline.errors import PipelineError
 from pipeline.layout import STAGES, RunLayout, SlideLayout
 from pipeline.progress import duration
-from pipeline.slide_table import resolve_slides
-from pipeline.stage import manifest_failure, read_manifest
 
 RATE_SLIDES = 100
 """Number of most recently finished slides over which the rate is measured."""
@@ -242,8 +242,8 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
         The folder with ``cohort.tsv``, ``cohort.parquet``, ``failed.tsv``, ``report.html`` and ``manifest.json``, and
         with ``regions.tsv`` and ``regions.parquet`` if slides have regions.
     """
+    from pipeline.batch.slide_table import write_table
     from pipeline.cohort import run_cohort
-    from pipeline.slide_table import write_table
 
     layout = RunLayout(results)
     out = results / SO_FAR

@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import provenance
-from pipeline.allocator import keep_freed_memory
+from pipeline.batch import provenance
+from pipeline.batch.stage import (
+    add_origin_argument,
+    add_stage_arguments,
+    keywords,
+    read_manifest,
+    run_stage,
+    stage_costs,
+)
 from pipeline.errors import PipelineError, SlideError
+from pipeline.exchange.geojson import origin_of
 from pipeline.export import DEFAULT_COLOUR, RANKED
-from pipeline.geojson import origin_of
-from pipeline.grid import Grid
-from pipeline.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage, stage_costs
+from pipeline.machine.allocator import keep_freed_memory
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import about_nuclei, grid_of, open_nuclei, read_nuclei
 
 if TYPE_CHECKING:
-    from pipeline.overview import Region
+    from pipeline.pictures.overview import Region
 
 log = logging.getLogger(__name__)
 
@@ -279,11 +286,11 @@ def _facts(numbers: Mapping[str, Any], nuclei: Nuclei) -> list[str]:
 
 
 def draw_overview(path: Path, slide: str, numbers: Mapping[str, Any], nuclei: Nuclei, tissue: Path, zarr: Path) -> None:
-    """Draw ``overview.png``; see `pipeline.overview.draw`."""
+    """Draw ``overview.png``; see `pipeline.pictures.overview.draw`."""
     import shapely
 
-    from pipeline import overview
-    from pipeline.tile_store import TileStore
+    from pipeline.pictures import overview
+    from pipeline.stores.tile_store import TileStore
     from pipeline.tissue import read_tissue
 
     scale = (nuclei.grid.scale_x, nuclei.grid.scale_y)
@@ -330,9 +337,9 @@ def run_summary(
     truth : pathlib.Path or None
         Known nuclei of the slide: GeoJSON in level-0 pixels, or a label map of level 0.
     origin : {"slide", "bounds"}
-        Origin of the GeoJSON's coordinates, unless it states its own; see `pipeline.geojson.origin_of`.
+        Origin of the GeoJSON's coordinates, unless it states its own; see `pipeline.exchange.geojson.origin_of`.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from pipeline.grid import Grid
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.stage import write_json
 from pipeline.kernels.instances import InstanceRules, Pixels
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
-from pipeline.lattice import CELL
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.package import CARD, WEIGHTS, ModelPackage, NucleusClass
-from pipeline.settings import file_sha256
-from pipeline.stage import write_json
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
 
 MODEL = {"name": "default", "sha256": "ab" * 32}
 CLASSES = [{"name": "tumour", "color": [200, 0, 0]}, {"name": "other <&>", "color": [0, 120, 200]}]

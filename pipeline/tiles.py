@@ -16,9 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.cores import available_cores
-from pipeline.damage import (
+from pipeline.batch.parts import Part, link_chunks, manifest_of, read_parts
+from pipeline.batch.stage import add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.errors import PipelineError, SlideError
+from pipeline.kernels.borders import RUN
+from pipeline.machine.allocator import keep_freed_memory
+from pipeline.machine.cores import available_cores
+from pipeline.progress import Progress
+from pipeline.slides.damage import (
     Jump,
     Tolerant,
     cell_at,
@@ -28,18 +33,13 @@ from pipeline.damage import (
     torn_cells,
     unreadable_windows,
 )
-from pipeline.errors import PipelineError, SlideError
-from pipeline.grid import Grid
-from pipeline.kernels.borders import RUN
-from pipeline.lattice import CELL, active_cells, active_pixels
-from pipeline.parts import Part, link_chunks, manifest_of, read_parts
-from pipeline.progress import Progress
 from pipeline.slides.inspect import reopen
 from pipeline.slides.open import SlidePool
 from pipeline.slides.regions import best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import add_stage_arguments, keywords, read_manifest, run_stage
-from pipeline.tile_store import create_tiles, write_tile
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL, active_cells, active_pixels
+from pipeline.stores.tile_store import create_tiles, write_tile
 from pipeline.tissue import read_tissue
 
 log = logging.getLogger(__name__)
@@ -362,7 +362,7 @@ def run_tiles(
     parts : sequence of pathlib.Path
         Stores of all parts; when given, they are joined and no pixels are read from the slide.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import no_areas, origin_of, read_areas, scanned
-from pipeline.grid import Grid
+from pipeline.exchange.geojson import no_areas, origin_of, read_areas, scanned
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
-from pipeline.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
+from pipeline.stores.grid import Grid
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
@@ -159,7 +159,7 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.geojson`; only polygons are used.
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.exchange.geojson`; only polygons are used.
     box : shapely geometry
         The scanned part of the slide; what lies outside is cut off.
     origin : tuple of int
@@ -353,13 +353,13 @@ def run_tissue(
     mask : pathlib.Path, optional
         GeoJSON of tissue drawn by a user, which is taken instead of searching for tissue.
     origin : {"slide", "bounds"}
-        Origin of the mask's coordinates, unless its file says so itself; see `pipeline.geojson.origin_of`.
+        Origin of the mask's coordinates, unless its file says so itself; see `pipeline.exchange.geojson.origin_of`.
     mpp : float
         µm per pixel of the view in which tissue is searched.
     min_area_um2, min_hole_um2 : float
         Parts smaller than the first (µm²) are dropped, holes smaller than the second (µm²) are filled.
     **how : Any
-        `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.stage import stub_text, write_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import METRICS, class_scores, score_overlaps
 from pipeline.evaluation.readers import SUFFIXES, count_classes, load, overlay, slide_box, stem, told_outside
-from pipeline.stage import stub_text, write_json
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_overlaps
-from pipeline.geojson import (
+from pipeline.exchange.geojson import (
     MAX_COORDINATE,
     base_class,
     iter_features,
@@ -23,9 +23,9 @@ from pipeline.geojson import (
     role,
     stated_origin,
 )
+from pipeline.exchange.label_maps import SUFFIXES as LABEL_MAPS
+from pipeline.exchange.label_maps import instances_of, load_npy, read_instances
 from pipeline.kernels.raster import paint_runs, polygon_runs
-from pipeline.label_maps import SUFFIXES as LABEL_MAPS
-from pipeline.label_maps import instances_of, load_npy, read_instances
 
 log = logging.getLogger(__name__)
 
@@ -187,8 +187,8 @@ def load(path: Path, origin: tuple[int, int] = (0, 0)) -> Instances:
     Parameters
     ----------
     path : pathlib.Path
-        A label map (``.png``, ``.tif``, ``.npy``, see `pipeline.label_maps.read_instances`), polygons in level-0 pixels
-        (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon), or ``nuclei.parquet``.
+        A label map (``.png``, ``.tif``, ``.npy``, see `pipeline.exchange.label_maps.read_instances`), polygons in
+        level-0 pixels (``.geojson``, ``.geojson.gz``: features with Polygon or MultiPolygon), or ``nuclei.parquet``.
     origin : tuple of int
         Level-0 pixel at which the coordinates of a GeoJSON begin, unless the file states its own origin.
 
@@ -274,7 +274,7 @@ def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
     import pyarrow as pa
     import shapely
 
-    from pipeline.nuclei import open_nuclei
+    from pipeline.stores.nuclei import open_nuclei
 
     with open_nuclei(path) as file:
         parts, start = [], 0
@@ -426,8 +426,8 @@ def slide_box(path: Path) -> Box | None:
     """
     if not path.name.lower().endswith(".parquet"):
         return None
-    from pipeline.grid import Grid
-    from pipeline.nuclei import about_nuclei, open_nuclei
+    from pipeline.stores.grid import Grid
+    from pipeline.stores.nuclei import about_nuclei, open_nuclei
 
     with open_nuclei(path) as file:
         try:

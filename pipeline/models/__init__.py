@@ -1,0 +1,1 @@
+"""Model packages and classifiers: read, checked and written."""

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.stage import whole_files, write_json
 from pipeline.errors import PipelineError, of_the_machine
 from pipeline.kernels.instances import InstanceRules
-from pipeline.settings import file_sha256
-from pipeline.stage import whole_files, write_json
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"

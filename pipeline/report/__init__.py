@@ -1,5 +1,1 @@
-"""The cohort's report: one self-contained HTML page."""
-
-from pipeline.report.page import write_report
-
-__all__ = ["write_report"]
+"""Reports: self-contained HTML pages of a cohort and of a training."""

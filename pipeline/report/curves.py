@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batch.stage import whole_files
 from pipeline.report.page import PALETTE, nice_ticks
-from pipeline.stage import whole_files
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values of a curve."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pipeline.batch.provenance import code_of
 from pipeline.progress import duration
-from pipeline.provenance import code_of
 
 log = logging.getLogger(__name__)
 

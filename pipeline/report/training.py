@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.stage import whole_files
 from pipeline.evaluation.errors import ERRORS
 from pipeline.progress import duration
 from pipeline.report.curves import Curve, compared_charts, draw_charts, read_curves, training_charts
 from pipeline.report.page import environment, nice_ticks, number, shrink_picture
-from pipeline.stage import whole_files
 
 PICTURE_BYTES = 900_000
 """Maximum bytes of an experiment's picture; up to four pictures on a page share them, more get a quarter each."""

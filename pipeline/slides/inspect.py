@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batch.slide_table import could_be_read
+from pipeline.batch.stage import add_stage_arguments, keywords, run_stage
 from pipeline.errors import SlideError
 from pipeline.kernels.tissue import find_tissue
-from pipeline.slide_table import could_be_read
 from pipeline.slides.open import READERS, open_slide, resolve_mpp
 from pipeline.slides.slide import Slide
-from pipeline.stage import add_stage_arguments, keywords, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def run_inspect(
     reader : {"auto", "openslide", "tiffslide", "image"}
         See `pipeline.slides.open.open_slide`.
     **how : Any
-        Arguments `on_bad_slide`, `minutes` and `again` of `pipeline.stage.run_stage`.
+        Arguments `on_bad_slide`, `minutes` and `again` of `pipeline.batch.stage.run_stage`.
 
     Returns
     -------

@@ -16,8 +16,8 @@ from typing import Self
 
 import numpy as np
 
+from pipeline.batch.slide_table import MPP_RANGE
 from pipeline.errors import PipelineError, SlideError, of_the_machine
-from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.image_reader import ImageReader
 from pipeline.slides.integrity import check_tiff, is_tiff
 from pipeline.slides.openslide_reader import OpenSlideReader

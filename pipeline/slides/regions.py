@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from pipeline.grid import Grid
 from pipeline.slides.slide import Level
+from pipeline.stores.grid import Grid
 
 _WEIGHT_BITS = 11
 _WEIGHT = 1 << _WEIGHT_BITS

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.batch.slide_table import MPP_RANGE
 from pipeline.errors import PipelineError, SlideError, of_the_machine
-from pipeline.slide_table import MPP_RANGE
 from pipeline.slides.integrity import quick_hash
 
 

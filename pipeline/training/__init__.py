@@ -1,0 +1,1 @@
+"""Training: from annotated fields to a model package."""

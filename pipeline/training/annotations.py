@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.geojson import MAX_COORDINATE, polygonal
+from pipeline.exchange.geojson import MAX_COORDINATE, polygonal
 from pipeline.kernels.raster import paint_runs, polygon_runs
 
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.classifier import Classifier, Measured
+from pipeline.batch.slide_table import from_table
+from pipeline.batch.stage import read_manifest, stub_text
 from pipeline.errors import PipelineError
-from pipeline.geojson import (
+from pipeline.exchange.geojson import (
     MAX_COORDINATE,
     class_names,
     iter_features,
@@ -32,9 +33,8 @@ from pipeline.geojson import (
 )
 from pipeline.kernels import classify as kernel
 from pipeline.layout import RunLayout, SlideLayout
+from pipeline.models.classifier import Classifier, Measured
 from pipeline.models.package import NucleusClass
-from pipeline.slide_table import from_table
-from pipeline.stage import read_manifest, stub_text
 from pipeline.training.datasets.qupath import QUPATH, UNTYPED, exports, polygon
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _at(nuclei: Path, centroids: np.ndarray, marks: np.ndarray, mpp: float) -> n
     import pyarrow as pa
     import shapely
 
-    from pipeline.nuclei import open_nuclei
+    from pipeline.stores.nuclei import open_nuclei
 
     if not len(centroids):
         return np.full(len(marks), -1)
@@ -269,7 +269,7 @@ def gather(
     annotations : pathlib.Path
         Folder with one QuPath export per annotated slide, named after the slide or its file.
     origin : {"slide", "bounds"}
-        Corner from which coordinates in the exports count; see `pipeline.geojson.origin_of`.
+        Corner from which coordinates in the exports count; see `pipeline.exchange.geojson.origin_of`.
 
     Returns
     -------
@@ -285,7 +285,7 @@ def gather(
     PipelineError
         When a slide has no results or two exports, or the slides were run with different models.
     """
-    from pipeline.nuclei import about_nuclei, grid_of, open_nuclei
+    from pipeline.stores.nuclei import about_nuclei, grid_of, open_nuclei
 
     layout = RunLayout(results)
     colours: dict[str, tuple[int, int, int]] = {}

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.cores import available_cores
+from pipeline.batch.lock import held
+from pipeline.batch.settings import check_settings, load_schema
 from pipeline.errors import PipelineError
-from pipeline.lock import held
-from pipeline.settings import check_settings, load_schema
+from pipeline.machine.allocator import keep_freed_memory
+from pipeline.machine.cores import available_cores
 from pipeline.training.inherit import inherited
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m pipeline train``."""
-    from pipeline.gpus import borrow
+    from pipeline.machine.gpus import borrow
 
     section = read_section(args.config_json)
     schedule = section.get("schedule", {})

@@ -16,7 +16,7 @@ from pipeline.layout import folder_name
 from pipeline.models.licences import strictest
 from pipeline.models.package import CARD, ModelPackage
 from pipeline.networks.registry import NETWORKS, stride_of
-from pipeline.predictors import channel_names
+from pipeline.prediction.predictors import channel_names
 
 if TYPE_CHECKING:
     from pipeline.training.experiment import Experiment
@@ -312,8 +312,8 @@ def _scored(
 
     import torch
 
-    from pipeline.cores import available_cores
-    from pipeline.gpus import borrow
+    from pipeline.machine.cores import available_cores
+    from pipeline.machine.gpus import borrow
     from pipeline.training.schedule import DEVICES
 
     torch.set_num_threads(args.threads or available_cores())

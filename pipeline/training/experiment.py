@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.settings import check_model
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import Channels, InstanceRules
 from pipeline.kernels.stain import METHODS
 from pipeline.networks.outputs import TTA, map_names
 from pipeline.networks.registry import NETWORKS, build_network, head_channels, stride_of
-from pipeline.settings import check_model
 from pipeline.training.samples import Augmentation
 from pipeline.training.schedule import Schedule
 from pipeline.training.splits import Split, SplitSettings

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.stage import whole_files, write_json
 from pipeline.errors import PipelineError
-from pipeline.stage import whole_files, write_json
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.batch.stage import whole_files
 from pipeline.errors import PipelineError
-from pipeline.stage import whole_files
 from pipeline.training.annotations import DrawingReport, rasterise, read_imagescope_xml
 
 log = logging.getLogger(__name__)

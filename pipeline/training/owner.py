@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.stage import whole_files
 from pipeline.errors import PipelineError
-from pipeline.settings import file_sha256
-from pipeline.stage import whole_files
 
 PACKED = "packed.txt"
 """File in a training's folder: SHA-256 of the weights of each package that the training has made, one per line."""

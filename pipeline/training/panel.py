@@ -9,8 +9,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from pipeline.batch.stage import whole_files
 from pipeline.evaluation.metrics import Overlaps
-from pipeline.stage import whole_files
 from pipeline.training.field import Field
 
 SIDE = 420

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.settings import check_settings
 from pipeline.errors import PipelineError
-from pipeline.settings import check_settings
 from pipeline.training.inherit import inherited
 
 

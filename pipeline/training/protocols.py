@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batch.stage import whole_files
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval, patients_of, summarise
 from pipeline.report.training import write_protocol_report
-from pipeline.stage import whole_files
 from pipeline.training.files import read_json, save_json
 
 COLUMNS = ("aji", "aji_plus", "pq", "sq", "dq", "f1", "dice", "iou", "pixel_accuracy", "loss")

@@ -452,7 +452,7 @@ def _fit(draw: Any, text: str, font: Any) -> str:
 
 def write_selection(fields: Sequence[Field], selection: Selection, folder: Path) -> None:
     """Write a selection to a folder: ``reference.json`` and the contact sheet ``reference.png``."""
-    from pipeline.stage import whole_files
+    from pipeline.batch.stage import whole_files
     from pipeline.training.files import save_json
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network, load_weights, weights_for
 from pipeline.networks.outputs import Outputs, map_names
 from pipeline.networks.registry import NETWORKS, build_network
-from pipeline.predictors import channel_names
+from pipeline.prediction.predictors import channel_names
 from pipeline.report.training import write_training_report
 from pipeline.training.balance import classes_present, repeats
 from pipeline.training.begin import (

@@ -464,7 +464,7 @@ def read_sections(path: Path) -> tuple[SynthesisSettings, dict[str, Any]]:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    from pipeline.gpus import borrow
+    from pipeline.machine.gpus import borrow
 
     settings, training = read_sections(args.config_json)
     device = args.device or settings.device

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.models.package import ModelPackage
 from pipeline.models.weights import load_network
 from pipeline.networks.outputs import Outputs
-from pipeline.predictors import channel_names
+from pipeline.prediction.predictors import channel_names
 from pipeline.training.field import Field, at_mpp
 from pipeline.training.predict import predict_field
 from pipeline.training.reference import normalise

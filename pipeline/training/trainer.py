@@ -19,9 +19,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pipeline.batch.stage import whole_files
 from pipeline.errors import PipelineError
 from pipeline.networks.precision import choose_precision
-from pipeline.stage import whole_files
 from pipeline.training.files import save_json
 from pipeline.training.schedule import Deadline, Schedule, Unfinished
 

@@ -35,7 +35,7 @@ def check_whole(path: Path) -> None:
     if path.suffix == ".zarr":
         import zarr
 
-        from pipeline.seal import SEAL, check_seal
+        from pipeline.stores.seal import SEAL, check_seal
 
         assert (path / SEAL).is_file() or (path / "FAILED.txt").is_file(), f"{path} has no seal"
         check_seal(path)

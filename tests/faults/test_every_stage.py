@@ -13,12 +13,12 @@ from chain import STAGES, arguments, run_chain
 from runs import write_slide
 
 from pipeline import cli
+from pipeline.batch.stage import manifest_failure, read_manifest
 from pipeline.cohort import run_cohort
 from pipeline.errors import SlideError
 from pipeline.layout import RunLayout, SlideLayout
-from pipeline.seal import SEAL
-from pipeline.stage import manifest_failure, read_manifest
 from pipeline.status import run_status, stage_manifests
+from pipeline.stores.seal import SEAL
 
 KERNELS = {
     "inspect": ("pipeline.slides.inspect", "probe"),

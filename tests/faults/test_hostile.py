@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import ROOT, run
 
+from pipeline.batch.slide_table import SlideEntry, resolve_slides
 from pipeline.cohort import run_cohort
 from pipeline.errors import PipelineError
-from pipeline.label_maps import load_npy
+from pipeline.exchange.label_maps import load_npy
 from pipeline.layout import RunLayout
-from pipeline.slide_table import SlideEntry, resolve_slides
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.synthetic import make_field
 from pipeline.testing import write_failed_slide
@@ -105,7 +105,7 @@ def test_yaml_tags_in_settings_are_not_run(tmp_path: Path) -> None:
 
 
 def test_yaml_tags_in_experiments_are_not_run(tmp_path: Path) -> None:
-    from pipeline.settings import load_schema
+    from pipeline.batch.settings import load_schema
     from pipeline.training.plan import plan_compare
 
     mark = tmp_path / "mark"

@@ -15,9 +15,9 @@ import pytest
 from outcome import check_whole, finals, outcome
 from runs import command, run, write_slide
 
+from pipeline.batch.lock import RUN_LOCK
 from pipeline.errors import PipelineError
-from pipeline.lock import RUN_LOCK
-from pipeline.seal import SEAL
+from pipeline.stores.seal import SEAL
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 

@@ -18,10 +18,10 @@ from alone import alone
 from mutate import MPP, MUTATIONS, WRITERS, mutated, write_whole
 from runs import ROOT, read_json, read_tsv, run
 
+from pipeline.batch.stage import manifest_failure
 from pipeline.slides.inspect import run_inspect
-from pipeline.stage import manifest_failure
+from pipeline.stores.tile_store import TileStore
 from pipeline.summary import warnings_of
-from pipeline.tile_store import TileStore
 from pipeline.tiles import run_tiles
 from pipeline.tissue import run_tissue
 

@@ -12,8 +12,8 @@ import pytest
 from outcome import outcome
 from runs import command, read_json, read_tsv, run, write_slide, write_toy_model
 
+from pipeline.batch.lock import OWNER, RESULTS, lock_run, owner
 from pipeline.layout import folder_name
-from pipeline.lock import OWNER, RESULTS, lock_run, owner
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 

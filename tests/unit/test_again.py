@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.again import NOTES
+from pipeline.batch.again import NOTES
 
 RUN = """\
 import atexit, os, signal, sys
 from pathlib import Path
-from pipeline.again import Restart, clear_marks, note_damage
+from pipeline.batch.again import Restart, clear_marks, note_damage
 
 with open("starts", "a") as stream:
     stream.write(f"{os.getpid()} {sys.argv[1:]}\\n")

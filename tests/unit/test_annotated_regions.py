@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import cli, region_map, testing
+from pipeline import cli, testing
+from pipeline.batch.stage import read_manifest
 from pipeline.errors import SlideError
-from pipeline.grid import Grid
 from pipeline.layout import RunLayout, SlideLayout
-from pipeline.nuclei import read_nuclei
+from pipeline.pictures import region_map
 from pipeline.regions import ELSEWHERE, Region, count_regions, inside, read_regions
-from pipeline.stage import read_manifest
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import read_nuclei
 
 BOX = shapely.box(0, 0, 1000, 800)
 MPP = (0.5, 2.0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.cli import main as cli
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import score
-from pipeline.label_maps import read_label_map
+from pipeline.exchange.label_maps import read_label_map
 from pipeline.training.annotations import DrawingReport, Region, burn, rasterise, read_imagescope_xml
 from pipeline.training.masks import parse_size
 

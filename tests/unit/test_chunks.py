@@ -10,7 +10,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.chunks import ChunkFiles, ChunkReader
+from pipeline.stores.chunks import ChunkFiles, ChunkReader
 
 FILES = ChunkFiles(level=1)
 

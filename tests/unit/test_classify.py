@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from pipeline import classify, testing
-from pipeline.class_map import class_map
-from pipeline.classifier import Classifier, Measured, check_classifier
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.figure import THUMBNAIL_SIDE
-from pipeline.grid import Grid
 from pipeline.kernels import classify as kernel
 from pipeline.layout import SlideLayout
+from pipeline.models.classifier import Classifier, Measured, check_classifier
 from pipeline.models.package import NucleusClass
-from pipeline.nuclei import about_nuclei
+from pipeline.pictures.class_map import class_map
+from pipeline.pictures.figure import THUMBNAIL_SIDE
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import about_nuclei
 from pipeline.testing import MODEL
 
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import cohort, demo, provenance, summary, testing
+from pipeline import cohort, demo, summary, testing
+from pipeline.batch import provenance
+from pipeline.batch.settings import file_sha256
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout
-from pipeline.settings import file_sha256
 
 NAMES = ('a "b" <i>', "=1+1", "日本 $x$")
 

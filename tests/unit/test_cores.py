@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cores
-from pipeline.cores import available_cores, quota
+from pipeline.machine import cores
+from pipeline.machine.cores import available_cores, quota
 
 
 def write(path: Path, text: str) -> None:

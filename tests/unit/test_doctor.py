@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli, doctor
-from pipeline.settings import SHIPPED, file_sha256
+from pipeline.batch.settings import SHIPPED, file_sha256
 
 
 @pytest.fixture

@@ -11,21 +11,21 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.batch.settings import check_model
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.maps import MapStore
 from pipeline.models.licences import strictest
 from pipeline.models.package import CARD, ModelPackage, NucleusClass
-from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
+from pipeline.stores.maps import MapStore
 from pipeline.testing import stained, write_inputs, write_package
 
 torch = pytest.importorskip("torch")
 
-from pipeline.batch_predictor import BatchPredictor  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Folding, Outputs  # noqa: E402
-from pipeline.predictors import channel_names  # noqa: E402
+from pipeline.prediction.batches import BatchPredictor  # noqa: E402
+from pipeline.prediction.predictors import channel_names  # noqa: E402
 from pipeline.training.ensemble import join  # noqa: E402
 from pipeline.training.predict import predict_field  # noqa: E402
 from pipeline.training.teacher import Teacher  # noqa: E402

@@ -13,9 +13,9 @@ import pytest
 import zarr
 
 from pipeline.errors import PipelineError
-from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
-from pipeline.nuclei import open_nuclei
+from pipeline.stores.maps import MapStore
+from pipeline.stores.nuclei import open_nuclei
 
 
 @pytest.mark.parametrize(

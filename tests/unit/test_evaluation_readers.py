@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from pipeline import label_maps
 from pipeline.errors import PipelineError
 from pipeline.evaluation import command, readers
 from pipeline.evaluation.metrics import METRICS, score
-from pipeline.grid import Grid
+from pipeline.exchange import label_maps
 from pipeline.kernels.contours import outlines, pixel_runs
 from pipeline.kernels.raster import paint_runs, polygon_runs
-from pipeline.nuclei import nuclei_schema
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import nuclei_schema
 from pipeline.testing import pixels_of
 
 HALVES = st.integers(1, 60).map(lambda v: v / 2)

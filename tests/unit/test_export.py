@@ -18,7 +18,7 @@ from pipeline import export
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
 from pipeline.evaluation.readers import compare, load
-from pipeline.grid import Grid
+from pipeline.stores.grid import Grid
 
 GRID = Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5)
 

@@ -13,7 +13,7 @@ from pipeline.networks import fused  # noqa: E402
 from pipeline.networks.fused import norm_relu, relu_of_sum  # noqa: E402
 from pipeline.networks.outputs import Outputs  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.predictors import network_on_cpu  # noqa: E402
+from pipeline.prediction.predictors import network_on_cpu  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 

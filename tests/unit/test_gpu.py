@@ -12,20 +12,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pipeline import batch_predictor  # noqa: E402
 from pipeline import testing as fabricated  # noqa: E402
-from pipeline.batch_predictor import BatchPredictor, DeviceBlender  # noqa: E402
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.inference import infer_slide, run_infer  # noqa: E402
 from pipeline.kernels.blend import Blender, PatchGrid  # noqa: E402
 from pipeline.kernels.stain import StainTransform  # noqa: E402
-from pipeline.maps import MapStore  # noqa: E402
 from pipeline.models.package import ModelPackage  # noqa: E402
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs  # noqa: E402
-from pipeline.predictors import Strip, WindowPredictor, channel_names  # noqa: E402
+from pipeline.prediction import batches  # noqa: E402
+from pipeline.prediction.batches import BatchPredictor, DeviceBlender  # noqa: E402
+from pipeline.prediction.predictors import Strip, WindowPredictor, channel_names  # noqa: E402
+from pipeline.stores.maps import MapStore  # noqa: E402
+from pipeline.stores.tile_store import TileStore  # noqa: E402
 from pipeline.testing import digest, stained, write_inputs  # noqa: E402
-from pipeline.tile_store import TileStore  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -121,7 +121,7 @@ def test_a_slides_colours_are_made_on_the_threads_that_are_given(
 
     package = fabricated.write_package(tmp_path / "model", "resunet", {"widths": [4, 6]}, patch=96, overlap=24)
     one = BatchPredictor(load_network(package), "cpu", 2, Outputs(channel_names(package)), torch.float32, threads=3)
-    monkeypatch.setattr(batch_predictor, "ThreadPoolExecutor", Noted)
+    monkeypatch.setattr(batches, "ThreadPoolExecutor", Noted)
     one.slide(PatchGrid(96, 96, 96, 24), TRANSFORMS["lut"])
     assert used == [3]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import gpus
 from pipeline.errors import PipelineError
+from pipeline.machine import gpus
 
 HOLD = """
 import os, sys
-from pipeline.gpus import borrow
+from pipeline.machine.gpus import borrow
 with borrow("auto", int(sys.argv[1])):
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     sys.stdin.readline()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.grid import Grid
+from pipeline.stores.grid import Grid
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.batch.guard import guarded, tried_again
+from pipeline.batch.stage import manifest_failure, run_stage
 from pipeline.errors import PipelineError, SlideError
-from pipeline.guard import guarded, tried_again
-from pipeline.stage import manifest_failure, run_stage
 
 
 def die(number: int) -> None:
@@ -115,7 +115,9 @@ def test_log_tells_where_a_library_crashed(reset: bool, capfd: pytest.CaptureFix
 
 
 def test_time_for_which_a_job_is_suspended_does_not_count(tmp_path: Path) -> None:
-    job = "import time; from pipeline.guard import guarded; print(guarded(lambda: time.sleep(1.5) or 'done', 0.1))"
+    job = (
+        "import time; from pipeline.batch.guard import guarded; print(guarded(lambda: time.sleep(1.5) or 'done', 0.1))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", job], stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
     )

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from pipeline import inference
 from pipeline import testing as fabricated
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
 from pipeline.inference import CHUNK_COLUMNS, MapWriter, active_windows, run_infer
 from pipeline.kernels.blend import Blender, PatchGrid, blend_weights, weight_sum
 from pipeline.kernels.hematoxylin import HematoxylinRules, hematoxylin_density, hematoxylin_maps
 from pipeline.kernels.instances import InstanceRules, segment
 from pipeline.kernels.stain import RUIFROK, od_to_rgb
-from pipeline.lattice import CELL
-from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage
 from pipeline.networks.registry import build_method, needs_torch
-from pipeline.predictors import choose_predictor, one_result
+from pipeline.prediction.predictors import choose_predictor, one_result
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
+from pipeline.stores.maps import MapStore
 from pipeline.testing import digest, stained, write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def test_what_is_held_at_once_has_a_limit_whatever_the_batch(tmp_path: Path, cap
 def test_one_result_does_not_import_the_compiler() -> None:
     code = """
 import sys, torch
-from pipeline.predictors import choose_predictor, one_result
+from pipeline.prediction.predictors import choose_predictor, one_result
 with one_result():
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
 sys.exit("torch._inductor" in sys.modules and "the compiler was imported")
@@ -234,7 +234,7 @@ def test_threads_share_what_others_have_freed() -> None:
     code = """
 import sys, threading
 from pathlib import Path
-from pipeline.allocator import share_heap
+from pipeline.machine.allocator import share_heap
 assert sys.argv[1] != "share" or share_heap()
 turn, done = threading.Semaphore(1), threading.Event()
 def work():
@@ -270,7 +270,7 @@ def test_freed_memory_is_kept() -> None:
     code = """
 import resource, sys
 import numpy as np
-from pipeline.allocator import keep_freed_memory
+from pipeline.machine.allocator import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

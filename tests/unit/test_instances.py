@@ -24,14 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline import census as census_module
 from pipeline import instances
-from pipeline.census import slide_nuclei
-from pipeline.census_worker import Block, Seam, Setup
+from pipeline.census import slide as census_module
+from pipeline.census.seams import Seams
+from pipeline.census.slide import slide_nuclei
+from pipeline.census.worker import Block, Seam, Setup
 from pipeline.cli import main
 from pipeline.evaluation.metrics import score
 from pipeline.export import write_geojson
-from pipeline.grid import Grid
 from pipeline.instances import write_instances
 from pipeline.kernels.instances import (
     MARKER_SOURCES,
@@ -42,10 +42,10 @@ from pipeline.kernels.instances import (
     segment,
     standing_out,
 )
-from pipeline.maps import MapStore
 from pipeline.models.package import ModelPackage, NucleusClass
-from pipeline.nuclei import grid_of, read_nuclei
-from pipeline.seams import Seams
+from pipeline.stores.grid import Grid
+from pipeline.stores.maps import MapStore
+from pipeline.stores.nuclei import grid_of, read_nuclei
 
 
 def geometries(table: pa.Table) -> np.ndarray:
@@ -345,8 +345,8 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 PROCESSES = """
 import os, signal, sys, threading, time
 from pathlib import Path
-import pipeline.census as census
-from pipeline.census_worker import Setup
+import pipeline.census.slide as census
+from pipeline.census.worker import Setup
 from pipeline.kernels.instances import InstanceRules
 
 if __name__ == "__main__":

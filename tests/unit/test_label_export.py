@@ -27,12 +27,12 @@ from pipeline import label_export
 from pipeline import testing as fabricated
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
 from pipeline.kernels.contours import outlines, pixel_runs, polygon_wkb
 from pipeline.label_export import OutlineReader, level_shapes, paint_band, run_labels, write_labels
 from pipeline.layout import RunLayout
-from pipeline.nuclei import nuclei_schema
-from pipeline.seal import check_seal
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import nuclei_schema
+from pipeline.stores.seal import check_seal
 from pipeline.testing import pixels_of
 
 
@@ -148,8 +148,8 @@ def test_tall_nuclei_and_single_pixels(tmp_path: Path) -> None:
 def test_map_is_that_of_the_instances_stage(tmp_path: Path, refine: int) -> None:
     from pipeline.instances import write_instances
     from pipeline.kernels.instances import InstanceRules, segment
-    from pipeline.maps import MapStore
     from pipeline.models.package import ModelPackage, NucleusClass
+    from pipeline.stores.maps import MapStore
 
     rng = np.random.default_rng(3)
     smooth = ndimage.gaussian_filter(rng.normal(size=(2, 300, 260)), (0, 3, 3))

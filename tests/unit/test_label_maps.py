@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 from pipeline.errors import PipelineError
-from pipeline.label_maps import load_npy, read_instances, read_label_map
+from pipeline.exchange.label_maps import load_npy, read_instances, read_label_map
 
 LABELS = np.zeros((20, 30), np.uint16)
 LABELS[2:8, 3:9] = 7

@@ -7,8 +7,8 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grid import Grid
-from pipeline.lattice import CELL, active_cells, lattice_shape
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL, active_cells, lattice_shape
 
 GRID = Grid(1000, 700, 0.5, 2.0, 1.5)
 

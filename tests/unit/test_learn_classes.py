@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import testing
-from pipeline.classifier import Classifier, Measured
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
 from pipeline.kernels import classify as kernel
+from pipeline.models.classifier import Classifier, Measured
+from pipeline.stores.grid import Grid
 from pipeline.training import classifier as learning
 
 

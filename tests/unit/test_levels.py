@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from pipeline.damage import comparable_level, disagreement
-from pipeline.grid import Grid
+from pipeline.slides.damage import comparable_level, disagreement
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.open import open_slide
 from pipeline.slides.synthetic import make_field, write_ome_tiff, write_svs, write_tiff
+from pipeline.stores.grid import Grid
 from pipeline.tiles import run_tiles
 from pipeline.tissue import run_tissue
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.batch.lock import OWNER, RESULTS, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
+from pipeline.batch.stage import run_stage
 from pipeline.errors import PipelineError
-from pipeline.lock import OWNER, RESULTS, RUN_LOCK, check_owner, held, lock_run, owner, runs_jobs
-from pipeline.stage import run_stage
 from pipeline.training.command import in_turn
 
-HOLD = "import sys, time; from pathlib import Path; from pipeline.lock import *; "
+HOLD = "import sys, time; from pathlib import Path; from pipeline.batch.lock import *; "
 
 
 def holder(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -195,7 +195,7 @@ def test_a_lock_file_that_another_machine_has_just_removed_is_taken_anew(
 
 
 def test_a_folder_that_stays_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.lock._PAUSE_S", 0)
+    monkeypatch.setattr("pipeline.batch.lock._PAUSE_S", 0)
     with pytest.raises(FileNotFoundError), held(tmp_path / "none" / "lock"):
         pass
 

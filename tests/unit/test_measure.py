@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import measure
-from pipeline.grid import Grid
+from pipeline.batch.stage import write_json
 from pipeline.kernels import stain as stain_kernel
 from pipeline.kernels.contours import every_second, outlines, pixel_runs
 from pipeline.kernels.measure import StainSums, cut_runs, hull_areas, hull_diameters, hulls, polygon_shapes
-from pipeline.nuclei import RUNS_FIELD, nuclei_schema, open_nuclei
-from pipeline.stage import write_json
+from pipeline.stores.grid import Grid
+from pipeline.stores.nuclei import RUNS_FIELD, nuclei_schema, open_nuclei
 from pipeline.testing import pixels_of
 
 GRID = Grid(700, 500, 0.5, 2.0, 2.0)

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
-from pipeline.maps import MapStore
+from pipeline.stores.grid import Grid
+from pipeline.stores.maps import MapStore
 from pipeline.testing import write_package, write_tiles
 
 torch = pytest.importorskip("torch")

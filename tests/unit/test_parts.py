@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import tiles
-from pipeline.census_worker import Block, Entry, Seam
+from pipeline.batch.parts import Part, manifest_of, read_parts
+from pipeline.batch.stage import read_manifest, write_json
+from pipeline.census.seams import read_survey, write_survey
+from pipeline.census.worker import Block, Entry, Seam
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.parts import Part, manifest_of, read_parts
-from pipeline.seal import SEAL
-from pipeline.seams import read_survey, write_survey
 from pipeline.slides.synthetic import make_field, write_svs
-from pipeline.stage import read_manifest, write_json
+from pipeline.stores.seal import SEAL
 from pipeline.testing import digest
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.batch.settings import check_settings, load_schema
 from pipeline.errors import PipelineError
-from pipeline.settings import check_settings, load_schema
 from pipeline.training.experiment import Experiment
 from pipeline.training.plan import merged, plan_compare, plan_crossval, plan_synthesis, plan_transfer
 from pipeline.training.protocols import crossval_summary, read_runs, transfer_summary, write_summary

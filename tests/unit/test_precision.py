@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from pipeline.networks import precision  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.predictors import network_on_cpu  # noqa: E402
+from pipeline.prediction.predictors import network_on_cpu  # noqa: E402
 
 
 @pytest.fixture

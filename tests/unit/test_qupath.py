@@ -18,11 +18,11 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import score
 from pipeline.evaluation.readers import compare, load
+from pipeline.exchange.label_maps import read_label_map
 from pipeline.export import write_geojson
-from pipeline.grid import Grid
-from pipeline.label_maps import read_label_map
 from pipeline.slides import open as opening
 from pipeline.slides.synthetic import make_field, outlines, write_svs
+from pipeline.stores.grid import Grid
 from pipeline.testing import nuclei_table, write_nuclei
 from pipeline.training.data import Field, load_fields
 

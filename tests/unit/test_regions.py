@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grid import Grid
 from pipeline.slides.regions import best_level, read_region
 from pipeline.slides.slide import Level
 from pipeline.slides.synthetic import make_field
+from pipeline.stores.grid import Grid
 
 
 class ArraySlide:

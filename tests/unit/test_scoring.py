@@ -203,11 +203,11 @@ def test_inference_repeats_the_flips_of_the_card(tmp_path: Path) -> None:
     import json
     from dataclasses import replace
 
-    from pipeline.batch_predictor import BatchPredictor
     from pipeline.models.package import CARD, ModelPackage
     from pipeline.models.weights import load_network
     from pipeline.networks.outputs import Outputs
-    from pipeline.predictors import channel_names
+    from pipeline.prediction.batches import BatchPredictor
+    from pipeline.prediction.predictors import channel_names
     from pipeline.testing import write_package
 
     package = write_package(tmp_path / "m", "resunet", {"widths": [4, 6]}, heads=("nucleus", "hv"))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.again import NOTES, clear_marks
+from pipeline.batch.again import NOTES, clear_marks
+from pipeline.batch.stage import clear_finished, clear_remains, run_stage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
-from pipeline.grid import Grid
-from pipeline.maps import MapStore
-from pipeline.seal import SEAL, check_seal
-from pipeline.stage import clear_finished, clear_remains, run_stage
-from pipeline.tile_store import TileStore, create_tiles
+from pipeline.stores.grid import Grid
+from pipeline.stores.maps import MapStore
+from pipeline.stores.seal import SEAL, check_seal
+from pipeline.stores.tile_store import TileStore, create_tiles
 
 GRID = Grid(640, 320, 0.5, 1.0, 1.0)
 

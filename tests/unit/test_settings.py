@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.errors import PipelineError
-from pipeline.settings import (
+from pipeline.batch.settings import (
     check_folder,
     check_licence,
     check_model,
@@ -22,6 +21,7 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
+from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import slide_table
-from pipeline.errors import PipelineError
-from pipeline.layout import RunLayout
-from pipeline.slide_table import (
+from pipeline.batch import slide_table
+from pipeline.batch.slide_table import (
     SlideTable,
     check_apart,
     check_same_slides,
@@ -25,6 +23,8 @@ from pipeline.slide_table import (
     stem,
     write_table,
 )
+from pipeline.errors import PipelineError
+from pipeline.layout import RunLayout
 
 HOSTILE = ("b c", "q'uo\"te", "ünï 细胞", "$(touch x)", "-dash", "a.b", "{slide}", "br{x}ce", "a,b=c", "*", "[a]", "~t")
 

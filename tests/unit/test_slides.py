@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.batch.slide_table import UNREADABLE
+from pipeline.batch.stage import read_manifest
 from pipeline.errors import PipelineError, SlideError
-from pipeline.slide_table import UNREADABLE
 from pipeline.slides import open as open_module
 from pipeline.slides.inspect import reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
@@ -27,7 +28,6 @@ from pipeline.slides.openslide_reader import OpenSlideReader
 from pipeline.slides.slide import level_of, over_white, premultiplied_over_white
 from pipeline.slides.synthetic import write_ome_tiff, write_svs, write_tiff
 from pipeline.slides.tiff_reader import TiffSlideReader
-from pipeline.stage import read_manifest
 
 WRITERS = {"svs": write_svs, "tiff": write_tiff, "ome.tiff": write_ome_tiff}
 

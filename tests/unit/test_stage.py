@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.batch.stage import manifest_failure, read_manifest, run_stage, whole_files
 from pipeline.errors import PipelineError, SlideError
-from pipeline.stage import manifest_failure, read_manifest, run_stage, whole_files
 
 
 def run(folder: Path, body: Any, **options: Any) -> dict[str, Any]:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from pipeline import stain, staintools_backend
+from pipeline.batch.stage import write_json
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
 from pipeline.kernels import stain as kernel
 from pipeline.kernels.focus import BLURRED_UM
 from pipeline.kernels.measure import StainSums
 from pipeline.slides.synthetic import make_field
-from pipeline.stage import write_json
+from pipeline.stores.grid import Grid
+from pipeline.stores.tile_store import TileStore
 from pipeline.testing import write_inputs
-from pipeline.tile_store import TileStore
 
 
 def tissue(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -18,12 +18,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import figure, overview, summary, testing
+from pipeline import summary, testing
 from pipeline.errors import SlideError
 from pipeline.evaluation import readers
 from pipeline.export import MEASUREMENTS
-from pipeline.grid import Grid
 from pipeline.layout import SlideLayout
+from pipeline.pictures import figure, overview
+from pipeline.stores.grid import Grid
 
 GRID = Grid.for_slide(2400, 1800, 0.25, 0.25, 0.5)
 

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import tiles, tissue
+from pipeline.batch.parts import Part, manifest_of
+from pipeline.batch.stage import read_manifest
 from pipeline.errors import PipelineError
-from pipeline.grid import Grid
-from pipeline.lattice import CELL, active_cells
-from pipeline.parts import Part, manifest_of
 from pipeline.slides import tiff_reader
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.synthetic import write_svs
-from pipeline.stage import read_manifest
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL, active_cells
+from pipeline.stores.tile_store import RasterReader, TileStore, reflect
 from pipeline.testing import stained, write_inputs
-from pipeline.tile_store import RasterReader, TileStore, reflect
 from pipeline.tiles import run_tiles
 
 TISSUE = [

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.batch.stage import read_manifest
 from pipeline.errors import SlideError
-from pipeline.grid import Grid
 from pipeline.kernels.tissue import background_colour, fill_small, find_tissue, remove_small, thumbnail_mpp
-from pipeline.lattice import active_cells
 from pipeline.slides.inspect import run_inspect
 from pipeline.slides.open import open_slide
 from pipeline.slides.regions import read_region
 from pipeline.slides.slide import level_of
 from pipeline.slides.synthetic import write_svs
-from pipeline.stage import read_manifest
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import active_cells
 from pipeline.tissue import bounds_view, polygons_of, read_mask, read_tissue, read_view, run_tissue
 
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.batch.settings import check_settings, load_schema
 from pipeline.errors import PipelineError
 from pipeline.models.package import ModelPackage
-from pipeline.settings import check_settings, load_schema
 from pipeline.training.data import IMPORTERS
 from pipeline.training.experiment import Experiment, check_parts
 from pipeline.training.inherit import inherited

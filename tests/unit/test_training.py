@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.batch.settings import check_model
 from pipeline.cli import main
 from pipeline.errors import PipelineError
 from pipeline.evaluation.means import bootstrap_interval
 from pipeline.kernels.instances import InstanceRules
 from pipeline.models.package import ModelPackage
-from pipeline.settings import check_model
 from pipeline.slides.synthetic import make_field
 from pipeline.stain import resolve_method
 from pipeline.testing import stained, write_package
@@ -31,7 +31,7 @@ torch = pytest.importorskip("torch")
 from pipeline.models.weights import load_network  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network, head_channels  # noqa: E402
-from pipeline.predictors import channel_names  # noqa: E402
+from pipeline.prediction.predictors import channel_names  # noqa: E402
 from pipeline.training.balance import classes_present, repeats  # noqa: E402
 from pipeline.training.begin import check_classes, check_licences, digest_of, load_data  # noqa: E402
 from pipeline.training.data import load_fields  # noqa: E402

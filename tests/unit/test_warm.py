@@ -19,13 +19,13 @@ import imageio.v3
 import numpy as np
 import pytest
 
-from pipeline import warm
+from pipeline.batch import warm
 
 pytestmark = pytest.mark.skipif(not warm.possible(), reason="needs Linux")
 
 START = """
 import sys, time
-from pipeline.warm import start_server
+from pipeline.batch.warm import start_server
 print(start_server().process.pid, flush=True)
 time.sleep(600)
 """

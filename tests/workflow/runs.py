@@ -83,7 +83,7 @@ def leaves(schema: dict[str, Any], above: str = "") -> Iterator[tuple[str, dict[
 
 def write_toy_model(folder: Path) -> Path:
     """Write a package whose weights match its card."""
-    from pipeline.settings import file_sha256
+    from pipeline.batch.settings import file_sha256
 
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"no weights")

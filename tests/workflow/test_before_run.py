@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from runs import ROOT, leaves, run
 
-from pipeline.settings import load_schema
+from pipeline.batch.settings import load_schema
 
 pytestmark = pytest.mark.workflow
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import ROOT, read_json, read_tsv, run, write_slide
 
-from pipeline.slide_table import FILE_COLUMNS
+from pipeline.batch.slide_table import FILE_COLUMNS
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 

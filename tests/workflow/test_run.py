@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from runs import MPP, ROOT, Run, leaves, read_json, read_tsv, run, write_slide
 
+from pipeline.batch.settings import CHANGES_RESULTS, load_schema
 from pipeline.layout import RunLayout
-from pipeline.settings import CHANGES_RESULTS, load_schema
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runs import ROOT, read_json, run, write_toy_model
 
-from pipeline.settings import check_model
+from pipeline.batch.settings import check_model
 from pipeline.slides.synthetic import make_field
 
 pytestmark = pytest.mark.workflow

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 from outcome import outcome
 
+from pipeline.batch.warm import possible
 from pipeline.testing import digest
-from pipeline.warm import possible
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 

@@ -16,13 +16,13 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 if workflow.basedir not in sys.path:
     sys.path.insert(0, str(workflow.basedir))
 
-from pipeline.again import NOTES, Restart, clear_marks
+from pipeline.batch.again import NOTES, Restart, clear_marks
 from pipeline.errors import PipelineError
-from pipeline.gpus import present
+from pipeline.machine.gpus import present
 from pipeline.layout import OPTIONAL_STAGES, STAGES, RunLayout, folder_name
-from pipeline.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
+from pipeline.batch.lock import OWNER, RESULTS, check_owner, lock_run, owner, runs_jobs
 from pipeline.networks.registry import needs_torch
-from pipeline.settings import (
+from pipeline.batch.settings import (
     check_folder,
     check_licence,
     check_model,
@@ -32,7 +32,7 @@ from pipeline.settings import (
     file_sha256,
     load_schema,
 )
-from pipeline.slide_table import (
+from pipeline.batch.slide_table import (
     UNREADABLE,
     check_apart,
     check_same_slides,
@@ -43,10 +43,10 @@ from pipeline.slide_table import (
     resolve_slides,
     slide_bytes,
 )
-from pipeline.stage import clear_finished, clear_remains
+from pipeline.batch.stage import clear_finished, clear_remains
 from pipeline.status import closing_words, some
 from pipeline.training.inherit import inherited
-from pipeline.warm import possible, start_server
+from pipeline.batch.warm import possible, start_server
 
 # Jobs run `python -m pipeline` from this checkout, whatever the working directory holds, with the `python` that runs
 # Snakemake, unless the rules have conda environments.
@@ -112,7 +112,7 @@ try:
         check_licence(CARD, MODEL, config["licences"])
         check_stain(CARD, MODEL, config["stain"]["method"], config["stain"]["strength"])
         if config["classifier"] is not None:
-            from pipeline.classifier import check_classifier  # it needs NumPy
+            from pipeline.models.classifier import check_classifier  # it needs NumPy
 
             check_classifier(Path(config["classifier"]), CARD)
         if SLIDES.left_out:

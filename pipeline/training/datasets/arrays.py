@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.label_maps import load_npy
+from pipeline.exchange.label_maps import load_npy
 from pipeline.training.datasets.source import Lazy, Source
 from pipeline.training.field import Field
 

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.label_maps import SUFFIXES as LABEL_SUFFIXES
-from pipeline.label_maps import read_label_map
+from pipeline.exchange.label_maps import SUFFIXES as LABEL_SUFFIXES
+from pipeline.exchange.label_maps import read_label_map
 from pipeline.training.annotations import rasterise, read_imagescope_xml
 from pipeline.training.datasets.source import (
     Lazy,

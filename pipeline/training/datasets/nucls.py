@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.geojson import polygonal
-from pipeline.label_maps import load_npy
+from pipeline.exchange.geojson import polygonal
+from pipeline.exchange.label_maps import load_npy
 from pipeline.training.annotations import burn, repair
 from pipeline.training.datasets.source import Lazy, Source, beside, images_in, read_image, tcga_patient
 from pipeline.training.field import Field

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.batch.slide_table import SlideEntry, SlideTable, resolve_slides
 from pipeline.errors import PipelineError, SlideError
-from pipeline.geojson import (
+from pipeline.exchange.geojson import (
     MAX_COORDINATE,
     ORIGIN,
     REGIONS,
@@ -27,8 +28,7 @@ from pipeline.geojson import (
     role,
     stated_origin,
 )
-from pipeline.grid import Grid
-from pipeline.slide_table import SlideEntry, SlideTable, resolve_slides
+from pipeline.stores.grid import Grid
 from pipeline.training.annotations import burn, repair
 from pipeline.training.datasets.source import Lazy, Source
 from pipeline.training.field import Field
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".geojson.gz", ".geojson", ".json.gz", ".json")
 
 QUPATH = ("GeoJSON of QuPath", "export objects as GeoJSON (File, Export objects)")
-"""What an export is, and what to do if a file is not one; see `pipeline.geojson.reading`."""
+"""What an export is, and what to do if a file is not one; see `pipeline.exchange.geojson.reading`."""
 
 OPTIONS = ("slides", "regions", "field_size", "table", "origin")
 """Keys of a source that this importer knows beside the common ones."""

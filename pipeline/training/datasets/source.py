@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.label_maps import read_instances
+from pipeline.exchange.label_maps import read_instances
 from pipeline.training.field import Field, guess_mpp
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
@@ -249,7 +249,9 @@ def as_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Read a label map as int32 ``(H, W)``; a mask is split into parts, see `pipeline.label_maps.read_instances`.
+    """Read a label map as int32 ``(H, W)``; a mask is split into parts.
+
+    See `pipeline.exchange.label_maps.read_instances`.
 
     Raises
     ------

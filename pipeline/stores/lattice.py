@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.grid import Grid
+from pipeline.stores.grid import Grid
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.kernels.blend import PatchGrid, blend_weights, weight_sum
 from pipeline.kernels.stain import StainTransform
 from pipeline.networks.outputs import FindsInstances, Outputs
-from pipeline.predictors import Finish, Places, SlideMaps, Strip, runs
+from pipeline.prediction.predictors import Finish, Places, SlideMaps, Strip, runs
 
 log = logging.getLogger(__name__)
 

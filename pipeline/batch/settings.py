@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
-SHIPPED = Path(__file__).parents[1] / "models"
+SHIPPED = Path(__file__).parents[2] / "models"
 """Folder of the model packages that ship with the pipeline."""
 
 CHANGES_RESULTS = (

@@ -1,6 +1,6 @@
 """Process one block of maps: make the nuclei of complete components and report the components at the block's edges.
 
-`pipeline.census` assigns the blocks to workers and joins the reports.
+`pipeline.census.slide` assigns the blocks to workers and joins the reports.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shapely
 
 from pipeline.kernels.contours import centroids, every_second, outlines, pixel_runs, polygon_wkb
 from pipeline.kernels.instances import Channels, Foreground, InstanceRules, foreground, split_components
-from pipeline.maps import open_maps
-from pipeline.nuclei import RUNS_FIELD, nuclei_schema
+from pipeline.stores.maps import open_maps
+from pipeline.stores.nuclei import RUNS_FIELD, nuclei_schema
 
 MAX_COMPONENT = 1 << 23
 """Largest bounding box, in pixels, of a component that is processed whole: 0.7 mm by 0.7 mm at 0.25 µm."""

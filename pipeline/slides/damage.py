@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 
 from pipeline.errors import SlideError
-from pipeline.grid import Grid
 from pipeline.kernels.borders import border_jumps, surroundings, torn_tiles
-from pipeline.lattice import CELL, active_pixels
 from pipeline.slides.regions import OneLevel, best_level, read_region
 from pipeline.slides.slide import Level, Slide
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL, active_pixels
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.batch.stage import read_manifest
 from pipeline.errors import PipelineError
-from pipeline.seal import check_seal
-from pipeline.stage import read_manifest
+from pipeline.stores.seal import check_seal
 
 
 @dataclass(frozen=True)

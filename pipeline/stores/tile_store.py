@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.chunks import ChunkFiles, ChunkReader
 from pipeline.errors import DamagedStore, PipelineError
-from pipeline.grid import Grid
-from pipeline.lattice import CELL
-from pipeline.seal import check_seal, is_sealed
+from pipeline.stores.chunks import ChunkFiles, ChunkReader
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
+from pipeline.stores.seal import check_seal, is_sealed
 
 Window = Callable[[int, int, int, int], np.ndarray]
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from pipeline.chunks import ChunkFiles, ChunkReader
 from pipeline.errors import DamagedStore, PipelineError
-from pipeline.grid import Grid
 from pipeline.kernels.instances import refined
-from pipeline.lattice import CELL
-from pipeline.seal import check_seal, is_sealed
+from pipeline.stores.chunks import ChunkFiles, ChunkReader
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
+from pipeline.stores.seal import check_seal, is_sealed
 
 _CHUNKS = ChunkFiles(level=5)
 

@@ -33,14 +33,14 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from pipeline.allocator import keep_freed_memory
-from pipeline.census_worker import BATCH_SCHEMA, Block, Entry, Seam, Setup, Task, Worker
+from pipeline.batch.parts import Part
+from pipeline.census.seams import SURVEY, Seams, read_survey, whole_components, write_survey
+from pipeline.census.worker import BATCH_SCHEMA, Block, Entry, Seam, Setup, Task, Worker
 from pipeline.errors import PipelineError
 from pipeline.kernels.instances import InstanceRules
-from pipeline.maps import Maps, open_maps
-from pipeline.parts import Part
+from pipeline.machine.allocator import keep_freed_memory
 from pipeline.progress import Progress
-from pipeline.seams import SURVEY, Seams, read_survey, whole_components, write_survey
+from pipeline.stores.maps import Maps, open_maps
 
 DEFAULT_BLOCK = 2048
 DEFAULT_HALO = 128

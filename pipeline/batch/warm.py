@@ -34,7 +34,7 @@ ADDRESS = "NUCLEUS_PIPELINE_WARM"
 LIBRARIES = (
     "PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", "cv2", "matplotlib.backends.backend_agg",
     "matplotlib.collections", "matplotlib.figure", "matplotlib.font_manager", "matplotlib.patheffects", "orjson",
-    "pipeline.evaluation.readers", "pipeline.overview", "pipeline.slides.open", "pipeline.staintools_backend",
+    "pipeline.evaluation.readers", "pipeline.pictures.overview", "pipeline.slides.open", "pipeline.staintools_backend",
     "pyarrow.parquet", "scipy.ndimage", "scipy.sparse.csgraph", "shapely.geometry", "skimage.measure",
     "skimage.segmentation", "tifffile", "tiffslide", "zarr.codecs",
 )  # fmt: skip

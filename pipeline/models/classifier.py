@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.batch.settings import file_sha256
+from pipeline.batch.stage import whole_files, write_json
 from pipeline.errors import PipelineError
 from pipeline.kernels import classify as kernel
 from pipeline.models.package import NucleusClass
-from pipeline.settings import file_sha256
-from pipeline.stage import whole_files, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,7 +181,7 @@ class Measured:
     def __init__(self, table: pa.Table) -> None:
         from scipy.spatial import cKDTree
 
-        from pipeline.nuclei import grid_of
+        from pipeline.stores.nuclei import grid_of
 
         grid = grid_of(table)
         um = np.array([grid.mpp / grid.scale_x, grid.mpp / grid.scale_y])

@@ -311,7 +311,7 @@ def choose_predictor(
     number = choose_precision(precision, kind, network)
     about = {"device": "cpu", "precision": str(number).removeprefix("torch.")}
     if kind == "cuda":
-        from pipeline.batch_predictor import BatchPredictor
+        from pipeline.prediction.batches import BatchPredictor
 
         predictor = BatchPredictor(network, "cuda", _limited(batch, a_pass) or a_pass, outputs, number, threads)
         return predictor, about | {"device": torch.cuda.get_device_name()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.census_worker import Block, Entry, Seam
+from pipeline.census.worker import Block, Entry, Seam
 
 SURVEY = "survey.npz"
 """Name of the file in a part's folder that holds what its blocks report."""

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.stage import read_manifest, whole_files
 from pipeline.errors import PipelineError
 from pipeline.layout import RunLayout, folder_name
-from pipeline.stage import read_manifest, whole_files
 
 SUFFIXES = (
     ".ome.tiff",
@@ -524,7 +524,7 @@ def check_apart(setting: str, table: SlideTable, run: RunLayout) -> None:
 def check_same_slides(table: SlideTable, run: RunLayout) -> None:
     """Refuse to continue a run if the slide table now states something else about slides that have results.
 
-    Like `pipeline.settings.check_same_results`, it is for results of which Snakemake has no records.
+    Like `pipeline.batch.settings.check_same_results`, it is for results of which Snakemake has no records.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.figure import (
+from pipeline.pictures.figure import (
     INK,
     MARGIN,
     MUTED,
@@ -25,7 +25,7 @@ from pipeline.figure import (
     shorten,
     write,
 )
-from pipeline.grid import Grid
+from pipeline.stores.grid import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.again import how_anew, is_marked, note_damage
+from pipeline.batch.again import how_anew, is_marked, note_damage
+from pipeline.batch.guard import guarded, tried_again
+from pipeline.batch.lock import held
 from pipeline.errors import DamagedStore, PipelineError, SlideError
-from pipeline.guard import guarded, tried_again
-from pipeline.lock import held
-from pipeline.seal import check_kept, check_sealed, is_whole, which_store, write_seal
+from pipeline.stores.seal import check_kept, check_sealed, is_whole, which_store, write_seal
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def add_stage_arguments(
 def add_origin_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--origin``, for stages that read GeoJSON from QuPath or write it for QuPath.
 
-    See `pipeline.geojson.origin_of`.
+    See `pipeline.exchange.geojson.origin_of`.
     """
     parser.add_argument(
         "--origin", choices=("slide", "bounds"), default="slide",
@@ -322,7 +322,7 @@ def run_stage(
         Whether a bad slide is recorded as failed or raises an error.
     minutes : float, optional
         Minutes that the job may take. If given, `body` runs in a process of its own, and a slide over which a library
-        hangs or crashes is a bad slide; see `pipeline.guard`.
+        hangs or crashes is a bad slide; see `pipeline.batch.guard`.
     again : bool
         Whether the job is tried again with more time if `minutes` are over. In that case the job fails instead of the
         slide.

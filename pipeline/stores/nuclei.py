@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError, of_the_machine
-from pipeline.grid import Grid
+from pipeline.stores.grid import Grid
 
 META_KEY = b"nuclei"
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.figure import (
+from pipeline.pictures.figure import (
     INK,
     MARGIN,
     MUTED,
@@ -28,14 +28,14 @@ from pipeline.figure import (
     shorten,
     write,
 )
-from pipeline.grid import Grid
-from pipeline.lattice import CELL
 from pipeline.slides.regions import shrink
+from pipeline.stores.grid import Grid
+from pipeline.stores.lattice import CELL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pipeline.tile_store import Tiles
+    from pipeline.stores.tile_store import Tiles
 
 CROP_UM = 128.0
 """Side of a crop in µm."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.figure import INK, MARGIN, MUTED, heading, map_size, panel, picture, scale_bar, shorten, write
+from pipeline.pictures.figure import INK, MARGIN, MUTED, heading, map_size, panel, picture, scale_bar, shorten, write
 
 if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry

@@ -1,0 +1,1 @@
+"""What a run of many slides needs: its settings and slides, locks, limits, restarts, state."""

@@ -1,0 +1,1 @@
+"""All nuclei of a slide, exactly, block by block."""

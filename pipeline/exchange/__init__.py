@@ -1,0 +1,1 @@
+"""Files from other programs, read without executing anything in them."""

@@ -1,0 +1,1 @@
+"""From windows of a slide to maps of nuclei."""
