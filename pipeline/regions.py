@@ -19,17 +19,7 @@ import numpy.typing as npt
 from pipeline.batch.settings import file_sha256
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import SlideError
-from pipeline.exchange.geojson import (
-    IGNORED,
-    base_class,
-    class_names,
-    no_areas,
-    origin_of,
-    polygonal,
-    read_areas,
-    role,
-    scanned,
-)
+from pipeline.exchange.geojson import class_names, kind_of, no_areas, origin_of, polygonal, read_areas, scanned
 from pipeline.stores.nuclei import about_nuclei, open_nuclei
 from pipeline.summary import Nuclei, rounded
 
@@ -69,11 +59,6 @@ class Region:
 
     name: str
     area: BaseGeometry
-
-
-def is_annotation(feature: dict[str, Any]) -> bool:
-    """Whether a QuPath object outlines a region: it is no detection, cell or frame, and its class is not ignored."""
-    return role(feature, ("",)) == "region" and not base_class(feature).casefold().startswith(IGNORED)
 
 
 def region_name(feature: dict[str, Any], number: int) -> str:
@@ -116,7 +101,7 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
 
     def wanted(feature: dict[str, Any]) -> bool:
         nonlocal others
-        others += not (found := is_annotation(feature))
+        others += not (found := kind_of(feature) == "annotation")
         return found
 
     found = read_areas(path, WHAT, wanted, origin)

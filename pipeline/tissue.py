@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError, SlideError
-from pipeline.exchange.geojson import no_areas, origin_of, read_areas, scanned
+from pipeline.exchange.geojson import kind_of, no_areas, origin_of, read_areas, scanned
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
@@ -147,10 +147,18 @@ def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
     """Turn any polygonal geometries into valid, non-overlapping polygons inside a box, ordered from the top."""
     import shapely
 
-    whole = shapely.union_all(shapely.make_valid(np.asarray(geometries, dtype=object)))
+    whole = enclosed(geometries)
     parts = shapely.get_parts(shapely.intersection(whole, box))
     polygons = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
     return sorted(polygons, key=lambda p: (p.bounds[1], p.bounds[0], p.bounds[3], p.bounds[2]))
+
+
+def enclosed(geometries: Any) -> BaseGeometry:
+    """All that polygons enclose; what an outline that crosses itself encloses twice is inside, too."""
+    import shapely
+
+    valid = shapely.make_valid(np.asarray(geometries, dtype=object), method="structure", keep_collapsed=False)
+    return shapely.union_all(valid)
 
 
 def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -> list[BaseGeometry]:
@@ -159,7 +167,9 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
     Parameters
     ----------
     path : pathlib.Path
-        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.exchange.geojson`; only polygons are used.
+        GeoJSON (``.gz`` too) in level-0 pixels, see `pipeline.exchange.geojson`. Only polygons are used. What QuPath
+        objects of class ``Ignore*`` cover is not tissue. Its frames (tiles, TMA cores) are left out, and so are
+        detections and cells, unless the file has no annotations.
     box : shapely geometry
         The scanned part of the slide; what lies outside is cut off.
     origin : tuple of int
@@ -178,12 +188,21 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
         When the disk or the file server failed.
     """
     found = read_areas(path, "tissue mask", origin=origin)
-    polygons = [polygon for _, parts in found for polygon in parts]
-    if found and not polygons:
+    if found and not any(parts for _, parts in found):
         raise no_areas("tissue mask", path, f"holds {found[0][0]['geometry']['type']} geometries, no polygons")
+    kinds: dict[str, list[BaseGeometry]] = {"annotation": [], "detection": [], "ignored": [], "frame": []}
+    for feature, parts in found:
+        kinds[kind_of(feature)] += parts
+    polygons = kinds["annotation"] or kinds["detection"]
+    if found and not polygons:
+        raise no_areas("tissue mask", path, "holds only tiles, TMA cores or objects of class Ignore*")
     result = clean(polygons, box) if polygons else []
     if polygons and not result:
         raise no_areas("tissue mask", path, "no polygon lies on the slide")
+    if kinds["ignored"] and result:
+        result = clean(result, box.difference(enclosed(kinds["ignored"])))
+        if not result:
+            raise no_areas("tissue mask", path, "objects of class Ignore* cover all of it")
     return result
 
 

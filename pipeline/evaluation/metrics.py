@@ -18,6 +18,9 @@ METRICS = ("aji", "aji_plus", "pq", "sq", "dq", "dice", "iou", "f1")
 COUNTS = ("tp", "fp", "fn", "n_truth", "n_pred")
 """Names of the counts that `score` returns."""
 
+MATCHED_PAIRS = 4096
+"""Number of overlapping pairs that are matched at once, unless more are connected."""
+
 
 @dataclass(frozen=True)
 class Overlaps:
@@ -165,24 +168,49 @@ def _best_per_truth(overlaps: Overlaps) -> np.ndarray:
 def _one_to_one(overlaps: Overlaps) -> np.ndarray:
     """Indices of the pairs of the one-to-one matching that maximises the sum of IoU.
 
+    Instances that are not connected by overlaps do not compete, so groups of connected ones are matched by themselves:
+    the time of a matching grows with the square of the number of instances.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(overlaps.pixels):
+        return np.empty(0, np.int64)
+    n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
+    edges = (np.ones(len(overlaps.pixels), bool), (overlaps.truth_index, n_truth + overlaps.pred_index))
+    _, group = connected_components(coo_array(edges, shape=(n_truth + n_pred,) * 2), directed=False)
+    group = group[overlaps.truth_index]
+    alone = np.bincount(group)[group] == 1
+    order = np.flatnonzero(~alone)
+    order = order[np.argsort(group[order], kind="stable")]
+    # Groups are joined to batches of some thousand pairs.
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    batches = starts[np.flatnonzero(np.diff(starts // MATCHED_PAIRS, prepend=-1))]
+    matched = [part[_best_matching(overlaps, part)] for part in np.split(order, batches) if len(part)]
+    return np.sort(np.concatenate([np.flatnonzero(alone), *matched]))
+
+
+def _best_matching(overlaps: Overlaps, pairs: np.ndarray) -> np.ndarray:
+    """Indices into `pairs` of the one-to-one matching among them that maximises the sum of IoU.
+
     A truth may stay unmatched: each has an extra column of its own, at an IoU of 0. Memory therefore grows with the
     number of pairs, not with the square of the number of nuclei.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    if not len(overlaps.pixels):
-        return np.empty(0, np.int64)
-    n_truth, n_pred = len(overlaps.truth_area), len(overlaps.pred_area)
-    row = np.r_[overlaps.truth_index, np.arange(n_truth)]
-    column = np.r_[overlaps.pred_index, n_pred + np.arange(n_truth)]
-    cost = np.r_[2 - overlaps.iou, np.full(n_truth, 2.0)]  # costs above 0: the sparse matrix has no edge at 0
-    table = coo_array((cost, (row, column)), shape=(n_truth, n_pred + n_truth)).tocsr()
-    truth, pred = min_weight_full_bipartite_matching(table)
+    truths, row = np.unique(overlaps.truth_index[pairs], return_inverse=True)
+    preds, column = np.unique(overlaps.pred_index[pairs], return_inverse=True)
+    n_truth, n_pred = len(truths), len(preds)
+    free = np.arange(n_truth)
+    cost = np.r_[2 - overlaps.iou[pairs], np.full(n_truth, 2.0)]  # costs above 0: the sparse matrix has no edge at 0
+    table = coo_array((cost, (np.r_[row, free], np.r_[column, n_pred + free])), shape=(n_truth, n_pred + n_truth))
+    truth, pred = min_weight_full_bipartite_matching(table.tocsr())
     real = pred < n_pred
-    keys = overlaps.truth_index.astype(np.int64) * n_pred + overlaps.pred_index
+    keys = row.astype(np.int64) * n_pred + column
     order = np.argsort(keys)
-    return np.sort(order[np.searchsorted(keys, truth[real].astype(np.int64) * n_pred + pred[real], sorter=order)])
+    found: np.ndarray = order[np.searchsorted(keys, truth[real].astype(np.int64) * n_pred + pred[real], sorter=order)]
+    return found
 
 
 def _jaccard(overlaps: Overlaps, pairs: np.ndarray) -> float:

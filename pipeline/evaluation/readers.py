@@ -495,7 +495,16 @@ def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within:
 
     None where the file of either side has no classes, or there are truths of which none has a class. If `within` is not
     0, only nuclei that have a pixel in the central square of this side (in pixels) are counted for R².
+
+    Raises
+    ------
+    PipelineError
+        When `within` is not 0 and neither side is a label map, which alone has the size of its image.
     """
+    if within and not (isinstance(truth, LabelMap) or isinstance(pred, LabelMap)):
+        raise PipelineError(
+            f"--count-within {within}: polygons do not tell the size of their image", "give one side as label maps"
+        )
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None
     names = list(dict.fromkeys((*truth.classes.names, *pred.classes.names)))

@@ -171,6 +171,27 @@ def object_type(feature: dict[str, Any]) -> str:
     return str(told or (old if old.endswith("Object") else "")).casefold()
 
 
+def kind_of(feature: dict[str, Any]) -> str:
+    """Kind of a QuPath object on a slide.
+
+    Returns
+    -------
+    {"annotation", "detection", "ignored", "frame"}
+        ``detection`` also stands for cells, ``ignored`` for objects of class ``Ignore*``, and ``frame`` for QuPath's
+        own frames (root, tiles, TMA cores). What does not state its type is an annotation.
+    """
+    kind = object_type(feature)
+    if _is_frame(kind):
+        return "frame"
+    if base_class(feature).casefold().startswith(IGNORED):
+        return "ignored"
+    return "detection" if "detection" in kind or "cell" in kind else "annotation"
+
+
+def _is_frame(kind: str) -> bool:
+    return "root" in kind or "tile" in kind or "tma" in kind
+
+
 def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
     """Role of a QuPath object.
 
@@ -188,7 +209,7 @@ def role(feature: dict[str, Any], regions: tuple[str, ...] = REGIONS) -> str:
     """
     properties = feature.get("properties") or {}
     kind = object_type(feature)
-    if "root" in kind or "tile" in kind or "tma" in kind:
+    if _is_frame(kind):
         return "other"
     name, title = base_class(feature).casefold(), str(properties.get("name") or "").casefold()
     if (name.startswith(regions) or title.startswith(regions)) and "detection" not in kind and "cell" not in kind:

@@ -528,6 +528,15 @@ def test_composition_is_of_nuclei_with_a_pixel_in_the_middle(
         run(tmp_path / "pred", tmp_path / "truth", "--count-within=-1")
 
 
+def test_polygons_have_no_middle(tmp_path: Path) -> None:
+    square = {"type": "Polygon", "coordinates": [[[5, 5], [15, 5], [15, 15], [5, 15], [5, 5]]]}
+    feature = {"type": "Feature", "geometry": square, "properties": {"classification": {"name": "A"}}}
+    for name in ("truth", "pred"):
+        (tmp_path / f"{name}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    with pytest.raises(PipelineError, match="--count-within 224: polygons do not tell the size"):
+        run(tmp_path / "pred.geojson", tmp_path / "truth.geojson", "--count-within", "224")
+
+
 def test_classes_that_cannot_be_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = labels_map(2)
     files = {

@@ -4,13 +4,16 @@ import itertools
 import time
 import tracemalloc
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
 
+from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import (
     METRICS,
     Overlaps,
@@ -199,6 +202,27 @@ def test_scores_agree_with_their_definitions(truth: np.ndarray, pred: np.ndarray
         # Of several best matchings any one will do.
         assert any(result["aji_plus"] == pytest.approx(value) for value in expected.pop("aji_plus"))  # type: ignore[attr-defined]
         assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 50, 4096]), st.integers(2, 60))
+def test_matching_in_groups_is_the_best(seed: int, at_once: int, count: int) -> None:
+    # Chains of neighbours that overlap, with gaps between them: groups of all sizes.
+    rng = np.random.default_rng(seed)
+    truth, pred = np.zeros((2, 1, 40 * count), np.int32)
+    for labels in (truth, pred):
+        ends = np.sort(rng.choice(labels.size, 2 * count, replace=False))
+        for label, (start, end) in enumerate(itertools.pairwise(ends), 1):
+            labels[0, start:end] = label * (rng.random() < 0.7)
+    table = Overlaps.of_bands([(truth, pred)])
+    with mock.patch.object(metrics, "MATCHED_PAIRS", at_once):
+        pairs = metrics._one_to_one(table)
+    dense = np.zeros((len(table.truth_area), len(table.pred_area)))
+    dense[table.truth_index, table.pred_index] = table.iou
+    best = dense[linear_sum_assignment(dense, maximize=True)].sum()
+    assert table.iou[pairs].sum() == pytest.approx(best)
+    for index in (table.truth_index[pairs], table.pred_index[pairs]):
+        assert len(set(index)) == len(index)
 
 
 def crowd(shift: int, seed: int = 0) -> np.ndarray:

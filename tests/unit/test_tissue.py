@@ -249,6 +249,56 @@ def test_user_mask(tmp_path: Path, value: Any, count: int) -> None:
     assert len(read_mask(packed, BOX)) == count
 
 
+def drawn(kind: str, left: float, *, named: str = "", by: str = "objectType", size: float = 100) -> dict[str, Any]:
+    """A square that QuPath has exported as an object of some kind and class."""
+    x, y = [left, left + size, left + size, left, left], [0, 0, size, size, 0]
+    properties = {by: kind} | ({"classification": {"name": named}} if named else {})
+    ring = [list(point) for point in zip(x, y, strict=True)]
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+
+@pytest.mark.parametrize(
+    ("features", "area"),
+    [
+        ([drawn("annotation", 0), drawn("annotation", 300, named="Ignore*")], 1e4),
+        ([drawn("annotation", 0), drawn("annotation", 50, named="Ignore*")], 5e3),
+        ([drawn("annotation", 0), drawn("detection", 300), drawn("cell", 500)], 1e4),
+        ([drawn("annotation", 0), drawn("tile", 300), drawn("tmaCore", 500)], 1e4),
+        ([drawn("detection", 0), drawn("detection", 300, named="Tissue")], 2e4),
+        ([drawn("annotation", 0, named="Tumor"), drawn("", 300)], 2e4),
+    ],
+)
+def test_what_of_a_qupath_export_is_tissue(tmp_path: Path, features: list[dict[str, Any]], area: float) -> None:
+    path = write(tmp_path / "mask.geojson", {"type": "FeatureCollection", "features": features})
+    polygons = read_mask(path, BOX)
+    assert sum(polygon.area for polygon in polygons) == pytest.approx(area)
+    assert all(polygon.is_valid for polygon in polygons)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        [drawn("annotation", 0, named="Ignore*")],
+        [drawn("tile", 0)],
+        [drawn("annotation", 0), drawn("annotation", 0, named="Ignore*", size=200)],
+    ],
+)
+def test_a_qupath_export_without_tissue(tmp_path: Path, features: list[dict[str, Any]]) -> None:
+    with pytest.raises(SlideError, match=r"Ignore\*"):
+        read_mask(write(tmp_path / "mask.geojson", {"type": "FeatureCollection", "features": features}), BOX)
+
+
+@pytest.mark.parametrize("turns", [1.25, 2.0])
+def test_an_outline_that_overshoots_its_start(tmp_path: Path, turns: float) -> None:
+    # By hand, an outline is rarely closed where it began: what it goes around twice is still inside.
+    angle = np.linspace(0, 2 * np.pi * turns, 400)
+    radius = 200 + 20 * angle / angle[-1]
+    ring = np.column_stack([500 + radius * np.cos(angle), 400 + radius * np.sin(angle)]).tolist()
+    value = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+    polygons = read_mask(write(tmp_path / "mask.geojson", value), BOX)
+    assert sum(polygon.area for polygon in polygons) > np.pi * 200**2
+
+
 def test_a_user_mask_that_counts_from_another_pixel(tmp_path: Path) -> None:
     value = {"type": "FeatureCollection", "level0_origin": [300, 200], "features": [SQUARE]}
     (polygon,) = read_mask(write(tmp_path / "mask.geojson", value), BOX)
