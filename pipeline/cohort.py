@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Cohort:
     hashes: dict[str, str | None] = field(default_factory=dict)
 
 
-def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort:
+def gather(results: Path, slides: Path, classifier: str | None = None, under_way: Collection[str] = ()) -> Cohort:
     """Read the results of every slide of a run.
 
     Parameters
@@ -72,6 +72,8 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
     classifier : str, optional
         File of the run's classifier, if it has one. A slide is then finished only if the stage ``classify`` has
         processed it with this classifier (with any, if the file does not exist).
+    under_way : collection of str
+        Slides that are being processed. What an earlier run has left of them does not count.
 
     Returns
     -------
@@ -91,7 +93,8 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
         paths = layout.slide(entry.name)
         first = read_manifest(paths.inspect) if paths.inspect.exists() else {}
         cohort.hashes[entry.name] = first.get("quick_hash")
-        last = read_manifest(paths.metrics) if paths.metrics.exists() else first
+        done = paths.metrics.exists() and entry.name not in under_way
+        last = read_manifest(paths.metrics) if done else first
         failure = manifest_failure(last) if last else None
         kinds = {} if classifier is None else _classes(paths, by)
         drawn = {} if entry.regions is None else _regions(paths, entry.regions, (kinds or {}).get("classifier"))
@@ -100,7 +103,7 @@ def gather(results: Path, slides: Path, classifier: str | None = None) -> Cohort
         if failure is not None:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}
             cohort.failed.append({"slide": entry.name} | record)
-        elif not paths.metrics.exists() or kinds is None or drawn is None:
+        elif not done or kinds is None or drawn is None:
             cohort.waiting.append(entry.name)
         else:
             last["stages"] |= kinds.pop("stages", {})
@@ -354,6 +357,7 @@ def run_cohort(
     regions_parquet: Path,
     config: Path | None = None,
     model: Path | None = None,
+    under_way: Collection[str] = (),
 ) -> Mapping[str, Any]:
     """Run the stage. The outputs are moved into place together, the manifest last.
 
@@ -371,6 +375,8 @@ def run_cohort(
         The settings as JSON.
     model : pathlib.Path or None
         See `run_manifest`.
+    under_way : collection of str
+        See `gather`.
 
     Returns
     -------
@@ -382,7 +388,7 @@ def run_cohort(
     from pipeline.report.page import write_report
 
     settings = None if config is None else _read_json(config, "settings")
-    cohort = gather(results, slides, (settings or {}).get("classifier"))
+    cohort = gather(results, slides, (settings or {}).get("classifier"), under_way)
     table = cohort_table(cohort)
     record = run_manifest(cohort, results, settings=settings, model=model)
     of_regions = [regions_tsv, regions_parquet] if any(entry.regions for entry in cohort.table) else []

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import shapely
 
 from pipeline.batch.parts import Part, manifest_of, read_parts
-from pipeline.batch.stage import add_stage_arguments, keywords, run_stage
+from pipeline.batch.stage import add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.census.slide import DEFAULT_BLOCK, DEFAULT_HALO, take_census, take_survey
 from pipeline.census.worker import Setup
+from pipeline.errors import PipelineError
 from pipeline.machine.allocator import keep_freed_memory
 from pipeline.models.package import ModelPackage
 from pipeline.stores.maps import open_maps
@@ -147,6 +148,17 @@ def write_instances(
     }
 
 
+def _check_same_model(maps_manifest: Path, package: ModelPackage) -> None:
+    """Refuse maps that another model has made than the one whose thresholds and classes would be applied to them."""
+    made = read_manifest(maps_manifest).get("model", {})
+    if made.get("sha256", package.sha256) != package.sha256:
+        raise PipelineError(
+            f"{package.folder} holds another model than the one that made {maps_manifest.parent / 'maps.zarr'} "
+            f"({made.get('name')}, {made['sha256'][:12]})",
+            "it was replaced during the run: run the same command again",
+        )
+
+
 def run_instances(
     slide: str,
     maps: Path,
@@ -201,6 +213,8 @@ def run_instances(
 
     def body(staged: dict[str, Path]) -> dict[str, Any]:
         package = ModelPackage.load(model)
+        if maps_manifest is not None:
+            _check_same_model(maps_manifest, package)
         area = None if tissue is None else shapely.union_all(read_tissue(tissue))
         options: dict[str, Any] = {"block": block, "halo": halo, "workers": workers, "tissue": area}
         if part is not None:

@@ -15,15 +15,22 @@ OPTIONAL_STAGES = ("labels", "classify", "regions")
 """Per-slide stages that run only if the settings or the slide table ask for them. None of `STAGES` waits for them."""
 
 
+_ESCAPED = frozenset("{}<>,'\"\\$`%")
+
+
 def folder_name(slide: str) -> str:
-    """Name of a slide's results folder: the slide's own name, with braces and angle brackets escaped.
+    """Name of a slide's results folder: the slide's own name, with some characters as ``~`` and their code.
 
-    Snakemake would read ``{b}`` as a wildcard and ``<b>`` as a path variable.
+    - Snakemake would read ``{b}`` as a wildcard and ``<b>`` as a path variable.
+    - On a cluster, it passes the name to the job's own Snakemake on a command line. There it splits names at commas,
+      strips quotes, and quotes as Python does and not the shell: quotes, backslashes, ``$``, backticks and characters
+      that cannot be printed would arrive changed, or be run as a command.
+    - SLURM replaces ``%j`` and the like in the path of a job's log.
 
-    >>> folder_name("T23, H&E (2)"), folder_name("a{b}<c>")
-    ('T23, H&E (2)', 'a%7Bb%7D%3Cc%3E')
+    >>> folder_name("T23 H&E (2)"), folder_name("a{b}<c>"), folder_name("patient 7, block A")
+    ('T23 H&E (2)', 'a~7Bb~7D~3Cc~3E', 'patient 7~2C block A')
     """
-    return slide.replace("{", "%7B").replace("}", "%7D").replace("<", "%3C").replace(">", "%3E")
+    return "".join(f"~{ord(c):02X}" if c in _ESCAPED or not c.isprintable() else c for c in slide)
 
 
 class _File:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.lock import RUN_LOCK
 from pipeline.batch.slide_table import resolve_slides
 from pipeline.batch.stage import manifest_failure, read_manifest
 from pipeline.errors import PipelineError
@@ -39,7 +42,8 @@ class Status:
     stages : dict of str to int
         Numbers of all other slides by the last stage that they have completed; ``waiting`` counts those without any.
     per_hour : float or None
-        Slides, finished or failed, per hour, over the last `RATE_SLIDES` of them; None before there are two.
+        Slides, finished or failed, per hour, over the last `RATE_SLIDES` of the run that is or was last under way; None
+        before there are two.
     eta_seconds : float or None
         Time for the remaining slides at that rate.
     idle_seconds : float or None
@@ -82,6 +86,15 @@ def stages_done(paths: SlideLayout) -> tuple[int, float | None]:
             return count, ended
         ended = changed
     return len(STAGES), ended
+
+
+def _begun(results: Path) -> float:
+    """Time at which the last run began, in seconds since the epoch, as its lock file says; 0 if it does not."""
+    try:
+        told = re.search(r"since (\S+)", (results / RUN_LOCK).read_text(encoding="utf-8"))
+        return datetime.fromisoformat(told[1]).timestamp() if told else 0.0
+    except (OSError, ValueError):
+        return 0.0
 
 
 def run_status(results: Path, slides: str | None = None, now: float | None = None) -> Status:
@@ -132,7 +145,8 @@ def run_status(results: Path, slides: str | None = None, now: float | None = Non
     own, folder = {layout.slide(entry.name).root.name for entry in table}, results / "slides"
     strangers = {path.name for path in folder.iterdir() if path.is_dir()} - own if folder.is_dir() else set()
     finished = len(table) - len(failures) - stages.total()
-    ends = sorted(ends)[-RATE_SLIDES:]
+    begun = _begun(results)
+    ends = sorted(end for end in ends if end >= begun)[-RATE_SLIDES:]
     per_hour = None
     if len(ends) > 1 and ends[-1] > ends[0]:
         per_hour = (len(ends) - 1) / (ends[-1] - ends[0]) * 3600
@@ -249,9 +263,10 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
     out = results / SO_FAR
     out.mkdir(parents=True, exist_ok=True)
     table = layout.slide_table
+    entries = resolve_slides(table if slides is None else slides)
     if slides is not None:
         table = out / layout.slide_table.name
-        write_table(resolve_slides(slides), table)
+        write_table(entries, table)
     run_cohort(
         results,
         table,
@@ -263,6 +278,7 @@ def write_so_far(results: Path, slides: str | None = None) -> Path:
         report=out / layout.report.name,
         manifest=out / layout.manifest.name,
         config=layout.settings if layout.settings.is_file() else None,
+        under_way=[one.name for one in entries if stages_done(layout.slide(one.name))[0] < len(STAGES)],
     )
     return out
 

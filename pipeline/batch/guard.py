@@ -87,8 +87,8 @@ def guarded(work: Callable[[], Any], minutes: float | None, again: bool = False)
                 raise PipelineError(f"the slide {what}", "the job is tried again, with more time")
             raise SlideError(
                 what,
-                "copy or export the slide again; if it is whole, delete its results and run with more time: "
-                "--set-resources RULE:runtime=MINUTES",
+                "copy or export the slide again; if it is whole, delete its results and give the rule more time: "
+                "--set-resources RULE:runtime=MINUTES (with a profile, under its set-resources)",
             )
     except BaseException:
         os.kill(child, signal.SIGKILL)

@@ -51,12 +51,11 @@ _ATTEMPTS, _PAUSE_S = 600, 0.1
 def runs_jobs(arguments: Sequence[str]) -> bool:
     """Whether Snakemake runs jobs if it is given these arguments.
 
-    >>> [runs_jobs(line.split()) for line in ("--cores 2", "-n", "-np all", "-c2 --config name=-n", "--dag")]
-    [True, False, False, True, False]
+    >>> [runs_jobs(line.split()) for line in ("--cores 2", "-n", "-np all", "-pnj1", "-c2 --config name=-n", "--dag")]
+    [True, False, False, False, True, False]
     """
     return not any(
-        argument.split("=")[0] in _LOOKING_ONLY or re.fullmatch("-[pqFfkrtR]*n[pqFfkrtR]*", argument)
-        for argument in arguments
+        argument.split("=")[0] in _LOOKING_ONLY or re.match("-[pqFfkrtR]*n", argument) for argument in arguments
     )
 
 

@@ -234,6 +234,31 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_passed(arguments: Sequence[str]) -> None:
+    """Check that settings of the command line reach the jobs of a cluster unchanged.
+
+    Snakemake repeats them on each job's command line, quoted as Python does and not the shell.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        The values of ``--config``, such as ``slides=FOLDER``.
+
+    Raises
+    ------
+    PipelineError
+        When one of them would arrive changed.
+
+    >>> check_passed(["slides=/data/my slides", 'export={"labels": true}', "slides=/data/O'Brien"])
+    """
+    for argument in arguments:
+        if repr(argument)[1:-1] != argument or set("$`").intersection(argument):
+            raise PipelineError(
+                f"--config {argument}: Snakemake cannot pass this on to the jobs of a cluster as it is",
+                "write the setting into a file: --configfile FILE",
+            )
+
+
 def check_model(folder: Path) -> dict[str, Any]:
     """Return the card of a model package, after checking the card and the checksum of the weights.
 

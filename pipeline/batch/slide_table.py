@@ -185,10 +185,11 @@ def name_problem(name: str) -> str | None:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "is not valid UTF-8"
-    if size > MAX_NAME_BYTES:
-        return f"is longer than {MAX_NAME_BYTES} bytes"
+    folder = folder_name(name)
+    if max(size, len(folder.encode())) > MAX_NAME_BYTES:
+        return f"is longer than {MAX_NAME_BYTES} bytes" + (f", as the folder {folder!r}" if folder != name else "")
     # Snakemake takes such a name for an endless recursion. The count avoids the search for most names.
-    if name.count(name[-1]) >= 20 and (found := re.search(r"(.+?)\1{19}$", name)):
+    if folder.count(folder[-1]) >= 20 and (found := re.search(r"(.+?)\1{19}$", folder)):
         return f"ends in {found[1]!r} 20 times or more"
     return None
 
@@ -403,8 +404,12 @@ def _entry(row: dict[str, str], base: Path) -> SlideEntry:
     except ValueError:
         raise PipelineError(f"mpp is not a number: {row['mpp']!r}", "µm per pixel, such as 0.25") from None
     files = {column: _place(row[column], base) for column in FILE_COLUMNS if row.get(column, "").strip()}
-    # An invisible blank from a spreadsheet would make another slide, or another group.
-    extra = {column: cell.strip() for column, cell in row.items() if column not in OWN_COLUMNS}
+    # An invisible blank from a spreadsheet would make another slide, or another group. `csv` does not quote a lone CR.
+    extra = {
+        column: cell.strip().replace("\r\n", "\n").replace("\r", "\n")
+        for column, cell in row.items()
+        if column not in OWN_COLUMNS
+    }
     return SlideEntry(row["slide"].strip(), _place(row["path"], base), mpp, extra=extra, **files)
 
 

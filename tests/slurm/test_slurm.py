@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -22,6 +23,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3000)]
 PROFILE = ["--workflow-profile", str(ROOT / "profiles" / "ci-slurm")]
 SLIDES, PARTS = 4, 2
 """The three demo slides, the largest of them in parts, and a bad one."""
+
+NAMES = ("it's $(touch pwned)", "patient 7, block A", 'a{x} 50%j \\ "q"\xa0<b>')
+"""Names of the demo slides over which shells, Snakemake or SLURM could trip. The profile knows the last one."""
 
 Jobs = list[dict[str, str]]
 
@@ -92,8 +96,13 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, config:
     made = [sys.executable, "-m", "pipeline", "demo-slides", "in", "--size", "0.15"]
     subprocess.run(made, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=600)
     (folder / "in" / "bad.svs").write_text("no slide")
-    with (folder / "in" / "slides.tsv").open("a", encoding="utf-8") as stream:
-        stream.write("bad\tbad.svs\t\n")
+    rows = read_tsv(folder / "in" / "slides.tsv")
+    for row, name in zip(rows, NAMES, strict=True):
+        row["slide"] = name
+    with (folder / "in" / "slides.tsv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], dialect="excel-tab")
+        writer.writeheader()
+        writer.writerows([*rows, {"slide": "bad", "path": "bad.svs"}])
 
     largest = max(path.stat().st_size for path in (folder / "in").iterdir() if path.is_file())
     settings = config | {"results": "cluster", "parts": {"from_gb": largest / 1e9, "count": PARTS}}
@@ -128,6 +137,8 @@ def test_run_goes_on_and_ends_well(finished: Finished) -> None:
     assert finished.code == 0, finished.output
     (row,) = read_tsv(finished.folder / "cluster" / "failed.tsv")
     assert (row["slide"], row["stage"]) == ("bad", "inspect")
+    assert sorted(row["slide"] for row in read_tsv(finished.folder / "cluster" / "cohort.tsv")) == sorted(NAMES)
+    assert not list(finished.folder.rglob("pwned"))
 
 
 def test_every_job_has_its_partition_and_its_gpus(finished: Finished) -> None:

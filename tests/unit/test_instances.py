@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import json
 import os
 import random
 import signal
@@ -30,6 +31,7 @@ from pipeline.census.seams import Seams
 from pipeline.census.slide import slide_nuclei
 from pipeline.census.worker import Block, Seam, Setup
 from pipeline.cli import main
+from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import score
 from pipeline.export import write_geojson
 from pipeline.instances import write_instances
@@ -46,6 +48,8 @@ from pipeline.models.package import ModelPackage, NucleusClass
 from pipeline.stores.grid import Grid
 from pipeline.stores.maps import MapStore
 from pipeline.stores.nuclei import grid_of, read_nuclei
+
+ROOT = Path(__file__).parents[2]
 
 
 def geometries(table: pa.Table) -> np.ndarray:
@@ -340,6 +344,22 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     whole = slide_nuclei(path, RULES, block=200)
     assert whole.num_rows > 20
     assert slide_nuclei(path, RULES, block=64, workers=2).equals(whole)
+
+
+def test_maps_of_another_model_are_refused(tmp_path: Path) -> None:
+    # A training may replace the package between two stages of a slide.
+    maps, manifest = make_store(tmp_path / "maps.zarr", random_maps(64, 64, 7)), tmp_path / "maps.json"
+    package = ModelPackage.load(ROOT / "models" / "hematoxylin")
+    options = {"slide": "a", "maps": maps, "model": package.folder, "maps_manifest": manifest}
+    for sha256, fine in ((package.sha256, True), ("0" * 64, False)):
+        about = {"stage": "infer", "status": "ok", "model": {"name": "other", "sha256": sha256}}
+        manifest.write_text(json.dumps(about))
+        if fine:
+            instances.run_instances(out=tmp_path / "a.parquet", **options)
+            continue
+        with pytest.raises(PipelineError, match=r"hematoxylin holds another model .*\(other, 000000000000\)"):
+            instances.run_instances(out=tmp_path / "b.parquet", **options)
+    assert not (tmp_path / "b.parquet").exists()
 
 
 PROCESSES = """

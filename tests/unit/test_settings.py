@@ -15,6 +15,7 @@ from pipeline.batch.settings import (
     check_folder,
     check_licence,
     check_model,
+    check_passed,
     check_same_results,
     check_settings,
     check_stain,
@@ -260,3 +261,12 @@ def test_stain_methods_without_a_reference(method: str, strength: float | None, 
 def test_settings_that_are_no_numbers(config: dict[str, Any]) -> None:
     with pytest.raises(PipelineError, match=r"^setting '[a-z.]+' must be a number, got (nan|inf)"):
         check_settings(config, SCHEMA)
+
+
+@pytest.mark.parametrize("value", ["$HOME/slides", "a`b`", 'it\'s "a"', "a\\b", "a\u00a0b", "tab\tb"])
+def test_a_setting_that_cluster_jobs_would_get_changed(value: str) -> None:
+    check_passed([])
+    check_passed(["slides=/data/my slides", "results=/data/O'Brien", 'export={"labels": true}'])
+    with pytest.raises(PipelineError, match="cannot pass this on to the jobs") as caught:
+        check_passed(["results=r", f"slides={value}"])
+    assert caught.value.hint == "write the setting into a file: --configfile FILE"

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from pipeline import cli, status, testing
+from pipeline.batch.lock import RUN_LOCK
 from pipeline.errors import PipelineError
 from pipeline.layout import STAGES, RunLayout
 
@@ -53,10 +55,10 @@ def test_slides_are_counted_by_stage(results: Path) -> None:
 
 def test_folders_of_slides_that_the_run_no_longer_has_are_named(results: Path) -> None:
     assert "no longer" not in status.describe(status.run_status(results))
-    for name in ("e", "c", "d", "a%7Bb%7D"):
+    for name in ("e", "c", "d", "a~7Bb~7D"):
         (results / "slides" / name).mkdir()
     text = status.describe(status.run_status(results))
-    assert text.splitlines()[-1] == "no longer in the run, but still in its slides/: a%7Bb%7D, c, d and 1 more"
+    assert text.splitlines()[-1] == "no longer in the run, but still in its slides/: a~7Bb~7D, c, d and 1 more"
 
 
 @pytest.mark.parametrize(("form", "name"), [("", "ü \\u7ec6"), ("--json", "\\u00fc \\u7ec6")])
@@ -76,6 +78,15 @@ def test_rate_is_that_of_the_finished_slides(results: Path) -> None:
     assert found.eta_seconds == pytest.approx(3 * 1800)
     assert "rate: 2 slides/h" in status.describe(found)
     assert "rate: 2,520 slides/h" in status.describe(replace(found, per_hour=2520.4))
+
+
+def test_the_rate_is_that_of_the_last_run(results: Path) -> None:
+    # Broken off on Friday, gone on with on Monday.
+    finish(results, "stale", len(STAGES), START + 3 * 86400)
+    finish(results, "under way", len(STAGES), START + 3 * 86400 + 360)
+    begun = datetime.fromtimestamp(START + 3 * 86400 - 60, UTC)
+    (results / RUN_LOCK).write_text(f"process 1 on here since {begun.isoformat()}\n")
+    assert status.run_status(results).per_hour == pytest.approx(10)
 
 
 def test_text_and_json(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +205,11 @@ def test_report_of_what_is_finished(tmp_path: Path) -> None:
     assert "2 not finished yet" in (out / "report.html").read_text()
     assert json.loads((out / "manifest.json").read_text())["slides_waiting"] == 2
     assert not RunLayout(tmp_path).cohort_tsv.exists()
+    # It is processed again, with other settings: what is there is not of this run.
+    os.utime(paths[0].inspect, (paths[0].metrics.stat().st_mtime + 60,) * 2)
+    status.write_so_far(tmp_path)
+    assert (out / "cohort.tsv").read_text().count("\n") == 1
+    assert json.loads((out / "manifest.json").read_text())["slides_waiting"] == 3
 
 
 def test_a_slide_that_waits_for_its_regions_or_whose_regions_are_bad(tmp_path: Path) -> None:

@@ -158,6 +158,37 @@ def test_only_targets_count_as_targets(tmp_path: Path) -> None:
     assert_one_line(done.output, "'none'")
 
 
+def test_a_slides_path_with_braces(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s{a} <b>", "a.svs")
+    done = run(tmp_path, {"slides": "s{a} <b>", "results": "r", "model": str(toy_model)}, "-nj1")
+    assert done.code == 0, done.output
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        ({"compare": {"experiments": ["cenet"], "common": {"schedule": {"max_minutes": 9}}}}, "compare"),
+        ({"transfer": {"source": "b", "schedule": {"max_minutes": 9}}}, "transfer"),
+    ],
+)
+def test_a_limit_of_time_that_would_not_hold(tmp_path: Path, config: dict[str, Any], target: str) -> None:
+    data = [{"kind": "labels", "name": name, "path": name} for name in "ab"]
+    train = {"name": "mine", "data": data, "holdout": "a"}
+    done = run(tmp_path, {"results": "r", "train": train} | config, target, "-n")
+    assert_one_line(done.output, "schedule.max_minutes is a limit of each training of a command")
+
+
+def test_slides_and_the_training_of_their_model_in_one_command(tmp_path: Path, toy_model: Path) -> None:
+    slides(tmp_path / "s", "a.svs")
+    (tmp_path / "models").mkdir()
+    toy_model.rename(tmp_path / "models" / "mine")
+    train = {"name": "mine", "data": [{"kind": "labels", "path": "nowhere"}]}
+    config = {"slides": "s", "results": "r", "model": "models/mine", "train": train}
+    done = run(tmp_path, config, "all", "train", "-n")
+    assert_one_line(done.output, "models/mine")
+
+
 def holds(settings: dict[str, Any], name: str) -> bool:
     """Whether there is a setting of this name, such as ``schedule.steps``."""
     *above, key = name.split(".")

@@ -16,7 +16,7 @@ import pytest
 from runs import MPP, ROOT, Run, leaves, read_json, read_tsv, run, write_slide
 
 from pipeline.batch.settings import CHANGES_RESULTS, load_schema
-from pipeline.layout import RunLayout
+from pipeline.layout import RunLayout, folder_name
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
@@ -84,7 +84,7 @@ def test_all_outputs_are_there(finished: tuple[Path, Run]) -> None:
     for name in ("cohort.tsv", "cohort.parquet", "failed.tsv", "report.html", "manifest.json", "slides.tsv"):
         assert (out / name).stat().st_size > 0
     for slide in GOOD:
-        results = out / "slides" / slide.replace("{", "%7B").replace("}", "%7D")
+        results = out / "slides" / folder_name(slide)
         for name in FILES:
             assert (results / name).stat().st_size > 0, (slide, name)
         assert (results / "tiles.zarr").is_dir()
@@ -124,7 +124,7 @@ def test_missing_slide_is_listed_as_failed(finished: tuple[Path, Run]) -> None:
 @pytest.mark.parametrize("slide", GOOD)
 def test_nuclei_are_the_known_ones(finished: tuple[Path, Run], slide: str) -> None:
     folder, _ = finished
-    results = folder / "out" / "slides" / slide.replace("{", "%7B").replace("}", "%7D")
+    results = folder / "out" / "slides" / folder_name(slide)
     metrics = read_json(results / "metrics.json")
     assert metrics["status"] == "ok"
     (f1,) = set(find(metrics, "f1"))

@@ -14,7 +14,7 @@ rule slide_table:
         mem_mb=megabytes(1000),
         runtime=minutes(10),
     params:
-        slides=config["slides"],
+        slides=lambda wildcards: config["slides"],
         digest=SLIDES.digest if SLIDES is not None else "",
     shell:
         "python -m pipeline slide-table --slides={params.slides:q} --out={output.table:q} > {log:q} 2>&1"
@@ -91,6 +91,6 @@ rule so_far:
         runtime=minutes(30 + len(BY_FOLDER) // 50),
     params:
         results=lambda wildcards: config["results"],
-        slides=config["slides"],
+        slides=lambda wildcards: config["slides"],
     shell:
         "python -m pipeline status {params.results:q} --slides={params.slides:q} --report 2>&1 | tee {log:q}"

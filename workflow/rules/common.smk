@@ -26,6 +26,7 @@ from pipeline.batch.settings import (
     check_folder,
     check_licence,
     check_model,
+    check_passed,
     check_same_results,
     check_settings,
     check_stain,
@@ -73,6 +74,8 @@ SCHEMA = load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml
 try:
     if isinstance(config.get("train"), dict):
         config["train"] = inherited(config["train"], beside)
+    if workflow.is_main_process and workflow.non_local_exec:
+        check_passed(workflow.config_settings.config_args or ())
     config.update(check_settings(config, SCHEMA))
     for place in filter(config.get, ("results", "scratch")):
         check_folder(place, Path(config[place]))

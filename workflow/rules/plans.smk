@@ -34,8 +34,8 @@ TRAININGS |= {f"{config['compare']['name']}/{name}": run for name, run in COMPAR
 SECTIONS = {NAME: config["train"]} | {name: run.settings for name, run in TRAININGS.items()}
 if FINAL is not None:
     SECTIONS[f"{NAME}/final"] = FINAL.settings
+LIMITED = [name for name, section in SECTIONS.items() if section["schedule"].pop("max_minutes", None)]
 for section in SECTIONS.values():
-    section["schedule"].pop("max_minutes", None)
     section.update({role: beside(section[role]) for role in ("start_from", "teacher") if section.get(role)})
 
 # The synthetic fields. They depend on the experiment's training fields, its pixel size and its stain.
@@ -134,10 +134,18 @@ if workflow.is_main_process:
     for target, reason in NOTHING.items():
         if reason and target in TARGETS:
             stop(reason)
+    for name in LIMITED:
+        if any(target in TARGETS and Path(name).parts[0] == Path(TRAINS[target]).name for target in TRAINS):
+            told = f"{name}: schedule.max_minutes is a limit of each training of a command"
+            stop(f"{told} (set it for all: --config 'train={{schedule: {{max_minutes: N}}}}')")
     try:
         for target, (folder, work) in PACKAGES.items():
             if target in TARGETS:
                 check_place(folder, work)
+                if NEEDS_SLIDES and MODEL.absolute() == folder.absolute():
+                    stop(
+                        f"{target}: it writes {folder}, the model of the slides (train first, in a command of its own)"
+                    )
         for section in [section for target in CHECKED if target in TARGETS for section in CHECKED[target]]:
             from pipeline.training.experiment import Experiment, check_parts
 
