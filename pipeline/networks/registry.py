@@ -286,7 +286,9 @@ def stride_of(name: str, args: Mapping[str, Any]) -> int:
     family = NETWORKS[name]
     widths = args.get("widths") if family.levels else None
     stride = 2 ** (len(widths) - (not family.halved)) if widths else family.stride
-    return stride * int(args.get("fold", 1))
+    if (fold := int(args.get("fold", 1))) < 1:
+        raise PipelineError(f"network {name!r}: fold {fold}", "use 1 or more")
+    return stride * fold
 
 
 def build_network(
@@ -321,7 +323,7 @@ def build_network(
     try:
         built = factory(out_channels=out_channels, **options)
         built.stride = stride_of(name, options)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise PipelineError(f"network {name!r}: {error}", "check the network's arguments") from error
     network: nn.Module = built
     return network

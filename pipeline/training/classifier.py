@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,15 @@ class Named:
         Features of the nuclei, float64 ``(n, f)``; see `pipeline.kernels.classify.features`.
     points : numpy.ndarray
         Centroids in µm, float64 ``(n, 2)``.
+    patient : str
+        Patient of the slide, as the slide table's column ``patient`` says; empty if it does not.
     """
 
     slide: str
     names: tuple[str, ...]
     features: np.ndarray
     points: np.ndarray
+    patient: str = ""
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,9 @@ def gather(
     model: dict[str, str] = {}
     if not layout.slide_table.is_file():
         raise PipelineError(f"{results} has no {layout.slide_table.name}", "give the results folder of a run")
-    known = {name: entry.name for entry in from_table(layout.slide_table) for name in (entry.path.name, entry.name)}
+    table_of_slides = from_table(layout.slide_table)
+    known = {name: entry.name for entry in table_of_slides for name in (entry.path.name, entry.name)}
+    patients = {entry.name: entry.extra.get("patient", "") for entry in table_of_slides}
     used: dict[str, Path] = {}
     for name, path in exports(annotations).items():
         slide = known.get(name, name)
@@ -327,7 +332,7 @@ def gather(
             log.warning("%s: the export names no nucleus", slide)
             continue
         kinds = tuple(names[row] for row in rows.tolist())
-        named.append(Named(slide, kinds, measured.features(rows), measured.points[rows]))
+        named.append(Named(slide, kinds, measured.features(rows), measured.points[rows], patients.get(slide, "")))
         count = ", ".join(f"{name} {number}" for name, number in sorted(Counter(kinds).items()))
         log.info("%s: %s", slide, count)
     return named, model, colours
@@ -355,8 +360,10 @@ def _divisions(named: Sequence[Named]) -> Iterator[tuple[np.ndarray, str]]:
         What the groups are, in words.
     """
     sizes = [len(one.names) for one in named]
-    if len(named) >= 3:
-        yield np.repeat(np.arange(len(named)), sizes), "slides"
+    patients = np.unique([one.patient or f"slide {one.slide}" for one in named], return_inverse=True)[1]
+    if len(set(patients)) >= 3:
+        what = "slides" if len(set(patients)) == len(named) else "patients"
+        yield np.repeat(patients, sizes), what
     places = np.floor(np.concatenate([one.points for one in named]) / SQUARE_UM)
     squares = np.column_stack([np.repeat(np.arange(len(named)), sizes), places])
     yield np.unique(squares, axis=0, return_inverse=True)[1].ravel(), f"squares of {SQUARE_UM:.0f} µm"
@@ -525,7 +532,12 @@ def _fewer(named: Sequence[Named]) -> list[Named]:
             log.info("%d of %d nuclei of class %r are learned from", MOST, count, name)
     parts = np.split(kept, np.cumsum([len(one.names) for one in named])[:-1]) if named else []
     return [
-        Named(one.slide, tuple(itertools.compress(one.names, some)), one.features[some], one.points[some])
+        replace(
+            one,
+            names=tuple(itertools.compress(one.names, some)),
+            features=one.features[some],
+            points=one.points[some],
+        )
         for one, some in zip(named, parts, strict=True)
     ]
 

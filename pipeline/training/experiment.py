@@ -245,6 +245,10 @@ class Experiment:
         for name, side in (("patch", self.patch), ("schedule.size", self.schedule.size)):
             if side % stride:
                 raise PipelineError(f"train: {name} {side} does not suit {self.network}", f"use a multiple of {stride}")
+        if not 0 < 2 * self.overlap <= self.patch:
+            raise PipelineError(
+                f"train: overlap {self.overlap} with patch {self.patch}", "use at least 1 and at most half of patch"
+            )
         if self.stain not in METHODS:
             raise PipelineError(f"train: stain {self.stain!r}", f"choose from {', '.join(METHODS)}")
         if not 0 <= self.stain_strength <= 1:

@@ -64,7 +64,7 @@ def learned_from(
         before = entries.get(name, {})
         entries[name] = {
             "name": name,
-            "licence": source.get("licence", "unknown"),
+            "licence": source.get("licence") or before.get("licence", "unknown"),
             "fields": max(len(own), before.get("fields", 0)),
             "patients": sorted({f.patient for f in own} | set(before.get("patients", ()))),
         }

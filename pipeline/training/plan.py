@@ -35,10 +35,16 @@ class PlannedRun:
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of `base` overridden by `over`; mappings are merged recursively, other values replaced.
 
+    A length in ``steps`` replaces one in ``epochs``, which would count before it.
+
     >>> merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]})
     {'a': {'b': 3, 'c': 2}, 'd': [2]}
+    >>> merged({"schedule": {"epochs": 9, "batch": 2}}, {"schedule": {"steps": 5}})
+    {'schedule': {'epochs': None, 'batch': 2, 'steps': 5}}
     """
     result = copy.deepcopy(dict(base))
+    if "steps" in over and result.get("epochs") is not None:
+        result["epochs"] = None
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = merged(result[key], value)
@@ -204,7 +210,8 @@ def plan_transfer(train: Mapping[str, Any], transfer: Mapping[str, Any]) -> dict
     for fold in range(transfer["folds"]):
         part = {"method": "folds", "folds": transfer["folds"], "fold": fold, "exclude": []}
         one = merged(merged(train, side | {"split": part}), {"schedule": transfer["schedule"]})
-        runs[f"scratch-{fold}"] = PlannedRun(one | {"name": f"{name}-scratch-{fold}"})
+        scratch = {"name": f"{name}-scratch-{fold}", "start_from": None, "start_share": 0}
+        runs[f"scratch-{fold}"] = PlannedRun(one | scratch)
         rate = one["schedule"]["learning_rate"] * transfer["rate"]
         tuned = merged(one, {"name": f"{name}-finetune-{fold}", "schedule": {"learning_rate": rate}})
         runs[f"finetune-{fold}"] = PlannedRun(tuned, "pretrain")

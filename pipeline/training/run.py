@@ -8,7 +8,9 @@ in the experiment's folder and are not repeated by a later run, so a killed expe
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,6 +68,21 @@ def leads() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def all_here() -> None:
+    """Wait for the other processes of a distributed training."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def digest_of_weights(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Run:
     """An experiment in its folder.
 
@@ -114,8 +131,18 @@ class Run:
             check_classes(experiment, self.data.fields)
         self.targets = Targets(experiment.heads, classes, NETWORKS[experiment.network].instances)
         self.outputs = Outputs(map_names(experiment.heads, classes), experiment.evaluation.tta)
+        if experiment.start_share and self.start is not None:
+            self._check_same_network(self.start)
         self.loss = CombinedLoss(experiment.loss, experiment.heads, classes)
         self.evaluator = Evaluator(self.experiment, self.targets, self.outputs, self.reference, self.loss, accelerator)
+
+    def _check_same_network(self, start: ModelPackage) -> None:
+        """Refuse ``start_share`` where the package lacks weights: those would be averaged with random ones."""
+        if (channel_names(start), start.network_args) != (self.outputs.names, self.experiment.network_args):
+            raise PipelineError(
+                f"train: start_share {self.experiment.start_share:g}, but {start.folder} lacks weights of the network",
+                "train with its heads, classes and network_args, or set start_share to 0",
+            )
 
     def _known_package(self, experiment: Experiment, role: str) -> ModelPackage | None:
         """Load the package of ``start_from`` or ``teacher``, if any, and check it with `check_unseen`."""
@@ -155,14 +182,27 @@ class Run:
         Returns
         -------
         dict
-            ``before``: its name, mean scores and intervals, with its own thresholds. Empty without such a package,
-            without further training, or when its thresholds do not fit.
+            ``before``: its name, mean scores and intervals, with its own thresholds, stain and flips. Empty without
+            such a package, without further training, or when its thresholds do not fit.
         """
         start = self.start
         if start is None or not self.data.split.train or not self._keeps_maps(start):
             return {}
         log.info("the same fields with %s, from which this training went on:", start.name)
-        scored, _ = self.evaluator.score(load_network(start), self.data.part("test"), start.thresholds)
+        stain, one = start.stain, self.experiment
+        own = replace(
+            one,
+            stain=stain["method"],
+            stain_strength=float(stain.get("strength", 1)),
+            evaluation=replace(one.evaluation, tta=start.tta),
+        )
+        evaluator = replace(
+            self.evaluator,
+            experiment=own,
+            outputs=Outputs(self.outputs.names, start.tta),
+            reference=stain.get("reference", {}),
+        )
+        scored, _ = evaluator.score(load_network(start), self.data.part("test"), start.thresholds)
         return {"before": {"model": start.name, **{key: scored[key] for key in ("mean", "interval_95")}}}
 
     def _keeps_maps(self, start: ModelPackage) -> bool:
@@ -268,7 +308,18 @@ class Run:
             seed=one.schedule.seed + 1,
             learning_rate=one.schedule.learning_rate / 4,  # lower, as the network is already trained
         )
-        return self.fit(network, self.data.fields, [], schedule, self.work / f"final-{one.schedule.steps}")
+        folder = self.work / f"final-{one.schedule.steps}"
+        start, begun = digest_of_weights(network), folder / "begun.json"
+        stale = begun.is_file() and read_json(begun) != start
+        all_here()
+        if leads():
+            if stale:
+                log.warning("%s started from other weights, and begins again", folder)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(begun, start)
+        all_here()
+        return self.fit(network, self.data.fields, [], schedule, folder)
 
     def finished(self, network: nn.Module) -> nn.Module:
         """Return a copy of a trained network as it is scored and packed.
@@ -308,7 +359,7 @@ class Run:
         one = self.experiment
         file = self.work / f"evaluation-{one.schedule.steps}.json"
         rules = self.rules
-        # Everything that the scores depend on except the checkpoints.
+        # Everything that the scores depend on.
         settings = {
             **asdict(one.evaluation),
             "rules": asdict(rules),
@@ -317,6 +368,7 @@ class Run:
                 for name in ("patch", "overlap", "stain_strength", "half_weights", "start_share")
             },
             **self.origin,
+            "weights": digest_of_weights(network),
         }
         panel = self.work / "panel.png"
         if file.is_file() and panel.is_file():

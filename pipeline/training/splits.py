@@ -173,6 +173,13 @@ def make_split(fields: list[Field], settings: SplitSettings, source: str, seed: 
                     "split.method to patients)", source,
                 )  # fmt: skip
             test, validation = _one_per_organ(organs, rng, n_validation)
+            lone = [organ for organ, patients in organs.items() if len(patients) == 1]
+            if 2 * len(lone) > len(organs):
+                log.warning(
+                    "%s: %d of %d organs have a single patient, which is for testing; %d patients are left to learn "
+                    "from (split.method: patients holds out a share of all)", source, len(lone), len(organs),
+                    sum(map(len, organs.values())) - len(test) - len(validation),
+                )  # fmt: skip
         else:
             test = _test_patients([f for f in fields if f.source == source], organs, settings, rng)
             if settings.method == "kumar":

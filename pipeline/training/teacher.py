@@ -58,7 +58,9 @@ class Teacher:
         stain: Mapping[str, Any] = one.stain
         version = normalise(image, stain["method"], stain["reference"], float(stain.get("strength", 1)))
         names = channel_names(one)
-        found = predict_field(self.network, image if version is None else version, Outputs(names, one.tta))
+        found = predict_field(
+            self.network, image if version is None else version, Outputs(names, one.tta), (one.patch, one.overlap)
+        )
         height, width = field.labels.shape
         return {
             name: cv2.resize(values.astype(np.float32) / 255, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -191,6 +191,23 @@ def test_nucls_tables(tmp_path: Path) -> None:
     assert [int(field.types[y, x]) for y, x in ((5, 5), (6, 20), (25, 31))] == [2, 1, 0]
     assert field.labels[25, 31] == 3
     assert field.labels.max() == 3
+    # What was annotated is smaller than the image: by the row fov, or else by the pixels of its code in the mask.
+    assert field.image.shape == (32, 32, 3)
+    whole = (field.image, field.labels)
+    table = tmp_path / "csv" / f"{name}.csv"
+    table.write_text("\n".join(line for line in NUCLS_CSV.splitlines() if not line.startswith("0,fov")))
+    (field,) = one("nucls", tmp_path)
+    assert field.image.shape == IMAGES[0].shape
+    mask = np.zeros((*IMAGES[0].shape[:2], 3), np.uint8)
+    mask[4:30, 2:28, 0] = 253
+    mask[10:20, 10:20, 0] = 1
+    (tmp_path / "mask").mkdir()
+    picture(tmp_path / "mask" / f"{name}.png", mask)
+    (field,) = one("nucls", tmp_path)
+    np.testing.assert_array_equal(field.image, whole[0][4:30, 2:28])
+    np.testing.assert_array_equal(field.labels > 0, whole[1][4:30, 2:28] > 0)
+    table.write_text(NUCLS_CSV.replace("0,0,32,32", "900,0,932,32"))
+    fails("nucls", tmp_path, "lies outside of the image")
     for text, reason in [
         (NUCLS_CSV.replace("2,10,10,2", "2,ten,10,2"), "a coordinate is damaged"),
         (NUCLS_CSV.replace("2,10,10,2", "2,nan,10,2"), "not finite"),

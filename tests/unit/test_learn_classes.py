@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,13 @@ def test_folds_are_the_strictest_that_serve() -> None:
     assert folds("ab" * 9, "ab" * 9, "ab" * 9) == "slides"
     assert folds("a" * 9 + "b" * 30, "a" * 9, "a" * 9, "a" * 9) == "squares of 250 µm"
     assert folds("ab" * 9, "ab" * 9) == "squares of 250 µm"
+    # Two slides of a patient are left out together.
+    kinds = ("ab" * 9,) * 4
+    named = [replace(slide(str(number), of), patient="P" * (number < 2)) for number, of in enumerate(kinds)]
+    fold, what = learning._folds(named, np.arange(72) % 2)
+    assert what == "patients"
+    assert len(set(fold[:36])) == 1
+    assert len(set(fold[36:])) == 2
 
 
 def test_of_very_many_nuclei_some_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:

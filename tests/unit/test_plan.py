@@ -78,6 +78,10 @@ def test_transfer() -> None:
         assert [s["kind"] for s in one[arm].data] == ["tnbc"]
     assert one["finetune-1"].schedule.learning_rate == pytest.approx(0.002)
     assert {name for name, run in runs.items() if run.start} == {"zero-shot", "finetune-0", "finetune-1"}
+    # Without pre-training means without: not even from the package that the pre-training starts from.
+    runs = plan_transfer(config["train"] | {"start_from": "m", "start_share": 0.5}, config["transfer"])
+    assert {name for name, run in runs.items() if run.settings["start_from"] is None} == {"scratch-0", "scratch-1"}
+    assert runs["scratch-0"].settings["start_share"] == 0
     with pytest.raises(PipelineError, match="'elsewhere' and another are needed"):
         plan_transfer(config["train"], config["transfer"] | {"source": "elsewhere"})
 

@@ -74,6 +74,9 @@ def test_one_patient_of_organs_that_nobody_named(caplog: pytest.LogCaptureFixtur
     assert not caplog.text
     assert len(split([field(p) for p in "abcdef"]).test) == 1
     assert "no organ of monuseg is known: a single patient is for testing" in caplog.text
+    caplog.clear()
+    split([field(p, organ=p) for p in "abcde"] + [field(p, organ="f") for p in "fgh"])
+    assert "5 of 6 organs have a single patient, which is for testing" in caplog.text
 
 
 @pytest.mark.parametrize(("test", "count"), [(0.3, 9), (0.2, 6)])

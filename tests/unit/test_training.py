@@ -562,6 +562,8 @@ def test_what_was_learned_before_counts(tmp_path: Path) -> None:
         {"name": "a", "licence": "CC BY 4.0", "fields": 9, "patients": ["p0", "p1"]},
         {"name": "b", "fields": 2, "patients": []},
     )
+    # A source that does not state its licence keeps the one that is known.
+    assert learned_from(fields, [{"kind": "labels", "name": "a", "path": "x"}], [start])[0]["licence"] == "CC0"
     assert learned_from([], [], (), ("net.npz", "BSD")) == (
         {"name": "encoder weights net.npz", "licence": "BSD", "fields": 0, "patients": []},
     )
@@ -619,6 +621,25 @@ def test_training_on_learns_on(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_was_trained_again_is_scored_and_trained_on_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a hint advises where a checkpoint is damaged: its folder is deleted, and the training begins again.
+    experiment = Experiment.from_json(section(data, schedule={"steps": 1, "batch": 1, "size": 64, "workers": 0}))
+    run_experiment(experiment, tmp_path / "w", tmp_path / "m", "cpu")
+    before = (tmp_path / "m" / "weights.safetensors").read_bytes()
+    again = (tmp_path / "w" / "evaluation-1.json").read_bytes()
+    run_experiment(experiment, tmp_path / "w", tmp_path / "m", "cpu")
+    assert (tmp_path / "m" / "weights.safetensors").read_bytes() == before
+    assert (tmp_path / "w" / "evaluation-1.json").read_bytes() == again
+    shutil.rmtree(tmp_path / "w" / "heldout")
+    monkeypatch.setattr("lightning.pytorch.seed_everything", lambda seed, verbose: torch.manual_seed(seed + 1))
+    run_experiment(experiment, tmp_path / "w", tmp_path / "m", "cpu")
+    assert (tmp_path / "m" / "weights.safetensors").read_bytes() != before
+    assert (tmp_path / "w" / "evaluation-1.json").read_bytes() != again
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_training_on_is_averaged_with_what_it_began_with(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -664,6 +685,9 @@ def test_training_on_is_averaged_with_what_it_began_with(
         run_experiment(Experiment.from_json(other), tmp_path / "coarse", tmp_path / "other", "cpu")
     with pytest.raises(PipelineError, match=r"start_share 0\.5 without start_from"):
         Experiment.from_json(section(data, start_share=0.5))
+    typed = section(data, start_from=str(tmp_path / "first"), start_share=0.5, heads=["nucleus", "distance", "contour"])
+    with pytest.raises(PipelineError, match=r"start_share 0\.5, but .*first lacks weights of the network"):
+        Run(Experiment.from_json(typed), tmp_path / "typed", "cpu")
     # Where patients are held out, what is scored is what is packed.
     same = {"start_from": str(tmp_path / "first"), "evaluation": {"tune": False}, "final_steps": 0}
     held = section(data, **same, start_share=1.0)

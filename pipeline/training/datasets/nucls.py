@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ MPP = 0.2
 UNKNOWN = {"", "unlabeled", "ambiguous"}
 """Class names of nuclei whose class is not known, in lower case."""
 
+FOV_CODE = 253
+"""Code, in the first channel of the published masks, of annotated pixels without a nucleus."""
+
 _ELLIPSE = np.linspace(0, 2 * np.pi, 32, endpoint=False)
 
 
@@ -32,12 +36,13 @@ def nucls(source: Source) -> list[Lazy]:
     """List the fields of NuCLS, in either of two layouts.
 
     As published: ``rgb/`` with ``csv/STEM.csv``, which holds outlines and boxes with their ``main_classification``. A
-    box is drawn as the ellipse inside it. Or converted: ``images/`` with ``annotations/STEM.npy``, dicts of
-    ``inst_map`` and ``type_map``, and class names in ``meta/label_map.yaml``.
+    box is drawn as the ellipse inside it. Images are larger than what was annotated, and are cut to it: the box of the
+    row ``fov``, or of the pixels of that code in ``mask/STEM.png``. Or converted: ``images/`` with
+    ``annotations/STEM.npy``, dicts of ``inst_map`` and ``type_map``, and class names in ``meta/label_map.yaml``.
     """
     if (source.path / "rgb").is_dir():
         tables = {p: _read_csv(source.path / "csv", p.stem) for p in images_in(source.path / "rgb")}
-        names = {row["main_classification"] for rows in tables.values() for row in rows}
+        names = {row["main_classification"] for rows in tables.values() for row in rows if not _is_fov(row)}
         classes = tuple(sorted(name for name in names if name.casefold() not in UNKNOWN))
         return [partial(_csv_field, source, path, rows, classes) for path, rows in tables.items()]
     classes = _class_names(source.path / "meta" / "label_map.yaml")
@@ -97,7 +102,35 @@ def _read_csv(folder: Path, stem: str) -> list[dict[str, str]]:
         lacking = [name for name in needed if row.get(name) is None]
         if lacking:
             raise PipelineError(f"{path} has no column {lacking[0]!r}", "is it of NuCLS?")
-    return [row for row in rows if row["raw_classification"] != "fov"]
+    return rows
+
+
+def _is_fov(row: dict[str, str]) -> bool:
+    return row["raw_classification"].casefold() == "fov"
+
+
+def _annotated(source: Source, stem: str, rows: list[dict[str, str]], shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Rows and columns of an image that were annotated; all of it, with a warning, where the data do not say."""
+    from PIL import Image
+
+    height, width = shape[:2]
+    box = next(([float(row[key]) for key in ("xmin", "ymin", "xmax", "ymax")] for row in rows if _is_fov(row)), None)
+    mask = source.path / "mask" / f"{stem}.png"
+    if box is None and mask.is_file():
+        with Image.open(mask) as image:
+            codes = np.asarray(image)
+        inside = (codes if codes.ndim == 2 else codes[..., 0]) == FOV_CODE
+        if inside.shape == (height, width) and inside.any():
+            down, across = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+            box = [across[0], down[0], across[-1] + 1, down[-1] + 1]
+    if box is None:
+        log.warning("%s: neither csv nor mask says which part was annotated: all of the image is learned from", stem)
+        return slice(0, height), slice(0, width)
+    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    right, bottom = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
+    if right - left < 1 or bottom - top < 1:
+        raise PipelineError(f"{stem}: the annotated part, {box}, lies outside of the image", "copy the data again")
+    return slice(top, bottom), slice(left, right)
 
 
 def _shape(row: dict[str, str]) -> Any:
@@ -120,6 +153,11 @@ def _csv_field(source: Source, path: Path, rows: list[dict[str, str]], classes: 
     import shapely
 
     image = read_image(path)
+    try:
+        part = _annotated(source, path.stem, rows, image.shape)
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"{path.stem}: its annotated part cannot be read: {error}", "copy it again") from None
+    rows = [row for row in rows if not _is_fov(row)]
     bounds = shapely.box(0, 0, image.shape[1], image.shape[0])
     try:
         shapes = [_shape(row) for row in rows]
@@ -132,11 +170,11 @@ def _csv_field(source: Source, path: Path, rows: list[dict[str, str]], classes: 
     log.info("%s: %d nuclei, %d of them boxes", path.stem, len(rows), boxes)
     return source.field(
         path.stem,
-        image,
-        labels,
+        image[part],
+        labels[part],
         patient=tcga_patient(path.stem),
         organ="breast",
         mpp=MPP,
-        types=np.array([0, *codes], np.uint8)[labels],
+        types=np.array([0, *codes], np.uint8)[labels[part]],
         classes=classes,
     )
