@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError
-from pipeline.exchange.geojson import ORIGIN, origin_of
+from pipeline.exchange.geojson import CLASS_PROBABILITY, EXPORTED, ORIGIN, origin_of
 from pipeline.kernels.contours import wkb_rings
 from pipeline.stores.nuclei import about_nuclei, open_nuclei, wkb_of
 
@@ -57,7 +57,7 @@ MEASUREMENTS = {
 RANKED = tuple(name for name in MEASUREMENTS if name != "orientation")
 """Measurements that have percentiles: all but the orientation, since angles are periodic and have no order."""
 
-SHOWN = MEASUREMENTS | {"class_probability": "Class probability"}
+SHOWN = MEASUREMENTS | {"class_probability": CLASS_PROBABILITY}
 """`MEASUREMENTS` and those that only some tables have."""
 
 BATCH_ROWS = 8192
@@ -153,6 +153,7 @@ def features(
     rings = [coordinates[start:stop] for start, stop in itertools.pairwise(ring_starts.tolist())]
 
     columns = {key: name for key, name in SHOWN.items() if key in batch.schema.names}
+    classified = "class_probability" in columns
     names = list(columns.values())
     values = np.empty((batch.num_rows, len(names)))
     for index, key in enumerate(columns):
@@ -170,6 +171,8 @@ def features(
     for identity, name, measured, outline in zip(uuids, kinds, measurements, outlines, strict=True):
         kind = known.get(name) or {"name": name, "color": DEFAULT_COLOUR}
         properties = {"objectType": "detection", "classification": kind, "measurements": measured}
+        if classified:
+            properties["metadata"] = {EXPORTED: name}
         geometry = {"type": "Polygon", "coordinates": outline}
         result.append({"type": "Feature", "id": identity, "geometry": geometry, "properties": properties})
     return result

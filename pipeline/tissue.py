@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError, SlideError
-from pipeline.exchange.geojson import kind_of, no_areas, origin_of, read_areas, scanned
+from pipeline.exchange.geojson import ORIGIN, kind_of, no_areas, origin_of, read_areas, scanned
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
@@ -250,7 +250,9 @@ def _write_tissue(path: Path, polygons: list[BaseGeometry]) -> None:
                 "geometry": {"type": geometry["type"], "coordinates": rounded(geometry["coordinates"])},
             }
         )
-    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}) + "\n", encoding="utf-8")
+    # The origin is stated, so that the file is read the same as a mask, whatever `export.origin` is.
+    value = {"type": "FeatureCollection", ORIGIN: [0, 0], "features": features}
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
 def bounds_view(bounds: Sequence[float], grid: Grid) -> tuple[slice, slice]:

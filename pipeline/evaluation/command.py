@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 from pipeline.batch.stage import stub_text, write_json
 from pipeline.errors import PipelineError
 from pipeline.evaluation.metrics import METRICS, class_scores, score_overlaps
-from pipeline.evaluation.readers import SUFFIXES, count_classes, load, overlay, slide_box, stem, told_outside
+from pipeline.evaluation.readers import (
+    SUFFIXES,
+    count_classes,
+    load,
+    on_same_part,
+    overlay,
+    slide_box,
+    stem,
+    told_outside,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +69,7 @@ def files_by_stem(path: Path) -> dict[str, Path]:
         if name.startswith("."):
             continue
         if entry.is_dir():
-            inside = (entry / "nuclei.parquet", entry / "nuclei.geojson.gz", entry / "nuclei.geojson")
-            target = next((file for file in inside if file.is_file()), None)
+            name, target = _of_slide(entry)
         else:
             name, target = stem(entry), entry if entry.name.lower().endswith(SUFFIXES) else None
         if target is None:
@@ -74,6 +83,31 @@ def files_by_stem(path: Path) -> dict[str, Path]:
     if not found:
         raise PipelineError(f"{path} holds nothing to compare", f"known are {', '.join(SUFFIXES)}")
     return found
+
+
+def _of_slide(folder: Path) -> tuple[str, Path | None]:
+    """Name of the slide whose results a folder holds, and the file with its nuclei, by a classifier if there is one."""
+    metrics = _metrics(folder)
+    classified = folder / "classified.parquet"
+    if classified.is_file() and not stub_text(classified):
+        return str(metrics.get("slide", folder.name)), classified
+    inside = (folder / "nuclei.parquet", folder / "nuclei.geojson.gz", folder / "nuclei.geojson")
+    return str(metrics.get("slide", folder.name)), next((file for file in inside if file.is_file()), None)
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """Return ``metrics.json`` of the slide whose results a folder holds; empty if there is none."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _origin(prediction: Path) -> tuple[int, int]:
+    """Level-0 pixel from which a slide's files for QuPath count, and so its known nuclei; (0, 0) if it is not known."""
+    x, y = _metrics(prediction.parent).get("geojson_origin") or (0, 0)
+    return int(x), int(y)
 
 
 def pairs(pred: Path, truth: Path) -> tuple[dict[str, tuple[Path, Path]], dict[str, list[str]]]:
@@ -143,8 +177,10 @@ def evaluate(pred: Path, truth: Path, within: int = 0) -> dict[str, Any]:
     matched, alone = pairs(pred, truth)
     for name, (prediction, known) in matched.items():
         try:
-            both = load(known), load(prediction)
-            overlaps, outside = overlay(*both, slide_box(prediction))
+            box = slide_box(prediction)
+            truth_nuclei = load(known, _origin(prediction))
+            both = truth_nuclei, load(prediction) if box is None else on_same_part(truth_nuclei, prediction, box)
+            overlaps, outside = overlay(*both, box)
             images[name] = row = score_overlaps(overlaps) | {"n_outside": outside}
             if (classes := count_classes(*both, overlaps, within)) is not None:
                 counts[name] = classes

@@ -15,6 +15,8 @@ from pipeline.errors import PipelineError, of_the_machine
 from pipeline.evaluation.metrics import Overlaps, central, class_counts, score_overlaps
 from pipeline.exchange.geojson import (
     MAX_COORDINATE,
+    UNTYPED,
+    bare_cells,
     base_class,
     iter_features,
     nucleus_geometry,
@@ -70,6 +72,14 @@ class Classes:
         """Class codes of the instances `labels`, numbered by `names`, which must contain all names of this object."""
         table = np.array([0, *(names.index(name) + 1 for name in self.names)])
         return table[self.codes[labels - 1]]
+
+    def without(self, name: str) -> Classes:
+        """Return the same classes, but none for the instances of class `name`."""
+        if name not in self.names:
+            return self
+        code = self.names.index(name) + 1
+        kept = tuple(one for one in self.names if one != name)
+        return Classes(kept, np.where(self.codes == code, 0, self.codes - (self.codes > code)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,12 +361,15 @@ def _polygon_batches(
     others: list[str] = []
     any_polygon = False
     left_out = 0
-    for feature in iter_features(value):
+    bare = bare_cells(value)
+    for number, feature in enumerate(iter_features(value)):
         geometry = nucleus_geometry(feature)
         if geometry is None:
             continue
         if role(feature) != "nucleus":
             left_out += 1
+            continue
+        if number in bare:
             continue
         if geometry["type"] not in ("Polygon", "MultiPolygon"):
             others.append(str(geometry["type"]))
@@ -376,6 +389,8 @@ def _polygon_batches(
         if len(polygons) == _POLYGONS_AT_ONCE:
             yield len(polygons), _outlines(points, polygons)
             points, polygons = [], []
+    if bare:
+        log.warning("%d cells without a nucleus are left out", len(bare))
     if left_out:
         log.info("%d objects are regions, frames or to be ignored, and are left out", left_out)
     if others and not any_polygon:
@@ -435,6 +450,29 @@ def slide_box(path: Path) -> Box | None:
         except (KeyError, TypeError, ValueError):
             return None
     return 0, 0, math.ceil((grid.width + 2) * grid.scale_x), math.ceil((grid.height + 2) * grid.scale_y)
+
+
+def on_same_part(truth: Instances, path: Path, slide: Box) -> Instances:
+    """Read the nuclei of a ``nuclei.parquet`` whose centroids lie in the box around the known nuclei on the slide.
+
+    So it suffices to annotate a part of a slide. All nuclei are read if the truth is a label map or knows none there,
+    and of a table without centroids.
+    """
+    from pipeline.stores.nuclei import open_nuclei
+
+    if isinstance(truth, LabelMap):
+        return load(path)
+    inside, _, _ = truth.cut(slide)
+    if not len(inside.runs):
+        return load(path)
+    left, top, right, bottom = inside.box
+    names = ["centroid_x", "centroid_y"]
+    with open_nuclei(path) as file:
+        if not {*names} <= {*file.schema_arrow.names}:  # `instances.parquet`
+            return load(path)
+        table = file.read(columns=names)
+    x, y = (table[name].to_numpy() for name in names)
+    return some_nuclei(path, (x >= left) & (x < right) & (y >= top) & (y < bottom))
 
 
 def told_outside(outside: int, known: int) -> str:
@@ -507,8 +545,10 @@ def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within:
         )
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None
-    names = list(dict.fromkeys((*truth.classes.names, *pred.classes.names)))
-    known, found = truth.classes.among(names, overlaps.truth_ids), pred.classes.among(names, overlaps.pred_ids)
+    # Where some known nuclei have been named, those that still have the class of the export have not.
+    named = truth.classes.without(UNTYPED) if len(truth.classes.names) > 1 else truth.classes
+    names = list(dict.fromkeys((*named.names, *pred.classes.names)))
+    known, found = named.among(names, overlaps.truth_ids), pred.classes.among(names, overlaps.pred_ids)
     middle = central(canvas(truth, pred), within)
     counted = (np.unique(truth.paint(middle)), np.unique(pred.paint(middle))) if within else None
     return class_counts(overlaps, known, found, names, counted)

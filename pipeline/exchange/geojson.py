@@ -23,6 +23,15 @@ REGIONS = ("region", "training")
 IGNORED = "ignore"
 """Prefix of the class of objects that are to be ignored."""
 
+UNTYPED = "Nucleus"
+"""Class of all nuclei in exports of models without a type head."""
+
+EXPORTED = "Classified as"
+"""Metadata of an exported nucleus: the class that a classifier gave it. QuPath keeps them from version 0.5 on."""
+
+CLASS_PROBABILITY = "Class probability"
+"""Measurement of an exported nucleus that a classifier has given its class."""
+
 MAX_COORDINATE = 1e7
 """Largest plausible coordinate in pixels; a larger one means that the file is damaged."""
 
@@ -44,10 +53,14 @@ def read_geojson(path: Path) -> Any:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        try:
+            return orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return json.loads(data)  # before version 0.5, QuPath writes measurements without a value as NaN
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing", "give a GeoJSON file") from None
-    except (OSError, EOFError, zlib.error, orjson.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         if of_the_machine(error):
             raise
         raise PipelineError(f"{path} is not GeoJSON: {error}", "is it damaged?") from None
@@ -102,6 +115,7 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
     elif value["type"] == "Feature":
         value["geometry"]  # raises a KeyError if there is none
         yield value
+        yield from iter_features((value.get("properties") or {}).get("childObjects") or [])  # of an object of QuPath
     elif value["type"] == "GeometryCollection":
         yield from iter_features(value["geometries"])
     else:
@@ -111,6 +125,8 @@ def iter_features(value: Any) -> Iterator[dict[str, Any]]:
 def stated_origin(value: Any, origin: tuple[float, float] = (0, 0)) -> tuple[float, float]:
     """Origin of a file's coordinates as a level-0 pixel: the one that the file states, else `origin`."""
     x, y = value.get(ORIGIN, origin) if isinstance(value, dict) else origin
+    if not (np.isfinite(float(x)) and np.isfinite(float(y))):
+        raise ValueError(f"{ORIGIN} is {x}, {y}")
     return float(x), float(y)
 
 
@@ -152,10 +168,15 @@ def polygonal(shape: BaseGeometry) -> BaseGeometry:
 
 def class_names(feature: dict[str, Any]) -> list[str]:
     """Classes of a QuPath object, the base class first, such as ``[Tumor, Positive]``; empty if it has none."""
-    value = (feature.get("properties") or {}).get("classification") or {}
+    return _names_of((feature.get("properties") or {}).get("classification") or {})
+
+
+def _names_of(value: Any) -> list[str]:
     names = value if isinstance(value, str) else value.get("names") or value.get("name") or ""
     names = [names] if isinstance(names, str) else names
-    return [part.strip() for name in names for part in str(name).split(":") if part.strip()]
+    # Before version 0.4, a derived class had only the last part of its name, and the class that it is derived from.
+    above = _names_of(value["parentClass"]) if isinstance(value, dict) and value.get("parentClass") else []
+    return above + [part.strip() for name in names for part in str(name).split(":") if part.strip()]
 
 
 def base_class(feature: dict[str, Any]) -> str:
@@ -165,9 +186,10 @@ def base_class(feature: dict[str, Any]) -> str:
 
 def object_type(feature: dict[str, Any]) -> str:
     """Type of a QuPath object in lower case (``annotation``, ``detection``, ``cell``); empty if it has none."""
-    # Before version 0.4, QuPath stored the type in the feature's id. Ids of other programs can be any text.
+    # Version 0.3 of QuPath has another key, and 0.2 the feature's id. Ids of other programs can be any text.
     old = str(feature.get("id") or "")
-    told = (feature.get("properties") or {}).get("objectType")
+    properties = feature.get("properties") or {}
+    told = properties.get("objectType") or properties.get("object_type")
     return str(told or (old if old.endswith("Object") else "")).casefold()
 
 
@@ -222,13 +244,20 @@ def nucleus_geometry(feature: dict[str, Any]) -> Any:
     return feature.get("nucleusGeometry") or feature["geometry"]
 
 
+def bare_cells(value: Any) -> set[int]:
+    """Numbers of the features that are cells without a nucleus, of a file in which other cells have one.
+
+    Where no cell has a nucleus, cells are what the program that wrote them calls nuclei.
+    """
+    cells = [(number, one) for number, one in enumerate(iter_features(value)) if "cell" in object_type(one)]
+    if not any(one.get("nucleusGeometry") for _, one in cells):
+        return set()
+    return {number for number, one in cells if not one.get("nucleusGeometry")}
+
+
 def no_areas(what: str, path: Path, why: str) -> SlideError:
     """Return the error for a file of outlines that cannot be used, with the reason `why`."""
     return SlideError(f"{what} {path}: {why}", "give GeoJSON polygons in level-0 pixels")
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
 
 
 def read_areas(
@@ -268,7 +297,7 @@ def read_areas(
     try:
         data = path.read_bytes()
         text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        value = json.loads(text, parse_constant=_refuse)  # NaN and Infinity are not coordinates
+        value = json.loads(text)
     except FileNotFoundError:
         raise SlideError(f"{what} {path} does not exist", "check the path in the slide table") from None
     except OSError as error:

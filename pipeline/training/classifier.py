@@ -21,11 +21,14 @@ from pipeline.batch.slide_table import from_table
 from pipeline.batch.stage import read_manifest, stub_text
 from pipeline.errors import PipelineError
 from pipeline.exchange.geojson import (
+    CLASS_PROBABILITY,
+    EXPORTED,
     MAX_COORDINATE,
+    UNTYPED,
     class_names,
     iter_features,
+    kind_of,
     nucleus_geometry,
-    object_type,
     origin_of,
     reading,
     role,
@@ -35,7 +38,7 @@ from pipeline.kernels import classify as kernel
 from pipeline.layout import RunLayout, SlideLayout
 from pipeline.models.classifier import Classifier, Measured
 from pipeline.models.package import NucleusClass
-from pipeline.training.datasets.qupath import QUPATH, UNTYPED, exports, polygon
+from pipeline.training.datasets.qupath import QUPATH, exports, polygon
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,12 +97,15 @@ class _Objects:
     """Objects of an export that have a class: shapes (areas or outlines) and points, in level-0 pixels.
 
     `detected` says which shapes are detections. Those that the pipeline exported have a class even if the user has not
-    changed it.
+    changed it: the one that `exported` states, if QuPath has kept it, and otherwise, where `classified`, one of a
+    classifier, or else the model's.
     """
 
     shapes: tuple[Any, ...]
     shape_names: tuple[str, ...]
     detected: tuple[bool, ...]
+    exported: tuple[str | None, ...]
+    classified: tuple[bool, ...]
     points: np.ndarray
     point_names: tuple[str, ...]
 
@@ -122,6 +128,7 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
         When the file is not GeoJSON from QuPath.
     """
     shapes, shape_names, detected, points, point_names = [], [], [], [], []
+    exported, classified = [], []
     with reading(path, *QUPATH) as value:
         by = np.array(stated_origin(value, origin))
         for feature in iter_features(value):
@@ -143,14 +150,33 @@ def read_objects(path: Path, colours: dict[str, tuple[int, int, int]], origin: t
             elif (shape := polygon(geometry)) is not None:
                 shapes.append(_moved(shape, by))
                 shape_names.append(names[0])
-                detected.append("annotation" not in object_type(feature))
+                detected.append(kind_of(feature) == "detection")
+                exported.append((feature["properties"].get("metadata") or {}).get(EXPORTED))
+                classified.append(_may_be_classified(feature["properties"].get("measurements") or {}))
             else:
                 continue
             colour = _colour(feature["properties"]["classification"])
             if colour is not None and len(names) == 1:
                 colours.setdefault(names[0], colour)
     where = np.concatenate([np.empty((0, 2)), *points])
-    return _Objects(tuple(shapes), tuple(shape_names), tuple(detected), where, tuple(point_names))
+    return _Objects(
+        tuple(shapes),
+        tuple(shape_names),
+        tuple(detected),
+        tuple(exported),
+        tuple(classified),
+        where,
+        tuple(point_names),
+    )
+
+
+def _may_be_classified(measurements: Any) -> bool:
+    """Whether a detection was exported from the results of a classifier, as it may be if it has no measurements."""
+    if not measurements:
+        return True
+    if isinstance(measurements, dict):
+        return CLASS_PROBABILITY in measurements
+    return any(one.get("name") == CLASS_PROBABILITY for one in measurements)  # before version 0.4 of QuPath
 
 
 def _colour(classification: Any) -> tuple[int, int, int] | None:
@@ -195,8 +221,8 @@ def named_rows(
     mpp : float
         µm per level-0 pixel.
     told : sequence of pyarrow.ChunkedArray
-        Classes that the nuclei may have been exported with. A detection that still has such a class of its nucleus
-        names nothing.
+        Classes that the nuclei may have been exported with, first the model's, then a classifier's. A detection that
+        still has the class with which it was exported names nothing.
 
     Returns
     -------
@@ -220,11 +246,18 @@ def named_rows(
     lost = [int((part < 0).sum()) for part in (found[: len(empty)], found[len(empty) :])]
     for number, row in zip(empty, found.tolist(), strict=False):
         held[number] = np.array([row] if row >= 0 else [], np.int64)
+
+    def as_exported(number: int, row: int) -> bool:
+        if (stated := objects.exported[number]) is not None:
+            return stated == objects.shape_names[number]
+        possible = told if objects.classified[number] else told[:1]
+        return any(one[row].as_py() == objects.shape_names[number] for one in possible)
+
     names: dict[int, str] = {}
     for number in np.argsort(-shapely.area(shapes), kind="stable").tolist():
         name = objects.shape_names[number]
         for row in held[number].tolist():
-            if not (objects.detected[number] and any(one[row].as_py() == name for one in told)):
+            if not (objects.detected[number] and as_exported(number, row)):
                 names[row] = name
     names |= {
         row: name for row, name in zip(found[len(empty) :].tolist(), objects.point_names, strict=True) if row >= 0

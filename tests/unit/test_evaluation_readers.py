@@ -366,6 +366,41 @@ def test_slides_that_failed_are_left_out(tmp_path: Path, caplog: pytest.LogCaptu
         run(stub, tmp_path / "truth" / "bad.geojson")
 
 
+def test_results_of_slides_are_compared_as_their_metrics_are(tmp_path: Path) -> None:
+    # Half of a slide is annotated, in coordinates from the corner of its bounds, in a file of the slide's own name.
+    from pipeline import summary, testing
+
+    paths = testing.write_slide(tmp_path / "results", "a, b", count=100)
+    assert paths.root.name == "a~2C b"
+    table = pq.read_table(paths.nuclei)
+    half = [shapely.from_wkb(one) for one in table["geometry"].to_pylist()[:50]]
+    corner = np.array([120, 80])
+    moved = [shapely.transform(one, lambda points: points - corner) for one in half]
+    (tmp_path / "truth").mkdir()
+    features = [feature(*(shapely.get_coordinates(ring).tolist() for ring in shapely.get_rings(one))) for one in moved]
+    for one in features:
+        one["properties"]["classification"] = {"name": "Nucleus"}
+    (tmp_path / "truth" / "a, b.geojson").write_bytes(collection(*features))
+    paths.metrics.write_text(json.dumps({"slide": "a, b", "geojson_origin": corner.tolist()}))
+    (found,) = command.evaluate(tmp_path / "results" / "slides", tmp_path / "truth")["images"].values()
+    nuclei = summary.Nuclei.open(paths.nuclei)
+    told = summary.evaluate_slide(nuclei, tmp_path / "truth" / "a, b.geojson", (2400, 1800), (120, 80))
+    assert found == {name: pytest.approx(value, abs=1e-6) for name, value in told.items() if name != "region"}
+    assert (found["tp"], found["n_truth"], found["n_outside"]) == (50, 50, 0)
+    assert found["n_pred"] < 60
+    # The classes are a classifier's, if it has run.
+    kinds = pa.array(["A", "B"] * 50)
+    where = table.schema.get_field_index("class")
+    pq.write_table(table.set_column(where, "class", kinds), paths.root / "classified.parquet")
+    for one, name in zip(features, "AB" * 25, strict=True):
+        one["properties"]["classification"]["name"] = name if one is not features[0] else "Nucleus"
+    (tmp_path / "truth" / "a, b.geojson").write_bytes(collection(*features))
+    types = command.evaluate(tmp_path / "results" / "slides", tmp_path / "truth")["types"]
+    assert set(types["classes"]) == {"A", "B"}
+    assert types["accuracy"] == 1
+    assert types["matched"] in (49, 50)
+
+
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", labels_map())
     np.save(tmp_path / "b.npy", labels_map()[:-1])

@@ -38,8 +38,10 @@ def squares(places: list[tuple[float, float]], side: float = 10) -> pa.Table:
     return table
 
 
-def feature(geometry: dict[str, Any], name: str | None, kind: str = "annotation", **more: Any) -> dict[str, Any]:
-    properties: dict[str, Any] = {"objectType": kind} | more
+def feature(
+    geometry: dict[str, Any], name: str | None, kind: str = "annotation", key: str = "objectType", **more: Any
+) -> dict[str, Any]:
+    properties: dict[str, Any] = {key: kind} | more
     if name is not None:
         properties["classification"] = {"name": name, "color": [len(name), 1, 2]}
     return {"type": "Feature", "geometry": geometry, "properties": properties}
@@ -51,6 +53,13 @@ def area(*corners: tuple[float, float]) -> dict[str, Any]:
 
 def box(x: float, y: float, right: float, bottom: float) -> dict[str, Any]:
     return area((x, y), (right, y), (right, bottom), (x, bottom))
+
+
+def exported(x: float, name: str, measurements: Any, stated: str | None = None) -> dict[str, Any]:
+    """A detection on the nucleus at `x`, with measurements and, maybe, the class with which it was exported."""
+    one = feature(box(x, 100, x + 10, 110), name, "detection")
+    one["properties"] |= {"measurements": measurements} | ({"metadata": {"Classified as": stated}} if stated else {})
+    return one
 
 
 def dots(*places: tuple[float, float]) -> dict[str, Any]:
@@ -101,6 +110,16 @@ PLACES = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 100.0)]
             ["", "D", "D", "D", "lost 0 0"],
         ),
         ([feature(box(100, 100, 110, 110), "A")], ["A", "", "", "", "lost 0 0"]),
+        # A classifier that agrees with what was named does not unname it: the file tells what it was exported with.
+        ([exported(100, "A", {"Area µm^2": 9})], ["A", "", "", "", "lost 0 0"]),
+        ([exported(100, "Nucleus", {"Area µm^2": 9}), exported(200, "T", {"x": 1})], ["", "", "", "", "lost 0 0"]),
+        ([exported(100, "A", {"Class probability": 0.9})], ["", "", "", "", "lost 0 0"]),
+        ([exported(100, "A", [{"name": "Class probability", "value": 1}])], ["", "", "", "", "lost 0 0"]),
+        ([exported(100, "A", {"Class probability": 0.9}, "B")], ["A", "", "", "", "lost 0 0"]),
+        ([exported(100, "C", {"Class probability": 0.9}, "C")], ["", "", "", "", "lost 0 0"]),
+        # QuPath 0.3 has another key for the type, and what has none is drawn.
+        ([feature(box(100, 100, 110, 110), "A", "detection", key="object_type")], ["", "", "", "", "lost 0 0"]),
+        ([feature(box(90, 90, 500, 120), "A", "")], ["A", "A", "A", "A", "lost 0 0"]),
         # An outline around the nucleus' middle counts by its size like any other.
         (
             [

@@ -20,6 +20,8 @@ from pipeline.exchange.geojson import (
     MAX_COORDINATE,
     ORIGIN,
     REGIONS,
+    UNTYPED,
+    bare_cells,
     base_class,
     iter_features,
     nucleus_geometry,
@@ -60,9 +62,6 @@ ENOUGH = 20
 
 In each of 180 fields they are darker by 15 grey levels or more.
 """
-
-UNTYPED = "Nucleus"
-"""Class of all nuclei in exports of models without a type head."""
 
 MIN_FIELD = 32
 """Shortest side in pixels of a field; smaller pieces of a region are left out."""
@@ -111,9 +110,10 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
     found = _Objects()
     with reading(path, *QUPATH) as value:
         found.origin = stated_origin(value) if isinstance(value, dict) and ORIGIN in value else None
-        for feature in iter_features(value):
+        bare = bare_cells(value)
+        for number, feature in enumerate(iter_features(value)):
             kind = role(feature, regions)
-            if kind == "other":
+            if kind == "other" or number in bare:
                 continue
             name = base_class(feature)
             outline = nucleus_geometry(feature)
@@ -128,6 +128,8 @@ def _read(path: Path, regions: tuple[str, ...]) -> _Objects:
             else:
                 found.nuclei.append(shape)
                 found.names.append("" if name == UNTYPED else name)
+    if bare:
+        log.warning("%s: %d cells without a nucleus are left out", path.name, len(bare))
     if found.dropped:
         log.warning("%s: %d objects enclose no area (points, lines, damage) and are left out", path.name, found.dropped)
     return found
