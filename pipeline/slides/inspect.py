@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -81,6 +82,41 @@ def probe_places(slide: Slide, mpp: float) -> list[tuple[int, int]]:
     return places
 
 
+def like_ycbcr(pixels: np.ndarray) -> bool:
+    """Whether the pixels of a slide, uint8 ``(n, 3)``, look like YCbCr shown as RGB.
+
+    Luma takes the place of red then, and the colour differences that of green and blue. White becomes (255, 128, 128):
+    all bright pixels have this colour, and no pixel is far from it in green and blue.
+    """
+    luma, differences = pixels[:, 0], np.abs(pixels[:, 1:].astype(np.int16) - 128).max(axis=1)
+    bright = luma >= 235
+    if np.count_nonzero(bright) < max(100, len(pixels) // 100):
+        return False
+    return bool(np.percentile(differences[bright], 99) <= 12 and np.percentile(differences, 99) <= 60)
+
+
+def described_size(comment: str) -> tuple[int, int] | None:
+    """Width and height of the scan by the description of an Aperio slide; None if it does not tell them.
+
+    >>> described_size("Aperio Image Library v11.2.1\\r\\n46000x32914 [42673,5576 2220x2967] (240x240) JPEG/RGB Q=30")
+    (2220, 2967)
+    """
+    found = re.search(r"\[\d+,\d+ (\d+)x(\d+)\]", comment) or re.search(r"\n\s*(\d+)x(\d+)\b", comment)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def size_doubts(slide: Slide) -> list[str]:
+    """Warning about an Aperio slide whose size is not the one that its description tells, and so its pixel size."""
+    comment = str(slide.properties.get("openslide.comment") or slide.properties.get("tiffslide.comment") or "")
+    told = described_size(comment) if slide.vendor == "aperio" else None
+    if told is None or told == (slide.width, slide.height):
+        return []
+    return [
+        f"the file's description is of an image of {told[0]} x {told[1]} pixels, not {slide.width} x {slide.height}: "
+        "was it rescaled, and is the pixel size right?"
+    ]
+
+
 def probe(slide: Slide, mpp: float) -> dict[str, int]:
     """Decode a few windows of tissue to see whether the slide can be read.
 
@@ -92,19 +128,26 @@ def probe(slide: Slide, mpp: float) -> dict[str, int]:
     Raises
     ------
     SlideError
-        When more than half of the windows fail.
+        When more than half of the windows fail, or their colours are not those of a slide.
     """
     places = probe_places(slide, mpp)
     failed: list[SlideError] = []
+    seen: list[np.ndarray] = []
     for x, y in places:
         try:
-            slide.read(0, x, y, min(_PROBE_SIDE, slide.width - x), min(_PROBE_SIDE, slide.height - y))
+            pixels = slide.read(0, x, y, min(_PROBE_SIDE, slide.width - x), min(_PROBE_SIDE, slide.height - y))
+            seen.append(pixels.reshape(-1, 3))
         except SlideError as error:
             failed.append(error)
     if 2 * len(failed) > len(places):
         raise SlideError(
             f"{len(failed)} of {len(places)} tiles tried cannot be decoded, the first: {failed[0].reason}",
             "copy or export the slide again",
+        )
+    if seen and like_ycbcr(np.concatenate(seen)):
+        raise SlideError(
+            "its glass has the colour of YCbCr that is shown as RGB",
+            "try another `reader`, or convert it to RGB with the program that wrote it",
         )
     if failed:
         log.warning("%s: %d of %d tiles tried cannot be decoded", slide.path.name, len(failed), len(places))
@@ -187,6 +230,7 @@ def run_inspect(
             (mpp_x, mpp_y), source = resolve_mpp(handle, mpp, mpp_source)
             tiles = probe(handle, (mpp_x + mpp_y) / 2)
             warnings = [*handle.warnings, *mpp_doubts(max(mpp_x, mpp_y), source, handle.objective, handle.mpp)]
+            warnings += size_doubts(handle) if source == "metadata" else []
             for warning in warnings:
                 log.warning("slide %r: %s", slide, warning)
             return {

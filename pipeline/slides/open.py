@@ -36,6 +36,9 @@ _MPP_HINT = (
     "also those whose files state one: --config mpp=NUMBER"
 )
 
+_STITCHED = ("ventana", "trestle")
+"""Formats with tiles that overlap: no reader but OpenSlide puts them in their places."""
+
 _CLASSES: dict[str, type[Slide]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}
 
 
@@ -112,8 +115,8 @@ def _check_file(path: Path, before: bool) -> None:
         raise SlideError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _open_with(path: Path, reader: str) -> Slide | None:
-    """Open the slide with one reader; None if the reader cannot open it."""
+def _open_with(path: Path, reader: str, why: list[str] | None = None) -> Slide | None:
+    """Open the slide with one reader; None if the reader cannot open it, with the reason added to `why`."""
     try:
         return _CLASSES[reader](path)
     except PipelineError:
@@ -123,14 +126,38 @@ def _open_with(path: Path, reader: str) -> Slide | None:
     except Exception as error:  # broken files cause errors of any type in the libraries
         raise_for_machine(error, path)
         log.debug("%s cannot open %s: %s: %s", reader, path, type(error).__name__, error)
+        if why is not None:
+            why.append(" ".join(str(error).split()))
         return None
 
 
+def _vendor(path: Path) -> str | None:
+    """Vendor of a format that OpenSlide alone reads, by the look of the file; None if it is none of these."""
+    import openslide
+
+    try:
+        vendor: str | None = openslide.OpenSlide.detect_format(path)
+    except Exception as error:
+        raise_for_machine(error, path)
+        return None
+    return None if vendor in ("generic-tiff", "aperio") else vendor
+
+
 def _open_auto(path: Path) -> Slide | None:
-    first = _open_with(path, "openslide")
+    why: list[str] = []
+    first = _open_with(path, "openslide", why)
+    vendor = _vendor(path) if first is None else None
+    refused = SlideError(
+        f"is a slide of format {vendor!r} that OpenSlide cannot open: {', '.join(why)}",
+        "export it as a pyramidal TIFF",
+    )
+    if vendor in _STITCHED:
+        raise refused
     if first is not None and not (first.vendor in ("aperio", "generic-tiff") and is_tiff(path)):
         return first
     if first is None and path.suffix.lower() == ".mrxs":  # its file alone is a JPEG of the overview
+        if path.with_suffix("").is_dir() and vendor is not None:
+            raise refused
         raise SlideError(
             f"is a MIRAX slide whose folder {path.stem!r} is missing or damaged", "copy the folder beside the file"
         )
@@ -141,7 +168,10 @@ def _open_auto(path: Path) -> Slide | None:
             raise
         second = None
     if first is None:
-        return second or _open_with(path, "image")
+        second = second or _open_with(path, "image")
+        if second is None and vendor is not None:
+            raise refused
+        return second
     if second is None or not _prefer_tiffslide(first, second):
         if second is not None:
             second.close()
@@ -169,6 +199,8 @@ def _prefer_tiffslide(first: Slide, second: Slide) -> bool:
     if isinstance(second, TiffSlideReader) and second.unlike_openslide:
         return True
     if (first.width, first.height) != (second.width, second.height) or len(second.levels) < len(first.levels):
+        return False
+    if isinstance(second, TiffSlideReader) and second.leaves_out:
         return False
     if first.vendor == "aperio" and first.mpp is not None and second.mpp is None:
         return False

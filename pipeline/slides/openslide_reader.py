@@ -36,6 +36,14 @@ class OpenSlideReader(Slide):
             self.mpp = None  # taken from the resolution tags, which often hold the dpi of a printer or screen
         self.objective = number(properties.get("openslide.objective-power"))
         self.bounds = _bounds(properties, width, height)
+        if properties.get("zeiss.Information.Image.PixelType", "").casefold() == "bgr48":
+            self.close()  # OpenSlide shows the upper eight bits, nearly black if the camera fills only twelve
+            raise SlideError("holds 3 x uint16 a pixel, where 8-bit RGB can be read", "export it as 8-bit RGB")
+        if self.vendor == "dicom" and properties.get("dicom.ImageType[3]") == "RESAMPLED":
+            self.warnings.append(
+                f"the finest level of the series, {width} x {height} pixels, calls itself resampled: are all of its "
+                "files there?"
+            )
 
     def tile_size(self, level: int) -> tuple[int, int]:
         if self._downsamples[level] != int(self._downsamples[level]):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import SlideError
+from pipeline.slides.image_reader import MAX_IMAGE_PIXELS
 from pipeline.slides.integrity import MAX_SEGMENT_PIXELS
 from pipeline.slides.slide import (
     Slide,
@@ -58,6 +59,8 @@ class _Page:
         else:
             self.tile = (self.width, min(self.height, max(1, int(page.rowsperstrip))))
         if self.tile[0] * self.tile[1] > MAX_SEGMENT_PIXELS:
+            if not page.is_tiled and self.width * self.height <= MAX_IMAGE_PIXELS:
+                raise ValueError("a single large strip, left to Pillow")
             raise SlideError(
                 f"is stored in pieces of {self.tile[0]} x {self.tile[1]} pixels, too large to read by region",
                 "convert it to a tiled pyramidal TIFF",
@@ -172,7 +175,9 @@ class TiffSlideReader(Slide):
             self.mpp = None if from_tags and not plausible(declared) else declared
         self.levels = tuple(level_of(int(w), int(h), *sizes[0]) for w, h in sizes)
         series = tif.series[index]
-        self.unlike_openslide = index != first or _fourth_is_nothing(series.keyframe)
+        key = series.keyframe
+        tagged = self.vendor != "aperio" and _holds_ycbcr(key)
+        self.unlike_openslide = index != first or _fourth_is_nothing(key) or tagged
         self._pages: list[_Page | None] = []
         for level in series.levels:
             page = level.pages[0]
@@ -180,6 +185,8 @@ class TiffSlideReader(Slide):
             self._pages.append(_Page(page, self.path) if single else None)
         if "tiffslide.series-composition" in properties or len(self._pages) != len(self.levels):
             self._pages = [None] * len(self.levels)
+        # OpenSlide fills in tiles that a reduced level leaves out from the finer one.
+        self.leaves_out = any(page is not None and 0 in page.counts for page in self._pages[1:])
         if any(page is None for page in self._pages):
             if series.dtype != np.uint8:
                 raise not_8_bit(series.dtype, series.keyframe.samplesperpixel)
@@ -234,6 +241,11 @@ def _fourth_is_nothing(page: Any) -> bool:
     """Whether the page has a fourth sample of unspecified meaning: neither transparency nor the black of CMYK."""
     extra = [int(value) for value in page.extrasamples[:1]]
     return int(page.samplesperpixel) == 4 and int(page.photometric) != 5 and extra not in ([1], [2])
+
+
+def _holds_ycbcr(page: Any) -> bool:
+    """Whether the page is tagged RGB, but holds JPEGs in JFIF, which are YCbCr, as Bio-Formats and QuPath write it."""
+    return int(page.photometric) == 2 and int(page.compression) in (6, 7) and not page.extrasamples and page.is_jfif
 
 
 def _without_fourth(pixels: np.ndarray, page: Any) -> np.ndarray:
@@ -328,6 +340,7 @@ def examine(path: Path, slide: Slide) -> None:
             channels = main.shape[main.axes.index("C")] if (tif.is_ome or tif.is_imagej) and "C" in main.axes else 1
             kind, samples = page.dtype, page.samplesperpixel
             turned = page.tags.valueof("Orientation", 1)
+            ycbcr = _holds_ycbcr(page)
             mpp = _ome_mpp(tif.ome_metadata or "", *_size(main)) if tif.is_ome else None
             by_tags = _tag_mpp(page, _TAG_UNIT_UM.get(page.resolutionunit))
             if tif.is_imagej and not plausible(by_tags):
@@ -348,6 +361,11 @@ def examine(path: Path, slide: Slide) -> None:
         raise SlideError(
             f"is stored turned or mirrored (its orientation tag is {turned}), which OpenSlide shows wrongly",
             "save it upright; `reader: tiffslide` shows it as it is stored",
+        )
+    if slide.backend == "openslide" and ycbcr:
+        raise SlideError(
+            "is tagged RGB, but holds YCbCr, which OpenSlide shows in wrong colours",
+            "`reader: auto` and `reader: tiffslide` show the right ones",
         )
     if slide.backend == "openslide" and _fourth_is_nothing(page):
         raise SlideError(

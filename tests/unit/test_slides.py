@@ -21,12 +21,12 @@ from pipeline.batch.slide_table import UNREADABLE
 from pipeline.batch.stage import read_manifest
 from pipeline.errors import PipelineError, SlideError
 from pipeline.slides import open as open_module
-from pipeline.slides.inspect import reopen, run_inspect
+from pipeline.slides.inspect import like_ycbcr, reopen, run_inspect
 from pipeline.slides.integrity import check_tiff
 from pipeline.slides.open import open_slide, resolve_mpp
 from pipeline.slides.openslide_reader import OpenSlideReader
 from pipeline.slides.slide import level_of, over_white, premultiplied_over_white
-from pipeline.slides.synthetic import write_ome_tiff, write_svs, write_tiff
+from pipeline.slides.synthetic import make_field, write_ome_tiff, write_svs, write_tiff
 from pipeline.slides.tiff_reader import TiffSlideReader
 
 WRITERS = {"svs": write_svs, "tiff": write_tiff, "ome.tiff": write_ome_tiff}
@@ -849,3 +849,99 @@ def test_inspect_of_a_slide_that_does_not_decode(tmp_path: Path) -> None:
     assert "of 9 tiles tried cannot be decoded" in manifest["failure"]["reason"]
     with pytest.raises(SlideError, match="slide 's', inspect:"):
         run_inspect("s", path, out, on_bad_slide="stop")
+
+
+def jpeg_tiles(rgb: np.ndarray, side: int, left_out: frozenset[tuple[int, int]] = frozenset()) -> Any:
+    """JPEGs in JFIF, which are YCbCr, of the tiles of an image; empty for those that are left out."""
+    for y in range(0, rgb.shape[0], side):
+        for x in range(0, rgb.shape[1], side):
+            tile = np.full((side, side, 3), 255, np.uint8)
+            part = rgb[y : y + side, x : x + side]
+            tile[: part.shape[0], : part.shape[1]] = part
+            found = cv2.imencode(".jpg", tile[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+            yield b"" if (y // side, x // side) in left_out else found
+
+
+def test_ycbcr_that_is_tagged_rgb(tmp_path: Path) -> None:
+    rgb, path = picture(512, 512), tmp_path / "a.tif"
+    form = {"shape": rgb.shape, "dtype": "uint8", "tile": (256, 256), "photometric": "rgb", "compression": "jpeg"}
+    tifffile.imwrite(path, jpeg_tiles(rgb, 256), compressionargs={"outcolorspace": "rgb"}, metadata=None, **form)
+    with open_slide(path) as slide:
+        assert slide.backend == "tiffslide"
+        assert np.abs(slide.read(0, 0, 0, 512, 512).astype(int) - rgb).mean() < 4
+    with pytest.raises(SlideError, match="is tagged RGB, but holds YCbCr, which OpenSlide shows in wrong colours"):
+        open_slide(path, "openslide")
+
+
+def test_tiles_that_a_reduced_level_leaves_out(tmp_path: Path) -> None:
+    # OpenSlide fills them in from the finer level, tiffslide would show them white.
+    rgb, path = picture(1920, 1920), tmp_path / "a.svs"
+    form: dict[str, Any] = {
+        "dtype": "uint8", "tile": (128, 128), "photometric": "ycbcr", "subsampling": (2, 2), "compression": "jpeg",
+        "metadata": None,
+    }  # fmt: skip
+    small = np.ascontiguousarray(rgb[::4, ::4])
+    with tifffile.TiffWriter(path) as file:
+        text = "Aperio Image Library v11\r\n1920x1920|AppMag = 20|MPP = 0.5"
+        file.write(jpeg_tiles(rgb, 128), shape=rgb.shape, description=text, **form)
+        file.write(rgb[::8, ::8].copy(), photometric="rgb", metadata=None, description="Aperio Image Library v11\r\nx")
+        gaps = frozenset({(1, 1), (1, 2)})
+        file.write(jpeg_tiles(small, 128, gaps), shape=small.shape, description="Aperio Image Library v11\r\n", **form)
+    with open_slide(path) as slide:
+        assert slide.backend == "openslide"
+        assert np.abs(slide.read(1, 0, 0, 480, 480).astype(int) - small).mean() < 6
+
+
+def test_an_image_in_one_large_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.slides.tiff_reader.MAX_SEGMENT_PIXELS", 100 * 100)
+    rgb = picture(300, 200)
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb", rowsperstrip=200)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.backend == "image"
+        np.testing.assert_array_equal(slide.read(0, 0, 0, 300, 200), rgb)
+
+
+@pytest.mark.parametrize("vendor", ["ventana", "trestle", "dicom", "zeiss"])
+def test_openslides_reason_is_told(tmp_path: Path, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bif"
+    if vendor in ("ventana", "trestle"):  # which tiffslide would read with the overlaps of the tiles
+        tifffile.imwrite(path, picture(300, 200), photometric="rgb")
+    else:
+        path.write_bytes(b"no image")
+
+    def fail(self: Any, path: Path) -> None:
+        raise ValueError("Bad direction\n attribute LEFT")
+
+    monkeypatch.setattr(OpenSlideReader, "__init__", fail)
+    monkeypatch.setattr(open_module, "_vendor", lambda path: vendor)
+    told = f"is a slide of format '{vendor}' that OpenSlide cannot open: Bad direction attribute LEFT"
+    with pytest.raises(SlideError, match=told):
+        open_slide(path)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.9))
+@settings(max_examples=20, deadline=None)
+def test_ycbcr_shown_as_rgb_is_recognised(seed: int, glass: float) -> None:
+    rgb, _ = make_field(96, 96, 0.5, seed)
+    rgb = np.where(np.arange(96)[:, None, None] < 96 * glass, np.uint8(246), rgb).astype(np.uint8)
+    ycbcr = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+    assert like_ycbcr(ycbcr.reshape(-1, 3))
+    assert not like_ycbcr(rgb.reshape(-1, 3))
+    assert not like_ycbcr(np.full((1000, 3), 255, np.uint8))
+    assert not like_ycbcr(np.tile(np.array([240, 130, 150], np.uint8), (1000, 1)))  # eosin without glass
+
+
+def test_a_slide_that_was_rescaled(tmp_path: Path) -> None:
+    for name, told, doubt in (
+        ("a", "46000x32914 [10,20 512x512] (240x240) JPEG/RGB Q=30", False),
+        ("b", "1024x1024 (240x240) JPEG/RGB Q=30", True),
+        ("c", "no size", False),
+    ):
+        path = tmp_path / f"{name}.svs"
+        text = f"Aperio Image Library v11\r\n{told}|AppMag = 20|MPP = 0.5"
+        rgb = picture(512, 512)
+        tifffile.imwrite(path, rgb, photometric="rgb", tile=(256, 256), description=text, metadata=None)
+        warnings = run_inspect("x", path, tmp_path / f"{name}.json")["warnings"]
+        assert [one.startswith("the file's description is of an image of 1024 x 1024") for one in warnings] == [
+            True
+        ] * doubt
