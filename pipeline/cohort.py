@@ -98,7 +98,7 @@ def gather(results: Path, slides: Path, classifier: str | None = None, under_way
         failure = manifest_failure(last) if last else None
         kinds = {} if classifier is None else _classes(paths, by)
         drawn = {} if entry.regions is None else _regions(paths, entry.regions, (kinds or {}).get("classifier"))
-        if failure is None and drawn is not None:
+        if failure is None and drawn is not None and done:
             failure = drawn.pop("failure", None)
         if failure is not None:
             record = {"stage": failure.stage, "reason": failure.reason, "hint": failure.hint}

@@ -115,6 +115,10 @@ def check_torch() -> Finding:
     except Exception as error:  # a broken PyTorch can raise anything
         return Finding("torch", "missing", _first_line(error), SETUP)
     if torch.cuda.is_available():
+        from pipeline.prediction.predictors import unfit_card
+
+        if unfit := unfit_card():
+            return Finding("torch", "warning", f"{torch.__version__}: {unfit}", "networks run on the CPU here")
         cards = []
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)

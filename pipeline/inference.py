@@ -511,14 +511,13 @@ def run_infer(
         if parts:
             found = gather_maps(parts, store, package, staged["maps"])
         else:
-            with ExitStack() as during:
-                if needs_torch(package.network):
-                    during.enter_context(borrow(device))
-                    during.enter_context(one_result())
-                cores = threads or available_cores()
-                predictor, about = choose_predictor(package, device, batch, cores, precision)
-                found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
-                found |= about | {"batch": predictor.per_pass}  # smaller than the setting where memory ran out
+            if needs_torch(package.network):
+                during.enter_context(borrow(device))
+                during.enter_context(one_result())
+            cores = threads or available_cores()
+            predictor, about = choose_predictor(package, device, batch, cores, precision)
+            found = infer_slide(store, transform, predictor, package, staged["maps"], part, cores)
+            found |= about | {"batch": predictor.per_pass}  # smaller than the setting where memory ran out
         log.info(
             "slide %r: %.1f MP at %s MP/s on %s, %s",
             slide, found["megapixels"], found["mp_per_s"], found["device"], found["precision"],
@@ -531,16 +530,18 @@ def run_infer(
             **({} if part is None else {"part": part.to_json()}),
         }
 
-    return run_stage(
-        "infer",
-        slide,
-        manifest=out,
-        outputs={"maps": zarr_out},
-        upstream=[tiles, stain, *map(manifest_of, parts)],
-        stores={zarr: tiles} | {part: manifest_of(part) for part in parts},
-        body=body,
-        **how,
-    )
+    # The GPU is given back when the store is written, as the process holds the GPU's memory until it ends.
+    with ExitStack() as during:
+        return run_stage(
+            "infer",
+            slide,
+            manifest=out,
+            outputs={"maps": zarr_out},
+            upstream=[tiles, stain, *map(manifest_of, parts)],
+            stores={zarr: tiles} | {part: manifest_of(part) for part in parts},
+            body=body,
+            **how,
+        )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -195,7 +195,7 @@ def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -
         kinds[kind_of(feature)] += parts
     polygons = kinds["annotation"] or kinds["detection"]
     if found and not polygons:
-        raise no_areas("tissue mask", path, "holds only tiles, TMA cores or objects of class Ignore*")
+        raise no_areas("tissue mask", path, "has no area that counts: tiles, TMA cores and class Ignore* do not")
     result = clean(polygons, box) if polygons else []
     if polygons and not result:
         raise no_areas("tissue mask", path, "no polygon lies on the slide")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import PipelineError
+from pipeline.machine.locks import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ _LOOKING_ONLY = {
     "--archive", "--print-compilation", "--containerize", "--draft-notebook", "--edit-notebook", "-h", "--help",
 }  # fmt: skip
 """Snakemake options with which it runs no jobs."""
-
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 _GONE = {errno.ESTALE, errno.ENOENT}
 """Error numbers for a lock file that its holder, perhaps on another machine, removed after it had been opened."""
@@ -113,7 +112,7 @@ def lock_run(folder: Path) -> IO[str] | None:
             "wait until it ends, or choose another folder: --config results=FOLDER",
         ) from None
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in NO_LOCKS:
             file.close()
             raise PipelineError(
                 f"results: {str(path)!r} cannot be locked: {error.strerror}",
@@ -180,7 +179,7 @@ def held(path: Path) -> Iterator[None]:
             file = _take(path)
             break
         except OSError as error:
-            if error.errno in _UNSUPPORTED:
+            if error.errno in NO_LOCKS:
                 break
             if error.errno not in _GONE or not left:
                 raise

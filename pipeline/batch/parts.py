@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.batch.stage import read_manifest
 from pipeline.errors import PipelineError
-from pipeline.stores.seal import check_seal
+from pipeline.stores.seal import check_seal, walk
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_parts(parts: Sequence[Path], **expected: Any) -> list[dict[str, Any]]:
 
 def link_chunks(part: Path, store: Path, array: str) -> None:
     """Add the chunks of a part's zarr array to another store, as hard links where possible, else as copies."""
-    for folder, _, names in os.walk(part / array / "c"):
+    for folder, names in walk(part / array / "c"):
         target = store / Path(folder).relative_to(part)
         target.mkdir(parents=True, exist_ok=True)
         for name in names:

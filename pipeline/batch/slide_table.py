@@ -91,7 +91,7 @@ class SlideEntry:
     Parameters
     ----------
     name : str
-        Name of the slide and of its results folder.
+        Name of the slide, after which its results folder is named.
     path : pathlib.Path
         Absolute path of the slide; it need not exist (a missing slide fails, and the others go on).
     mpp : float or None
@@ -119,6 +119,13 @@ class SlideEntry:
         problem = name_problem(self.name)
         if problem:
             raise PipelineError(f"slide {self.name!r} ({str(self.path)!r}): the name {problem}", "rename the slide")
+        try:
+            "".join(str(one) for one in (self.path, self.tissue, self.truth, self.regions)).encode("utf-8")
+        except UnicodeEncodeError:
+            raise PipelineError(
+                f"slide {self.name!r}: {str(self.path)!a} or another of its files is not valid UTF-8",
+                "rename the folder or the file, or link it from one with a plain name",
+            ) from None
         if self.mpp is not None and not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
             raise PipelineError(
                 f"slide {self.name!r}: mpp {self.mpp:g} is not plausible, slides have "

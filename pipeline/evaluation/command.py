@@ -18,6 +18,7 @@ from pipeline.evaluation.readers import (
     load,
     on_same_part,
     overlay,
+    same_nuclei,
     slide_box,
     stem,
     told_outside,
@@ -90,7 +91,9 @@ def _of_slide(folder: Path) -> tuple[str, Path | None]:
     metrics = _metrics(folder)
     classified = folder / "classified.parquet"
     if classified.is_file() and not stub_text(classified):
-        return str(metrics.get("slide", folder.name)), classified
+        if same_nuclei(classified, folder / "nuclei.parquet"):
+            return str(metrics.get("slide", folder.name)), classified
+        log.warning("%s is of other nuclei than nuclei.parquet, and is left out", classified)
     inside = (folder / "nuclei.parquet", folder / "nuclei.geojson.gz", folder / "nuclei.geojson")
     return str(metrics.get("slide", folder.name)), next((file for file in inside if file.is_file()), None)
 

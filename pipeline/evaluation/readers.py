@@ -452,6 +452,17 @@ def slide_box(path: Path) -> Box | None:
     return 0, 0, math.ceil((grid.width + 2) * grid.scale_x), math.ceil((grid.height + 2) * grid.scale_y)
 
 
+def same_nuclei(classified: Path, nuclei: Path) -> bool:
+    """Whether a ``classified.parquet`` holds the nuclei of a ``nuclei.parquet``, by their number and their model."""
+    from pipeline.stores.nuclei import about_nuclei, open_nuclei
+
+    told = []
+    for path in (classified, nuclei):
+        with open_nuclei(path) as file:
+            told.append((file.metadata.num_rows, about_nuclei(file.schema_arrow).get("model")))
+    return told[0] == told[1]
+
+
 def on_same_part(truth: Instances, path: Path, slide: Box) -> Instances:
     """Read the nuclei of a ``nuclei.parquet`` whose centroids lie in the box around the known nuclei on the slide.
 
@@ -541,7 +552,7 @@ def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within:
     """
     if within and not (isinstance(truth, LabelMap) or isinstance(pred, LabelMap)):
         raise PipelineError(
-            f"--count-within {within}: polygons do not tell the size of their image", "give one side as label maps"
+            f"--count-within {within}: polygons do not tell the size of the patch", "give one side as label maps"
         )
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None

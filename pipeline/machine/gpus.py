@@ -7,9 +7,11 @@ beside each other in one SLURM job share its GPUs in the same way.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.machine.locks import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,8 @@ def lock_folder() -> Path:
     PipelineError
         When it belongs to somebody else.
     """
-    folder = Path(tempfile.gettempdir(), f"nucleus-pipeline-gpus-{os.getuid()}")
+    # The folder of temporary files may be shared by several machines.
+    folder = Path(tempfile.gettempdir(), f"nucleus-pipeline-gpus-{os.getuid()}-{socket.gethostname()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise PipelineError(f"{folder} belongs to somebody else", "remove it, or set TMPDIR")
@@ -79,6 +83,13 @@ def _take(name: str, stack: ExitStack) -> bool:
             mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # removed by its holder
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: no locks on this file system: GPU %s may be used by another job as well", path, name)
+            mine = True
         if mine:  # locked, and the path still leads to this file: the previous holder may have removed it meanwhile
             stack.push(opened.pop_all())
             stack.callback(path.unlink, missing_ok=True)  # a cleaner of /tmp may have removed it

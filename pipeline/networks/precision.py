@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import PipelineError
 from pipeline.networks.outputs import FindsInstances
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ def choose_precision(name: str, device: str, network: nn.Module) -> torch.dtype:
     -------
     torch.dtype
         Type in which convolutions and matrix products are computed.
+
+    Raises
+    ------
+    PipelineError
+        When bfloat16 is asked for on a GPU that does not compute with it.
     """
     import torch
 
@@ -61,4 +67,8 @@ def choose_precision(name: str, device: str, network: nn.Module) -> torch.dtype:
         return torch.bfloat16 if wanted and not isinstance(network, FindsInstances) else torch.float32
     if name == "float32":
         return torch.float32
-    return torch.bfloat16 if name == "bfloat16" or torch.cuda.is_bf16_supported(False) else torch.float16
+    if torch.cuda.is_bf16_supported(False):
+        return torch.bfloat16
+    if name == "bfloat16":
+        raise PipelineError("infer.precision bfloat16: this GPU does not compute with it", "use auto or float32")
+    return torch.float16

@@ -111,7 +111,7 @@ def draw_classes(
     wide, tall = map_size(grid.width, grid.height, (8.3, 7.0), 3.2)  # the list of classes stands beside the map
     with picture(path, 1.3 + max(tall, 0.42 * min(len(composition), CLASSES_SHOWN)) + 0.4) as figure:
         count = sum(item["count"] for item in composition.values())
-        heading(figure, slide, f"{count:,} nuclei by class")
+        heading(figure, slide, f"{count:,} {'nucleus' if count == 1 else 'nuclei'} by class")
         axes = panel(figure, (MARGIN, 1.3, wide, tall), "Where they are", f"squares of {size * grid.mpp:.0f} µm")
         extent = (0, image.shape[1] * size, image.shape[0] * size, 0)
         axes.imshow(image, extent=extent, interpolation="nearest")

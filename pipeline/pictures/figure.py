@@ -30,7 +30,11 @@ TISSUE_LINE = "#0b7285"
 PNG_LEVEL = 4
 """Compression level of pictures: at most 5 % larger than with Pillow's default of 6, in half the time."""
 
-FONTS = ["Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans"]
+FONTS = [
+    "Inter", "Source Sans 3", "Helvetica Neue", "Arial", "DejaVu Sans",
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+]  # fmt: skip
+"""Fonts in the order of preference; the last ones have the letters that the others lack."""
 
 Box = tuple[float, float, float, float]
 """Left, top, width and height in inches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +93,28 @@ class DeviceBlender:
             edge += other
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the device, or pinned memory of the host, does not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Without room to work in, cuDNN finds no way to compute a convolution.
+    told = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+
+
+@contextmanager
+def within_memory(device: torch.device) -> Iterator[None]:
+    """Turn a lack of memory within the context into a `PipelineError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise PipelineError(
+            f"{device} has not enough memory left for the network", "does another process hold it? See nvidia-smi"
+        ) from None
+
+
 class BatchPredictor:
     """Predictor that runs batches of one size on a GPU and blends them there.
 
@@ -124,7 +146,8 @@ class BatchPredictor:
         self.device = torch.device(device)
         self.batch = batch
         self.outputs = outputs
-        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
+        with within_memory(self.device):
+            self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         self.precision = precision
         self.threads = threads
         self.on_gpu = self.device.type == "cuda"
@@ -142,7 +165,8 @@ class BatchPredictor:
 
     def slide(self, grid: PatchGrid, transform: StainTransform) -> SlideMaps:
         """See `Predictor`."""
-        return _BatchSlide(self, grid, transform)
+        with within_memory(self.device):
+            return _BatchSlide(self, grid, transform)
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Maps of windows, see `Predictor`."""
@@ -160,7 +184,9 @@ class BatchPredictor:
             part = x[start : start + self.batch]
             try:
                 found = self.forward(part, colours)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 found = None  # go on outside this block: within it, the error keeps the pass's layers in memory
             if found is not None:
                 done.append(found)
@@ -170,7 +196,7 @@ class BatchPredictor:
                 raise PipelineError(
                     f"{self.device}: not even one window fits the memory", "use another device or a smaller model"
                 )
-            self.batch //= 2
+            self.batch = -(-self.batch // 2)  # rounded up: full batches are cut into as few passes as fit
             log.warning("%s is out of memory: going on with batches of %d", self.device, self.batch)
             if self.on_gpu:
                 torch.cuda.empty_cache()
@@ -248,7 +274,9 @@ class _BatchSlide:
         places = [place for strip in strips for place in strip.places]
         try:
             return self._begun(places, strips)
-        except (torch.OutOfMemoryError, MemoryError):  # not from a forward pass: that halves the batch itself
+        except (RuntimeError, MemoryError) as error:  # not from a forward pass: that halves the batch itself
+            if not out_of_memory(error):
+                raise
             raise PipelineError(
                 f"{self._predictor.device} is out of memory: {len(places)} windows at once do not fit",
                 f"set infer.batch to {max(1, len(places) // 4)} or less",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,12 +95,31 @@ def choose_device(name: str) -> str:
     """
     import torch
 
-    available = torch.cuda.is_available()
+    available = name != "cpu" and torch.cuda.is_available()
+    unfit = unfit_card() if available else None
     if name == "auto":
-        return "cuda" if available else "cpu"
-    if name == "cuda" and not available:
-        raise PipelineError("device cuda: this machine has no usable GPU", "use device: auto or cpu")
+        if unfit is not None:
+            log.warning("%s: the CPU is used", unfit)
+        return "cuda" if available and unfit is None else "cpu"
+    if name == "cuda" and (unfit is not None or not available):
+        raise PipelineError(f"device cuda: {unfit or 'this machine has no usable GPU'}", "use device: auto or cpu")
     return name
+
+
+def unfit_card(index: int = 0) -> str | None:
+    """Say why the installed PyTorch cannot use a GPU, or return None: it has code for some generations only."""
+    import torch
+
+    built = [re.fullmatch(r"(sm|compute)_(\d+?)(\d)[a-z]?", one) for one in torch.cuda.get_arch_list()]
+    made = [(one[1], int(one[2]), int(one[3])) for one in built if one]
+    if not made:  # not CUDA
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    for kind, own, step in made:
+        # Machine code runs within its generation, and PTX (compute) is translated for all later ones.
+        if (own == major and step <= minor) or (kind == "compute" and (own, step) <= (major, minor)):
+            return None
+    return f"this PyTorch has no code for {torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
 
 
 class Predictor(Protocol):
@@ -255,12 +275,14 @@ def one_result() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), cudnn.benchmark, torch.get_num_threads()
+    short = cudnn.allow_tf32
     filled = memory.fill_uninitialized_memory
     # Only a warning: a network may contain an operation without a deterministic kernel. `use_deterministic_algorithms`
     # does the same, but first imports the compiler, which takes longer than all else before the first window.
     torch.set_deterministic_debug_mode("warn")
     memory.fill_uninitialized_memory = False  # filling takes time and only helps to find bugs
     cudnn.benchmark = False
+    cudnn.allow_tf32 = False  # by default, convolutions in float32 round their operands to 10 bits on newer GPUs
     torch.set_num_threads(1)  # windows run on threads of their own; for the weights, more only wait for each other
     try:
         yield
@@ -268,6 +290,7 @@ def one_result() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before[0])
         memory.fill_uninitialized_memory = filled
         cudnn.benchmark = before[1]
+        cudnn.allow_tf32 = short
         torch.set_num_threads(before[2])
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -241,6 +242,26 @@ def _links(root: Path, page: Path, row: Mapping[str, Any]) -> list[dict[str, str
     return [{"name": name, "href": f"{folder}/{name}"} for name in names if (root / name).exists()]
 
 
+def fitting(text: str, width: int) -> str:
+    """Return `text`, shortened in the middle if it is wider than `width` letters; ideographs are as wide as two.
+
+    >>> fitting("Study A, patient 001", 12), fitting("short", 12), fitting("肿瘤肿瘤肿瘤", 7)
+    ('Study A,… 001', 'short', '肿瘤…瘤')
+    """
+
+    def wide(part: str) -> int:
+        return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in part)
+
+    if wide(text) <= width:
+        return text
+    head, tail = len(text), 0
+    while head and wide(text[:head]) > 2 * width // 3:
+        head -= 1
+    while tail < len(text) - head and wide(text[len(text) - tail - 1 :]) + wide(text[:head]) <= width:
+        tail += 1
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
 def environment() -> Any:
     """Jinja environment of the reports' templates, with the filters that they use."""
     import jinja2
@@ -254,6 +275,7 @@ def environment() -> Any:
     )
     found.filters["number"] = number
     found.filters["duration"] = duration
+    found.filters["fitting"] = fitting
     return found
 
 
@@ -308,7 +330,11 @@ def render(
     nuclei = sum(row["nuclei"] for row in rows)
     earlier = Counter(item["code"] for item in manifest["slides"] if item["code"] not in (None, code_of(manifest)))
     facts = [
-        ("slides", number(len(rows)), slides_note(len(failed), manifest.get("slides_waiting", 0))),
+        (
+            "slide" if len(rows) == 1 else "slides",
+            number(len(rows)),
+            slides_note(len(failed), manifest.get("slides_waiting", 0)),
+        ),
         ("nuclei", number(nuclei), "in all slides"),
         ("mm² of tissue", number(tissue, 2), "analysed"),
         ("nuclei per mm²", number(nuclei / tissue if tissue else None), "over all tissue"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,26 @@ _SUMMED = ("zarr.json", "active", "sums", "doubtful")
 """Names of files and folders without checksums of their own. Files at the top level of a store have none either."""
 
 
+def walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `top`, and `top` itself, with the names of its files; nothing if there is no `top`.
+
+    Raises
+    ------
+    OSError
+        When a folder cannot be listed. `os.walk` would go on as if it were empty.
+    """
+
+    def fail(error: OSError) -> None:
+        if not (isinstance(error, FileNotFoundError) and error.filename == str(top)):
+            raise error
+
+    for folder, _, names in os.walk(str(top), onerror=fail):
+        yield folder, names
+
+
 def _files(store: Path) -> list[str]:
     found = []
-    for folder, _, names in os.walk(store):
+    for folder, names in walk(store):
         inside = os.path.relpath(folder, store)
         found += [name if inside == "." else f"{inside}/{name}" for name in names]
     return sorted(name for name in found if name != SEAL)

@@ -394,9 +394,10 @@ def _divisions(named: Sequence[Named]) -> Iterator[tuple[np.ndarray, str]]:
     """
     sizes = [len(one.names) for one in named]
     patients = np.unique([one.patient or f"slide {one.slide}" for one in named], return_inverse=True)[1]
-    if len(set(patients)) >= 3:
-        what = "slides" if len(set(patients)) == len(named) else "patients"
-        yield np.repeat(patients, sizes), what
+    if len(named) >= 3:
+        if 2 <= len(set(patients)) < len(named):
+            yield np.repeat(patients, sizes), "patients"
+        yield np.repeat(np.arange(len(named)), sizes), "slides"
     places = np.floor(np.concatenate([one.points for one in named]) / SQUARE_UM)
     squares = np.column_stack([np.repeat(np.arange(len(named)), sizes), places])
     yield np.unique(squares, axis=0, return_inverse=True)[1].ravel(), f"squares of {SQUARE_UM:.0f} µm"

@@ -211,6 +211,11 @@ def plan_transfer(train: Mapping[str, Any], transfer: Mapping[str, Any]) -> dict
         part = {"method": "folds", "folds": transfer["folds"], "fold": fold, "exclude": []}
         one = merged(merged(train, side | {"split": part}), {"schedule": transfer["schedule"]})
         scratch = {"name": f"{name}-scratch-{fold}", "start_from": None, "start_share": 0}
+        args = one.get("network_args", {})
+        encoder = args.get("encoder_weights")
+        if one.get("start_from") and encoder not in (None, "imagenet") and not Path(encoder).is_file():
+            # The card of the package tells only the name of the file that its encoder began with.
+            scratch["network_args"] = args | {"encoder_weights": None}
         runs[f"scratch-{fold}"] = PlannedRun(one | scratch)
         rate = one["schedule"]["learning_rate"] * transfer["rate"]
         tuned = merged(one, {"name": f"{name}-finetune-{fold}", "schedule": {"learning_rate": rate}})

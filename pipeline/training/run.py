@@ -138,7 +138,12 @@ class Run:
 
     def _check_same_network(self, start: ModelPackage) -> None:
         """Refuse ``start_share`` where the package lacks weights: those would be averaged with random ones."""
-        if (channel_names(start), start.network_args) != (self.outputs.names, self.experiment.network_args):
+        # A card has only the name of the file that the encoder began with.
+        before, now = (
+            {key: value for key, value in args.items() if key != "encoder_weights"}
+            for args in (start.network_args, self.experiment.network_args)
+        )
+        if (channel_names(start), before) != (self.outputs.names, now):
             raise PipelineError(
                 f"train: start_share {self.experiment.start_share:g}, but {start.folder} lacks weights of the network",
                 "train with its heads, classes and network_args, or set start_share to 0",

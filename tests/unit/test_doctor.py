@@ -71,10 +71,15 @@ def test_a_gpu_is_told_with_the_model_for_it(monkeypatch: pytest.MonkeyPatch) ->
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H0", total_memory=2**34))
+    card = SimpleNamespace(name="H0", total_memory=2**34, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     found = doctor.check_torch()
     assert found.state == "ok"
     assert found.detail.endswith("GPU: H0 (16 GiB); model=models/accurate is for GPUs")
+    card.major = 3
+    found = doctor.check_torch()
+    assert found.state == "warning"
+    assert "no code for H0 (compute capability 3.0)" in found.detail
 
 
 def test_a_reader_that_opens_wrongly_is_found() -> None:

@@ -568,7 +568,7 @@ def test_polygons_have_no_middle(tmp_path: Path) -> None:
     feature = {"type": "Feature", "geometry": square, "properties": {"classification": {"name": "A"}}}
     for name in ("truth", "pred"):
         (tmp_path / f"{name}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
-    with pytest.raises(PipelineError, match="--count-within 224: polygons do not tell the size"):
+    with pytest.raises(PipelineError, match="--count-within 224: polygons do not tell the size of the patch"):
         run(tmp_path / "pred.geojson", tmp_path / "truth.geojson", "--count-within", "224")
 
 

@@ -92,6 +92,28 @@ def test_batches_halve_when_memory_runs_out(
     assert "batches of 2" in caplog.text
 
 
+def test_full_batches_are_cut_into_two_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = predictor(tmp_path / "model", "cpu", 5)
+    forward, passes = one.forward, []
+
+    def short(x: Any, colours: Any) -> Any:
+        if len(x) > 3:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")  # cuDNN without memory
+        passes.append(len(x))
+        return forward(x, colours)
+
+    monkeypatch.setattr(one, "forward", short)
+    one(np.zeros((5, 96, 96, 3), np.uint8))
+    assert passes == [3, 2]
+
+    def broken(x: Any, colours: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(one, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        one(np.zeros((5, 96, 96, 3), np.uint8))
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_blending_without_memory_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,3 +134,13 @@ def test_devices_of_the_machine_are_counted(monkeypatch: pytest.MonkeyPatch, tmp
     for name in ("nvidia3", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia0abc"):
         (tmp_path / name).touch()
     assert gpus.present(tmp_path) == ["0", "1"]
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(gpus.fcntl, "flock", flock)
+    with gpus.borrow("auto") as mine:
+        assert len(mine) == 1
+    assert "no locks on this file system" in caplog.text

@@ -9,10 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.networks import precision  # noqa: E402
 from pipeline.networks.outputs import Outputs, map_names  # noqa: E402
 from pipeline.networks.registry import build_network  # noqa: E402
-from pipeline.prediction.predictors import network_on_cpu  # noqa: E402
+from pipeline.prediction.predictors import choose_device, network_on_cpu, one_result  # noqa: E402
 
 
 @pytest.fixture
@@ -60,3 +61,49 @@ def test_fewer_bits_move_maps_by_little() -> None:
     exact, fast = (network_on_cpu(network, outputs, p)(window).astype(int) for p in (torch.float32, torch.bfloat16))
     assert 0 < np.abs(exact - fast).mean() < 1
     assert np.abs(exact - fast).max() < 16
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "fits"),
+    [
+        (["sm_75", "sm_80", "sm_86", "sm_90"], (8, 9), True),  # code of the same generation
+        (["sm_75", "sm_80", "sm_86", "sm_90"], (7, 0), False),
+        (["sm_86"], (8, 0), False),
+        (["sm_90", "compute_90"], (12, 0), True),  # PTX is translated for later ones
+        (["sm_100", "sm_120a"], (12, 0), True),
+        (["gfx90a"], (9, 0), True),  # not CUDA
+    ],
+)
+def test_a_card_that_this_torch_has_no_code_for(
+    built: list[str], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old card")
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") == ("cuda" if fits else "cpu")
+    assert ("no code for Old card" in caplog.text) is not fits
+    if fits:
+        assert choose_device("cuda") == "cuda"
+        return
+    with pytest.raises(PipelineError, match=r"device cuda: this PyTorch has no code for Old card \(compute"):
+        choose_device("cuda")
+
+
+def test_bfloat16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_network("resunet", 2, {"widths": [4, 6]})
+    for able, auto in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, able=able: able)
+        assert precision.choose_precision("auto", "cuda", network) is auto
+        assert precision.choose_precision("float32", "cuda", network) is torch.float32
+    with pytest.raises(PipelineError, match="this GPU does not compute with it"):
+        precision.choose_precision("bfloat16", "cuda", network)
+
+
+def test_float32_is_float32() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with one_result():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 is before

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from pipeline.batch.again import NOTES, clear_marks
+from pipeline.batch.parts import link_chunks
 from pipeline.batch.stage import clear_finished, clear_remains, run_stage
 from pipeline.errors import DamagedStore, PipelineError, SlideError
+from pipeline.stores import seal
 from pipeline.stores.grid import Grid
 from pipeline.stores.maps import MapStore
 from pipeline.stores.seal import SEAL, check_seal
@@ -327,3 +329,27 @@ def test_the_error_travels_between_processes() -> None:
         "why",
         "a b/maps.zarr is damaged: why (delete it and run again)",
     )
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file server that fails for a moment: no store is damaged, and none is sealed or joined without its chunks.
+    store, other = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    for name in ("maps/c/0/0", "maps/c/1/0"):
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(b"x")
+    seal.write_seal(store)
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if str(path).endswith("c/1"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    works = (seal.check_seal, seal.write_seal, lambda one: link_chunks(one, other, "maps"))
+    for work in works:
+        with pytest.raises(OSError, match="Input/output error"):
+            work(store)
+    monkeypatch.undo()
+    seal.check_seal(store)
+    assert list(seal.walk(tmp_path / "none")) == []

@@ -154,7 +154,6 @@ def gone():
 def each_slide(*kinds, having="path"):
     """Return an input function for these outputs of every slide with a value in column `having` that is not `gone`."""
 
-    # Names may hold braces. Snakemake takes paths from a function literally.
     @known
     def files(wildcards):
         chosen = [slide for slide in slides() if getattr(slide, having) is not None and slide.name not in gone()]

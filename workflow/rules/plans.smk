@@ -135,7 +135,8 @@ if workflow.is_main_process:
         if reason and target in TARGETS:
             stop(reason)
     for name in LIMITED:
-        if any(target in TARGETS and Path(name).parts[0] == Path(TRAINS[target]).name for target in TRAINS):
+        group, one = os.path.split(name)
+        if ("transfer" in TARGETS and group == NAME and one in ARMS) or ("compare" in TARGETS and one in COMPARED):
             told = f"{name}: schedule.max_minutes is a limit of each training of a command"
             stop(f"{told} (set it for all: --config 'train={{schedule: {{max_minutes: N}}}}')")
     try:
