@@ -14,6 +14,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's pixels, RGB in [0, 1], as torchvision's weights expect them."""
 
 
+def bilinear(x: Tensor, **to: Any) -> Tensor:
+    """Resize by bilinear interpolation; `to` is ``size`` or ``scale_factor``.
+
+    In deterministic mode, torch does without its own kernel on GPUs, as the gradients of that are not deterministic.
+    What it does instead takes many times the memory, so without gradients the kernel is used.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    if x.device.type == "cpu" or not mode or torch.is_grad_enabled():
+        return functional.interpolate(x, mode="bilinear", align_corners=False, **to)
+    torch.set_deterministic_debug_mode(0)
+    try:
+        return functional.interpolate(x, mode="bilinear", align_corners=False, **to)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 class ImageNetNormalise(nn.Module):
     """Normalise RGB in [0, 1] by the mean and standard deviation of ImageNet.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.networks.blocks import ImageNetNormalise
+from pipeline.networks.blocks import ImageNetNormalise, bilinear
 from pipeline.networks.encoders import ResNet34Encoder
 
 POOLS = (2, 3, 5, 6)
@@ -63,9 +63,7 @@ class ResidualMultiPooling(nn.Module):
         parts = [x]
         for side in POOLS:
             pooled = functional.max_pool2d(x, (min(side, height), min(side, width)))
-            parts.append(
-                functional.interpolate(self.project(pooled), size=(height, width), mode="bilinear", align_corners=False)
-            )
+            parts.append(bilinear(self.project(pooled), size=(height, width)))
         return torch.cat(parts, dim=1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.networks.blocks import bilinear
 from pipeline.networks.outputs import FindsInstances, Folding, Outputs
 from pipeline.networks.registry import build_network
 
@@ -59,7 +60,7 @@ class Ensemble(nn.Module):
                 total = total + outputs.predict(network, x)
             else:
                 maps = outputs.predict(network, functional.avg_pool2d(x, factor))
-                total = total + functional.interpolate(maps, scale_factor=float(factor), mode="bilinear")
+                total = total + bilinear(maps, scale_factor=float(factor))
         mean = total / len(self.members)
         independent, types = mean[:, : self.binary], mean[:, self.binary :]
         return torch.cat([torch.logit(independent, LEAST), torch.log(types.clamp(min=LEAST))], dim=1)

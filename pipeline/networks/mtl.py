@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.networks.blocks import MapTransformer, conv_norm_relu
+from pipeline.networks.blocks import MapTransformer, bilinear, conv_norm_relu
 
 
 class MultiDilatedBlock(nn.Module):
@@ -173,6 +173,6 @@ class MultiTaskUNet(nn.Module):
             x = self.pool(x)
         x = self.transformer(self.bottleneck(x))
         for up, gate, decode, skip in zip(self.up, self.gates, self.decode, reversed(skips), strict=True):
-            x = up(functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False))
+            x = up(bilinear(x, scale_factor=2.0))
             x = decode(torch.cat([gate(skip, x), x], dim=1))
         return torch.cat([branch(x) for branch in self.branches], dim=1)

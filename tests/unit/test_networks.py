@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import resnet34, squeezenet1_0  # noqa: E402
 
 from pipeline.models.weights import load_network, load_weights, weights_for  # noqa: E402
+from pipeline.networks import blocks  # noqa: E402
 from pipeline.networks.blocks import ImageNetNormalise, PositionTable, SelfAttention  # noqa: E402
 from pipeline.networks.cenet import DenseAtrousConvolution, ResidualMultiPooling  # noqa: E402
 from pipeline.networks.command import count_multiply_adds  # noqa: E402
@@ -618,3 +619,28 @@ def test_pretrained_squeezenet(shared_data: Path) -> None:
         plain = encoder(torch.ones(1, 3, 64, 64))[3].mean()
     assert torch.isfinite(texture)
     assert texture != plain
+
+
+@pytest.mark.parametrize("to", [{"scale_factor": 2.0}, {"size": (7, 9)}])
+def test_bilinear_interpolation_with_its_own_kernel(to: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # On GPUs, deterministic mode would replace it; here a device that is not the CPU stands for one.
+    modes = []
+
+    def interpolate(x: Any, **how: Any) -> Any:
+        modes.append(torch.get_deterministic_debug_mode())
+        return x
+
+    x = torch.rand(1, 2, 4, 5)
+    expected = torch.nn.functional.interpolate(x, mode="bilinear", align_corners=False, **to)
+    torch.testing.assert_close(blocks.bilinear(x, **to), expected, rtol=0, atol=0)
+    monkeypatch.setattr(blocks.functional, "interpolate", interpolate)
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        with torch.no_grad():
+            blocks.bilinear(x.to("meta"), **to)
+            blocks.bilinear(x, **to)
+        blocks.bilinear(x.to("meta"), **to)
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert modes == [0, 1, 1]
