@@ -118,7 +118,12 @@ def check_torch() -> Finding:
         from pipeline.prediction.predictors import unfit_card
 
         if unfit := unfit_card():
-            return Finding("torch", "warning", f"{torch.__version__}: {unfit}", "networks run on the CPU here")
+            return Finding(
+                "torch",
+                "warning",
+                f"{torch.__version__}: {unfit}",
+                "networks run on the CPU here",
+            )
         cards = []
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)

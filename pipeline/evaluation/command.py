@@ -23,6 +23,7 @@ from pipeline.evaluation.readers import (
     stem,
     told_outside,
 )
+from pipeline.layout import folder_name
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,15 @@ def files_by_stem(path: Path) -> dict[str, Path]:
 
 def _of_slide(folder: Path) -> tuple[str, Path | None]:
     """Name of the slide whose results a folder holds, and the file with its nuclei, by a classifier if there is one."""
-    metrics = _metrics(folder)
-    classified = folder / "classified.parquet"
-    if classified.is_file() and not stub_text(classified):
-        if same_nuclei(classified, folder / "nuclei.parquet"):
-            return str(metrics.get("slide", folder.name)), classified
+    name = str(_metrics(folder).get("slide", folder.name))
+    name = name if folder_name(name) == folder.name else folder.name  # a copy, say
+    nuclei, classified = folder / "nuclei.parquet", folder / "classified.parquet"
+    if all(file.is_file() and not stub_text(file) for file in (nuclei, classified)):
+        if same_nuclei(classified, nuclei):
+            return name, classified
         log.warning("%s is of other nuclei than nuclei.parquet, and is left out", classified)
-    inside = (folder / "nuclei.parquet", folder / "nuclei.geojson.gz", folder / "nuclei.geojson")
-    return str(metrics.get("slide", folder.name)), next((file for file in inside if file.is_file()), None)
+    inside = (nuclei, folder / "nuclei.geojson.gz", folder / "nuclei.geojson")
+    return name, next((file for file in inside if file.is_file()), None)
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

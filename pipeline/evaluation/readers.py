@@ -556,8 +556,9 @@ def count_classes(truth: Instances, pred: Instances, overlaps: Overlaps, within:
         )
     if truth.classes is None or pred.classes is None or (len(overlaps.truth_ids) and not truth.classes.names):
         return None
-    # Where some known nuclei have been named, those that still have the class of the export have not.
-    named = truth.classes.without(UNTYPED) if len(truth.classes.names) > 1 else truth.classes
+    named = truth.classes.without(UNTYPED)  # nobody has named these
+    if len(overlaps.truth_ids) and not named.names:
+        return None
     names = list(dict.fromkeys((*named.names, *pred.classes.names)))
     known, found = named.among(names, overlaps.truth_ids), pred.classes.among(names, overlaps.pred_ids)
     middle = central(canvas(truth, pred), within)

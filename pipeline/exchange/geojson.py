@@ -90,7 +90,7 @@ def reading(path: Path, what: str, hint: str) -> Iterator[Any]:
     value = read_geojson(path)
     try:
         yield value
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise PipelineError(f"{path} is not {what}: {type(error).__name__} {error}", hint) from None
 
 
@@ -172,8 +172,8 @@ def class_names(feature: dict[str, Any]) -> list[str]:
 
 
 def _names_of(value: Any) -> list[str]:
-    names = value if isinstance(value, str) else value.get("names") or value.get("name") or ""
-    names = [names] if isinstance(names, str) else names
+    names = value.get("names") or value.get("name") if isinstance(value, dict) else value
+    names = names if isinstance(names, list) else [names] if isinstance(names, str) else []  # else of another program
     # Before version 0.4, a derived class had only the last part of its name, and the class that it is derived from.
     above = _names_of(value["parentClass"]) if isinstance(value, dict) and value.get("parentClass") else []
     return above + [part.strip() for name in names for part in str(name).split(":") if part.strip()]

@@ -129,12 +129,12 @@ def _train(args: argparse.Namespace, section: dict[str, Any]) -> int:
 
     from pipeline.training.experiment import Experiment
     from pipeline.training.run import run_experiment
-    from pipeline.training.schedule import DEVICES, Deadline
+    from pipeline.training.schedule import Deadline, accelerator_of
 
     if args.start_from is not None:
         section["start_from"] = str(args.start_from)
     experiment = Experiment.from_json(section)
-    accelerator = DEVICES[args.device or experiment.schedule.device]
+    accelerator = accelerator_of(args.device or experiment.schedule.device)
     deadline = Deadline(args.max_minutes or experiment.schedule.max_minutes)
     evaluation = run_experiment(experiment, args.work, args.out, accelerator, deadline, args.scores)
     mean = evaluation["mean"]

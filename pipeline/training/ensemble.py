@@ -314,12 +314,14 @@ def _scored(
 
     from pipeline.machine.cores import available_cores
     from pipeline.machine.gpus import borrow
-    from pipeline.training.schedule import DEVICES
+    from pipeline.training.schedule import accelerator_of
 
     torch.set_num_threads(args.threads or available_cores())
     with borrow(args.device), tempfile.TemporaryDirectory() as folder:
         package.write(Path(folder), weights)
-        package = tune_and_score(replace(package, folder=Path(folder)), members, experiment, DEVICES[args.device])
+        package = tune_and_score(
+            replace(package, folder=Path(folder)), members, experiment, accelerator_of(args.device)
+        )
     mean = package.metrics["mean"]
     log.info("%s: AJI %.3f, PQ %.3f, Dice %.3f, F1 %.3f on unseen patients", args.out,
              *(mean[k] for k in ("aji", "pq", "dice", "f1")))  # fmt: skip

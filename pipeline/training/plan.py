@@ -213,7 +213,7 @@ def plan_transfer(train: Mapping[str, Any], transfer: Mapping[str, Any]) -> dict
         scratch = {"name": f"{name}-scratch-{fold}", "start_from": None, "start_share": 0}
         args = one.get("network_args", {})
         encoder = args.get("encoder_weights")
-        if one.get("start_from") and encoder not in (None, "imagenet") and not Path(encoder).is_file():
+        if one.get("start_from") and encoder not in (None, "imagenet", "coco") and not Path(encoder).is_file():
             # The card of the package tells only the name of the file that its encoder began with.
             scratch["network_args"] = args | {"encoder_weights": None}
         runs[f"scratch-{fold}"] = PlannedRun(one | scratch)

@@ -15,6 +15,24 @@ KEEP = ("aji", "pq", "dice", "iou", "accuracy", "loss", "last")
 DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 """Lightning's accelerator names, by the values of the setting `device`."""
 
+
+def accelerator_of(device: str) -> str:
+    """Return Lightning's name for a `device`; ``auto`` leaves out a GPU that the installed PyTorch has no code for.
+
+    Raises
+    ------
+    PipelineError
+        When ``cuda`` is asked for and such a GPU is there, or none.
+    """
+    import torch
+
+    from pipeline.prediction.predictors import choose_device
+
+    if device == "cuda" or torch.cuda.is_available():
+        device = choose_device(device)
+    return DEVICES[device]
+
+
 PRECISIONS = ("auto", "32", "bf16", "16")
 
 

@@ -32,7 +32,7 @@ from pipeline.training.files import read_json, save_json
 from pipeline.training.origin import RECORD, read_origin
 from pipeline.training.panel import FOUND, outlined
 from pipeline.training.plan import plan_synthesis
-from pipeline.training.schedule import DEVICES, PRECISIONS, Deadline, Schedule
+from pipeline.training.schedule import DEVICES, PRECISIONS, Deadline, Schedule, accelerator_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -471,6 +471,6 @@ def main(args: argparse.Namespace) -> int:
     with in_turn(args.work), borrow(device, 1):
         prepare_process(args.threads)
         deadline = Deadline(args.max_minutes or settings.max_minutes)
-        record = synthesize(settings, training, args.work, args.out, DEVICES[device], deadline)
+        record = synthesize(settings, training, args.work, args.out, accelerator_of(device), deadline)
     log.info("%s: %d fields with %d nuclei; look at sheet.png", args.out, record["fields"], record["nuclei"])
     return 0

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +401,21 @@ def test_results_of_slides_are_compared_as_their_metrics_are(tmp_path: Path) -> 
     assert set(types["classes"]) == {"A", "B"}
     assert types["accuracy"] == 1
     assert types["matched"] in (49, 50)
+    # A slide on which nothing has been named yet does not count.
+    testing.write_slide(tmp_path / "results", "c", count=20)
+    plain = [copy.deepcopy(one) for one in features[:5]]
+    for one in plain:
+        one["properties"]["classification"]["name"] = "Nucleus"
+    (tmp_path / "truth" / "c.geojson").write_bytes(collection(*plain))
+    assert command.evaluate(tmp_path / "results" / "slides", tmp_path / "truth")["types"] == types
+    # A copy has its own name; classes of nuclei that are no longer there are left out, and failed slides as ever.
+    shutil.copytree(paths.root, paths.root.with_name("copy"))
+    pq.write_table(table.slice(10), paths.nuclei)
+    found = command.evaluate(tmp_path / "results" / "slides", tmp_path / "truth")
+    assert set(found["left_out"]["pred"]) == {"copy"}
+    assert "types" not in found
+    paths.nuclei.write_text("slide 'a, b' failed at inspect: file is empty. copy it again\n")
+    assert list(command.evaluate(tmp_path / "results" / "slides", tmp_path / "truth")["images"]) == ["c"]
 
 
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:

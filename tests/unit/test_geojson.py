@@ -54,6 +54,10 @@ def test_what_an_object_is(one: dict[str, Any], kind: str, part: str) -> None:
         ("Tumor", ["Tumor"]),
         (None, []),
         ({}, []),
+        (["Tumor", "Positive"], ["Tumor", "Positive"]),  # of other programs
+        (5, []),
+        (True, []),
+        ({"name": 5}, []),
     ],
 )
 def test_classes_of_an_object(classification: Any, names: list[str]) -> None:

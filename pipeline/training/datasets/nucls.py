@@ -155,7 +155,7 @@ def _csv_field(source: Source, path: Path, rows: list[dict[str, str]], classes: 
     image = read_image(path)
     try:
         part = _annotated(source, path.stem, rows, image.shape)
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         raise PipelineError(f"{path.stem}: its annotated part cannot be read: {error}", "copy it again") from None
     rows = [row for row in rows if not _is_fov(row)]
     bounds = shapely.box(0, 0, image.shape[1], image.shape[0])
