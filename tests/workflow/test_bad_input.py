@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from runs import MPP, Run, read_json, read_tsv, run, write_slide
 
+from pipeline.layout import folder_name
+
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(1800)]
 
 BAD = {
@@ -155,7 +157,7 @@ def test_no_stub_can_be_taken_for_a_result(finished: tuple[Path, Run, dict[str, 
 
     folder, _, _ = finished
     for slide in BAD:
-        results = folder / "out" / "slides" / slide
+        results = folder / "out" / "slides" / folder_name(slide)
         assert read_json(results / "metrics.json")["status"] == "failed"
         with pytest.raises(pyarrow.ArrowInvalid):
             pyarrow.parquet.read_table(results / "nuclei.parquet")

@@ -143,8 +143,8 @@ def find(value: Any, key: str) -> list[Any]:
 def test_logs_and_benchmarks_are_beside_the_results(finished: tuple[Path, Run]) -> None:
     folder, _ = finished
     for stage in ("inspect", "infer", "summary"):
-        assert (folder / "out" / "logs" / stage / f"{PNG}.log").is_file()
-        assert (folder / "out" / "benchmarks" / stage / f"{PNG}.tsv").stat().st_size > 0
+        assert (folder / "out" / "logs" / stage / f"{folder_name(PNG)}.log").is_file()
+        assert (folder / "out" / "benchmarks" / stage / f"{folder_name(PNG)}.tsv").stat().st_size > 0
 
 
 def test_second_run_has_nothing_to_do(finished: tuple[Path, Run], config: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def test_a_result_that_was_deleted_is_made_anew(
     finished: tuple[Path, Run], config: dict[str, Any], name: str, first: str
 ) -> None:
     folder, _ = finished
-    result = folder / "out" / "slides" / SVS / name
+    result = folder / "out" / "slides" / folder_name(SVS) / name
     away = result.rename(folder / name)
     try:
         plan = run(folder, config, "-n").counts
