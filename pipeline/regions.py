@@ -19,7 +19,16 @@ import numpy.typing as npt
 from pipeline.batch.settings import file_sha256
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import SlideError
-from pipeline.exchange.geojson import class_names, kind_of, no_areas, origin_of, polygonal, read_areas, scanned
+from pipeline.exchange.geojson import (
+    class_names,
+    enclosed,
+    kind_of,
+    no_areas,
+    origin_of,
+    polygonal,
+    read_areas,
+    scanned,
+)
 from pipeline.stores.nuclei import about_nuclei, open_nuclei
 from pipeline.summary import Nuclei, rounded
 
@@ -108,9 +117,8 @@ def read_regions(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)
     named: dict[str, list[BaseGeometry]] = {}
     without = outside = 0
     for number, (feature, polygons) in enumerate(found, 1):
-        # Structure: an area that an outline encloses twice is inside, which the default method treats as outside.
         with np.errstate(over="ignore"):
-            drawn = shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))
+            drawn = enclosed(polygons)
             shape = shapely.intersection(drawn, box)
         if not drawn.area > 0:
             without += 1

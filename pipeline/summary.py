@@ -238,7 +238,7 @@ def evaluate_slide(
         When the truth cannot be read or does not belong to this slide.
     """
     from pipeline.evaluation.metrics import Overlaps, score_overlaps
-    from pipeline.evaluation.readers import LabelMap, compare, load, some_nuclei
+    from pipeline.evaluation.readers import LabelMap, compare, load, nuclei_within
 
     try:
         known = load(truth, origin)
@@ -257,11 +257,8 @@ def evaluate_slide(
         box = inside.box if len(inside.runs) else slide
         if len(outside) and not len(inside.runs):
             raise SlideError(f"truth: {truth} lies outside of the slide", "polygons must be in level-0 pixels")
-    left, top, right, bottom = box
-    if known.busy(top, bottom):
-        places = nuclei.centroids * (nuclei.grid.scale_x, nuclei.grid.scale_y)
-        wanted = np.all((places >= (left, top)) & (places < (right, bottom)), axis=1)
-        scores = compare(known, some_nuclei(nuclei.path, wanted), slide)
+    if known.busy(box[1], box[3]):
+        scores = compare(known, nuclei_within(nuclei.path, box), slide)
     else:  # no known nuclei: all that were found are false positives
         found = np.arange(1, len(nuclei) + 1)
         scores = score_overlaps(Overlaps.of(np.zeros_like(found), found)) | {"n_outside": 0}

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.batch.stage import add_origin_argument, add_stage_arguments, keywords, read_manifest, run_stage
 from pipeline.errors import PipelineError, SlideError
-from pipeline.exchange.geojson import ORIGIN, kind_of, no_areas, origin_of, read_areas, scanned
+from pipeline.exchange.geojson import ORIGIN, enclosed, kind_of, no_areas, origin_of, read_areas, scanned
 from pipeline.kernels.tissue import TissueMask, find_tissue, thumbnail_mpp
 from pipeline.slides.inspect import reopen
 from pipeline.slides.regions import OneLevel, best_level, read_region
@@ -151,14 +151,6 @@ def clean(geometries: Any, box: BaseGeometry) -> list[BaseGeometry]:
     parts = shapely.get_parts(shapely.intersection(whole, box))
     polygons = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
     return sorted(polygons, key=lambda p: (p.bounds[1], p.bounds[0], p.bounds[3], p.bounds[2]))
-
-
-def enclosed(geometries: Any) -> BaseGeometry:
-    """All that polygons enclose; what an outline that crosses itself encloses twice is inside, too."""
-    import shapely
-
-    valid = shapely.make_valid(np.asarray(geometries, dtype=object), method="structure", keep_collapsed=False)
-    return shapely.union_all(valid)
 
 
 def read_mask(path: Path, box: BaseGeometry, origin: tuple[int, int] = (0, 0)) -> list[BaseGeometry]:

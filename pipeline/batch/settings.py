@@ -163,7 +163,7 @@ def check_settings(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
 
 
 def check_folder(setting: str, path: Path) -> None:
-    """Refuse a path for a folder if it, or one of its parents, is a file.
+    """Refuse a path for a folder if it, or one of its parents, is a file, or if it would keep Snakemake from starting.
 
     Parameters
     ----------
@@ -175,8 +175,13 @@ def check_folder(setting: str, path: Path) -> None:
     Raises
     ------
     PipelineError
-        When there is such a file; one line that names it.
+        When it is such a path; one line that names it.
     """
+    if os.path.abspath(path) == os.path.abspath("default"):
+        raise PipelineError(
+            f"setting {setting!r}: where it starts, Snakemake takes a folder {str(path)!r} for a profile",
+            f"choose another name: --config {setting}=FOLDER",
+        )
     for place in (path, *path.parents):
         try:
             found = place.stat()

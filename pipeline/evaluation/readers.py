@@ -280,6 +280,20 @@ def some_nuclei(path: Path, wanted: np.ndarray) -> Outlines:
     return _parquet(path, wanted)
 
 
+def nuclei_within(path: Path, box: Box) -> Outlines:
+    """Read the nuclei of a ``nuclei.parquet`` whose centroids lie in a box, or all of a table without centroids."""
+    from pipeline.stores.nuclei import open_nuclei
+
+    names = ["centroid_x", "centroid_y"]
+    with open_nuclei(path) as file:
+        if not {*names} <= {*file.schema_arrow.names}:  # `instances.parquet`
+            return _parquet(path)
+        table = file.read(columns=names)
+    x, y = (table[name].to_numpy() for name in names)
+    left, top, right, bottom = box
+    return some_nuclei(path, (x >= left) & (x < right) & (y >= top) & (y < bottom))
+
+
 def _parquet(path: Path, wanted: np.ndarray | None = None) -> Outlines:
     import pyarrow as pa
     import shapely
@@ -466,24 +480,10 @@ def same_nuclei(classified: Path, nuclei: Path) -> bool:
 def on_same_part(truth: Instances, path: Path, slide: Box) -> Instances:
     """Read the nuclei of a ``nuclei.parquet`` whose centroids lie in the box around the known nuclei on the slide.
 
-    So it suffices to annotate a part of a slide. All nuclei are read if the truth is a label map or knows none there,
-    and of a table without centroids.
+    So it suffices to annotate a part of a slide. All nuclei are read if the truth is a label map or knows none there.
     """
-    from pipeline.stores.nuclei import open_nuclei
-
-    if isinstance(truth, LabelMap):
-        return load(path)
-    inside, _, _ = truth.cut(slide)
-    if not len(inside.runs):
-        return load(path)
-    left, top, right, bottom = inside.box
-    names = ["centroid_x", "centroid_y"]
-    with open_nuclei(path) as file:
-        if not {*names} <= {*file.schema_arrow.names}:  # `instances.parquet`
-            return load(path)
-        table = file.read(columns=names)
-    x, y = (table[name].to_numpy() for name in names)
-    return some_nuclei(path, (x >= left) & (x < right) & (y >= top) & (y < bottom))
+    inside = None if isinstance(truth, LabelMap) else truth.cut(slide)[0]
+    return load(path) if inside is None or not len(inside.runs) else nuclei_within(path, inside.box)
 
 
 def told_outside(outside: int, known: int) -> str:

@@ -166,6 +166,15 @@ def polygonal(shape: BaseGeometry) -> BaseGeometry:
     return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])
 
 
+def enclosed(polygons: Any) -> BaseGeometry:
+    """Union of all that polygons enclose; what an outline that crosses itself goes around twice is inside, too."""
+    import shapely
+
+    # By default, `make_valid` takes what is enclosed twice for outside.
+    valid = shapely.make_valid(np.asarray(polygons, dtype=object), method="structure", keep_collapsed=False)
+    return shapely.union_all(valid)
+
+
 def class_names(feature: dict[str, Any]) -> list[str]:
     """Classes of a QuPath object, the base class first, such as ``[Tumor, Positive]``; empty if it has none."""
     return _names_of((feature.get("properties") or {}).get("classification") or {})

@@ -175,6 +175,15 @@ def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
             check_folder("results", bad)
 
 
+def test_results_that_snakemake_would_take_for_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for good in (Path("default/r"), Path("other"), tmp_path / "x" / "default"):
+        check_folder("results", good)
+    for bad in (Path("default"), Path("x/../default"), tmp_path / "default"):
+        with pytest.raises(PipelineError, match="for a profile"):
+            check_folder("results", bad)
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     (tmp_path / "weights.safetensors").write_bytes(b"weights")
