@@ -177,9 +177,10 @@ def check_folder(setting: str, path: Path) -> None:
     PipelineError
         When it is such a path; one line that names it.
     """
-    if os.path.abspath(path) == os.path.abspath("default"):
+    whole = Path(os.path.abspath(path))
+    if Path.cwd() / "default" in (whole, *whole.parents):
         raise PipelineError(
-            f"setting {setting!r}: where it starts, Snakemake takes a folder {str(path)!r} for a profile",
+            f"setting {setting!r}: {str(path)!r}: Snakemake takes a folder 'default' where it starts for a profile",
             f"choose another name: --config {setting}=FOLDER",
         )
     for place in (path, *path.parents):

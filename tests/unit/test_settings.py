@@ -177,9 +177,9 @@ def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
 
 def test_results_that_snakemake_would_take_for_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for good in (Path("default/r"), Path("other"), tmp_path / "x" / "default"):
+    for good in (Path("other"), Path("x/default"), tmp_path / "x" / "default"):
         check_folder("results", good)
-    for bad in (Path("default"), Path("x/../default"), tmp_path / "default"):
+    for bad in (Path("default"), Path("default/r"), Path("x/../default"), tmp_path / "default"):
         with pytest.raises(PipelineError, match="for a profile"):
             check_folder("results", bad)
 
